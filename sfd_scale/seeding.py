@@ -1,0 +1,46 @@
+"""Random draws keyed by (seed, stream, index).
+
+Every draw of the project comes from here, on the CPU, so that it depends neither on the world size nor on the
+device, the batch a sample falls into, or a restart. A *stream* names what is drawn ("noise", "time", ...).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, ...]
+
+
+def derive_seed(seed: int, stream: str, *index: int) -> int:
+    """A 63-bit seed for one draw: the head of SHA-256 over (seed, stream, index)."""
+    text = "/".join([str(seed), stream, *map(str, index)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, stream: str, *index: int) -> torch.Generator:
+    """A CPU generator for the draw (seed, stream, index)."""
+    return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
+
+
+def normal(
+    seed: int, stream: str, keys: Sequence[Key], shape: Sequence[int], device: torch.device | None = None
+) -> Tensor:
+    """Standard normal rows, one generator a key: (N, *shape) float32."""
+    out = torch.empty(len(keys), *shape)
+    for row, key in zip(out, keys, strict=True):
+        torch.randn(tuple(shape), generator=generator(seed, stream, *key), out=row)
+    return out if device is None else out.to(device, non_blocking=True)
+
+
+def uniform(seed: int, stream: str, keys: Sequence[Key]) -> Tensor:
+    """Uniform draws in [0, 1), one generator a key: (N,) float32."""
+    return torch.tensor([torch.rand((), generator=generator(seed, stream, *key)).item() for key in keys])
+
+
+def permutation(seed: int, stream: str, n: int) -> Tensor:
+    """A permutation of 0..n-1: (n,) int64."""
+    return torch.randperm(n, generator=generator(seed, stream))
