@@ -1,0 +1,249 @@
+"""YAML + `extends` + dotted overrides → frozen dataclasses.
+
+OmegaConf reads, merges and interpolates; this file adds what it lacks: `extends`, unions of dataclasses chosen by
+their `kind`, and errors that start with the dotted key and name the file that set it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+RECIPE_ROOT = Path(__file__).resolve().parents[1] / "recipes"
+_COMMAND_LINE = "the command line"
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be used; the message starts with the dotted key, or with the file."""
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes that can be given bare, such as `train/sfd_xl`."""
+    return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
+    given = Path(name)
+    for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
+        if candidate.is_file():
+            return candidate
+    # `recipes/train/x.yaml` typed outside the checkout still means the recipe of that name.
+    near = difflib.get_close_matches(str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; recipes are looked up in {RECIPE_ROOT}"
+    raise ConfigError(f"{name}: no such recipe or file{hint}")
+
+
+def _parent(name: object, child: Path) -> Path:
+    """The file that `extends: name` in `child` means; parents stay among the recipes or beside their child."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"extends: {name!r} in {child}; allowed: a recipe name, or a file in the same folder")
+    beside = child.parent / f"{name.removesuffix('.yaml')}.yaml"
+    return beside if beside.is_file() and beside != child else find(name)
+
+
+def _read(path: Path, trail: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[str, str]]:
+    """The merged tree of a file and its parents, and which file set each dotted leaf."""
+    if path.resolve() in trail:
+        raise ConfigError(f"extends: {path} extends itself")
+    try:
+        own = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(own, DictConfig):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
+    parents = own.pop("extends", [])
+    tree, origin = OmegaConf.create({}), dict[str, str]()
+    for name in [parents] if isinstance(parents, str) else parents:
+        parent, parent_origin = _read(_parent(name, path), (*trail, path.resolve()))
+        tree, origin = _merge(tree, parent), {**origin, **parent_origin}
+    return _merge(tree, own), {**origin, **{key: str(path) for key in _leaves(own)}}
+
+
+def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
+    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply."""
+    base = base.copy()
+    _drop_replaced(base, top)
+    merged = OmegaConf.merge(base, top)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
+    for key in list(top):
+        below = base._get_node(key) if key in base else None
+        above = top._get_node(key)
+        if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)) or below._is_none() or above._is_none():
+            continue
+        if "kind" in above and "kind" in below and above.kind != below.kind:
+            base.pop(key)
+        else:
+            _drop_replaced(below, above)
+
+
+def _leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in tree:
+        node = tree._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            yield from _leaves(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+# ------------------------------------------------------------------------------------------------- typed
+
+
+def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
+    """The recipe `source` with `key=value` overrides, as a checked `cls`.
+
+    Raises ConfigError that starts with the dotted key and says the value, what is allowed and the file.
+    """
+    tree, origin = _read(find(source))
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"{override}: an override has the form dotted.key=value")
+    try:
+        command = OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.to_container(_merge(tree, command), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{find(source)}: {error}") from error
+    origin.update(dict.fromkeys(_leaves(command), _COMMAND_LINE))
+    return _Reader(origin, str(find(source))).value(cls, merged, "")
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:
+    """`cls` from plain nested data (as `to_dict` writes it), with the same checks as a recipe."""
+    return _Reader({}, source).value(cls, dict(data), "")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain nested data that YAML and JSON can hold; `from_dict` reads it back."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+
+
+def digest(config: Any) -> str:
+    """SHA-256 of the canonical JSON: two configurations are the same exactly when their digests are."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class _Reader:
+    """Turns plain data into typed values, naming key and file on the way."""
+
+    origin: dict[str, str]
+    source: str
+
+    def fail(self, key: str, message: str) -> ConfigError:
+        file = self.origin.get(key) or next((f for k, f in self.origin.items() if k.startswith(f"{key}.")), self.source)
+        return ConfigError(f"{key or 'recipe'}: {message} (set in {file})")
+
+    def value(self, kind: Any, value: Any, key: str) -> Any:
+        origin, options = get_origin(kind), get_args(kind)
+        if kind is Any:
+            return value
+        if origin is Literal:
+            if value not in options or type(value) not in {type(option) for option in options}:
+                raise self.fail(key, f"{value!r}; allowed: {', '.join(map(str, options))}")
+            return value
+        if origin in (Union, types.UnionType):
+            return self.union(options, value, key)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            return self.dataclass(kind, value, key)
+        if origin is tuple:
+            return self.tuple_(options, value, key)
+        if origin is dict:
+            if not isinstance(value, dict):
+                raise self.fail(key, f"{value!r}; allowed: a mapping")
+            return {self.value(options[0], k, key): self.value(options[1], v, f"{key}.{k}") for k, v in value.items()}
+        return self.scalar(kind, value, key)
+
+    def scalar(self, kind: Any, value: Any, key: str) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+        # `type is`, not isinstance: a bool is an int in Python, never in a recipe.
+        if type(value) is not kind:
+            raise self.fail(key, f"{value!r}; allowed: {_describe(kind)}")
+        return value
+
+    def tuple_(self, options: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise self.fail(key, f"{value!r}; allowed: a list")
+        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else list(options)
+        if len(kinds) != len(value):
+            raise self.fail(key, f"{value!r}; allowed: a list of {len(kinds)} values")
+        return tuple(self.value(k, v, f"{key}.{i}") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+
+    def union(self, options: tuple[Any, ...], value: Any, key: str) -> Any:
+        if value is None and type(None) in options:
+            return None
+        rest = [option for option in options if option is not type(None)]
+        if len(rest) == 1:
+            return self.value(rest[0], value, key)
+        if not isinstance(value, dict):
+            for option in rest:
+                if type(value) is option or (option is Path and isinstance(value, str)):
+                    return self.value(option, value, key)
+            raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
+        by_kind = {get_args(get_type_hints(o)["kind"])[0]: o for o in rest if dataclasses.is_dataclass(o)}
+        if "kind" not in value or value["kind"] not in by_kind:
+            raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
+        return self.dataclass(by_kind[value["kind"]], value, key)
+
+    def dataclass(self, cls: type, value: Any, key: str) -> Any:
+        if not isinstance(value, dict):
+            raise self.fail(key, f"{value!r}; allowed: the keys of {cls.__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        dot = f"{key}." if key else ""
+        for name in value:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise self.fail(f"{dot}{name}", f"unknown key; allowed: {', '.join(fields)}{hint}")
+        hints = get_type_hints(cls)
+        given = {name: self.value(hints[name], item, f"{dot}{name}") for name, item in value.items()}
+        for name, field in fields.items():
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and name not in given:
+                raise self.fail(f"{dot}{name}", f"missing; allowed: {_describe(hints[name])}")
+        try:
+            return cls(**given)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            name = str(error).split(":", 1)[0]
+            if name.split(".")[0] in fields:
+                raise self.fail(f"{dot}{name}", str(error).split(":", 1)[1].strip()) from error
+            raise self.fail(key, str(error)) from error
+
+
+def _describe(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return f"the keys of {getattr(kind, '__name__', kind)}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    return names.get(kind) or str(kind)

@@ -1,0 +1,141 @@
+"""Logging with ranks, JSONL metrics with W&B behind them, and progress bars."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sfd_scale import distributed
+
+logger = logging.getLogger(__name__)
+console = Console(stderr=True)
+
+
+def setup() -> None:
+    """Log to standard error, one line an event; ranks other than 0 only warnings and worse."""
+    rank = distributed.rank() if distributed.rank() else int(os.environ["RANK"]) if "RANK" in os.environ else 0
+    prefix = f"[rank {rank}] " if distributed.launched() else ""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Bar:
+    """Progress of one piece of work; see `progress`."""
+
+    def __init__(self, total: int, description: str, unit: str, bar: Progress | None) -> None:
+        self.total, self.description, self.unit, self.bar = total, description, unit, bar
+        self.done, self.resumed, self.started, self.printed = 0, 0, time.monotonic(), time.monotonic()
+        self.task = None if bar is None else bar.add_task(description, total=total, fields="")
+
+    def skip(self, n: int) -> None:
+        """Count work done before this start; it does not enter the rate."""
+        self.done, self.resumed = self.done + n, self.resumed + n
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done)
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self.done += n
+        rate = (self.done - self.resumed) / max(time.monotonic() - self.started, 1e-9)
+        shown = {**fields, f"{self.unit}/s": f"{rate:.1f}"}
+        text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, fields=text)
+        elif distributed.is_main() and (time.monotonic() - self.printed > 15 or self.done >= self.total):
+            self.printed = time.monotonic()
+            left = (self.total - self.done) / max(rate, 1e-9)
+            logger.info("%s %d/%d %s  %s  %.0f s left", self.description, self.done, self.total, self.unit, text, left)
+
+
+@contextmanager
+def progress(total: int, description: str, unit: str) -> Iterator[Bar]:
+    """A progress bar with time left on rank 0; without a terminal, a log line every 15 seconds instead."""
+    if not (distributed.is_main() and console.is_terminal):
+        yield Bar(total, description, unit, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
+    with Progress(*columns, console=console) as bar:
+        yield Bar(total, description, unit, bar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; the key comes from the environment alone and is never written."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "sfd-scale"
+    entity: str | None = None
+
+
+class MetricsWriter:
+    """metrics.jsonl (one object a logged step) and a W&B run that a resumed run continues. Rank 0 writes."""
+
+    def __init__(self, run_dir: Path, wandb: WandbConfig, config: Mapping[str, Any]) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8") if distributed.is_main() else None
+        self.wandb_id: str | None = None
+        self._wandb: Any = None
+        if self._file is not None and wandb.mode != "disabled":
+            self._start_wandb(run_dir, wandb, config)
+
+    def _start_wandb(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any]) -> None:
+        import wandb  # one file imports it, and only when it is used: it takes a second to import
+
+        id_file = run_dir / "wandb_run_id"
+        self.wandb_id = id_file.read_text().strip() if id_file.exists() else None
+        self._wandb = wandb.init(
+            project=settings.project, entity=settings.entity, mode=settings.mode, dir=str(run_dir), name=run_dir.name,
+            id=self.wandb_id, resume="allow" if settings.mode == "online" else None, config=dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        self.wandb_id = self._wandb.id
+        id_file.write_text(f"{self.wandb_id}\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop lines after `step`: a run resumed from its checkpoint writes them anew. A torn last line goes too."""
+        if self._file is None:
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line, default=step + 1) <= step]
+        self._file.close()
+        new = self.path.with_suffix(".tmp")
+        new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        new.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in values.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def _step_of(line: str, default: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return default

@@ -1,0 +1,214 @@
+"""The training loop: run and step. Knows no engine, no file format, no metric, no model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sfd_scale import distributed
+from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.ema import EMA
+from sfd_scale.engines.engine import Engine, StepResult
+from sfd_scale.logs import MetricsWriter, progress
+from sfd_scale.objective import LossTerms, Objective
+from sfd_scale.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long and in what portions a run trains. `global_batch` is fixed; the rest follows from the world size."""
+
+    steps: int
+    global_batch: int
+    micro_batch: int | None = None  # samples a rank takes at once; None: its whole share of the global batch
+    log_every: int = 10
+    max_skipped_steps: int = 20  # steps in a row whose gradient was not finite, before the run stops
+    max_duration_s: float | None = None  # a clean end before a queue's limit
+    timeout_s: float = 600.0  # of a collective
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+
+
+@dataclass(frozen=True)
+class Portions:
+    """global batch = micro_batch × accumulation × world_size, exactly."""
+
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+
+def portions(global_batch: int, micro_batch: int | None, world_size: int) -> Portions:
+    """Divide the global batch; refuses what does not divide and says which world sizes do.
+
+    Raises:
+        ValueError: naming the possible world sizes or micro-batches.
+    """
+    possible = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+    if global_batch % world_size:
+        raise ValueError(f"train.global_batch: {global_batch} does not divide over {world_size} ranks; world sizes that do: {possible}")
+    share = global_batch // world_size
+    # The recipe's micro-batch is a limit of memory: a rank whose whole share is smaller takes it at once.
+    micro = share if micro_batch is None else min(micro_batch, share)
+    if share % micro:
+        allowed = [n for n in possible if share % n == 0]
+        raise ValueError(f"train.micro_batch: {micro} does not divide the {share} samples of a rank; allowed here: {allowed}")
+    return Portions(micro, share // micro, world_size)
+
+
+class Batch(Protocol):
+    def to(self, device: torch.device) -> Any: ...
+    def __len__(self) -> int: ...
+
+
+class Meter:
+    """Means since the last logged step, kept on the device: nothing here waits for it before `read`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.clock_sums = torch.zeros(2, 10)
+        self.batches, self.samples, self.wait_s, self.started = 0, 0, 0.0, time.monotonic()
+
+    def add(self, losses: LossTerms, samples: int, wait_s: float) -> None:
+        for name, value in losses.terms.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
+        if losses.clock is not None and losses.per_sample is not None:
+            bins = (losses.clock * 10).long().clamp_(0, 9)
+            both = torch.stack([losses.per_sample.float(), torch.ones_like(losses.per_sample, dtype=torch.float32)])
+            self.clock_sums = self.clock_sums.to(both.device).index_add_(1, bins, both)
+        self.batches, self.samples, self.wait_s = self.batches + 1, self.samples + samples, self.wait_s + wait_s
+
+    def read(self) -> dict[str, float | None]:
+        """Means over batches and ranks. A collective: every rank calls it at the same step."""
+        elapsed = time.monotonic() - self.started
+        names = sorted(self.sums)
+        means = distributed.all_reduce_mean(torch.stack([self.sums[n] / self.batches for n in names]).double())
+        clock = distributed.all_reduce_sum(self.clock_sums.double())
+        values: dict[str, float | None] = dict(zip(names, means.tolist(), strict=True))
+        for index, (total, count) in enumerate(clock.T.tolist()):
+            if count:
+                values[f"loss_by_clock/{index}"] = total / count
+        values["samples_per_s"] = self.samples * distributed.world_size() / elapsed
+        values["data_wait_share"] = self.wait_s / elapsed
+        self.reset()
+        return values
+
+
+class Trainer:
+    """Trains until `config.steps`, resuming from the newest checkpoint; saves when due, at a signal and at the end.
+
+    Args:
+        batches: from a first step, endless micro-batches of this rank, `accumulation` a step.
+        learning_rate: a pure function of the step.
+        state: what every checkpoint records beside the step; `check_state` refuses one of another run.
+    """
+
+    def __init__(
+        self, *, config: TrainerConfig, engine: Engine, objective: Objective, batches: Callable[[int], Iterator[Batch]],
+        accumulation: int, learning_rate: Callable[[int], float], ema: EMA, checkpoints: CheckpointManager,
+        metrics: MetricsWriter, state: Mapping[str, Any], check_state: Callable[[Mapping[str, Any]], None],
+        flops_per_sample: float = 0.0, peak_flops: float = math.inf,
+    ) -> None:  # fmt: skip
+        self.config, self.engine, self.objective, self.batches = config, engine, objective, batches
+        self.accumulation, self.learning_rate, self.ema = accumulation, learning_rate, ema
+        self.checkpoints, self.metrics, self.state, self.check_state = checkpoints, metrics, state, check_state
+        self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
+        self.meter, self.skipped, self.skipped_in_row = Meter(), 0, 0
+
+    def run(self) -> bool:
+        """Train to the end (True) or to an agreed stop (False); either way the last step is saved."""
+        step, stop = self.resume(), StopRequest(self.config.max_duration_s)
+        saved, stopped, batches = step, False, self.batches(step)
+        with progress(self.config.steps, "train", "steps") as bar:
+            bar.skip(step)
+            self.meter.reset()
+            while step < self.config.steps and not stopped:
+                result = self.train_step(step, batches)
+                step += 1
+                self.count_skips(step, result)
+                stopped = stop.agreed()
+                if step % self.config.log_every == 0 or step == self.config.steps:
+                    bar.advance(0, **self.log(step, result))
+                bar.advance(1)
+                if self.checkpoints.due(step) or stopped:
+                    self.save(step)
+                    saved = step
+        if saved != step:
+            self.save(step)
+        self.checkpoints.wait()
+        stop.close()
+        return step == self.config.steps
+
+    def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""
+        for micro in range(self.accumulation):
+            waited = time.monotonic()
+            batch = next(batches).to(self.engine.device)
+            waited = time.monotonic() - waited
+            losses = self.objective(self.engine.model, batch)
+            self.engine.backward(losses.total / self.accumulation, last=micro == self.accumulation - 1)
+            self.meter.add(losses, len(batch), waited)
+        result = self.engine.step(self.learning_rate(step))
+        if result.applied:
+            self.ema.update(step)
+        return result
+
+    def count_skips(self, step: int, result: StepResult) -> None:
+        self.skipped_in_row = 0 if result.applied else self.skipped_in_row + 1
+        self.skipped += not result.applied
+        if not result.applied:
+            logger.warning("step %d skipped: its gradient is not finite (%d skipped so far)", step, self.skipped)
+        if self.skipped_in_row >= self.config.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped_in_row} steps in a row had a gradient that is not finite, up to step {step}; lower the "
+                "learning rate, set engine.grad_clip, or resume from an earlier checkpoint"
+            )
+
+    def log(self, step: int, result: StepResult) -> dict[str, float]:
+        """Write one line of metrics; returns what the progress bar shows."""
+        values = self.meter.read()
+        rate = values["samples_per_s"] or 0.0
+        peak = self.peak_flops * distributed.world_size()
+        values |= {
+            "samples": step * self.config.global_batch, "lr": self.learning_rate(step - 1),
+            "grad_norm": result.grad_norm, "skipped_steps": self.skipped,
+            "mfu": rate * self.flops_per_sample / peak if math.isfinite(peak) else None,
+            "memory_bytes": _memory(self.engine.device),
+        }  # fmt: skip
+        self.metrics.write(step, values)
+        return {"loss": values["loss"] or 0.0, "samples/s": rate}
+
+    def save(self, step: int) -> None:
+        state = {**self.state, "step": step, "skipped": self.skipped, "wandb_id": self.metrics.wandb_id}
+        self.checkpoints.save(step, self.engine, self.ema, state)
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, if there is one; returns the step to go on from."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return 0
+        self.check_state(self.checkpoints.read_state(latest))
+        state = self.checkpoints.load(latest, self.engine, self.ema)
+        self.skipped = int(state["skipped"])
+        self.metrics.truncate(int(state["step"]))
+        logger.info("resumed from %s", latest)
+        return int(state["step"])
+
+
+def _memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
