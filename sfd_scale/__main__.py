@@ -1,0 +1,135 @@
+"""The command line: `sfd COMMAND RECIPE [key=value ...]`, the same under any launcher (`python -m sfd_scale`)."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sfd_scale import config, distributed, logs
+from sfd_scale.signals import REQUEUE_EXIT_CODE
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`) or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, run: Annotated[Path | None, typer.Option(help="Run folder.")] = None) -> None:
+    """Train a model. The same command on the same run folder resumes."""
+    from sfd_scale import build
+    from sfd_scale.recipe import TrainRecipe
+
+    loaded = config.load(recipe, TrainRecipe, overrides or ())
+    if not build.train(loaded, run or loaded.run):
+        sys.exit(REQUEUE_EXIT_CODE)
+
+
+@app.command()
+def encode(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Encode images to shards: pixels, composite latents, features. A second start continues where the first stopped."""
+    from sfd_scale import build
+    from sfd_scale.recipe import EncodeRecipe
+
+    build.encode(config.load(recipe, EncodeRecipe, overrides or ()))
+
+
+@app.command()
+def fit(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Fit a closed-form codec (patch PCA, PCA of features) to images."""
+    from sfd_scale import build
+    from sfd_scale.recipe import FitRecipe
+
+    build.fit(config.load(recipe, FitRecipe, overrides or ()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint of it.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    weights: Annotated[str, typer.Option(help="ema or params.")] = "ema",
+    step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
+    initial: Annotated[bool, typer.Option("--initial", help="The untrained weights that the run started from.")] = False,
+) -> None:
+    """Write the EMA weights of a run as safetensors, with all that sampling needs to know."""
+    from sfd_scale import build
+
+    build.export(run, out, weights=weights, step=step, initial=initial)
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[Path, typer.Argument(help="A file from `sfd export`.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
+    count: Annotated[int, typer.Option(help="How many images.")] = 16,
+    label: Annotated[int | None, typer.Option(help="One class; by default the classes in turn.")] = None,
+    steps: Annotated[int, typer.Option(help="Euler steps.")] = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Draw a grid of images from an exported checkpoint."""
+    from sfd_scale import build
+
+    build.sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
+
+
+@app.command()
+def show(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print a recipe, resolved: every setting with its value."""
+    from sfd_scale.recipe import load_any
+
+    typer.echo(config.to_yaml(load_any(recipe, overrides or ())), nl=False)
+
+
+@app.command()
+def diff(a: Recipe, b: Recipe) -> None:
+    """Print the settings in which two resolved recipes differ."""
+    from sfd_scale.recipe import load_any
+
+    left, right = (config.to_yaml(load_any(name)).splitlines() for name in (a, b))
+    for line in difflib.unified_diff(left, right, a, b, lineterm="", n=1):
+        typer.echo(line)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that a command can be given by name."""
+    from sfd_scale.recipe import summary_table
+
+    logs.Console().print(summary_table())
+
+
+@app.command("check-data")
+def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
+    """Verify the size and hash of every shard."""
+    from sfd_scale.data.reader import check_data as check
+
+    bad = check(path)
+    for line in bad:
+        typer.echo(line, err=True)
+    typer.echo(f"{path}: {'all shards are whole' if not bad else f'{len(bad)} shards are damaged'}")
+    sys.exit(1 if bad else 0)
+
+
+def main() -> None:
+    """Run a command; a mistake of the user is one sentence, not a traceback."""
+    logs.setup()
+    try:
+        app()
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        if "SFD_DEBUG" in os.environ:
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
+        logs.console.print(f"[bold red]error:[/] {escape(f'{rank}{error}')}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
