@@ -17,11 +17,15 @@ from sfd_scale.signals import REQUEUE_EXIT_CODE
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`) or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
+]
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None, run: Annotated[Path | None, typer.Option(help="Run folder.")] = None) -> None:
+def train(
+    recipe: Recipe, overrides: Overrides = None, run: Annotated[Path | None, typer.Option(help="Run folder.")] = None
+) -> None:
     """Train a model. The same command on the same run folder resumes."""
     from sfd_scale import build
     from sfd_scale.recipe import TrainRecipe
@@ -33,7 +37,7 @@ def train(recipe: Recipe, overrides: Overrides = None, run: Annotated[Path | Non
 
 @app.command()
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Encode images to shards: pixels, composite latents, features. A second start continues where the first stopped."""
+    """Encode images to shards (pixels, composite latents, features). A second start continues the first."""
     from sfd_scale import build
     from sfd_scale.recipe import EncodeRecipe
 
@@ -55,7 +59,9 @@ def export(
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     weights: Annotated[str, typer.Option(help="ema or params.")] = "ema",
     step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
-    initial: Annotated[bool, typer.Option("--initial", help="The untrained weights that the run started from.")] = False,
+    initial: Annotated[
+        bool, typer.Option("--initial", help="The untrained weights that the run started from.")
+    ] = False,
 ) -> None:
     """Write the EMA weights of a run as safetensors, with all that sampling needs to know."""
     from sfd_scale import build

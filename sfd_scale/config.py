@@ -43,7 +43,9 @@ def find(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     # `recipes/train/x.yaml` typed outside the checkout still means the recipe of that name.
-    near = difflib.get_close_matches(str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(
+        str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4
+    )
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; recipes are looked up in {RECIPE_ROOT}"
     raise ConfigError(f"{name}: no such recipe or file{hint}")
 
@@ -87,7 +89,11 @@ def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
     for key in list(top):
         below = base._get_node(key) if key in base else None
         above = top._get_node(key)
-        if not (isinstance(below, DictConfig) and isinstance(above, DictConfig)) or below._is_none() or above._is_none():
+        if (
+            not (isinstance(below, DictConfig) and isinstance(above, DictConfig))
+            or below._is_none()
+            or above._is_none()
+        ):
             continue
         if "kind" in above and "kind" in below and above.kind != below.kind:
             base.pop(key)

@@ -57,7 +57,11 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ else world_size()
+    return (
+        int(os.environ["LOCAL_WORLD_SIZE"])
+        if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ
+        else world_size()
+    )
 
 
 def is_main() -> bool:

@@ -55,7 +55,9 @@ class Bar:
         self.done += n
         rate = (self.done - self.resumed) / max(time.monotonic() - self.started, 1e-9)
         shown = {**fields, f"{self.unit}/s": f"{rate:.1f}"}
-        text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+        text = "  ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+        )
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, fields=text)
         elif distributed.is_main() and (time.monotonic() - self.printed > 15 or self.done >= self.total):
@@ -70,7 +72,14 @@ def progress(total: int, description: str, unit: str) -> Iterator[Bar]:
     if not (distributed.is_main() and console.is_terminal):
         yield Bar(total, description, unit, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[fields]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}"),
+    )
     with Progress(*columns, console=console) as bar:
         yield Bar(total, description, unit, bar)
 
@@ -112,7 +121,11 @@ class MetricsWriter:
         """Drop lines after `step`: a run resumed from its checkpoint writes them anew. A torn last line goes too."""
         if self._file is None:
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line, default=step + 1) <= step]
+        kept = [
+            line
+            for line in self.path.read_text(encoding="utf-8").splitlines()
+            if _step_of(line, default=step + 1) <= step
+        ]
         self._file.close()
         new = self.path.with_suffix(".tmp")
         new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

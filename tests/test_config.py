@@ -1,0 +1,126 @@
+"""Recipes: extends, overrides, typed values, and errors that name key, value, what is allowed and the file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from sfd_scale import config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    kind: Literal["zero"] = "zero"
+    stage: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp:
+    kind: Literal["fsdp"] = "fsdp"
+    shard: Literal["full", "hybrid"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr: {self.lr}; allowed: above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    name: str
+    steps: int = 10
+    widths: tuple[int, ...] = ()
+    engine: Zero | Fsdp = field(default_factory=Zero)
+    optim: Optim = field(default_factory=Optim)
+    path: Path | None = None
+    clip: float | None = None
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def load(folder: Path, name: str = "child", *overrides: str) -> Root:
+    return config.load(folder / f"{name}.yaml", Root, overrides)
+
+
+def test_extends_merges_and_later_wins(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="name: base\nsteps: 5\noptim: {lr: 1e-3, fused: true}\n",
+        other="steps: 7\n",
+        child="extends: [base, other]\nname: child\noptim: {lr: 2e-4}\n",
+    )
+    root = load(tmp_path, "child", "widths=[1,2]", "path=a/b", "clip=1")
+    assert root == Root(
+        name="child", steps=7, widths=(1, 2), optim=Optim(lr=2e-4, fused=True), path=Path("a/b"), clip=1.0
+    )
+    assert config.from_dict(Root, config.to_dict(root)) == root
+    assert config.digest(root) != config.digest(load(tmp_path))
+
+
+def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
+    write(tmp_path, base="name: x\nengine: {kind: zero, stage: 3}\n", child="extends: base\nengine: {kind: fsdp}\n")
+    assert load(tmp_path).engine == Fsdp()
+    assert load(tmp_path, "base", "engine.kind=fsdp", "engine.shard=hybrid").engine == Fsdp(shard="hybrid")
+    assert load(tmp_path, "base", "engine.stage=2").engine == Zero(stage=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stesp=3", ["stesp: unknown key", "did you mean steps?", "command line"]),
+        ("steps=3.5", ["steps: 3.5; allowed: a whole number", "command line"]),
+        ("steps=true", ["steps: True; allowed: a whole number"]),
+        ("optim.lr=fast", ["optim.lr: 'fast'; allowed: a number"]),
+        ("optim.lr=-1", ["optim.lr: -1.0; allowed: above 0", "command line"]),
+        ("optim.betas=[0.9]", ["optim.betas: [0.9]; allowed: a list of 2 values"]),
+        ("engine.kind=ddp", ["engine.kind: 'ddp'; allowed: zero, fsdp"]),
+        ("engine.shard=full", ["engine.shard: unknown key; allowed: kind, stage"]),
+        ("widths=[1,a]", ["widths.1: 'a'"]),
+        ("steps", ["form dotted.key=value"]),
+    ],
+)
+def test_errors_name_key_value_allowed_and_file(tmp_path: Path, override: str, words: list[str]) -> None:
+    write(tmp_path, child="name: x\nengine: {kind: zero}\n")
+    with pytest.raises(config.ConfigError) as caught:
+        load(tmp_path, "child", override)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_file_that_set_a_value_is_named(tmp_path: Path) -> None:
+    write(tmp_path, base="name: x\nsteps: many\n", child="extends: base\nclip: 1.0\n")
+    with pytest.raises(config.ConfigError, match=r"steps: 'many'; allowed: a whole number \(set in .*base\.yaml\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("parent", ["../secret", "/etc/passwd", "child"])
+def test_extends_stays_in_its_folder_and_ends(tmp_path: Path, parent: str) -> None:
+    write(tmp_path, child=f"extends: {parent}\nname: x\n")
+    with pytest.raises(config.ConfigError):
+        load(tmp_path)
+
+
+def test_missing_recipe_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match="no such recipe"):
+        config.load("train/no_such_recipe_at_all", Root)
+    write(tmp_path, child="name: [x\n")
+    with pytest.raises(config.ConfigError, match=r"child\.yaml: not readable as YAML"):
+        load(tmp_path)
+
+
+def test_yaml_never_builds_objects(tmp_path: Path) -> None:
+    write(tmp_path, child=f"name: !!python/object/apply:os.system ['touch {tmp_path}/made']\n")
+    with pytest.raises(config.ConfigError):
+        load(tmp_path)
+    assert not (tmp_path / "made").exists()
