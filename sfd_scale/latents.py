@@ -1,0 +1,211 @@
+"""The composite latent: which channels are texture and which are semantics, and how both are normalised.
+
+The only file that knows the channel order, texture first: [texture 0..T-1, semantic T..T+S-1] (REFERENCE of the
+authors' code; the paper's formulas write [s, z]).
+
+N batch · C channels (T texture + S semantic) · H, W latent grid · D feature channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentLayout:
+    """Channels of the two parts and the side of the latent grid (ImageNet 256x256: 32 + 16 on 16x16)."""
+
+    texture_channels: int = 32
+    semantic_channels: int = 16
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("texture_channels", 1), ("semantic_channels", 0), ("size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+
+    @property
+    def channels(self) -> int:
+        return self.texture_channels + self.semantic_channels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return (self.channels, self.size, self.size)
+
+    def split(self, x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+        """(texture, semantic) views of a tensor with C entries along `dim`.
+
+        Raises:
+            ValueError: if `dim` does not have C entries.
+        """
+        if x.shape[dim] != self.channels:
+            raise ValueError(f"a latent of {x.shape[dim]} channels does not fit the layout of {self.channels}: {self}")
+        texture, semantic = x.split([self.texture_channels, self.semantic_channels], dim)
+        return texture, semantic
+
+    def join(self, texture: Tensor, semantic: Tensor, dim: int = 1) -> Tensor:
+        """The inverse of `split`."""
+        joined = torch.cat([texture, semantic], dim)
+        assert joined.shape[dim] == self.channels
+        return joined
+
+    def spread(self, texture: Tensor | float, semantic: Tensor | float, like: Tensor) -> Tensor:
+        """One value a part (a number, a 0-d tensor or (N,)) on every channel: (N or 1, C, 1, 1), with the dtype and
+        device of `like`."""
+        parts = [torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1) for v in (texture, semantic)]
+        rows = max(part.shape[0] for part in parts)
+        wide = [
+            part.expand(rows, count)
+            for part, count in zip(parts, (self.texture_channels, self.semantic_channels), strict=True)
+        ]
+        return self.join(wide[0], wide[1])[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation of each channel over the training set: (C,) float64 each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != self.std.shape or self.mean.ndim != 1:
+            raise ValueError(
+                f"stats of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) twice"
+            )
+        if not bool((self.std > 0).all()) or not bool(self.mean.isfinite().all()):
+            raise ValueError("stats with a standard deviation that is not above 0, or a mean that is not finite")
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x − mean) / std for raw latents (N, C, H, W)."""
+        return (x - self._wide(self.mean, x)) / self._wide(self.std, x)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return x * self._wide(self.std, x) + self._wide(self.mean, x)
+
+    @staticmethod
+    def _wide(values: Tensor, like: Tensor) -> Tensor:
+        return values.to(like.device, like.dtype)[:, None, None]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over mean and std as float64 bytes; it follows the data into every checkpoint."""
+        both = torch.cat([self.mean, self.std]).to("cpu", torch.float64).contiguous()
+        return hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        save_file({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}, str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> LatentStats:
+        with safe_open(str(path), framework="pt") as file:
+            return cls(file.get_tensor("mean"), file.get_tensor("std"))
+
+    @classmethod
+    def from_authors(cls, texture: Path, semantic: Path) -> LatentStats:
+        """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1])."""
+        parts = [torch.load(path, map_location="cpu", weights_only=True) for path in (texture, semantic)]
+        mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
+        return cls(mean, std)
+
+
+class StatsAccumulator:
+    """Per-channel mean and variance in one streaming pass, float64.
+
+    Chan, Golub and LeVeque's pairwise update (1979); merging chunks in a fixed order gives the same bits for any
+    number of ranks that produced them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.m2 = torch.zeros(channels, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        """Add raw latents (N, C, H, W)."""
+        values = x.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (C, N·H·W)
+        mean = values.mean(1)
+        count = torch.tensor(values.shape[1], dtype=torch.float64)
+        self._combine(count, mean, (values - mean[:, None]).square().sum(1))
+
+    def merge(self, other: StatsAccumulator) -> None:
+        self._combine(other.count, other.mean, other.m2)
+
+    def _combine(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        total = self.count + count
+        if total == 0:
+            return
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def state(self) -> dict[str, Tensor]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> StatsAccumulator:
+        new = cls(state["mean"].numel())
+        new.count, new.mean, new.m2 = (state[key].double() for key in ("count", "mean", "m2"))
+        return new
+
+    def finish(self) -> LatentStats:
+        if self.count == 0:
+            raise ValueError("statistics of no samples")
+        return LatentStats(self.mean, (self.m2 / self.count).sqrt())
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents (N, C, H, W) float32 normalised; labels (N,) int64; keys (N, 2) int64 = (epoch, sample id) of every
+    row, which name its random draws; features (N, D, H, W) of the clean image, for alignment, or None."""
+
+    latents: Tensor
+    labels: Tensor
+    keys: Tensor
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def slice(self, start: int, stop: int) -> LatentBatch:
+        """Rows start..stop-1, as views."""
+        features = None if self.features is None else self.features[start:stop]
+        return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features)
+
+    def to(self, device: torch.device) -> LatentBatch:
+        # The keys stay on the CPU: they seed CPU generators.
+        features = None if self.features is None else self.features.to(device, non_blocking=True)
+        return LatentBatch(
+            self.latents.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys, features
+        )
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch: for models trained on pixels."""
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def slice(self, start: int, stop: int) -> ImageBatch:
+        """Rows start..stop-1, as views."""
+        return ImageBatch(self.images[start:stop], self.labels[start:stop], self.keys[start:stop])
+
+    def to(self, device: torch.device) -> ImageBatch:
+        return ImageBatch(
+            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys
+        )
