@@ -81,8 +81,8 @@ class LatentStats:
             raise ValueError(
                 f"stats of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) twice"
             )
-        if not bool((self.std > 0).all()) or not bool(self.mean.isfinite().all()):
-            raise ValueError("stats with a standard deviation that is not above 0, or a mean that is not finite")
+        if not bool((self.std > 0).all() and self.std.isfinite().all() and self.mean.isfinite().all()):
+            raise ValueError("stats that are not finite, or with a standard deviation of 0; a channel may be constant")
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x − mean) / std for raw latents (N, C, H, W)."""

@@ -1,0 +1,184 @@
+"""Guidance as a function of velocities: models in, one velocity function out.
+
+Both kinds extrapolate from a worse velocity through the better one, with a scale for each part of the latent, and
+only from `interval_start` of a part's own clock on, if the part obeys the interval.
+
+N batch · C channels · H, W latent grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
+from sfd_scale.latents import LatentLayout
+
+Velocity = Callable[[Tensor, Clocks, Tensor], Tensor]
+"""(x (N, C, H, W), clocks (N,), labels (N,)) → dx/dt (N, C, H, W)."""
+
+IntervalMode = Literal["none", "both", "texture", "semantic"]
+
+
+class FlowModel(Protocol):
+    """What guidance asks of a model; LightningDiT is one."""
+
+    def __call__(
+        self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoGuidance:
+    kind: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scales:
+    """`interval_mode` says which parts take the conditional velocity until their own clock is at `interval_start`."""
+
+    scale_texture: float = 1.5
+    scale_semantic: float = 1.5
+    interval_start: float = 0.0
+    interval_mode: IntervalMode = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("scale_texture", "scale_semantic"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: {value}; allowed: 0 and up")
+        if self.scale_texture == 1 and self.scale_semantic == 1:
+            raise ValueError(
+                "scale_texture: 1.0, as is scale_semantic, which guides nothing; allowed: another value, or kind: none"
+            )
+        if not 0 <= self.interval_start < 1:
+            raise ValueError(f"interval_start: {self.interval_start}; allowed: from 0 to below 1")
+        if self.interval_start > 0 and self.interval_mode == "none":
+            raise ValueError(
+                f"interval_start: {self.interval_start} has no effect with interval_mode none; allowed: 0, or "
+                "interval_mode both, texture or semantic"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFreeGuidance(_Scales):
+    """The worse velocity is that of the null label (arXiv 2207.12598)."""
+
+    kind: Literal["cfg"] = "cfg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoGuidance(_Scales):
+    """The worse velocity is that of a smaller, less trained model, at the same label (arXiv 2406.02507)."""
+
+    kind: Literal["autoguidance"] = "autoguidance"
+
+
+GuidanceConfig = NoGuidance | ClassifierFreeGuidance | AutoGuidance
+
+
+def guided(
+    model: FlowModel,
+    config: GuidanceConfig,
+    layout: LatentLayout,
+    *,
+    guide: FlowModel | None = None,
+    null_label: int | None = None,
+) -> Velocity:
+    """The velocity function of `model` under `config` (arXiv 2512.04926).
+
+    The second evaluation is made only for the samples whose velocity it changes.
+
+    Args:
+        guide: the worse model; AutoGuidance needs one, nothing else takes one.
+        null_label: the label that means no class (num_classes); CFG needs it.
+
+    Raises:
+        ValueError: for a guide that is missing or would be ignored, or a missing null label.
+    """
+    if isinstance(config, AutoGuidance) != (guide is not None):
+        raise ValueError(
+            "guidance: kind autoguidance needs a guide model"
+            if guide is None
+            else f"guidance: kind {config.kind} ignores the guide model that was given; set kind: autoguidance"
+        )
+    match config:
+        case NoGuidance():
+            return lambda x, t, y: _evaluate(model, x, t, y)
+        case ClassifierFreeGuidance():
+            if null_label is None:
+                raise ValueError("guidance: kind cfg needs the null label (num_classes) of a model with label dropout")
+            return _classifier_free(model, config, layout, null_label)
+        case AutoGuidance():
+            assert guide is not None
+            return _autoguidance(model, config, layout, guide)
+
+
+def interval_kinks(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> tuple[float, ...]:
+    """Global times at which guidance sets in, so that the velocity field jumps (arXiv 2404.07724)."""
+    if isinstance(config, NoGuidance) or config.interval_start == 0:
+        return ()
+    semantic, texture = schedule.crossings(config.interval_start)
+    return tuple(
+        time for part, time in (("semantic", semantic), ("texture", texture)) if config.interval_mode in (part, "both")
+    )
+
+
+def _evaluate(model: FlowModel, x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+    """The model's velocity in the dtype of x: extrapolation multiplies the rounding of a 16-bit one."""
+    return model(x, t.texture, t.semantic, y)[0].to(x.dtype)
+
+
+def _classifier_free(
+    model: FlowModel, config: ClassifierFreeGuidance, layout: LatentLayout, null_label: int
+) -> Velocity:
+    def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+        acts, rows = _acting(config, t)
+        # One batch: the conditional velocity of every sample, then the null-label one of those where it matters.
+        both = torch.cat([torch.arange(len(x), device=x.device), rows])
+        labels = torch.cat([y, torch.full_like(y[rows], null_label)])
+        v = _evaluate(model, x[both], Clocks(t.texture[both], t.semantic[both]), labels)
+        return _combine(v[: len(x)], v[len(x) :], rows, acts, config, layout)
+
+    return velocity
+
+
+def _autoguidance(model: FlowModel, config: AutoGuidance, layout: LatentLayout, guide: FlowModel) -> Velocity:
+    def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+        acts, rows = _acting(config, t)
+        good = _evaluate(model, x, t, y)
+        if len(rows) == 0:
+            return good
+        bad = _evaluate(guide, x[rows], Clocks(t.texture[rows], t.semantic[rows]), y[rows])
+        return _combine(good, bad, rows, acts, config, layout)
+
+    return velocity
+
+
+def _acting(config: _Scales, t: Clocks) -> tuple[Clocks, Tensor]:
+    """Where guidance changes each part's velocity ((N,) bool each), and the samples it changes at all (int64)."""
+
+    def acts(part: str, time: Tensor, scale: float) -> Tensor:
+        if scale == 1:
+            return torch.zeros_like(time, dtype=torch.bool)
+        if config.interval_mode not in (part, "both"):
+            return torch.ones_like(time, dtype=torch.bool)
+        return time >= config.interval_start
+
+    both = Clocks(acts("texture", t.texture, config.scale_texture), acts("semantic", t.semantic, config.scale_semantic))
+    return both, (both.texture | both.semantic).nonzero().flatten()
+
+
+def _combine(good: Tensor, bad: Tensor, rows: Tensor, acts: Clocks, config: _Scales, layout: LatentLayout) -> Tensor:
+    """bad + w·(good − bad) on the parts and samples where guidance acts, else good (arXiv 2207.12598, Eq. 6)."""
+    if len(rows) == 0:
+        return good
+    near = good[rows]
+    scale = layout.spread(config.scale_texture, config.scale_semantic, like=near)
+    where = layout.spread(acts.texture[rows], acts.semantic[rows], like=near).bool()
+    return good.index_copy(0, rows, torch.where(where, bad + scale * (near - bad), near))
