@@ -1,0 +1,32 @@
+"""The head that maps tokens of an early block to features of a vision encoder (REPA, arXiv 2410.06940)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """`depth`: the head reads the tokens after this many blocks. `dim`: channels of the encoder's features."""
+
+    depth: int = 2
+    hidden: int = 2048
+    dim: int = 768
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "hidden", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+
+
+def alignment_head(width: int, config: AlignmentConfig) -> nn.Sequential:
+    """An MLP of three layers: (N, T, width) → (N, T, dim)."""
+    return nn.Sequential(
+        nn.Linear(width, config.hidden),
+        nn.SiLU(),
+        nn.Linear(config.hidden, config.hidden),
+        nn.SiLU(),
+        nn.Linear(config.hidden, config.dim),
+    )
