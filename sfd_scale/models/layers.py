@@ -1,72 +1,84 @@
-"""The parts of a LightningDiT block. Norms and time features are computed in float32 whatever the weights' dtype.
+"""Layers of LightningDiT: norms, embeddings, SwiGLU, modulation.
 
-N batch · T tokens · D width · A heads.
+N batch · T tokens · D width · A heads · F features of one head.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfd_scale.models.attention import AttentionBackend, attention
-from sfd_scale.models.rope import Rotation, rotate
-
-NormKind = Literal["rms", "layer"]
-MlpKind = Literal["swiglu", "gelu"]
-FREQUENCIES = 256
-MAX_PERIOD = 10000.0
-
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a learned scale (arXiv 1910.07467), over the last axis."""
+    """x / rms(x) · weight, computed in float32 (arXiv 1910.07467)."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) → the same shape and dtype."""
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return functional.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm, computed in float32."""
+class TimestepEmbedder(nn.Module):
+    """256 sinusoids of the raw t in [0, 1] (cosines first), then an MLP: (N,) → (N, D)."""
+
+    num_sinusoids = 256
+    max_period = 10_000.0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.num_sinusoids, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.num_sinusoids // 2
+        # Always float32: in bf16 neighbouring times become one.
+        steps = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * steps / half)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A row for each class and, last, one for the null label of classifier-free guidance: (N,) → (N, D)."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches as tokens, row by row: (N, C, H, W) → (N, T, D)."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) → the same shape and dtype."""
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
-        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
-def token_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm before attention, MLP and output; adaLN scales a LayerNorm, so that one has no weights of its own."""
-    return RMSNorm(dim) if kind == "rms" else LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-
-
-def head_norm(kind: NormKind, dim: int) -> nn.Module:
-    """The norm of each head's queries and keys."""
-    return RMSNorm(dim) if kind == "rms" else LayerNorm(dim, eps=1e-5)
-
-
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """adaLN (arXiv 2212.09748, Sec. 3.2): x (N, T, D) scaled and shifted by (N, D)."""
-    scaled = x * (1 + scale[:, None])
-    return scaled if shift is None else scaled + shift[:, None]
+def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
+    """(N, T, p·p·C) → (N, C, H, W), for a square grid."""
+    side = math.isqrt(tokens.shape[1])
+    grid = tokens.unflatten(1, (side, side)).unflatten(3, (patch_size, patch_size, channels))  # (N, h, w, p, q, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class SwiGLU(nn.Module):
-    """silu(x·w1) · (x·w2) · w3 with w1, w2 fused (arXiv 2002.05202)."""
+    """silu(x·W1) · (x·W2) · W3, W1 and W2 in one matrix (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -74,98 +86,26 @@ class SwiGLU(nn.Module):
 
 
 class GeluMlp(nn.Module):
-    """Two linears with the tanh form of GELU between them."""
+    """The MLP of DiT: GELU in its tanh form."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
 
 
-def mlp_hidden(kind: MlpKind, width: int) -> int:
-    """4·width, or two thirds of it for SwiGLU, whose three matrices then cost what GELU's two do."""
-    return int(2 / 3 * 4 * width) if kind == "swiglu" else 4 * width
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift for tokens (N, T, D) and a condition (N, D) (adaLN, arXiv 2212.09748)."""
+    scaled = x * (1 + scale[:, None])
+    return scaled if shift is None else scaled + shift[:, None]
 
 
-def make_mlp(kind: MlpKind, width: int) -> nn.Module:
-    hidden = mlp_hidden(kind, width)
-    return SwiGLU(width, hidden) if kind == "swiglu" else GeluMlp(width, hidden)
-
-
-class Attention(nn.Module):
-    """Self-attention with normed and rotated queries and keys."""
-
-    def __init__(self, width: int, heads: int, norm: NormKind | None, backend: AttentionBackend) -> None:
-        super().__init__()
-        self.heads, self.backend = heads, backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.Identity() if norm is None else head_norm(norm, width // heads)
-        self.k_norm = nn.Identity() if norm is None else head_norm(norm, width // heads)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
-        """(N, T, D) → (N, T, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, A, D/A)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, A, T, D/A) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.proj(attention(q, k, v, self.backend).transpose(1, 2).flatten(2))
-
-
-def time_features(t: Tensor) -> Tensor:
-    """Sinusoids of the raw time, cosines first: (N,) → (N, 256) float32."""
-    half = FREQUENCIES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-class TimeEmbedder(nn.Module):
-    """(N,) times → (N, width)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(time_features(t).to(dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """(N,) class indices → (N, width). The last row, index num_classes, is the null class of guidance."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-class PatchEmbedder(nn.Module):
-    """(N, C, H, W) → (N, T, width), row by row."""
-
-    def __init__(self, channels: int, patch: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class FinalLayer(nn.Module):
-    """Tokens to pixels of their patch: (N, T, D) → (N, T, patch·patch·C)."""
-
-    def __init__(self, width: int, out: int, norm: NormKind) -> None:
-        super().__init__()
-        self.norm_final = token_norm(norm, width)
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+def sincos_position(dim: int, side: int) -> Tensor:
+    """The fixed 2-D sin-cos embedding of MAE and DiT, width axis first: (1, side², dim) (arXiv 2111.06377)."""
+    omega = 1.0 / 10_000.0 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
