@@ -1,0 +1,68 @@
+"""Activation checkpointing and torch.compile for the repeated blocks of a model, before an engine wraps it.
+
+Both replace the `forward` of a block, not the block: parameter names stay, and the engine's hooks, which gather and
+release weights, run outside the checkpointed and compiled region.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# What the selective mode keeps, because computing it again costs the most: matrix products and attention.
+_KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The repeated blocks, `model.blocks`; empty for a model without."""
+    blocks = getattr(model, "blocks", None)
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+
+def prepare_blocks(
+    model: nn.Module, checkpointing: Literal["none", "selective", "block"], compiled: bool, check: bool = True
+) -> None:
+    """Checkpoint the activations of every block (all, or all but `_KEPT`), then compile it.
+
+    Args:
+        check: compare shape and type of what is computed again; off where the engine frees weights in between, whose
+            saved shape is then 0.
+
+    Raises:
+        ValueError: where the model has no blocks to apply it to.
+    """
+    blocks = blocks_of(model)
+    if not blocks and (compiled or checkpointing != "none"):
+        raise ValueError(
+            f"{type(model).__name__} has no repeated `blocks`; allowed: activation_checkpointing none, compile false"
+        )
+    for block in blocks:
+        forward: Any = block.forward
+        if checkpointing != "none":
+            options: dict[str, Any] = {"use_reentrant": False, "determinism_check": "default" if check else "none"}
+            if checkpointing == "selective":
+                options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+            # No dropout: every draw is keyed and happens in the objective, so no generator state needs to be kept.
+            forward = functools.partial(checkpoint, forward, preserve_rng_state=False, **options)
+        if compiled:
+            forward = torch.compile(forward)
+        object.__setattr__(block, "forward", forward)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,46 @@
+"""Compile DeepSpeed's extensions ahead of time: `python -m sfd_scale.engines.build_ops`.
+
+DeepSpeed compiles them on first use, for minutes. Under a time limit such a build is cut off and starts again in the
+next process, so `make` and CI run this first. What is compiled already is only loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+logger = logging.getLogger(__name__)
+
+# The collectives of the CPU backend, and the Adam of offloaded optimizer states.
+OPS = ("ShareMemCommBuilder", "CPUAdamBuilder")
+
+
+def build(max_jobs: int | None = None) -> dict[str, float]:
+    """Compile and load each op this machine can use; returns the seconds each took, by name.
+
+    Args:
+        max_jobs: compiler processes at once; by default the CPUs this process may use.
+
+    Raises:
+        RuntimeError: from the compiler, if one is missing or fails.
+    """
+    os.environ.setdefault("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
+    from deepspeed.accelerator import get_accelerator  # reads MAX_JOBS
+
+    seconds = {}
+    for name in OPS:
+        builder = get_accelerator().create_op_builder(name)
+        if builder is None or not builder.is_compatible(verbose=False):
+            logger.info("%s: not used on this machine", name)
+            continue
+        started = time.monotonic()
+        builder.load(verbose=False)
+        seconds[builder.NAME] = time.monotonic() - started
+        logger.info("%s: ready after %.0f s", builder.NAME, seconds[builder.NAME])
+    return seconds
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    build()

@@ -1,0 +1,175 @@
+"""Fully sharded data parallelism of PyTorch (FSDP2): full, hybrid and replicated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from sfd_scale import distributed
+from sfd_scale.engines.blocks import blocks_of, prepare_blocks
+from sfd_scale.engines.engine import (
+    EngineConfig,
+    Fragment,
+    StepResult,
+    check_fragments,
+    check_replicas,
+    describe_fragments,
+    ensure_group,
+)
+from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig(EngineConfig):
+    """FSDP2 settings."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    # full: state over all ranks. hybrid: over groups of shard_size ranks, replicated between groups. replicate: DDP.
+    sharding: Literal["full", "hybrid", "replicate"] = "full"
+    shard_size: int | None = None  # of hybrid; None: the ranks of one node
+    reshard_after_forward: bool = True  # free a block's weights between forward and backward: less memory, more traffic
+    cpu_offload: bool = False  # weights, gradients and moments in host memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard_size is not None and (self.sharding != "hybrid" or self.shard_size < 1):
+            raise ValueError(f"shard_size: {self.shard_size}; allowed: 1 and up, with sharding hybrid only")
+
+
+def make_fsdp(model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> FSDPEngine:
+    """Shard an initialised fp32 model. `model.blocks`, if there are any, are gathered one at a time.
+
+    Raises:
+        ValueError: where the ranks do not divide into groups of `shard_size`, or bring different weights.
+    """
+    return FSDPEngine(model, optimizer, config)
+
+
+def _mesh(config: FSDPConfig, device: torch.device) -> DeviceMesh:
+    ranks = distributed.world_size()
+    if config.sharding == "full":
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    size = 1 if config.sharding == "replicate" else config.shard_size or distributed.local_world_size()
+    if ranks % size:
+        allowed = [n for n in range(1, ranks + 1) if ranks % n == 0]
+        raise ValueError(f"engine.shard_size: {size} does not divide {ranks} ranks; allowed here: {allowed}")
+    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+class FSDPEngine:
+    """One model under FSDP2 with torch's AdamW on its shards."""
+
+    def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> None:
+        ensure_group()
+        check_replicas(model)
+        self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        prepare_blocks(model, config.activation_checkpointing, config.compile)
+        self.mesh = _mesh(config, self.device)
+        on_gpu = self.device.type == "cuda"
+        bf16 = torch.bfloat16 if config.precision == "bf16" else None
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+        # cast_forward_inputs would round the time of the diffusion path to bf16: an error of the loss 8 times larger.
+        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks_of(model):
+            fully_shard(
+                block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
+                reshard_after_forward=config.reshard_after_forward,
+            )  # fmt: skip
+        self._root = fully_shard(model, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+        self._model = model  # the same object, which fully_shard changed in place
+        self._params = dict(model.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            param_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+            fused=on_gpu and not config.cpu_offload,
+        )  # fmt: skip
+        create_state(self.optimizer, list(self._params.values()))
+        self._fragments = self._make_fragments()
+        check_fragments(self._fragments, shapes)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        # Gradients are kept whole, in fp32, until the last micro-batch: one reduction a step.
+        self._root.set_requires_gradient_sync(last)
+        self._root.set_is_last_backward(last)
+        loss.backward()
+
+    def step(self, lr: float) -> StepResult:
+        grads = [param.grad for param in self._params.values() if param.grad is not None]
+        norm = get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        value = norm.item()
+        applied = math.isfinite(value)
+        if applied:
+            if self.config.grad_clip is not None:
+                clip_grads_with_norm_(self._params.values(), self.config.grad_clip, norm)
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+            self.optimizer_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(value, applied)
+
+    def fragments(self) -> list[Fragment]:
+        return self._fragments
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        self.optimizer_steps = steps
+        set_step(self.optimizer, steps)
+
+    def after_load(self) -> None:
+        """Nothing to do: forward gathers from the fragments themselves. Weights still gathered are freed."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "engine": f"fsdp2-{self.config.sharding}",
+            "mesh": dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
+            "precision": self.config.precision,
+            "reduce_dtype": "fp32",
+            "optimizer": type(self.optimizer).__name__,
+            **describe_fragments(self._fragments),
+        }
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _make_fragments(self) -> list[Fragment]:
+        primary = self.mesh.ndim == 1 or self.mesh.get_local_rank("replicate") == 0
+        fragments = []
+        for name, param in self._params.items():
+            assert isinstance(param, DTensor)
+            assert param.placements[-1] == Shard(0) and all(p == Replicate() for p in param.placements[:-1]), name
+            state = self.optimizer.state[param]
+            local, exp_avg, exp_avg_sq = (_local(t) for t in (param, state["exp_avg"], state["exp_avg_sq"]))
+            start = _rows_before(param) * math.prod(param.shape[1:])
+            if local.numel():
+                fragments.append(Fragment(name, tuple(param.shape), start, local, exp_avg, exp_avg_sq, primary))
+        return fragments
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a DTensor, as a flat view of the same memory."""
+    assert isinstance(tensor, DTensor)
+    local: Tensor = tensor.to_local().detach().view(-1)
+    assert local.dtype == torch.float32
+    return local
+
+
+def _rows_before(param: DTensor) -> int:
+    """Rows on the ranks before this one: torch.chunk's split of dimension 0 over the shard mesh."""
+    mesh = param.device_mesh
+    shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    return min(math.ceil(param.shape[0] / shards) * index, param.shape[0])

@@ -1,0 +1,109 @@
+"""AdamW groups and its state; the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW (arXiv 1711.05101). The defaults are those of the SFD training runs: no weight decay."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: {self.lr}; allowed: above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas}; allowed: two numbers in [0, 1)")
+        if not self.eps > 0:
+            raise ValueError(f"eps: {self.eps}; allowed: above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: {self.weight_decay}; allowed: 0 and up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A linear warm-up to the peak, then constant, or falling to `final` of the peak at the last step."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: {self.warmup_steps}; allowed: 0 and up")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final: {self.final}; allowed: a share of the peak in [0, 1]")
+        if self.kind == "constant" and self.final:
+            raise ValueError(f"final: {self.final}; allowed: 0 with kind constant, which does not fall")
+
+
+def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) -> float:
+    """The rate of step 0, 1, …, total - 1. Warm-up step i has (i + 1) / warmup_steps of the peak, never 0."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return peak
+    span = max(total - 1 - schedule.warmup_steps, 1)
+    done = min((step - schedule.warmup_steps) / span, 1.0)
+    falling = 1.0 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (schedule.final + (1.0 - schedule.final) * falling)
+
+
+def param_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
+    """Groups for torch's AdamW: decay on matrices and kernels, none on vectors (biases, norms, gates).
+
+    Raises:
+        ValueError: for a parameter without gradients, which no engine here shards or saves.
+    """
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    if frozen:
+        raise ValueError(f"parameters that are not trained: {', '.join(frozen)}; register constants as buffers")
+    params = list(model.parameters())
+    if config.weight_decay == 0:
+        return [{"params": params, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def create_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> None:
+    """Create the Adam state that the first step would create, so that it can be read and loaded before that.
+
+    `step` is a tensor for torch's AdamW and a plain int for DeepSpeed's CPU Adam, as each of them creates it.
+    """
+    fused = {id(p): group.get("fused") for group in optimizer.param_groups for p in group["params"]}
+    for tensor in tensors:
+        state = optimizer.state[tensor]
+        assert not state, "the optimizer has stepped before its state was created"
+        if isinstance(optimizer, torch.optim.AdamW):
+            on_device = fused.get(id(tensor), optimizer.defaults["fused"])
+            state["step"] = torch.zeros((), device=tensor.device if on_device else "cpu")
+        else:
+            state["step"] = 0
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set how many updates the moments of every tensor have seen, which Adam's bias correction depends on."""
+    for state in optimizer.state.values():
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(float(step))
+        else:
+            state["step"] = step
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

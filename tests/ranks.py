@@ -1,0 +1,86 @@
+"""Run a function on several gloo ranks of this machine: `run_ranks(fn, world_size, *args)`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankError(RuntimeError):
+    """A rank failed; the message is its traceback."""
+
+
+def _entry(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    out = Path(folder)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )  # fmt: skip
+        result = fn(*args)
+        torch.save(result, out / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001  the parent raises it
+        (out / f"{rank}.error").write_text(f"{time.time()}\n{traceback.format_exc()}")
+        # Not an orderly exit: destructors of a broken group may wait for ranks that are gone.
+        os._exit(1)
+    os._exit(0)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """`fn(*args)` on `world_size` new processes in one gloo group; returns their results, by rank.
+
+    `fn` must be importable (a module-level function) and return what torch.save can write.
+
+    Raises:
+        RankError: with the traceback of the rank that failed first, or when `timeout` seconds have passed.
+    """
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_entry, args=(rank, world_size, folder, fn, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in ranks) and all(p.exitcode in (None, 0) for p in ranks):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        late = any(p.is_alive() for p in ranks) and all(p.exitcode in (None, 0) for p in ranks)
+        if any(p.is_alive() for p in ranks) and not late:
+            time.sleep(0.5)  # the others' error may be the first one
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        _raise_first(Path(folder), [p.exitcode for p in ranks], late, timeout)
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _raise_first(folder: Path, codes: list[int | None], late: bool, timeout: float) -> None:
+    errors = sorted((file.read_text().split("\n", 1), file.stem) for file in folder.glob("*.error"))
+    if errors:
+        (_, text), rank = errors[0]
+        raise RankError(f"rank {rank} of {len(codes)}:\n{text}")
+    if late:
+        raise RankError(f"{len(codes)} ranks were still running after {timeout:.0f} s")
+    if any(codes):
+        raise RankError(f"exit codes of the ranks: {codes}")
