@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+
 FOLDER = Path(__file__).parent / "golden"
 manifest: dict[str, Any] = json.loads((FOLDER / "manifest.json").read_text())
 settings: dict[str, Any] = manifest["config"]
@@ -33,3 +36,26 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over largest expected value."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return ((actual.detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def golden_model(name: str) -> LightningDiT:
+    """`main`, `guide`, `sync/main` or `sync/guide` with its golden weights, every key loaded, in eval mode."""
+    base = name.removeprefix("sync/")
+    authors, sync, state = settings[base], name != base, arrays(f"weights_{base}")
+    if sync:
+        # The models with one clock share all other weights.
+        own = {key.removeprefix(f"{base}/"): value for key, value in arrays("weights_sync").items() if base in key}
+        state = {key: value for key, value in state.items() if not key.startswith("t_embedder")} | own
+    config = LightningDiTConfig(
+        size=None,
+        depth=authors["depth"],
+        width=authors["hidden_size"],
+        heads=authors["num_heads"],
+        num_classes=authors["num_classes"],
+        alignment=AlignmentConfig(depth=authors["repa_depth"], hidden=authors["repa_projector_dim"], dim=384),
+    )
+    model = LightningDiT(
+        config, in_channels=authors["in_channels"], input_size=authors["input_size"], two_clocks=not sync
+    )
+    model.load_state_dict(state)
+    return model.eval()

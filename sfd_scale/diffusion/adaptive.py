@@ -179,8 +179,10 @@ def _attempt(
 def _stages(field: Field, state: State, step: Tensor, reached: Tensor, inside: Tensor) -> tuple[list[Tensor], Tensor]:
     """The slopes of all 7 stages, (N, C, H, W) each, and the new x, at which the last is taken."""
     slopes, x = [state.slope], state.x
-    # In the dtype of x, as torchdiffeq's: which side of a jump a stage is on depends on it.
+    # In the dtype of x and, at the end of the step, one rounding short of it, as torchdiffeq has them: which side of
+    # a jump a stage is on depends on it.
     start, width, stop = (value.to(x.dtype) for value in (state.time, step, reached))
+    stop = torch.nextafter(stop, start)
     for time, weights in zip(TIMES[1:], STAGES, strict=True):
         x = state.x + _weighted(weights, slopes, step)
         g = stop if time == 1 else start + time * width
@@ -220,13 +222,10 @@ def _interpolate(x0: Tensor, x1: Tensor, slopes: list[Tensor], step: Tensor, sha
 
 
 def _weighted(weights: Sequence[float], slopes: list[Tensor], step: Tensor) -> Tensor:
-    """step · Σ weight·slope: (N, C, H, W)."""
-    width = _wide(step, slopes[0])
-    total = torch.zeros_like(slopes[0])
-    for weight, slope in zip(weights, slopes, strict=True):
-        if weight:
-            total += weight * width * slope
-    return total
+    """step · Σ weight·slope: (N, C, H, W). The weights are scaled before they meet the slopes, as torchdiffeq does:
+    the error estimate is what the terms leave of each other, and its rounding moves the steps."""
+    scaled = slopes[0].new_tensor(weights) * _wide(step, slopes[0])[..., None]
+    return (torch.stack(slopes, -1) * scaled).sum(-1)
 
 
 def _between(time: Tensor, phase: Tensor, inside: Tensor) -> Tensor:
