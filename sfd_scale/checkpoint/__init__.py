@@ -1,0 +1,15 @@
+"""Checkpoints that any engine at any world size can read: save, load, latest, prune, export."""
+
+from sfd_scale.checkpoint.export import export, load_weights
+from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, read_state
+from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointManager",
+    "checkpoint_hash",
+    "export",
+    "load_weights",
+    "read_state",
+]

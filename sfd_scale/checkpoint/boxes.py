@@ -1,0 +1,97 @@
+"""A fragment (a flat range of a parameter) as the n-dimensional boxes that torch's distributed checkpoints store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfd_scale.engines.engine import Fragment
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
+
+# Prefix of the stored name → attribute of the fragment; the averages come from the EMA.
+PARTS = {"model": "param", "optim.exp_avg": "exp_avg", "optim.exp_avg_sq": "exp_avg_sq"}
+EMA_PART = "ema"
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Elements [start, stop) of a row-major tensor as at most 2 · ndim - 1 boxes, in that order."""
+    if not shape:
+        return [((), ())]
+    if len(shape) == 1:
+        return [((start,), (stop - start,))]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    out: list[Box] = []
+    whole_from = first if start % row == 0 else first + 1
+    whole_to = last + 1 if stop % row == 0 else last
+    if start % row:
+        out += _in_row(shape, first, start % row, min(row, stop - first * row))
+    if whole_to > whole_from:
+        out.append(((whole_from, *[0] * (len(shape) - 1)), (whole_to - whole_from, *shape[1:])))
+    # The last row, unless it is the first one too and stands above already.
+    if stop % row and (last != first or start % row == 0):
+        out += _in_row(shape, last, 0, stop % row)
+    return out
+
+
+def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> list[Box]:
+    return [((row, *offset), (1, *size)) for offset, size in boxes(shape[1:], start, stop)]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Host memory for one stored tensor of one fragment: the rows the fragment touches.
+
+    Attributes:
+        rows: (r, *shape[1:]) fp32, which tells torch its boxes (torch.distributed.checkpoint.CheckpointableTensor).
+        flat: (n,) the fragment's elements, a view of `rows`.
+        source: (n,) the memory of the engine or the EMA.
+    """
+
+    rows: Tensor
+    flat: Tensor
+    source: Tensor
+
+
+def stage(parts: Iterable[tuple[Fragment, Tensor]], pinned: bool) -> dict[str, Staged]:
+    """Host buffers for fragments and their averages, by stored name; nothing is copied yet."""
+    out = {}
+    for fragment, average in parts:
+        for prefix, attribute in PARTS.items():
+            out[f"{prefix}.{fragment.name}"] = _staged(fragment, getattr(fragment, attribute), pinned)
+        out[f"{EMA_PART}.{fragment.name}"] = _staged(fragment, average, pinned)
+    return out
+
+
+def stored_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes a checkpoint has for parameters of these names and shapes."""
+    return {f"{prefix}.{name}": shape for prefix in (*PARTS, EMA_PART) for name, shape in shapes.items()}
+
+
+def _staged(fragment: Fragment, source: Tensor, pinned: bool) -> Staged:
+    shape = fragment.shape
+    if not shape:
+        rows = torch.zeros((), pin_memory=pinned)
+        return Staged(_describe(rows, shape, boxes(shape, 0, 1), 0), rows.view(-1), source)
+    row = math.prod(shape[1:])
+    first, last = fragment.start // row, (fragment.stop - 1) // row
+    rows = torch.zeros(last - first + 1, *shape[1:], pin_memory=pinned)
+    flat = rows.view(-1)[fragment.start - first * row : fragment.stop - first * row]
+    return Staged(_describe(rows, shape, boxes(shape, fragment.start, fragment.stop), first), flat, source)
+
+
+def _describe(rows: Tensor, shape: tuple[int, ...], parts: list[Box], first: int) -> Tensor:
+    attributes = {
+        "global_shape": shape,
+        "global_offsets": tuple(offset for offset, _ in parts),
+        "local_offsets": tuple((offset[0] - first, *offset[1:]) if offset else () for offset, _ in parts),
+        "local_sizes": tuple(size for _, size in parts),
+    }
+    for name, value in attributes.items():
+        setattr(rows, name, value)
+    return rows

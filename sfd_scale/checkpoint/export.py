@@ -1,0 +1,61 @@
+"""Weights of a checkpoint as one safetensors file, without ranks or an engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from sfd_scale.checkpoint.boxes import EMA_PART
+from sfd_scale.checkpoint.folder import Reader, checkpoint_hash, damage, read_metadata, read_state, shapes
+
+Weights = Literal["ema", "params"]
+_PREFIX: dict[str, str] = {"ema": f"{EMA_PART}.", "params": "model."}
+
+
+def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
+    """Full fp32 weights by their state-dict names, from a checkpoint folder or from an exported safetensors file.
+
+    Raises:
+        ValueError: where the path is neither, or the checkpoint is damaged or of a newer release.
+    """
+    if path.is_file() and path.suffix == ".safetensors":
+        return load_file(path)
+    if not (path / "COMMIT").is_file():
+        raise ValueError(f"{path}: neither a committed checkpoint folder nor a .safetensors file")
+    read_state(path)
+    wrong = damage(path, slice(None))
+    if wrong:
+        raise ValueError(f"{path}: damaged checkpoint: {wrong}")
+    prefix = _PREFIX[weights]
+    stored = shapes(read_metadata(path))
+    tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
+    load(tensors, storage_reader=Reader(path), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def export(checkpoint: Path, out: Path, weights: Weights = "ema", metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the averaged (or the raw) weights to `out`, a safetensors file with the model's state-dict names.
+
+    Its metadata holds the checkpoint's hash, `weights`, every text and number of the checkpoint's state (step, recipe
+    digest, hash of the latent statistics, …) and `metadata`.
+
+    Raises:
+        ValueError: see `load_weights`; or where `out` is not named .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the name of an export ends in .safetensors")
+    tensors = load_weights(checkpoint, weights)
+    state = {key: str(value) for key, value in read_state(checkpoint).items() if isinstance(value, str | int | float)}
+    notes = {**state, "checkpoint_sha256": checkpoint_hash(checkpoint), "weights": weights, **(metadata or {})}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.tmp")
+    save_file(tensors, partial, metadata=notes)
+    os.replace(partial, out)
+    return out

@@ -1,0 +1,210 @@
+"""The folder of one checkpoint: names, what it holds, whether it is whole.
+
+    step-00001000/
+        __<rank>_0.distcp, .metadata   torch's distributed checkpoint: fp32 tensors in full shapes
+        state.json                     step, format, and what the trainer records
+        checksums.json                 sha256 and size of each file above, made by the rank that wrote it
+        COMMIT                         sha256 of checksums.json; written last
+
+A folder without COMMIT is not a checkpoint. `step-….tmp` is a save under way or cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or could not be written."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint folder; None for any other name."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def committed(root: Path) -> list[Path]:
+    """The committed checkpoints below `root`, oldest first."""
+    found = [path for path in root.glob("step-*") if step_of(path) is not None and (path / "COMMIT").is_file()]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames and new files in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """The identity of a checkpoint's contents: sha256 over the sha256 of its files."""
+    return (folder / "COMMIT").read_text().strip()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What the trainer recorded, with `step`, `format` and `optimizer_steps`.
+
+    Raises:
+        ValueError: for a checkpoint of a newer release.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    if state["format"] > FORMAT:
+        raise ValueError(
+            f"{folder}: checkpoint format {state['format']}; this release of sfd-scale reads up to {FORMAT}: update it"
+        )
+    return state
+
+
+def checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name → {"sha256", "bytes"}, after checking the list itself against COMMIT.
+
+    Raises:
+        CheckpointError: where the list was changed.
+    """
+    text = (folder / "checksums.json").read_bytes()
+    if hashlib.sha256(text).hexdigest() != checkpoint_hash(folder):
+        raise CheckpointError(f"{folder}: checksums.json is not the file that was committed")
+    return json.loads(text)
+
+
+def damage(folder: Path, share: slice) -> str | None:
+    """What is wrong with the files `share` of a committed checkpoint; None where they are as they were written."""
+    try:
+        for name, expected in sorted(checksums(folder).items())[share]:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """torch stores `.metadata` as a pickle, which could run any code. Only the classes it is made of are let in."""
+
+    _METADATA = (
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    )  # fmt: skip
+    _KNOWN = frozenset(
+        {
+            *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("torch", "float32"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in self._KNOWN
+        if not known:
+            raise CheckpointError(f".metadata names {module}.{name}, which no checkpoint of ours holds")
+        return super().find_class(module, name)
+
+
+class Reader(FileSystemReader):
+    """torch's reader, with `.metadata` read by the unpickler above."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_metadata(folder: Path) -> Metadata:
+    with (folder / ".metadata").open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{folder}: .metadata holds a {type(metadata).__name__}")
+    return metadata
+
+
+def shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
+    """Stored name → full shape."""
+    return {
+        name: tuple(entry.size)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def check_complete(metadata: Metadata, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what was just written with what should be there: names, shapes, types, and every element once.
+
+    Raises:
+        CheckpointError: naming the tensors that differ.
+    """
+    wrong = set(expected) ^ set(metadata.state_dict_metadata)
+    for name, entry in metadata.state_dict_metadata.items():
+        if name in wrong or not isinstance(entry, TensorStorageMetadata):
+            wrong.add(name)
+            continue
+        volume = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+        if (
+            tuple(entry.size) != tuple(expected[name])
+            or volume != math.prod(entry.size)
+            or entry.properties.dtype != torch.float32
+        ):
+            wrong.add(name)
+    if wrong:
+        raise CheckpointError(f"the checkpoint just written is not whole: {', '.join(sorted(wrong)[:8])}")
+
+
+def check_same_model(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown or of another shape.
+    """
+    problems = [f"{name}: not in the checkpoint" for name in sorted(set(expected) - set(stored))]
+    problems += [f"{name}: not in the model" for name in sorted(set(stored) - set(expected))]
+    problems += [
+        f"{name}: {tuple(stored[name])} in the checkpoint, {tuple(expected[name])} in the model"
+        for name in sorted(set(stored) & set(expected))
+        if tuple(stored[name]) != tuple(expected[name])
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:8])}{more}")

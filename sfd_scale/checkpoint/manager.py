@@ -1,0 +1,257 @@
+"""When to save, what to keep, and the save and load of all ranks together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from sfd_scale import distributed
+from sfd_scale.checkpoint import folder as files
+from sfd_scale.checkpoint.boxes import Staged, stage, stored_shapes
+from sfd_scale.checkpoint.folder import CheckpointError
+from sfd_scale.ema import EMA
+from sfd_scale.engines.engine import Engine
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """The last `keep_last` checkpoints stay, and every one whose step `keep_every` divides."""
+
+    every: int = 5000  # steps between saves
+    keep_last: int = 2
+    keep_every: int | None = None
+    background: bool = True  # write while training goes on, from a copy in host memory
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
+            raise ValueError(f"keep_every: {self.keep_every}; allowed: a multiple of every = {self.every}, or null")
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Every method but `due` and `read_state` is called by all ranks together."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self._group: dist.ProcessGroup | None = None
+        self._staged: dict[str, Staged] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._damaged: set[Path] = set()
+
+    def due(self, step: int) -> bool:
+        return step % self.config.every == 0
+
+    # --------------------------------------------------------------------------------------------- save
+
+    def save(self, step: int, engine: Engine, ema: EMA, state: Mapping[str, Any]) -> None:
+        """Save as `step-<step>`; in the background, if so configured, once the tensors are copied to host memory.
+
+        Raises:
+            CheckpointError: where this save, or the one before it in the background, failed on any rank.
+        """
+        self.wait()
+        on_gpu = engine.device.type == "cuda"
+        if self._staged is None:
+            pairs = zip(engine.fragments(), ema.tensors, strict=True)
+            self._staged = stage((pair for pair in pairs if pair[0].primary), pinned=on_gpu)
+        for staged in self._staged.values():
+            staged.flat.copy_(staged.source, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        expected = stored_shapes(_all_shapes(engine))
+        record = {**state, "step": step, "format": files.FORMAT, "optimizer_steps": engine.optimizer_steps}
+        text = json.dumps(record, indent=1, sort_keys=True)
+        tensors = {name: s.rows for name, s in self._staged.items()}
+        group = self._checkpoint_group()
+        if not self.config.background:
+            self._write(step, tensors, expected, text, group)
+            return
+        self._thread = threading.Thread(
+            target=self._in_background, args=(step, tensors, expected, text, group), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in the background; raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _in_background(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:  # noqa: BLE001  raised by `wait` on the main thread
+            self._error = error
+
+    def _write(
+        self, step: int, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]], state: str,
+        group: dist.ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        """Write, check, commit. Every stage is agreed on by all ranks, so that one failing rank fails them all."""
+        final = self.folder / files.folder_name(step)
+        partial = final.with_name(f"{final.name}.tmp")
+        first = distributed.is_main()
+
+        def prepare() -> None:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+
+        def write() -> dict[str, dict[str, Any]]:
+            writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+            save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+            own = partial.glob(f"__{distributed.rank()}_*.distcp")
+            return {path.name: _fingerprint(path) for path in own}
+
+        def commit() -> None:
+            if first:
+                files.check_complete(files.read_metadata(partial), expected)
+                files.write_synced(partial / "state.json", state)
+                sums = {name: _fingerprint(partial / name) for name in (".metadata", "state.json")}
+                for written in by_rank:
+                    sums |= written
+                listing = json.dumps(sums, indent=1, sort_keys=True)
+                files.write_synced(partial / "checksums.json", listing)
+                files.sync_folder(partial)
+                _move_aside(final)
+                os.replace(partial, final)
+                files.sync_folder(self.folder)
+                files.write_synced(final / "COMMIT", hashlib.sha256(listing.encode()).hexdigest() + "\n")
+                files.sync_folder(final)
+                self._prune()
+
+        _together(prepare, group, f"{final.name}: making the folder")
+        by_rank = _together(write, group, f"{final.name}: writing tensors")
+        _together(commit, group, f"{final.name}: committing")
+        if first:
+            logger.info("saved %s", final)
+
+    # --------------------------------------------------------------------------------------------- load
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint. Damaged ones are reported, skipped and left where they are."""
+        self.wait()
+        for candidate in reversed(self._candidates()):
+            share = slice(distributed.rank(), None, distributed.world_size())
+            reports = [r for r in distributed.all_gather_object(files.damage(candidate, share)) if r]
+            if not reports:
+                return candidate
+            self._damaged.add(candidate)
+            if distributed.is_main():
+                logger.warning("%s is damaged and skipped: %s", candidate, "; ".join(reports))
+        return None
+
+    def _candidates(self) -> list[Path]:
+        found: list[Path] = []
+        if distributed.is_main() and self.folder.is_dir():
+            found = files.committed(self.folder)
+            for path in sorted(self.folder.glob("step-*")):
+                if path not in found:
+                    logger.warning("%s is not a whole checkpoint and is skipped", path)
+        return distributed.broadcast_object(found)
+
+    def read_state(self, path: Path) -> dict[str, Any]:
+        """See `folder.read_state`."""
+        return files.read_state(path)
+
+    def load(self, path: Path, engine: Engine, ema: EMA) -> dict[str, Any]:
+        """Fill weights, moments, averages and the optimizer's step count; returns the trainer's state.
+
+        Raises:
+            ValueError: where the checkpoint is of another model, naming the tensors, or of a newer release.
+        """
+        self.wait()
+        state = files.read_state(path)
+        files.check_same_model(files.shapes(files.read_metadata(path)), stored_shapes(_all_shapes(engine)))
+        staged = stage(zip(engine.fragments(), ema.tensors, strict=True), pinned=False)
+        tensors = {name: s.rows for name, s in staged.items()}
+        group = self._checkpoint_group()
+        load(tensors, storage_reader=files.Reader(path), process_group=group, no_dist=group is None)
+        with torch.no_grad():
+            for s in staged.values():
+                s.source.copy_(s.flat)
+        engine.set_optimizer_steps(state["optimizer_steps"])
+        engine.after_load()
+        return state
+
+    # --------------------------------------------------------------------------------------------- keep
+
+    def _prune(self) -> None:
+        """On rank 0, after a commit: remove what retention does not keep, and what earlier saves left unfinished."""
+        whole = [path for path in files.committed(self.folder) if path not in self._damaged]
+        for path in whole[: -self.config.keep_last]:
+            step = files.step_of(path) or 0
+            if self.config.keep_every is None or step % self.config.keep_every:
+                # First the name, so that a kill in between leaves nothing that looks like a checkpoint.
+                os.replace(path, path.with_name(f"{path.name}.deleted"))
+        for leftover in [*self.folder.glob("step-*.deleted"), *self.folder.glob("step-*.tmp")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _checkpoint_group(self) -> dist.ProcessGroup | None:
+        """A gloo group of all ranks for checkpoints alone, so that the background thread meets no other collective."""
+        if self._group is None and dist.is_initialized():
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)  # only a rank outside of it gets something else
+            self._group = group
+        return self._group
+
+
+def _all_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Name → full shape of every parameter, from the fragments of all ranks."""
+    local = {fragment.name: fragment.shape for fragment in engine.fragments()}
+    return {name: shape for part in distributed.all_gather_object(local) for name, shape in part.items()}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+
+
+def _move_aside(path: Path) -> None:
+    """Another folder of this step (a cut-off or damaged save, reported by `latest`) is kept under another name."""
+    if path.exists():
+        aside = next(p for n in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
+        logger.warning("%s exists; kept as %s", path, aside.name)
+        os.replace(path, aside)
+
+
+def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str) -> list[T]:
+    """Do `work` on every rank; the results of all, or CheckpointError on all where it failed on one."""
+    result: T | None = None
+    failure = None
+    try:
+        result = work()
+    except Exception as error:
+        # Every rank must hear of it, or the others would wait for this one.
+        failure = f"{type(error).__name__}: {error}"
+        logger.exception("%s", what)
+    outcomes: list[Any] = [(result, failure)]
+    if group is not None:
+        outcomes = [None] * dist.get_world_size(group)
+        dist.all_gather_object(outcomes, (result, failure), group=group)
+    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text is not None]
+    if failures:
+        raise CheckpointError(f"{what} failed on {'; '.join(failures)}")
+    return [value for value, _ in outcomes]
