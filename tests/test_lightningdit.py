@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from test_models_golden import CLOCKS, golden_model, inputs
+from golden_arrays import arrays, golden_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfd_scale.models import attention as kernels
+from sfd_scale.models import attention
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import (
     SIZES,
@@ -17,12 +20,12 @@ from sfd_scale.models.lightningdit import (
     LightningDiTConfig,
     flops_per_sample,
     parameter_count,
-    without_alignment,
 )
 
-TINY = LightningDiTConfig(
-    size=None, depth=3, width=64, heads=4, in_channels=12, input_size=8, num_classes=10, alignment=AlignmentConfig()
-)
+inputs = arrays("inputs")
+CLOCKS = (inputs["fwd_t_tex"], inputs["fwd_t_sem"])
+TINY = LightningDiTConfig(depth=3, width=64, heads=4, num_classes=10, alignment=AlignmentConfig())
+SMALL = {"in_channels": 12, "input_size": 8, "two_clocks": True}
 
 
 # The authors' counts, with the alignment head, for 48 channels on a 16 × 16 grid and 1000 classes.
@@ -38,17 +41,18 @@ TINY = LightningDiTConfig(
 )
 def test_parameter_counts_are_the_authors(size: str, count: int) -> None:
     start = time.monotonic()
-    config = LightningDiTConfig(size=size)  # type: ignore[arg-type]
+    config = LightningDiTConfig(size=size, alignment=AlignmentConfig())  # type: ignore[arg-type]
     assert parameter_count(config) == count
     head = 2048 * (config.dimensions.width + 1) + 2048 * 2049 + 768 * 2049
-    assert parameter_count(without_alignment(config)) == count - head
+    assert parameter_count(dataclasses.replace(config, alignment=None)) == count - head
     assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_state_dict_keys_and_shapes(size: str) -> None:
     with torch.device("meta"):
-        state = LightningDiT(LightningDiTConfig(size=size, patch_size=2)).state_dict()  # type: ignore[arg-type]
+        config = LightningDiTConfig(size=size, patch_size=2)  # type: ignore[arg-type]
+        state = LightningDiT(config, in_channels=48, input_size=16, two_clocks=True).state_dict()
     depth, width, heads = SIZES[size]
     hidden = int(2 / 3 * 4 * width)
     assert state[f"blocks.{depth - 1}.mlp.w12.weight"].shape == (2 * hidden, width)
@@ -62,25 +66,27 @@ def test_state_dict_keys_and_shapes(size: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "shape"),
     [
-        TINY,
-        LightningDiTConfig(size=None, depth=2, width=96, heads=4, patch_size=2, input_size=8, in_channels=5,
-                           two_clocks=False, mlp="gelu", modulation="scale", learn_sigma=True, alignment=None),
+        (TINY, SMALL),
+        (
+            LightningDiTConfig(depth=2, width=96, heads=4, patch_size=2, mlp="gelu", shift=False, learn_sigma=True),
+            {"in_channels": 5, "input_size": 8, "two_clocks": False},
+        ),
     ],
-)  # fmt: skip
-def test_flops_are_those_that_torch_counts(config: LightningDiTConfig) -> None:
-    model = LightningDiT(config)
-    x = torch.zeros(2, config.in_channels, config.input_size, config.input_size)
+)
+def test_flops_are_those_that_torch_counts(config: LightningDiTConfig, shape: dict[str, Any]) -> None:
+    model = LightningDiT(config, **shape)
+    x = torch.zeros(2, shape["in_channels"], shape["input_size"], shape["input_size"])
     t, y = torch.zeros(2), torch.zeros(2, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(x, t, t, y)
-    assert counter.get_total_flops() == 2 * flops_per_sample(config, training=False)
-    assert flops_per_sample(config, training=True) == 3 * flops_per_sample(config, training=False)
+    assert counter.get_total_flops() == 2 * flops_per_sample(config, **shape, training=False)
+    assert flops_per_sample(config, **shape, training=True) == 3 * flops_per_sample(config, **shape, training=False)
 
 
 def test_start_values() -> None:
-    model = LightningDiT(TINY)
+    model = LightningDiT(TINY, **SMALL)
     model.init_weights(0)
     state = model.state_dict()
     for name in ("blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight"):
@@ -98,9 +104,13 @@ def test_start_values() -> None:
 
 
 def test_start_values_depend_on_seed_and_name_alone() -> None:
-    first, second, other = LightningDiT(TINY), LightningDiT(without_alignment(TINY)), LightningDiT(TINY)
+    first, second, other = (
+        LightningDiT(TINY, **SMALL),
+        LightningDiT(dataclasses.replace(TINY, alignment=None), **SMALL),
+        LightningDiT(TINY, **SMALL),
+    )
     with torch.device("meta"):
-        meta = LightningDiT(TINY)
+        meta = LightningDiT(TINY, **SMALL)
     late = meta.to_empty(device="cpu")
     for model, seed in ((first, 3), (second, 3), (late, 3), (other, 4)):
         model.init_weights(seed)
@@ -126,7 +136,7 @@ def test_bfloat16_weights() -> None:
     assert 1e-4 < ((rough - exact).norm() / exact.norm()).item() < 3e-2
     # Two times that bfloat16 cannot tell apart still give different time features.
     times = torch.tensor([0.5, 0.5005])
-    embedded = model.t_embedder_sem(times, torch.bfloat16)
+    embedded = model.t_embedder_sem(times)
     assert not torch.equal(embedded[0], embedded[1])
 
 
@@ -134,16 +144,22 @@ def test_bfloat16_weights() -> None:
     ("changes", "message"),
     [
         ({"size": "B", "depth": 3}, "size: B"),
-        ({"size": None, "depth": 3}, "size: null"),
-        ({"size": None, "depth": 3, "width": 66, "heads": 4}, "width: 66"),
-        ({"patch_size": 3}, "patch_size: 3"),
-        ({"num_classes": 0}, "num_classes: 0"),
-        ({"size": None, "depth": 1, "width": 64, "heads": 4}, "alignment.depth: 2"),
+        ({"size": None, "depth": 3}, "size: None"),
+        ({"depth": 3, "width": 66, "heads": 4}, "width: 66"),
+        ({"depth": 3, "width": 64, "heads": 4, "num_classes": 0}, "num_classes: 0"),
+        ({"depth": 3, "width": 64, "heads": 4, "patch_size": 0}, "patch_size: 0"),
+        ({"depth": 1, "width": 64, "heads": 4, "alignment": AlignmentConfig()}, "alignment.depth: 2"),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, object], message: str) -> None:
+def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LightningDiTConfig(**changes)  # type: ignore[arg-type]
+        LightningDiTConfig(**changes)
+
+
+def test_a_patch_that_does_not_divide_the_grid() -> None:
+    config = LightningDiTConfig(size="S", patch_size=3)
+    with pytest.raises(ValueError, match="patch_size: 3"):
+        LightningDiT(config, in_channels=4, input_size=16, two_clocks=True)
 
 
 @pytest.mark.parametrize("name", ["dim", "depth", "hidden"])
@@ -154,29 +170,43 @@ def test_alignment_settings_that_cannot_be(name: str) -> None:
 
 # --------------------------------------------------------------------------------------------- attention
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def default_kernels() -> Iterator[None]:
+    """The choice of a kernel holds for the process: put it back."""
+    yield
+    attention.activate("sdpa", CPU)
+
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
-def test_attention_is_its_formula(backend: kernels.AttentionBackend) -> None:
-    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    formula = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
-    torch.testing.assert_close(kernels.attention(q, k, v, backend), formula, rtol=1e-5, atol=1e-6)
+def test_attention_is_its_formula(backend: attention.AttentionBackend, default_kernels: None) -> None:
+    layer = attention.Attention(32, 4, qk_norm="none")
+    attention.activate(backend, CPU)
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
+    mixed = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    expected = layer.proj(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, None), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
-def test_a_kernel_that_cannot_run_is_refused(backend: kernels.AttentionBackend) -> None:
-    with pytest.raises(ValueError, match=f"attention: {backend}; it needs a CUDA device.*allowed here: auto"):
-        kernels.prepare(backend, torch.device("cpu"), torch.bfloat16)
+def test_a_kernel_that_cannot_run_is_refused(backend: attention.AttentionBackend) -> None:
+    with pytest.raises(ValueError, match=f"attention: {backend} cannot run here .it needs a CUDA device"):
+        attention.activate(backend, CPU)
+    with pytest.raises(ValueError, match="attention: 'flash9'; allowed: auto"):
+        attention.assert_supported("flash9", CPU)  # type: ignore[arg-type]
 
 
-def test_auto_says_why_it_takes_another_kernel() -> None:
-    cpu = torch.device("cpu")
-    assert "flash3 not used: it needs a CUDA device" in kernels.prepare("auto", cpu, torch.bfloat16)
-    assert kernels.prepare("sdpa", cpu, torch.float32) == "attention: sdpa"
+def test_auto_says_why_it_takes_another_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert attention.activate("auto", CPU) == "sdpa"
+    assert "sdpa; flash3: it needs a CUDA device; flash4" in caplog.text
 
 
-def test_the_record_names_the_operator_that_ran() -> None:
-    cpu = torch.device("cpu")
-    fused = kernels.describe_attention("sdpa", cpu, torch.float32, 72)
-    plain = kernels.describe_attention("math", cpu, torch.float32, 72)
-    assert "flash_attention_for_cpu" in fused["operators"]
-    assert "flash" not in plain["operators"] and "softmax" in plain["operators"]
+def test_the_operator_that_really_ran(default_kernels: None) -> None:
+    attention.activate("sdpa", CPU)
+    assert "flash_attention_for_cpu" in attention.kernel_name(CPU, torch.float32, 72)
+    attention.activate("math", CPU)
+    assert "flash" not in attention.kernel_name(CPU, torch.float32, 72)

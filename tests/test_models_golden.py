@@ -6,60 +6,39 @@ from typing import Any
 
 import pytest
 import torch
-from golden_arrays import arrays, relative_error, settings
+from golden_arrays import arrays, golden_model, relative_error, settings
 from torch import Tensor
 
-from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 
 inputs, expected = arrays("inputs"), arrays("out_forward")
 CLOCKS = (inputs["fwd_t_tex"], inputs["fwd_t_sem"])
 VARIANTS: dict[str, dict[str, Any]] = {
     "patch2_layernorm_gelu_woshift": {
-        "norm": "layer",
+        "norm": "layernorm",
         "mlp": "gelu",
-        "rotary": False,
+        "rope": False,
         "qk_norm": False,
-        "modulation": "scale",
+        "shift": False,
     },
-    "layernorm_qknorm_rope": {"norm": "layer"},
+    "layernorm_qknorm_rope": {"norm": "layernorm"},
     "learn_sigma": {"learn_sigma": True},
 }
 
 
-def golden_config(authors: dict[str, Any], **changes: Any) -> LightningDiTConfig:
-    alignment = None
-    if "use_repa" in authors:
-        alignment = AlignmentConfig(depth=authors["repa_depth"], hidden=authors["repa_projector_dim"], dim=384)
-    return LightningDiTConfig(
-        size=None,
+def variant(name: str) -> LightningDiT:
+    authors = settings["variants"][name]
+    config = LightningDiTConfig(
         depth=authors["depth"],
         width=authors["hidden_size"],
         heads=authors["num_heads"],
         patch_size=authors["patch_size"],
-        in_channels=authors["in_channels"],
-        input_size=authors["input_size"],
         num_classes=authors["num_classes"],
-        alignment=alignment,
-        **changes,
+        **VARIANTS[name],
     )
-
-
-def golden_model(name: str) -> LightningDiT:
-    """`main`, `guide`, `sync/main`, `sync/guide` or `variant/…`, with its golden weights, loaded strictly."""
-    if name.startswith("variant/"):
-        key = name.removeprefix("variant/")
-        state = {k.split("/", 1)[1]: v for k, v in arrays("weights_variants").items() if k.startswith(f"{key}/")}
-        model = LightningDiT(golden_config(settings["variants"][key], **VARIANTS[key]))
-    elif name.startswith("sync/"):
-        base = name.removeprefix("sync/")
-        state = {k: v for k, v in arrays(f"weights_{base}").items() if not k.startswith("t_embedder")}
-        state |= {k.split("/", 1)[1]: v for k, v in arrays("weights_sync").items() if k.startswith(f"{base}/")}
-        model = LightningDiT(golden_config(settings[base], two_clocks=False))
-    else:
-        state = arrays(f"weights_{name}")
-        model = LightningDiT(golden_config(settings[name]))
-    model.load_state_dict(state)
+    model = LightningDiT(config, in_channels=authors["in_channels"], input_size=authors["input_size"], two_clocks=True)
+    weights = arrays("weights_variants")
+    model.load_state_dict({k.removeprefix(f"{name}/"): v for k, v in weights.items() if k.startswith(f"{name}/")})
     return model.eval()
 
 
@@ -78,7 +57,7 @@ def test_each_time_goes_to_its_own_embedder() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_velocity_of_the_variants_is_the_authors(name: str) -> None:
     clocks = [clock[:2] for clock in CLOCKS]
-    velocity, projected = golden_model(f"variant/{name}")(inputs[f"variant_x/{name}"], *clocks, inputs["fwd_y"][:2])
+    velocity, projected = variant(name)(inputs[f"variant_x/{name}"], *clocks, inputs["fwd_y"][:2])
     assert relative_error(velocity, expected[f"variant/{name}"]) < 1e-5
     assert projected is None
 
@@ -92,7 +71,7 @@ def test_intermediate_states_are_the_authors() -> None:
     _, projected = model(inputs["fwd_x"], *CLOCKS, inputs["fwd_y"])
     assert projected is not None
     seen["repa_proj_sample0"] = projected[0, ::4]
-    seen["t_emb"] = model._time(*CLOCKS, torch.float32)
+    seen["t_emb"] = model.embed_time(*CLOCKS)
     seen["y_emb"] = model.y_embedder(inputs["fwd_y"])
     seen["y_emb_forced_drop0"] = model.y_embedder(inputs["fwd_y"].clone().index_fill_(0, torch.tensor([0]), 10))
     for name, value in seen.items():
@@ -106,8 +85,9 @@ def test_train_mode_changes_nothing() -> None:
 
 
 def test_fixed_tables_are_the_authors() -> None:
-    """Those in the golden weights replace ours on loading, so the ones that init_weights makes are compared apart."""
+    """Loading replaces ours by those of the file, and init_weights makes them anew."""
     for name in ("main", "guide"):
-        model = LightningDiT(golden_config(settings[name]))
+        model = golden_model(name)
+        model.init_weights(0)
         for key in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
             assert relative_error(model.state_dict()[key], arrays(f"weights_{name}")[key]) < 1e-6, key

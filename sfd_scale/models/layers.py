@@ -6,10 +6,13 @@ N batch · T tokens · D width · A heads · F features of one head.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+MlpKind = Literal["swiglu", "gelu"]
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +24,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's LayerNorm, computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -40,7 +51,8 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * steps / half)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        dtype: torch.dtype = self.mlp[0].weight.dtype  # type: ignore[assignment]
+        return self.mlp(sinusoids.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -70,6 +82,11 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     side = math.isqrt(tokens.shape[1])
     grid = tokens.unflatten(1, (side, side)).unflatten(3, (patch_size, patch_size, channels))  # (N, h, w, p, q, C)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def mlp_hidden(kind: MlpKind, width: int) -> int:
+    """4·width; for SwiGLU two thirds of it, so that its three matrices cost what the other's two do."""
+    return int(2 / 3 * 4 * width) if kind == "swiglu" else 4 * width
 
 
 class SwiGLU(nn.Module):

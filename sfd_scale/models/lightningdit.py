@@ -20,15 +20,18 @@ from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
     GeluMlp,
     LabelEmbedder,
+    LayerNorm,
+    MlpKind,
     PatchEmbed,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
+    mlp_hidden,
     modulate,
     sincos_position,
     unpatchify,
 )
-from sfd_scale.models.rope import RotaryEmbedding2D
+from sfd_scale.models.rope import FixedBuffers, RotaryEmbedding2D
 
 
 class Size(NamedTuple):
@@ -61,7 +64,7 @@ class LightningDiTConfig:
     alignment: AlignmentConfig | None = None
     # The published architecture; the others reproduce variants of the authors' code and DiT's blocks.
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp: MlpKind = "swiglu"
     rope: bool = True
     qk_norm: bool = True
     shift: bool = True  # adaLN shifts beside its scales and gates
@@ -69,11 +72,14 @@ class LightningDiTConfig:
 
     def __post_init__(self) -> None:
         explicit = (self.depth, self.width, self.heads)
-        if (self.size is None) == (None in explicit) and not (self.size is not None and explicit == (None,) * 3):
+        if (None in explicit) if self.size is None else explicit != (None, None, None):
             raise ValueError(f"size: {self.size} with depth, width, heads {explicit}; allowed: a size, or all three")
         depth, width, heads = self.dimensions
-        if min(depth, width, heads, self.patch_size, self.num_classes) < 1:
-            raise ValueError("depth: with width, heads, patch_size and num_classes; allowed: 1 and up")
+        counts = {"depth": depth, "width": width, "heads": heads}
+        counts |= {"patch_size": self.patch_size, "num_classes": self.num_classes}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name}: {count}; allowed: 1 and up")
         if width % heads or (width // heads) % 4 or width % 4:
             raise ValueError(f"width: {width} with {heads} heads; allowed: a multiple of 4 times the heads")
         if self.alignment is not None and not 1 <= self.alignment.depth <= depth:
@@ -97,9 +103,7 @@ class Block(nn.Module):
         _, width, heads = config.dimensions
         self.norm1, self.norm2 = _norm(config, width), _norm(config, width)
         self.attn = Attention(width, heads, qk_norm=config.norm if config.qk_norm else "none")
-        self.mlp: nn.Module = (
-            SwiGLU(width, int(2 / 3 * 4 * width)) if config.mlp == "swiglu" else GeluMlp(width, 4 * width)
-        )
+        self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMlp)(width, mlp_hidden(config.mlp, width))
         self.shift = config.shift
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if config.shift else 4) * width))
 
@@ -132,10 +136,10 @@ class FinalLayer(nn.Module):
 
 
 def _norm(config: LightningDiTConfig, width: int) -> nn.Module:
-    return RMSNorm(width) if config.norm == "rmsnorm" else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+    return RMSNorm(width) if config.norm == "rmsnorm" else LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
-class LightningDiT(nn.Module):
+class LightningDiT(FixedBuffers):
     """The velocity of a latent at given times, for given labels.
 
     Args:
@@ -150,7 +154,7 @@ class LightningDiT(nn.Module):
         super().__init__()
         if input_size % config.patch_size:
             raise ValueError(f"model.patch_size: {config.patch_size} does not divide the latent side {input_size}")
-        self.config, self.in_channels = config, in_channels
+        self.config, self.in_channels, self.input_size = config, in_channels, input_size
         depth, width, heads = config.dimensions
         side = input_size // config.patch_size
         self.x_embedder = PatchEmbed(config.patch_size, in_channels, width)
@@ -163,30 +167,29 @@ class LightningDiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.register_buffer("pos_embed", sincos_position(width, side))
         self.feat_rope = RotaryEmbedding2D(width // heads, side) if config.rope else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(depth)])
         self.final_layer = FinalLayer(config, in_channels * (2 if config.learn_sigma else 1))
-        if config.alignment is not None:
-            self.repa_projector = alignment_head(width, config.alignment)
+        self.repa_projector = None if config.alignment is None else alignment_head(width, config.alignment)
 
     def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Velocity and alignment projection.
 
         Args:
-            x: (N, C, H, W), any float dtype. t_texture, t_semantic: (N,) in [0, 1]. y: (N,) int64; num_classes is
-                the null label.
+            x: (N, C, H, W), cast to the dtype of the weights. t_texture, t_semantic: (N,) in [0, 1], float32 in any
+                case. y: (N,) int64; num_classes is the null label.
 
         Returns:
-            Velocity (N, C, H, W) float32, and the tokens of the alignment head (N, T, dim) while training, where the
-            model has one; otherwise None.
+            Velocity (N, C, H, W) and the tokens of the alignment head (N, T, dim), float32; None without such a head.
         """
         hidden = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         hidden = hidden + self.pos_embed.to(hidden.dtype)  # (N, T, D)
         c = self.embed_time(t_texture, t_semantic) + self.y_embedder(y)  # (N, D)
         projected: Tensor | None = None
+        aligned = None if self.config.alignment is None else self.config.alignment.depth
         for index, block in enumerate(self.blocks, start=1):
             hidden = block(hidden, c, self.feat_rope)
-            if self.training and self.config.alignment is not None and index == self.config.alignment.depth:
-                projected = self.repa_projector(hidden)
+            if index == aligned and self.repa_projector is not None:
+                projected = self.repa_projector(hidden).float()
         out = unpatchify(self.final_layer(hidden, c), self.config.patch_size, self.out_channels)
         # learn_sigma: the second half of the channels belongs to a variance that flow matching does not have.
         return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), projected
@@ -201,24 +204,29 @@ class LightningDiT(nn.Module):
             return self.t_embedder(t_texture)
         return torch.cat([self.t_embedder_sem(t_semantic), self.t_embedder_tex(t_texture)], dim=1)
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Xavier-uniform linears with zero bias; N(0, 0.02) for labels and the timestep MLP; zero for adaLN and the
         output layer (arXiv 2212.09748). Each parameter has a generator of its own, (seed, "init:" + name)."""
         for name, parameter in self.named_parameters():
-            generator = seeding.generator(seed, f"init:{name}")
-            with torch.no_grad():
-                parameter.copy_(_initial(name, parameter, generator))
+            parameter.copy_(initial_value(name, parameter.shape, seed))
+        # A construction on the meta device leaves them empty.
+        self.pos_embed.copy_(sincos_position(self.config.dimensions.width, self.input_size // self.config.patch_size))
+        if self.feat_rope is not None:
+            self.feat_rope.reset()
 
 
-def _initial(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-    value = torch.empty(parameter.shape)
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The start value of one parameter, in its full shape, float32 on the CPU."""
+    generator = seeding.generator(seed, f"init:{name}")
+    value = torch.empty(shape)
     if "norm" in name.split(".")[-2] and name.endswith("weight"):
         return value.fill_(1.0)
     if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
         return value.zero_()
     if name.startswith(("y_embedder", "t_embedder")):
         return nn.init.normal_(value, std=0.02, generator=generator)
-    return nn.init.xavier_uniform_(value.flatten(1), generator=generator).view(parameter.shape)
+    return nn.init.xavier_uniform_(value.flatten(1), generator=generator).view(shape)
 
 
 def parameter_count(
@@ -230,18 +238,21 @@ def parameter_count(
     return sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
 
 
-def flops_per_sample(config: LightningDiTConfig, *, in_channels: int, input_size: int, training: bool) -> float:
+def flops_per_sample(
+    config: LightningDiTConfig, *, in_channels: int, input_size: int, training: bool, two_clocks: bool = True
+) -> float:
     """Model FLOPs of one sample from the architecture: two for each multiply-add of the matrix products, three times
     the forward pass in training (PaLM, arXiv 2204.02311, App. B). Recomputation is not counted."""
     depth, width, _ = config.dimensions
     tokens = (input_size // config.patch_size) ** 2
-    hidden = 3 * int(2 / 3 * 4 * width) if config.mlp == "swiglu" else 8 * width
-    per_token = depth * (4 * width**2 + hidden * width) + 2 * config.patch_size**2 * in_channels * width
-    attention = depth * 2 * tokens * width  # scores and values, a token
-    modulation = depth * (6 if config.shift else 4) * width**2 + 2 * width**2
-    head = 0
-    if config.alignment is not None and training:
-        a = config.alignment
-        head = width * a.hidden + a.hidden**2 + a.hidden * a.dim
-    forward = 2 * (tokens * (per_token + attention + head) + modulation)
-    return float(forward * (3 if training else 1))
+    mlp = (3 if config.mlp == "swiglu" else 2) * width * mlp_hidden(config.mlp, width)
+    attention = 2 * tokens * width  # scores and values, a token
+    blocks = depth * (tokens * (4 * width**2 + mlp + attention) + (6 if config.shift else 4) * width**2)
+    channels = in_channels * (3 if config.learn_sigma else 2)  # in and out
+    ends = tokens * config.patch_size**2 * channels * width + 2 * width**2
+    clock = width // 2 if two_clocks else width
+    ends += (width // clock) * (TimestepEmbedder.num_sinusoids * clock + clock**2)
+    if config.alignment is not None:
+        head = config.alignment
+        ends += tokens * (width * head.hidden + head.hidden**2 + head.hidden * head.dim)
+    return 2.0 * (blocks + ends) * (3 if training else 1)

@@ -5,11 +5,27 @@ T tokens · F features of one head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
-class RotaryEmbedding2D(nn.Module):
+class FixedBuffers(nn.Module):
+    """A module whose own buffers stay float32 when the model is cast: positions in bf16 lose their last digits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class RotaryEmbedding2D(FixedBuffers):
     """Rotates neighbouring pairs of features: the first half of them by the row, the second by the column."""
 
     freqs_cos: Tensor  # (T, F)
@@ -17,17 +33,29 @@ class RotaryEmbedding2D(nn.Module):
 
     def __init__(self, head_dim: int, side: int, theta: float = 10_000.0) -> None:
         super().__init__()
-        half = head_dim // 2
-        frequency = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
+        self.head_dim, self.side, self.theta = head_dim, side, theta
+        cos, sin = self._tables()
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each token's angles, (T, F) each."""
+        half, side = self.head_dim // 2, self.side
+        frequency = 1.0 / self.theta ** (torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
         angle = (torch.arange(side, dtype=torch.float32)[:, None] * frequency).repeat_interleave(2, dim=1)
         rows = angle[:, None].expand(side, side, -1)
         columns = angle[None].expand(side, side, -1)
         angles = torch.cat([rows, columns], dim=-1).reshape(side * side, -1)
-        self.register_buffer("freqs_cos", angles.cos())
-        self.register_buffer("freqs_sin", angles.sin())
+        return angles.cos(), angles.sin()
+
+    def reset(self) -> None:
+        """Fill the tables anew, after a construction on the meta device."""
+        cos, sin = self._tables()
+        self.freqs_cos.copy_(cos)
+        self.freqs_sin.copy_(sin)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, A, T, F) → the same shape and dtype."""
+        """(N, A, T, F) → the same shape and dtype; computed in float32."""
         pairs = x.unflatten(-1, (-1, 2))
         turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
         return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
