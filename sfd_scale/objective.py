@@ -162,7 +162,7 @@ class SemanticVAELossConfig:
     """Loss = mean square + cosine_weight·(1 − cosine) + kl_weight·KL.
 
     cosine_over: `tokens` compares each feature channel over the tokens, as the authors' code does; `features` compares
-        each token over its channels, as the paper describes.
+        each token over its channels.
     """
 
     kind: Literal["semantic_vae"] = "semantic_vae"

@@ -236,3 +236,19 @@ def test_ending_steps_at_jumps_comes_to_the_exact_solution(what: str, control: A
     assert relative_error(ending.x, exact) < 5e-5
     assert relative_error(across.x, exact) > (3e-4 if sync else 1e-2)
     assert ending.nfe.max() <= 42 and (sync or ending.nfe.max() * 2 < across.nfe.min())
+
+
+@pytest.mark.parametrize(
+    ("make", "across_over", "ending_under"),
+    [(EulerConfig, 3e-2, 2e-2), (Heun2Config, 9e-3, 1e-3), (RK4Config, 9e-3, 1e-5)],
+)
+def test_ten_fixed_steps_come_closer_by_ending_at_jumps(
+    make: type[EulerConfig], across_over: float, ending_under: float
+) -> None:
+    velocity, exact = velocity_of(NoGuidance()), arrays("out_sample")["exact/plain"]
+    across, ending = (
+        sample(velocity, inputs["z"], inputs["z_y"], LEAD, LAYOUT, make(num_steps=10, jump=jump))
+        for jump in (False, True)
+    )
+    assert torch.equal(across.nfe, ending.nfe)
+    assert relative_error(across.x, exact) > across_over and relative_error(ending.x, exact) < ending_under

@@ -21,6 +21,7 @@ from sfd_scale.diffusion.samplers import (
     SamplerConfig,
     SampleResult,
     sample,
+    snap,
     trajectory,
 )
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
@@ -104,6 +105,33 @@ def test_texture_keeps_its_noise_until_semantics_have_led() -> None:
     start = LAYOUT.split(noise(3))[0]
     assert all(torch.equal(texture, start) for g, texture in seen if g <= 0.3)
     assert any(not torch.equal(texture, start) for _, texture in seen)
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_ending_steps_at_jumps_keeps_the_order_of_a_method(kind: str) -> None:
+    """Two clocks and a nonlinear velocity; across the jumps every method is of first order."""
+
+    def field(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+        return LAYOUT.spread(*(torch.sin(3 * part) + 0.5 for part in t), like=x) * torch.sin(x + x.roll(1, dims=1))
+
+    def error(steps: int, jump: bool) -> float:
+        return (run(field, FIXED[kind](num_steps=steps, jump=jump)).x - exact).abs().max().item()
+
+    exact = run(field, RK4Config(num_steps=260, jump=True)).x
+    # 13 or 26 even steps have points on both jumps, so that `jump` changes only which side of them is evaluated.
+    assert math.log2(error(13, jump=True) / error(26, jump=True)) > min(ORDERS[kind], 2) - 0.3
+    better = {"euler": 1, "midpoint": 1, "heun2": 4, "heun3": 10, "rk4": 100}[kind]
+    assert error(13, jump=True) < error(13, jump=False) / better
+
+
+def test_points_of_the_grid_move_onto_jumps_and_stay_in_order() -> None:
+    times = torch.linspace(0, 1.3, 4)
+    assert snap(times, [0.3, 1.0]).tolist() == pytest.approx([0, 0.3, 1.0, 1.3])
+    assert snap(times, [0.01, 0.02]).tolist() == pytest.approx([0, 0.01, 0.02, 1.3])
+    assert snap(times, [1.28, 1.29]).tolist() == pytest.approx([0, 1.28, 1.29, 1.3])
+    assert snap(times, []).tolist() == times.tolist() == torch.linspace(0, 1.3, 4).tolist()
+    with pytest.raises(ValueError, match="num_steps: 2; allowed: 3 and up"):
+        snap(torch.linspace(0, 1.3, 3), [0.3, 1.0])
 
 
 # ----------------------------------------------------------------------------------------------- dopri5

@@ -93,7 +93,9 @@ def integrate(
     *,
     stop_at_end: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Integrate dx/dg = field from 0 to `end` (Dormand-Prince 1980): x (N, C, H, W) there, and nfe (N,) int64.
+    """Integrate dx/dg = field from 0 to `end`: x (N, C, H, W) there, and nfe (N,) int64.
+
+    Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, Sec. II.4.
 
     Steps end at each of `jumps`, where the field may be discontinuous, and with `stop_at_end` at the end; otherwise
     the last step goes beyond the end and x is interpolated.

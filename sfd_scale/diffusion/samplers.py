@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd_scale.diffusion.adaptive import Field, Tolerance, integrate
+from sfd_scale.diffusion.adaptive import INSIDE, Field, Tolerance, integrate
 from sfd_scale.diffusion.guidance import Velocity
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.latents import LatentLayout
@@ -24,11 +24,16 @@ from sfd_scale.latents import LatentLayout
 @dataclass(frozen=True, kw_only=True)
 class EulerConfig:
     """`num_steps` steps, spaced by `shift` (SemanticFirstSchedule.grid). The authors' `num_steps` counts the points
-    of the grid, one more."""
+    of the grid, one more.
+
+    jump: move the nearest points of the grid onto the jumps of the field (where a part starts or stops), so that no
+        step crosses one. Across a jump, as the authors step, every method is of first order.
+    """
 
     kind: Literal["euler"] = "euler"
     num_steps: int = 100
     shift: float = 0.0
+    jump: bool = False
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -133,41 +138,63 @@ def sample(
     Args:
         velocity: see guidance.guided; it is called with clocks of shape (N,), and by dopri5 with changing N.
         noise: (N, C, H, W), standard normal, float32. y: (N,) labels.
-        kinks: further global times where the velocity jumps (guidance.interval_kinks); dopri5 with `jump` uses them.
+        kinks: further global times where the velocity jumps (guidance.interval_kinks), for samplers with `jump`.
 
     Raises:
         FloatingPointError: from dopri5, if the velocity is not finite.
+        ValueError: if there are more jumps than steps to end at them.
     """
 
     def field(x: Tensor, g: Tensor, labels: Tensor) -> Tensor:
         mask = layout.spread(*schedule.moving(g), like=x)
         return velocity(x, schedule.clocks(g), labels) * mask
 
+    jumps = sorted({*schedule.kinks(), *kinks}) if config.jump else []
     if isinstance(config, Dopri5Config):
-        inner = sorted({*schedule.kinks(), *kinks}) if config.jump else []
         tolerance = Tolerance(config.rtol, config.atol, per_sample=config.error_control == "sample")
         # The end as the float32 grid has it: the clocks of fixed-step methods end there too.
         end = schedule.grid(1)[-1].item()
-        return SampleResult(*integrate(field, noise, y, end, inner, tolerance, stop_at_end=config.jump))
-    times = schedule.grid(config.num_steps, config.shift)
+        return SampleResult(*integrate(field, noise, y, end, jumps, tolerance, stop_at_end=config.jump))
+    times = snap(schedule.grid(config.num_steps, config.shift), jumps)
     x = noise
-    for state in trajectory(field, noise, y, times, TABLEAUX[config.kind]):
+    for state in trajectory(field, noise, y, times, TABLEAUX[config.kind], INSIDE if config.jump else 0.0):
         x = state
     calls = config.num_steps * len(TABLEAUX[config.kind].times)
     return SampleResult(x, torch.full((len(noise),), calls, device=noise.device))
 
 
-def trajectory(field: Field, x: Tensor, y: Tensor, times: Tensor, tableau: Tableau) -> Iterator[Tensor]:
+def snap(times: Tensor, jumps: Sequence[float]) -> Tensor:
+    """The grid (K + 1,) with its nearest inner points moved onto the jumps, in order.
+
+    Raises:
+        ValueError: if there are fewer inner points than jumps.
+    """
+    inner = len(times) - 2
+    if len(jumps) > inner:
+        raise ValueError(f"num_steps: {inner + 1}; allowed: {len(jumps) + 1} and up to end a step at each jump")
+    times, taken = times.clone(), 0
+    for number, jump in enumerate(jumps):
+        # Leave a point for each jump that is still to come.
+        free = times[taken + 1 : len(times) - 1 - (len(jumps) - 1 - number)]
+        taken += 1 + int((free - jump).abs().argmin())
+        times[taken] = jump
+    return times
+
+
+def trajectory(
+    field: Field, x: Tensor, y: Tensor, times: Tensor, tableau: Tableau, inside: float = 0.0
+) -> Iterator[Tensor]:
     """x after each step of an explicit Runge-Kutta method over times (K + 1,): K tensors (N, C, H, W).
 
-    Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, Sec. II.1, Eq. (1.8).
+    Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, Sec. II.1, Eq. (1.8). The field is evaluated
+    at least `inside` from both ends of a step, to be on the step's side of a jump there.
     """
     for start, stop in times.to(x.device).unfold(0, 2, 1):
         step = stop - start
         slopes: list[Tensor] = []
         for time, weights in zip(tableau.times, tableau.stages, strict=True):
             # A last stage is at `stop` itself, not at start + step, whose rounding can cross a jump of the field.
-            g = stop if time == 1 else start + time * step
+            g = (stop if time == 1 else start + time * step).clamp(start + inside, stop - inside)
             slopes.append(field(_advance(x, step, weights, slopes), g.expand(len(x)), y))
         x = _advance(x, step, tableau.weights, slopes)
         yield x
