@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_arrays import arrays, relative_error
+from golden_arrays import arrays, relative_error, settings
 from torch import Tensor
 
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -23,6 +23,7 @@ from sfd_scale.objective import (
     SemanticVAEObjective,
     gaussian_kl,
 )
+from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
 
 LAYOUT = LatentLayout(texture_channels=2, semantic_channels=1, size=2)
 PLAIN = SemanticFirstConfig(alignment_weight=0.0)
@@ -180,6 +181,23 @@ def test_impossible_settings_are_refused(make: Any, message: str) -> None:
 def test_golden_kl() -> None:
     golden = arrays("out_semvae")
     assert relative_error(gaussian_kl(golden["mean"], golden["logvar"]), golden["kl"]) <= 1e-5
+
+
+def test_golden_vae_losses() -> None:
+    authors, golden = settings["semvae"], arrays("out_semvae")
+    config = SemanticVAEConfig(
+        input_dim=authors["input_dim"],
+        bottleneck=authors["bottleneck_dim"],
+        hidden=authors["hidden_dim"],
+        heads=authors["transformer_heads"],
+        num_blocks=authors["transformer_blocks"],
+    )
+    model, tokens = SemanticVAE(config), arrays("inputs")["sv_x"]
+    model.load_state_dict(arrays("weights_semvae"))
+    objective = SemanticVAEObjective(SemanticVAELossConfig(), Grid(), latent_channels=config.bottleneck, seed=0)
+    terms = objective.loss(model(tokens, golden["eps_seed3"])[0], tokens, *model.posterior(tokens)).terms
+    ours = torch.stack([terms[name] for name in ("mse", "cosine", "kl", "loss")])
+    assert ((ours - golden["train_losses"][[0, 2, 3, 4]]) / ours).abs().max() <= 1e-5
 
 
 class Grid:
