@@ -113,7 +113,7 @@ def recipes() -> None:
 @app.command("check-data")
 def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
     """Verify the size and hash of every shard."""
-    from sfd_scale.data.reader import check_data as check
+    from sfd_scale.data.shards import check_data as check
 
     bad = check(path)
     for line in bad:

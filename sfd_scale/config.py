@@ -131,6 +131,12 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     return _Reader(origin, str(find(source))).value(cls, merged, "")
 
 
+def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """The `kind` key of a recipe, after `extends` and overrides; None for a part that other recipes extend."""
+    tree = _merge(_read(find(source))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
+    return tree.kind if "kind" in tree else None
+
+
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:
     """`cls` from plain nested data (as `to_dict` writes it), with the same checks as a recipe."""
     return _Reader({}, source).value(cls, dict(data), "")

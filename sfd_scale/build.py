@@ -1,0 +1,352 @@
+"""Recipe → objects: the only place that matches on `kind` and knows every class."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sfd_scale import checkpoint, config, distributed
+from sfd_scale.accelerators import peak_flops
+from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.data.images import make_source
+from sfd_scale.data.reader import ImageReader, LatentReader
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.ema import EMA
+from sfd_scale.encode import encode as encode_images
+from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
+from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.fsdp import make_fsdp
+from sfd_scale.latents import LatentLayout, LatentStats
+from sfd_scale.logs import MetricsWriter
+from sfd_scale.models import attention
+from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig, flops_per_sample
+from sfd_scale.objective import (
+    ClassificationConfig,
+    ClassificationObjective,
+    Objective,
+    SemanticFirstConfig,
+    SemanticFirstObjective,
+    SemanticVAELossConfig,
+    SemanticVAEObjective,
+)
+from sfd_scale.optim import learning_rate
+from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.tokenizers.config import make_composite, make_texture, make_vision
+from sfd_scale.tokenizers.patch_pca import PatchPCA
+from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
+from sfd_scale.trainer import Portions, Trainer, portions
+
+logger = logging.getLogger(__name__)
+EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(recipe: TrainRecipe, run: Path) -> bool:
+    """Train or resume in the run folder; True if the last step was reached, False if it was asked to stop.
+
+    Raises:
+        ValueError: if the folder holds a run of another recipe, or the recipe does not fit data or world size.
+    """
+    distributed.init(recipe.train.timeout_s)
+    split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
+    reader = make_reader(recipe, split)
+    model = make_model(recipe)
+    engine = make_engine(model, recipe)
+    objective = make_objective(recipe, engine.device)
+    identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
+    _claim(run, recipe)
+    metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe))
+    trainer = Trainer(
+        config=recipe.train,
+        engine=engine,
+        objective=objective,
+        batches=reader.batches,
+        accumulation=split.accumulation,
+        learning_rate=lambda step: learning_rate(recipe.optimizer.lr, recipe.lr, step, recipe.train.steps),
+        ema=EMA(engine.fragments(), recipe.ema),
+        checkpoints=CheckpointManager(run / "checkpoints", recipe.checkpoint),
+        metrics=metrics,
+        state=identity,
+        check_state=lambda state: _check_same(identity, state, run),
+        flops_per_sample=_flops(recipe),
+        peak_flops=peak_flops(engine.device),
+    )
+    _announce(recipe, split, engine, model, run)
+    try:
+        return trainer.run()
+    finally:
+        metrics.close()
+        engine.close()
+
+
+def make_model(recipe: TrainRecipe) -> nn.Module:
+    """The model with its initial fp32 weights, drawn from the recipe's seed."""
+    model = _bare_model(recipe.model, recipe.latents, recipe.schedule)
+    model.init_weights(recipe.seed)
+    return model
+
+
+def _bare_model(settings: Any, layout: LatentLayout, schedule: SemanticFirstSchedule) -> Any:
+    match settings:
+        case LightningDiTConfig():
+            return LightningDiT(
+                settings,
+                in_channels=layout.channels,
+                input_size=layout.size,
+                two_clocks=not schedule.synchronous,
+            )
+        case SemanticVAEConfig():
+            return SemanticVAE(settings)
+        case SmallConvNetConfig():
+            return SmallConvNet(settings)
+    raise AssertionError(settings)
+
+
+def make_engine(model: nn.Module, recipe: TrainRecipe) -> Engine:
+    if isinstance(recipe.engine, DeepSpeedConfig):
+        return make_deepspeed(model, recipe.optimizer, recipe.engine)
+    return make_fsdp(model, recipe.optimizer, recipe.engine)
+
+
+def make_objective(recipe: TrainRecipe, device: torch.device) -> Objective:
+    match recipe.objective, recipe.model:
+        case SemanticFirstConfig() as settings, LightningDiTConfig() as model:
+            return SemanticFirstObjective(settings, recipe.latents, recipe.schedule, model.num_classes, recipe.seed)
+        case SemanticVAELossConfig() as settings, SemanticVAEConfig() as model:
+            assert recipe.tokenizer.vision is not None
+            vision = make_vision(recipe.tokenizer.vision, device)
+            return SemanticVAEObjective(settings, vision, model.bottleneck, recipe.seed)
+        case ClassificationConfig() as settings, _:
+            return ClassificationObjective(settings, recipe.seed)
+    raise AssertionError(recipe.objective)
+
+
+def make_reader(recipe: TrainRecipe, split: Portions) -> LatentReader | ImageReader:
+    kind = LatentReader if isinstance(recipe.objective, SemanticFirstConfig) else ImageReader
+    reader = kind(
+        recipe.data,
+        seed=recipe.seed,
+        global_batch=recipe.train.global_batch,
+        micro_batch=split.micro_batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    classes = getattr(recipe.model, "num_classes", reader.num_classes)
+    if reader.num_classes > classes:
+        raise ValueError(f"model.num_classes: {classes}, but the data in {recipe.data.path} has {reader.num_classes}")
+    if isinstance(reader, LatentReader) and reader.shape != recipe.latents.shape:
+        raise ValueError(f"latents: {recipe.latents.shape}, but the data in {recipe.data.path} has {reader.shape}")
+    return reader
+
+
+def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
+    """The settings that decide the loss curve, which a resumed run may not change. Engine, portions, logging,
+    retention and where things are may change."""
+    settings = config.to_dict(recipe)
+    decisive = ("seed", "model", "objective", "latents", "schedule", "optimizer", "lr", "ema")
+    kept = {key: settings[key] for key in decisive}
+    return {**kept, "global_batch": recipe.train.global_batch, "precision": recipe.engine.precision}
+
+
+def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
+    flat_own, flat_stored = _flatten({k: own[k] for k in own}), _flatten({k: stored[k] for k in own if k in stored})
+    names = sorted({*flat_own, *flat_stored})
+    different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
+    if different:
+        listed = "; ".join(f"{n}: {flat_own.get(n)!r}, in the checkpoint {flat_stored.get(n)!r}" for n in different)
+        raise ValueError(f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe")
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}
+
+
+def _claim(run: Path, recipe: TrainRecipe) -> None:
+    """Make the run folder and write what runs, and where. Rank 0 writes."""
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+        (run / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
+    distributed.barrier()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine; no environment variables, which hold secrets."""
+    packages = ("sfd-scale", "torch", "deepspeed", "mosaicml-streaming", "numpy", "wandb", "torch-fidelity")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "world_size": distributed.world_size(),
+        "device": str(distributed.device()),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _announce(recipe: TrainRecipe, split: Portions, engine: Engine, model: nn.Module, run: Path) -> None:
+    count = sum(parameter.numel() for parameter in _bare_parameters(recipe))
+    kernel = attention.activate(recipe.attention, engine.device)
+    logger.info("%s: %s, %.1fM parameters, run folder %s", recipe.name, recipe.model.kind, count / 1e6, run)
+    logger.info("engine %s, precision %s, attention %s", engine.describe(), recipe.engine.precision, kernel)
+    logger.info(
+        "global batch %d = micro-batch %d × accumulation %d × %d ranks, %d steps",
+        recipe.train.global_batch, split.micro_batch, split.accumulation, split.world_size, recipe.train.steps,
+    )  # fmt: skip
+
+
+def _bare_parameters(recipe: TrainRecipe) -> list[nn.Parameter]:
+    with torch.device("meta"):
+        return list(_bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+
+
+def _flops(recipe: TrainRecipe) -> float:
+    if not isinstance(recipe.model, LightningDiTConfig):
+        return 0.0
+    layout = recipe.latents
+    return flops_per_sample(recipe.model, in_channels=layout.channels, input_size=layout.size, training=True)
+
+
+def _stats_hash(reader: LatentReader | ImageReader) -> str | None:
+    return reader.stats.hash if isinstance(reader, LatentReader) else None
+
+
+# ------------------------------------------------------------------------------------------- data and codecs
+
+
+def encode(recipe: EncodeRecipe) -> None:
+    """Images to shards, on any number of ranks."""
+    distributed.init()
+    tokenizer = None
+    if recipe.store.latents != "none" or recipe.store.features != "none":
+        tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
+    encode_images(make_source(recipe.source), tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
+
+
+def fit(recipe: FitRecipe) -> None:
+    """A closed-form codec from the first images of a source."""
+    source = make_source(recipe.source)
+    count = min(recipe.num_images, len(source))
+    batches = (
+        torch.stack([source[i][0] for i in range(start, min(start + recipe.batch, count))])
+        for start in range(0, count, recipe.batch)
+    )
+    codec = PatchPCA.fit(batches, recipe.patch, recipe.channels)
+    recipe.out.parent.mkdir(parents=True, exist_ok=True)
+    codec.save(recipe.out)
+    logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.identity)
+
+
+# ------------------------------------------------------------------------------------------ export and load
+
+
+def export(run: Path, out: Path, *, weights: str = "ema", step: int | None = None, initial: bool = False) -> Path:
+    """Write the weights of a run, with the settings that sampling needs, as one safetensors file.
+
+    Args:
+        run: a run folder, or one checkpoint folder of it.
+        step: a saved step; the newest if None.
+        initial: the weights before training, drawn anew from the seed.
+    """
+    if weights not in ("ema", "params"):
+        raise ValueError(f"--weights: {weights!r}; allowed: ema, params")
+    folder = run.parent.parent if run.name.startswith("step-") else run
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{run}: neither a run folder nor a checkpoint of one (no recipe.yaml)")
+    recipe = config.load(folder / "recipe.yaml", TrainRecipe)
+    note: dict[str, Any] = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe)}
+    if isinstance(recipe.objective, SemanticFirstConfig):
+        reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
+        assert isinstance(reader, LatentReader)
+        note["stats"] = {"mean": reader.stats.mean.tolist(), "std": reader.stats.std.tolist()}
+        note["stats_hash"], note["tokenizers"] = reader.stats.hash, reader.manifest.tokenizers
+    if initial:
+        note["step"] = 0
+        weights_now = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
+        return checkpoint.save_weights(weights_now, out, {EXPORT_KEY: json.dumps(note)})
+    found = _checkpoint_of(run, folder, step)
+    note["step"] = checkpoint.read_state(found)["step"]
+    path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})
+    logger.info("%s: %s weights of %s", path, weights, found)
+    return path
+
+
+def _checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
+    if run != folder:
+        return run
+    committed = sorted(path.parent for path in (folder / "checkpoints").glob("step-*/COMMIT"))
+    by_step = {checkpoint.read_state(path)["step"]: path for path in committed}
+    if not by_step:
+        raise ValueError(f"{folder}: no whole checkpoint in it yet")
+    if step is not None and step not in by_step:
+        raise ValueError(f"--step: {step}; saved in {folder}: {sorted(by_step)}")
+    return by_step[max(by_step) if step is None else step]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with all that turns its latents into images."""
+
+    model: LightningDiT
+    layout: LatentLayout
+    schedule: SemanticFirstSchedule
+    stats: LatentStats
+    decode: Callable[[Tensor], Tensor]
+    num_classes: int
+    provenance: dict[str, Any]
+
+
+def load_for_sampling(path: Path, device: torch.device) -> Loaded:
+    """The model of an exported file in eval mode, and the texture codec that its data was made with.
+
+    Raises:
+        ValueError: if the file is not an export of a diffusion run, or the codec is not the one of its data.
+    """
+    note = _export_note(path)
+    recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
+    if not isinstance(recipe.model, LightningDiTConfig):
+        raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
+    if recipe.tokenizer.texture is None:
+        raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
+    model = _bare_model(recipe.model, recipe.latents, recipe.schedule)
+    weights = checkpoint.load_weights(path)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name not in dict(model.named_buffers())]
+    if missing or unexpected:
+        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
+    texture = make_texture(recipe.tokenizer.texture, device)
+    if texture.identity not in note["tokenizers"].values():
+        raise ValueError(f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}")
+    stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
+
+    def decode(latents: Tensor) -> Tensor:
+        return texture.decode(recipe.latents.split(latents)[0])
+
+    return Loaded(
+        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, recipe.model.num_classes,
+        {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
+    )  # fmt: skip
+
+
+def _export_note(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ValueError(f"{path}: no such file of `sfd export` (.safetensors)")
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+    if EXPORT_KEY not in metadata:
+        raise ValueError(f"{path}: not written by `sfd export`: it says nothing of the model it belongs to")
+    return json.loads(metadata[EXPORT_KEY])

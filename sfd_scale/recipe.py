@@ -1,0 +1,168 @@
+"""The typed recipes, and the checks that need more than one field.
+
+A component's settings are the dataclass beside its class; here they are only composed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from sfd_scale import config
+from sfd_scale.checkpoint import CheckpointConfig
+from sfd_scale.data.images import SourceConfig
+from sfd_scale.data.reader import DataConfig
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.ema import EMAConfig
+from sfd_scale.encode import StoreConfig
+from sfd_scale.engines.deepspeed import DeepSpeedConfig
+from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.latents import LatentLayout
+from sfd_scale.logs import WandbConfig
+from sfd_scale.models.attention import AttentionBackend
+from sfd_scale.models.convnet import SmallConvNetConfig
+from sfd_scale.models.lightningdit import LightningDiTConfig
+from sfd_scale.objective import ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
+from sfd_scale.optim import AdamWConfig, ScheduleConfig
+from sfd_scale.tokenizers.config import CompositeConfig
+from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
+from sfd_scale.trainer import TrainerConfig
+
+ModelConfig = LightningDiTConfig | SemanticVAEConfig | SmallConvNetConfig
+ObjectiveConfig = SemanticFirstConfig | SemanticVAELossConfig | ClassificationConfig
+# Which objective trains which model.
+_PAIRS: dict[type, type] = {
+    SemanticFirstConfig: LightningDiTConfig,
+    SemanticVAELossConfig: SemanticVAEConfig,
+    ClassificationConfig: SmallConvNetConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """Everything that decides a training run."""
+
+    kind: Literal["train"] = "train"
+    name: str
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig
+    train: TrainerConfig
+    published: str | None = None  # the number that the run is to reach, and whose it is
+    seed: int = 0
+    run: Path = Path("runs/train")
+    latents: LatentLayout = field(default_factory=LatentLayout)
+    schedule: SemanticFirstSchedule = field(default_factory=SemanticFirstSchedule)
+    tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
+    attention: AttentionBackend = "auto"
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    lr: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        wanted = _PAIRS[type(self.objective)]
+        if not isinstance(self.model, wanted):
+            raise ValueError(
+                f"model.kind: {self.model.kind!r} with objective.kind {self.objective.kind!r}; that objective trains "
+                f"{wanted.__dataclass_fields__['kind'].default!r}"  # type: ignore[attr-defined]
+            )
+        if isinstance(self.objective, SemanticFirstConfig) and isinstance(self.model, LightningDiTConfig):
+            self._check_diffusion(self.objective, self.model)
+        if isinstance(self.objective, SemanticVAELossConfig) and self.tokenizer.vision is None:
+            raise ValueError("tokenizer.vision: missing; a semantic VAE is trained on the features of a vision encoder")
+
+    def _check_diffusion(self, objective: SemanticFirstConfig, model: LightningDiTConfig) -> None:
+        if objective.alignment_weight > 0 and model.alignment is None:
+            raise ValueError(
+                f"objective.alignment_weight: {objective.alignment_weight} with a model without alignment head; set "
+                "model.alignment, or objective.alignment_weight=0"
+            )
+        if objective.alignment_weight == 0 and model.alignment is not None:
+            raise ValueError("model.alignment: an alignment head that nothing trains; set it to null")
+        if not self.schedule.synchronous and self.latents.semantic_channels == 0:
+            raise ValueError("schedule.delta_t: a lead of semantics, but latents.semantic_channels is 0; set delta_t 0")
+        if self.latents.size % model.patch_size:
+            raise ValueError(f"model.patch_size: {model.patch_size} does not divide latents.size {self.latents.size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRecipe:
+    """Images in, shards out."""
+
+    kind: Literal["encode"] = "encode"
+    name: str
+    source: SourceConfig
+    out: Path
+    store: StoreConfig = field(default_factory=StoreConfig)
+    tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
+    latents: LatentLayout = field(default_factory=LatentLayout)
+
+    def __post_init__(self) -> None:
+        if self.store.latents != "none" and (self.tokenizer.texture is None or self.tokenizer.semantic is None):
+            raise ValueError("tokenizer.texture: with tokenizer.semantic, both needed where store.latents is not none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe:
+    """A patch PCA, fitted in closed form to the first `num_images` of a source."""
+
+    kind: Literal["fit"] = "fit"
+    name: str
+    source: SourceConfig
+    out: Path
+    patch: int = 4
+    channels: int = 16
+    num_images: int = 4096
+    batch: int = 256
+
+
+_KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe}
+# Recipes of the evaluation harness have a type of its own there; this package does not import it.
+ABOVE = "eval"
+
+
+def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
+    """A recipe of any kind, by its `kind` key.
+
+    Raises:
+        ConfigError: naming the kinds, if the file is a part that only other recipes extend.
+    """
+    kind = config.kind_of(name, overrides)
+    if kind == ABOVE:
+        # By name, at run time: the harness is the layer above and stands in the checkout only.
+        return config.load(name, import_module("eval.recipe").EvalRecipe, overrides)
+    if kind not in _KINDS:
+        raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE])}")
+    return config.load(name, _KINDS[kind], overrides)
+
+
+def summary_table() -> Table:
+    """The complete recipes with model, engine, global batch, and the number they are to reach."""
+    table = Table("recipe", "kind", "model", "engine", "global batch", "published")
+    for name in config.recipe_names():
+        if config.kind_of(name) is None:
+            continue
+        loaded = load_any(name)
+        row = ["", "", "", ""]
+        if isinstance(loaded, TrainRecipe):
+            size = getattr(loaded.model, "size", None)
+            row = [f"{loaded.model.kind}{f' {size}' if size else ''}", _engine(loaded), str(loaded.train.global_batch)]
+            row.append(loaded.published or "")
+        table.add_row(name, loaded.kind, *row)
+    return table
+
+
+def _engine(recipe: TrainRecipe) -> str:
+    engine = recipe.engine
+    fields = {f.name for f in dataclasses.fields(engine)}
+    detail = next((str(getattr(engine, name)) for name in ("zero_stage", "sharding") if name in fields), "")
+    return f"{engine.kind} {detail}"
