@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine: `run_ranks(fn, world_size, *args)`."""
+"""Run a function on several gloo ranks of this machine, or alone: `run_ranks(fn, world_size, *args)`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,41 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What a launcher sets; a process that runs alone must not inherit it.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 class RankError(RuntimeError):
     """A rank failed; the message is its traceback."""
 
 
 def _entry(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-    }  # fmt: skip
+    """One rank; world_size 0 runs without a process group."""
     torch.set_num_threads(1)
     out = Path(folder)
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world_size,
-            timeout=timedelta(seconds=60),
-        )  # fmt: skip
-        result = fn(*args)
-        torch.save(result, out / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        for name in _LAUNCHER:
+            os.environ.pop(name, None)
+        if world_size:
+            values = (rank, world_size, rank, world_size, "127.0.0.1", 0)
+            os.environ |= {name: str(value) for name, value in zip(_LAUNCHER, values, strict=True)}
+            dist.init_process_group(
+                "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world_size,
+                timeout=timedelta(seconds=60),
+            )  # fmt: skip
+        torch.save(fn(*args), out / f"{rank}.pt")
+        if world_size:
+            dist.barrier()
     except BaseException:  # noqa: BLE001  the parent raises it
         (out / f"{rank}.error").write_text(f"{time.time()}\n{traceback.format_exc()}")
         # Not an orderly exit: destructors of a broken group may wait for ranks that are gone.
         os._exit(1)
     os._exit(0)
+
+
+def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+    """`fn(*args)` in one new process without launcher and process group; see `run_ranks`."""
+    return _run(fn, 0, args, timeout)[0]
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -51,11 +60,16 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises:
         RankError: with the traceback of the rank that failed first, or when `timeout` seconds have passed.
     """
+    assert world_size >= 1
+    return _run(fn, world_size, args, timeout)
+
+
+def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_entry, args=(rank, world_size, folder, fn, args), daemon=True)
-            for rank in range(world_size)
+            for rank in range(max(world_size, 1))
         ]
         for process in ranks:
             process.start()
@@ -72,7 +86,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 process.kill()
             process.join()
         _raise_first(Path(folder), [p.exitcode for p in ranks], late, timeout)
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(len(ranks))]
 
 
 def _raise_first(folder: Path, codes: list[int | None], late: bool, timeout: float) -> None:

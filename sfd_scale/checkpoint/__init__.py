@@ -1,6 +1,6 @@
 """Checkpoints that any engine at any world size can read: save, load, latest, prune, export."""
 
-from sfd_scale.checkpoint.export import export, load_weights
+from sfd_scale.checkpoint.export import export, load_weights, save_weights
 from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, read_state
 from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager
 
@@ -12,4 +12,5 @@ __all__ = [
     "export",
     "load_weights",
     "read_state",
+    "save_weights",
 ]

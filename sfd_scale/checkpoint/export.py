@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -36,7 +37,9 @@ def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
     prefix = _PREFIX[weights]
     stored = shapes(read_metadata(path))
     tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
-    load(tensors, storage_reader=Reader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+        load(tensors, storage_reader=Reader(path), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -49,13 +52,22 @@ def export(checkpoint: Path, out: Path, weights: Weights = "ema", metadata: Mapp
     Raises:
         ValueError: see `load_weights`; or where `out` is not named .safetensors.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: the name of an export ends in .safetensors")
     tensors = load_weights(checkpoint, weights)
     state = {key: str(value) for key, value in read_state(checkpoint).items() if isinstance(value, str | int | float)}
     notes = {**state, "checkpoint_sha256": checkpoint_hash(checkpoint), "weights": weights, **(metadata or {})}
+    return save_weights(tensors, out, notes)
+
+
+def save_weights(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file under a temporary name and rename it.
+
+    Raises:
+        ValueError: where `out` is not named .safetensors.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out}: the name of an export ends in .safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.tmp")
-    save_file(tensors, partial, metadata=notes)
+    save_file(dict(tensors), partial, metadata=dict(metadata))
     os.replace(partial, out)
     return out
