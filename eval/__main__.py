@@ -1,0 +1,155 @@
+"""The evaluation harness: `python -m eval COMMAND`; under any launcher to share the work out over ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from eval.recipe import EvalRecipe
+from sfd_scale import config, distributed, logs
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+# The last chunks of a slow rank may take a while: the others wait for them at the end.
+TIMEOUT_S = 3600.0
+Recipe = Annotated[str, typer.Argument(help="An evaluation recipe's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
+]
+Checkpoint = Annotated[Path | None, typer.Option(help="A file of `sfd export`, in place of the recipe's.")]
+Guide = Annotated[Path | None, typer.Option(help="The guide's file, in place of the recipe's.")]
+Out = Annotated[Path, typer.Option(help="Where to write.")]
+
+
+def _load(
+    recipe: str, overrides: list[str] | None, checkpoint: Path | None = None, guide: Path | None = None
+) -> EvalRecipe:
+    given = [f"{key}={value}" for key, value in (("checkpoint", checkpoint), ("guide", guide)) if value is not None]
+    return config.load(recipe, EvalRecipe, [*(overrides or []), *given])
+
+
+@app.command()
+def generate(
+    recipe: Recipe, out: Out, overrides: Overrides = None, checkpoint: Checkpoint = None, guide: Guide = None
+) -> None:
+    """Draw the images and keep their features. A second start continues, on any number of ranks."""
+    from eval.generate import generate as run
+
+    loaded = _load(recipe, overrides, checkpoint, guide)
+    distributed.init(TIMEOUT_S)
+    run(loaded, out)
+
+
+@app.command()
+def score(
+    recipe: Recipe,
+    samples: Annotated[Path, typer.Option(help="A folder of `generate`, an .npz, or a folder of images.")],
+    out: Annotated[Path | None, typer.Option(help="results.json; beside the samples by default.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Score samples against the recipe's reference: FID, sFID, IS, precision, recall, KID."""
+    from eval.score import score as run
+
+    loaded = _load(recipe, overrides)
+    distributed.init(TIMEOUT_S)
+    default = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
+    results = run(loaded, samples, default if out is None else out)
+    if distributed.is_main():
+        table = Table("score", "value", title=f"{results['name']}, {results['count']} samples")
+        for name, value in results["scores"].items():
+            table.add_row(name, "–" if value is None else f"{value:.6g}")
+        logs.Console().print(table)
+
+
+@app.command()
+def reference(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Compute and cache the features and moments of the recipe's reference."""
+    from eval.features import build_extractor
+    from eval.reference import load_reference
+
+    loaded = _load(recipe, overrides)
+    distributed.init(TIMEOUT_S)
+    found = load_reference(loaded, lambda: build_extractor(loaded.extractor, distributed.device()))
+    if distributed.is_main():
+        logs.Console().print(found.provenance)
+
+
+@app.command()
+def report(
+    result: Annotated[list[Path], typer.Option(help="A results.json; give it once for each result.")],
+    out: Out,
+    run: Annotated[list[Path] | None, typer.Option(help="A run folder, for its loss curves.")] = None,
+    title: Annotated[str, typer.Option()] = "Evaluation",
+) -> None:
+    """One HTML page and one Markdown file of several results."""
+    from eval.report import report as write
+
+    write(result, out, runs=run or [], title=title)
+
+
+@app.command()
+def sweep(
+    recipe: Recipe,
+    grid: Annotated[list[str], typer.Argument(metavar="KEY=V1,V2...", help="Settings to vary, or KEY=VALUE to fix.")],
+    out: Out,
+) -> None:
+    """Generate and score every combination of settings, with the same noise and labels. A second start continues."""
+    from eval.sweep import sweep as run
+
+    distributed.init(TIMEOUT_S)
+    run(recipe, grid, out)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A folder of features, or its results.json.")],
+    b: Annotated[Path, typer.Argument(help="Another one.")],
+    rounds: Annotated[int, typer.Option(help="Bootstrap rounds.")] = 200,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
+) -> None:
+    """Whether two results differ: the paired difference of their scores, with a bootstrap interval."""
+    from eval.compare import compare as run
+
+    run(a, b, rounds=rounds, out=out)
+
+
+@app.command()
+def watch(
+    recipe: Recipe,
+    run: Annotated[Path, typer.Option(help="The run folder of a training.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; evaluations/ in the run folder by default.")] = None,
+    overrides: Overrides = None,
+    interval: Annotated[float, typer.Option(help="Seconds between looks.")] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Evaluate what is there and stop.")] = False,
+) -> None:
+    """Evaluate every new checkpoint of a run, as long as it goes on."""
+    from eval.watch import watch as follow
+
+    loaded = _load(recipe, overrides)
+    distributed.init(TIMEOUT_S)
+    follow(loaded, run, run / "evaluations" if out is None else out, interval=interval, once=once)
+
+
+def main() -> None:
+    """Run a command; a mistake of the user is one sentence, not a traceback."""
+    logs.setup()
+    try:
+        app()
+    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        if "SFD_DEBUG" in os.environ:
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
+        logs.console.print(f"[bold red]error:[/] {escape(f'{rank}{error}')}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

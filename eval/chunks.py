@@ -1,0 +1,241 @@
+"""Work in fixed chunks: ranks pull them from one queue, commit each atomically, and skip what is already there.
+
+A folder of chunks belongs to one configuration (config.json); what it will hold in the end does not depend on how
+many ranks fill it, in which order, or in how many starts.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sfd_scale import distributed, logs
+
+logger = logging.getLogger(__name__)
+Produce = Callable[[int], tuple[dict[str, Tensor], dict[str, Any]]]
+"""Chunk number → tensors to store, and numbers to show beside the progress bar."""
+_NAME = re.compile(r"chunk-(\d{6})\.safetensors")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under another name and rename it, so that it is whole or not there.
+
+    Raises:
+        ValueError: on a full disk, saying so; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"{path}: the disk is full, so this file was not written; all before it are whole. Free some space and "
+                "give the same command again: it goes on from here"
+            ) from error
+        raise
+
+
+@dataclass(frozen=True)
+class ChunkFolder:
+    """`total` rows in chunks of `size`, below `path`/chunks."""
+
+    path: Path
+    total: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.total // self.size)
+
+    def rows(self, chunk: int) -> range:
+        return range(chunk * self.size, min((chunk + 1) * self.size, self.total))
+
+    def file(self, chunk: int) -> Path:
+        return self.path / "chunks" / f"chunk-{chunk:06d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Chunks that are not committed; one that is torn or empty counts as missing."""
+        return [chunk for chunk in range(self.count) if not _whole(self.file(chunk))]
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Make the folder belong to `config`.
+
+        Raises:
+            ValueError: if it belongs to another one, naming the settings that differ.
+        """
+        file = self.path / "config.json"
+        if file.exists():
+            other = json.loads(file.read_text(encoding="utf-8"))
+            if config_hash(other) != config_hash(config):
+                raise ValueError(
+                    f"{self.path}: holds the results of other settings ({_differences(other, config)}); choose another "
+                    "folder with --out, or remove this one"
+                )
+            return
+        if (self.path / "chunks").exists() and any((self.path / "chunks").iterdir()):
+            raise ValueError(f"{self.path}: has chunks but no config.json that says of what; choose another folder")
+        text = json.dumps(json.loads(json.dumps(config, default=str)), indent=1, sort_keys=True)
+        write_atomically(file, f"{text}\n".encode())
+
+    def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
+        data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        write_atomically(self.file(chunk), save(data))
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """The tensor `name` of every chunk, in order; chunks are opened one by one."""
+        for chunk in range(self.count):
+            with safe_open(str(self.file(chunk)), framework="pt") as file:
+                yield file.get_tensor(name)
+
+    def names(self) -> list[str]:
+        """Names of the tensors in the first chunk."""
+        with safe_open(str(self.file(0)), framework="pt") as file:
+            return list(file.keys())
+
+
+def _whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: what a crash or a cut copy leaves is not."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size:
+                return False
+            header = json.loads(handle.read(length))
+    except (OSError, struct.error, ValueError):
+        return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return bool(ends) and size == 8 + length + max(ends)
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str:
+    b = json.loads(json.dumps(b, default=str))
+    parts = []
+    for key in sorted({*a, *b}):
+        left, right = (side.get(key, "absent") for side in (a, b))
+        if left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            parts.append(_differences(left, right, f"{prefix}{key}."))
+        else:
+            parts.append(f"{prefix}{key}: {_short(left)} there, {_short(right)} now")
+    return "; ".join(parts)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class ChunkQueue:
+    """Hands out a list of chunks once each, over all ranks, first come first served.
+
+    A counter in a store of its own that rank 0 serves: asking takes one message and waits for no other rank.
+    """
+
+    def __init__(self, todo: Sequence[int]) -> None:
+        self.todo = todo
+        self._taken, self._done = 0, 0
+        self._store: dist.TCPStore | None = None
+        if distributed.world_size() > 1:
+            self._store = _connect()
+
+    def __iter__(self) -> Iterator[int]:
+        while (number := self._next()) < len(self.todo):
+            yield self.todo[number]
+
+    def _next(self) -> int:
+        if self._store is not None:
+            return int(self._store.add("taken", 1)) - 1
+        self._taken += 1
+        return self._taken - 1
+
+    def finished(self, rows: int) -> int:
+        """Count `rows` as done; how many are done by all ranks together."""
+        if self._store is not None:
+            return int(self._store.add("rows", rows))
+        self._done += rows
+        return self._done
+
+
+def _connect() -> dist.TCPStore:
+    wait = timedelta(seconds=300)
+    store: dist.TCPStore | None = None
+    address: tuple[str, int] | None = None
+    if distributed.is_main():
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        store = dist.TCPStore(host, 0, distributed.world_size(), is_master=True, timeout=wait, wait_for_workers=False)
+        address = (host, store.port)
+    host, port = distributed.broadcast_object(address)
+    if store is None:
+        store = dist.TCPStore(
+            host, port, distributed.world_size(), is_master=False, timeout=wait, wait_for_workers=False
+        )
+    return store
+
+
+def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> int:
+    """Fill the folder, on all ranks together; returns how many rows this start made.
+
+    A chunk is written by a thread while the next one is computed. Every rank returns when every chunk is committed.
+
+    Raises:
+        ValueError: if chunks are missing in the end because a rank failed; a second start goes on.
+    """
+    todo: list[int] = distributed.broadcast_object(folder.missing() if distributed.is_main() else None)
+    rows = sum(len(folder.rows(chunk)) for chunk in todo)
+    queue = ChunkQueue(todo)
+    with logs.progress(folder.total, description, unit) as bar, ThreadPoolExecutor(1) as writer:
+        bar.skip(folder.total - rows)
+        shown, pending = 0, None
+        for chunk in queue:
+            tensors, fields = produce(chunk)
+            _finish(pending)
+            pending = writer.submit(folder.commit, chunk, tensors)
+            done = queue.finished(len(folder.rows(chunk)))
+            # The bar counts what all ranks have done; it is drawn by rank 0, when that has a result of its own.
+            bar.advance(done - shown, **fields)
+            shown = done
+        _finish(pending)
+        distributed.barrier()
+        if shown < rows:
+            bar.advance(rows - shown)
+    left = folder.missing()
+    if left:
+        raise ValueError(f"{folder.path}: {len(left)} of {folder.count} chunks are missing; give the command again")
+    # No rank may leave, and rank 0 may not close the store, while another still asks.
+    distributed.barrier()
+    return rows
+
+
+def _finish(pending: Future[None] | None) -> None:
+    if pending is not None:
+        pending.result()

@@ -1,0 +1,106 @@
+"""Features of images that exist, in the same chunks as those of generated ones; and sets of features read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval import chunks
+from eval.chunks import ChunkFolder, config_hash
+from eval.features import Extractor
+from eval.sources import Images
+from sfd_scale import distributed
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Float32 rows in the order of images: pool (N, P), spatial (N, S) or None, logits (N, K) or None; labels (N,)
+    int64 or None, and the configuration that determined them."""
+
+    pool: Tensor
+    spatial: Tensor | None
+    logits: Tensor | None
+    labels: Tensor | None
+    config: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+
+def open_features(path: Path) -> ChunkFolder:
+    """The folder of features that `generate` or `extract` filled.
+
+    Raises:
+        ValueError: if it is none, or not finished.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no folder of features (no config.json in it)")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    folder = ChunkFolder(path, config["num_samples"], config["batch"])
+    missing = folder.missing()
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {folder.count} chunks are missing; give the command that makes it again"
+        )
+    return folder
+
+
+def read_features(folder: ChunkFolder) -> FeatureSet:
+    """All rows of a finished folder, exactly as many as it says, in order of image numbers."""
+    config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    present = folder.names()
+
+    def rows(name: str) -> Tensor | None:
+        if name not in present:
+            return None
+        tensor = torch.cat(list(folder.read(name)))
+        if len(tensor) != folder.total:
+            raise ValueError(f"{folder.path}: {len(tensor)} rows of {name}, expected {folder.total}")
+        return tensor
+
+    pool = rows("pool")
+    assert pool is not None
+    return FeatureSet(pool, rows("spatial"), rows("logits"), rows("labels"), config)
+
+
+def extract(images: Images, extractor: Extractor, batch: int, cache: Path, kept: Mapping[str, Any]) -> ChunkFolder:
+    """Features of all images, on all ranks, in a folder of `cache` named by what determines them; made once.
+
+    Args:
+        kept: further entries of the configuration, for the record.
+    """
+    config = {
+        "kind": "extracted",
+        "images": images.identity,
+        "extractor": extractor.identity,
+        "num_samples": images.count,
+        "batch": batch,
+        **kept,
+    }
+    folder = ChunkFolder(cache / f"features-{config_hash(config)[:16]}", images.count, batch)
+    if distributed.is_main():
+        folder.claim(config)
+    distributed.barrier()
+
+    def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        pixels, labels = images.rows(folder.rows(chunk))
+        features = extract_padded(extractor, pixels, batch)
+        return features if labels is None else {**features, "labels": labels}, {}
+
+    chunks.run(folder, produce, "features", "images")
+    return folder
+
+
+def extract_padded(extractor: Extractor, images: Tensor, batch: int) -> dict[str, Tensor]:
+    """Features of at most `batch` images, computed in a batch of exactly that size: on a GPU they depend on it."""
+    count = len(images)
+    if count < batch:
+        images = torch.cat([images, images[-1:].expand(batch - count, *images.shape[1:])])
+    return {name: tensor[:count] for name, tensor in extractor(images).tensors().items()}

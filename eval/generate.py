@@ -1,0 +1,196 @@
+"""Draw the images of a recipe on all ranks, and keep their features (and, if asked, the images)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval import chunks, outputs
+from eval.chunks import ChunkFolder
+from eval.extract import extract_padded
+from eval.features import Extractor, build_extractor, file_sha256, identify
+from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
+from sfd_scale import build, config, distributed, sample
+from sfd_scale.build import Loaded
+from sfd_scale.diffusion.guidance import guided, interval_kinks
+from sfd_scale.engines.blocks import prepare_blocks
+from sfd_scale.sample import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation's work: who draws, which labels, whose features, and all that decides the result."""
+
+    sampler: Sampler
+    labels: Tensor
+    extractor: Extractor
+    config: dict[str, Any]
+
+
+def prepare(recipe: EvalRecipe, device: torch.device, extractor: Extractor | None = None) -> Job:
+    """Load the models and the extractor of a recipe, or take the extractor that is given.
+
+    Raises:
+        ValueError: for a missing checkpoint, or a guide that does not belong to it.
+    """
+    if recipe.checkpoint is None:
+        raise ValueError("checkpoint: null; allowed: a file of `sfd export` (checkpoint=PATH or --checkpoint PATH)")
+    loaded = build.load_for_sampling(recipe.checkpoint, device)
+    guide = None if recipe.guide is None else build.load_for_sampling(recipe.guide, device)
+    sampler = make_sampler(recipe, loaded, guide, device)
+    labels = labels_of(recipe, loaded.num_classes)
+    determined = describe(recipe, loaded.provenance, None if guide is None else guide.provenance)
+    extractor = build_extractor(recipe.extractor, device) if extractor is None else extractor
+    return Job(sampler, labels, extractor, determined)
+
+
+def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, device: torch.device) -> Sampler:
+    """The guided sampler of a recipe.
+
+    Raises:
+        ValueError: for a guide of another layout, normalisation or schedule.
+    """
+    if guide is not None:
+        check_guide(loaded, guide)
+    for model in (loaded.model, *([] if guide is None else [guide.model])):
+        model.repa_projector = None  # sampling has no use for the alignment head
+        model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+        if recipe.compile:
+            prepare_blocks(model, "none", compiled=True)
+    velocity = guided(
+        loaded.model,
+        recipe.guidance,
+        loaded.layout,
+        guide=None if guide is None else guide.model,
+        null_label=loaded.num_classes,
+    )
+    return Sampler(
+        velocity=velocity,
+        layout=loaded.layout,
+        schedule=loaded.schedule,
+        config=recipe.sampler,
+        stats=loaded.stats,
+        decode=loaded.decode,
+        seed=recipe.seed,
+        batch=recipe.batch,
+        device=device,
+        kinks=interval_kinks(recipe.guidance, loaded.schedule),
+    )
+
+
+def check_guide(loaded: Loaded, guide: Loaded) -> None:
+    """Refuse a guide whose latents mean something else.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    pairs = {
+        "latent layout": (loaded.layout, guide.layout),
+        "hash of the latent statistics": (loaded.stats.hash, guide.stats.hash),
+        "schedule": (loaded.schedule, guide.schedule),
+        "number of classes": (loaded.num_classes, guide.num_classes),
+    }
+    for what, (own, other) in pairs.items():
+        if own != other:
+            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; a guide has to share it")
+
+
+def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
+    """The label of every image: (num_samples,) int64.
+
+    Raises:
+        ValueError: for labels that are no classes, or a file of another length.
+    """
+    count = recipe.num_samples
+    match recipe.labels:
+        case BalancedLabels():
+            return sample.balanced_labels(recipe.seed, count, num_classes)
+        case IidLabels():
+            return sample.iid_labels(recipe.seed, count, num_classes)
+        case FixedLabel(label=label):
+            labels = torch.full((count,), label)
+        case LabelFile(path=path):
+            if not path.is_file():
+                raise ValueError(f"labels.path: {path}; allowed: an existing file with a label a line")
+            labels = torch.tensor([int(line) for line in path.read_text(encoding="utf-8").split()])
+    if len(labels) != count:
+        raise ValueError(f"labels.path: {len(labels)} labels; allowed: num_samples, {count}")
+    if not bool(((labels >= 0) & (labels < num_classes)).all()):
+        raise ValueError(f"labels: values from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}")
+    return labels
+
+
+def describe(recipe: EvalRecipe, checkpoint: Mapping[str, Any], guide: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All that determines the features of a generated set, and nothing that does not (paths, reference, ranks)."""
+    assert recipe.checkpoint is not None
+
+    def weights(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        return {"sha256": file_sha256(path), **provenance}
+
+    labels: dict[str, Any] = config.to_dict(recipe.labels)
+    if isinstance(recipe.labels, LabelFile):
+        labels = {"kind": "file", "sha256": file_sha256(recipe.labels.path)}
+    return {
+        "kind": "generated",
+        "checkpoint": weights(recipe.checkpoint, checkpoint),
+        "guide": None if recipe.guide is None or guide is None else weights(recipe.guide, guide),
+        "sampler": config.to_dict(recipe.sampler),
+        "guidance": config.to_dict(recipe.guidance),
+        "num_samples": recipe.num_samples,
+        "batch": recipe.batch,
+        "seed": recipe.seed,
+        "labels": labels,
+        "precision": recipe.precision,
+        "compile": recipe.compile,
+        "extractor": identify(recipe.extractor),
+        "images": outputs.kept_images(recipe.outputs),
+    }
+
+
+def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFolder:
+    """Fill `out` with the features of the recipe's images. A second start continues; a finished folder is left as is.
+
+    Raises:
+        ValueError: if `out` holds the results of other settings.
+    """
+    device = distributed.device()
+    job = prepare(recipe, device) if job is None else job
+    folder = ChunkFolder(out, recipe.num_samples, recipe.batch)
+    if distributed.is_main():
+        folder.claim(job.config)
+    distributed.barrier()
+    kept = outputs.kept_rows(recipe.outputs, job.labels)
+
+    def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        rows = folder.rows(chunk)
+        labels = job.labels[rows.start : rows.stop]
+        drawn = job.sampler.images(rows, labels)
+        features = extract_padded(job.extractor, drawn.images, recipe.batch)
+        tensors = {**features, "nfe": drawn.nfe, "labels": labels}
+        wanted = [row - rows.start for row in rows if row in kept]
+        tensors["images"], tensors["image_numbers"] = drawn.images[wanted], torch.tensor(wanted).long() + rows.start
+        return tensors, {"NFE": drawn.nfe.double().mean().item()}
+
+    started = time.monotonic()
+    made = chunks.run(folder, produce, "generate", "images")
+    if distributed.is_main():
+        outputs.write(recipe.outputs, folder, job.labels)
+        _announce(made, time.monotonic() - started, out)
+    distributed.barrier()
+    return folder
+
+
+def _announce(made: int, seconds: float, out: Path) -> None:
+    if made:
+        logger.info("%d images in %.1f s, %.1f images/s: %s", made, seconds, made / seconds, out)
+    else:
+        logger.info("all images were there already: %s", out)

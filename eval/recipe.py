@@ -1,0 +1,103 @@
+"""The recipe of an evaluation: what is drawn from which checkpoint, through which features, against what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from eval.features import ExtractorConfig, InceptionConfig
+from eval.metrics import MetricsConfig
+from eval.sources import SourceConfig
+from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
+from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedLabels:
+    """Every class as often as the others, shuffled: the protocol of most papers."""
+
+    kind: Literal["balanced"] = "balanced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IidLabels:
+    """Independent uniform labels."""
+
+    kind: Literal["iid"] = "iid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedLabel:
+    """One class for every image."""
+
+    label: int
+    kind: Literal["fixed"] = "fixed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFile:
+    """A text file with one label a line."""
+
+    path: Path
+    kind: Literal["file"] = "file"
+
+
+LabelsConfig = BalancedLabels | IidLabels | FixedLabel | LabelFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputsConfig:
+    """What is kept beside the features. Any of them makes the chunks keep the images.
+
+    npz: one file for ADM's evaluator. png: a folder. grid: images a class in a picture of all classes, 0 for none.
+    """
+
+    npz: bool = False
+    png: bool = False
+    grid: int = 8
+    grid_classes: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("grid", 0), ("grid_classes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+
+    @property
+    def all_images(self) -> bool:
+        return self.npz or self.png
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecipe:
+    """`checkpoint` and `guide` are files of `sfd export`; `batch` is fixed, whatever the number of ranks: it is part of
+    what determines an image to the last bit."""
+
+    kind: Literal["eval"] = "eval"
+    name: str = "eval"
+    published: str | None = None  # the number that the evaluation is to reach, and whose it is
+    checkpoint: Path | None = None
+    guide: Path | None = None
+    sampler: SamplerConfig = field(default_factory=EulerConfig)
+    guidance: GuidanceConfig = field(default_factory=NoGuidance)
+    num_samples: int = 50_000
+    batch: int = 64
+    seed: int = 0
+    labels: LabelsConfig = field(default_factory=BalancedLabels)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    extractor: ExtractorConfig = field(default_factory=InceptionConfig)
+    extractor_batch: int = 64
+    reference: SourceConfig | None = None
+    cache: Path = Path("runs/eval-cache")
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    outputs: OutputsConfig = field(default_factory=OutputsConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 2), ("batch", 1), ("extractor_batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        if isinstance(self.guidance, AutoGuidance) and self.guide is None:
+            raise ValueError("guide: null, with guidance kind autoguidance; allowed: an exported checkpoint")
+        if self.guide is not None and not isinstance(self.guidance, AutoGuidance):
+            raise ValueError(f"guide: {self.guide}, which guidance kind {self.guidance.kind} ignores; allowed: null")

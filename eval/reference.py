@@ -1,0 +1,181 @@
+"""What samples are compared with: moments and features of real images, computed once and cached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from eval import npz, outputs
+from eval.chunks import config_hash, write_atomically
+from eval.extract import FeatureSet, extract, read_features
+from eval.features import Extractor, InceptionConfig, InceptionFeatures, file_sha256, identify
+from eval.metrics import MetricsConfig, Moments, moments
+from eval.recipe import EvalRecipe
+from eval.sources import Images, NpzSource, open_images
+from sfd_scale import config, distributed, seeding
+
+logger = logging.getLogger(__name__)
+GRID_CLASSES, GRID_EACH = 16, 8
+_INCEPTION = {"mu": 2048, "mu_s": 17 * 17 * 7}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments of the pooled and spatial features of all real images; pooled features (M, P) of those that precision,
+    recall and KID take; a grid of some of them (3, H, W) uint8, or None; and where it all came from."""
+
+    pool: Moments
+    spatial: Moments | None
+    features: Tensor | None
+    grid: Tensor | None
+    provenance: dict[str, Any]
+
+
+def load_reference(recipe: EvalRecipe, extractor: Callable[[], Extractor]) -> Reference:
+    """The recipe's reference, from the cache if it is there; on all ranks together.
+
+    Args:
+        extractor: builds the extractor; called only if features are missing.
+
+    Raises:
+        ValueError: if the recipe has none, or its file does not fit the extractor.
+    """
+    if recipe.reference is None:
+        raise ValueError("reference: null; allowed: kind npz, folder, flat, mds or digits, with its path")
+    identity = identify(recipe.extractor)
+    given = _statistics(recipe)
+    has_images = not isinstance(recipe.reference, NpzSource) or "arr_0" in npz.keys(recipe.reference.path)
+    images = open_images(recipe.reference) if has_images else None
+    determined = {
+        "kind": "reference",
+        "format": 1,
+        "data": images.identity if images is not None else _path_identity(recipe),
+        "extractor": identity,
+        "batch": recipe.extractor_batch,
+        "reference_images": recipe.metrics.reference_images,
+    }
+    file = recipe.cache / f"reference-{config_hash(determined)[:16]}.safetensors"
+    if not distributed.broadcast_object(file.is_file()):
+        found = None if images is None else _features(recipe, images, extractor())
+        if distributed.is_main():
+            _write(file, _tensors(given, found, recipe.metrics), images)
+        distributed.barrier()
+    return _read(file, {**determined, "source": config.to_dict(recipe.reference)})
+
+
+def _features(recipe: EvalRecipe, images: Images, extractor: Extractor) -> FeatureSet:
+    if extractor.identity != identify(recipe.extractor):
+        raise ValueError(f"extractor: {extractor.identity} was built, the recipe asks for {identify(recipe.extractor)}")
+    folder = extract(images, extractor, recipe.extractor_batch, recipe.cache, {})
+    return read_features(folder)
+
+
+def _path_identity(recipe: EvalRecipe) -> str:
+    assert isinstance(recipe.reference, NpzSource)
+    return f"npz:{file_sha256(recipe.reference.path)}"
+
+
+# ------------------------------------------------------------------------------------------------- ADM's files
+
+
+def _statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
+    """mu, sigma, mu_s, sigma_s of an ADM reference file; empty for other sources."""
+    source = recipe.reference
+    if not isinstance(source, NpzSource):
+        return {}
+    if not source.path.is_file():
+        raise ValueError(f"reference.path: {source.path} does not exist")
+    found = npz.read_statistics(source.path)
+    if not found and "arr_0" not in npz.keys(source.path):
+        raise ValueError(f"{source.path}: neither statistics (mu, sigma, mu_s, sigma_s) nor images (arr_0) in it")
+    if found and not isinstance(recipe.extractor, InceptionConfig):
+        raise ValueError(
+            f"{source.path}: its statistics are of Inception features, but extractor.kind is {recipe.extractor.kind}; "
+            "take the inception extractor, or a reference of images"
+        )
+    for key, dim in _INCEPTION.items():
+        if key in found and found[key].numel() != dim:
+            raise ValueError(f"{source.path}: {key} has {found[key].numel()} entries; those of Inception have {dim}")
+    if "mu_s" in found:
+        check_spatial_order(found["mu_s"], InceptionFeatures.spatial_grid, str(source.path))
+    return found
+
+
+def check_spatial_order(mean: Tensor, grid: tuple[int, int, int], where: str) -> None:
+    """Refuse spatial statistics in (channel, row, column) order: sFID against them is off by orders of magnitude.
+
+    The mean feature map differs far more between channels than between places, so in the right order most of its
+    variance is between channels.
+
+    Raises:
+        ValueError: if the other order explains the numbers better.
+    """
+    h, w, c = grid
+    here = _between(mean.reshape(h * w, c).T)
+    swapped = _between(mean.reshape(c, h * w))
+    if swapped > here:
+        raise ValueError(
+            f"{where}: the spatial statistics are in (channel, row, column) order ({100 * swapped:.0f}% of their "
+            f"variance is between channels that way, {100 * here:.0f}% in the order of ADM's files); make them anew as "
+            "(row, column, channel)"
+        )
+
+
+def _between(maps: Tensor) -> float:
+    """The share of variance between the rows of maps (c, h·w)."""
+    return (maps.mean(1).var(correction=0) / maps.var(correction=0).clamp(min=1e-300)).item()
+
+
+# ------------------------------------------------------------------------------------------------- cache
+
+
+def _tensors(given: dict[str, Tensor], found: FeatureSet | None, metrics: MetricsConfig) -> dict[str, Tensor]:
+    stored = dict(given)
+    if found is not None and "mu" not in given:
+        pool = moments(found.pool)
+        stored |= {"mu": pool.mean, "sigma": pool.cov, "count": torch.tensor(len(found))}
+        if found.spatial is not None:
+            spatial = moments(found.spatial)
+            stored |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
+    if found is not None:
+        rows = seeding.permutation(0, "reference_images", len(found))[: metrics.reference_images].sort().values
+        stored["features"] = found.pool[rows]
+        if found.labels is not None:
+            stored["labels"] = found.labels
+    return stored
+
+
+def _write(file: Path, tensors: dict[str, Tensor], images: Images | None) -> None:
+    if images is not None:
+        labels = tensors.pop("labels", None)
+        tensors["grid"] = _grid(images, labels)
+    write_atomically(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    logger.info("reference: %s", file)
+
+
+def _grid(images: Images, labels: Tensor | None) -> Tensor:
+    """A sheet of real images, a class a row where there are labels."""
+    if labels is None:
+        numbers = torch.linspace(0, images.count - 1, min(images.count, GRID_CLASSES * GRID_EACH)).long()
+        rows = [part.tolist() for part in numbers.split(GRID_EACH)]
+    else:
+        rows = outputs.rows_by_class(labels, GRID_CLASSES, GRID_EACH)
+    return outputs.tile([[images.rows(range(n, n + 1))[0][0] for n in row] for row in rows])
+
+
+def _read(file: Path, provenance: dict[str, Any]) -> Reference:
+    with safe_open(str(file), framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    count = int(tensors["count"]) if "count" in tensors else None
+    spatial = Moments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
+    features, grid = (tensors[name] if name in tensors else None for name in ("features", "grid"))  # noqa: SIM401
+    provenance = {**provenance, "count": count, "features_count": None if features is None else len(features)}
+    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, provenance)
