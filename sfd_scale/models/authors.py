@@ -1,0 +1,228 @@
+"""The authors' checkpoint files: torch pickles with model, ema, opt and config, or with fewer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, Size
+from sfd_scale.models.torch_file import LazyTensor, TorchFile, plain
+
+State = dict[str, Tensor]
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class AuthorsFile:
+    """Weights without prefixes; `opt` is AdamW's state_dict; `config` plain nested data. What a file lacks is None."""
+
+    model: State | None
+    ema: State | None
+    opt: dict[str, Any] | None
+    config: dict[str, Any] | None
+
+    @property
+    def weights(self) -> State:
+        """The EMA weights, which the authors sample with, or else the trained ones."""
+        state = self.model if self.ema is None else self.ema
+        assert state is not None
+        return state
+
+
+def read_authors(path: Path, optimizer: bool = False) -> AuthorsFile:
+    """Read a file of the authors, its optimizer state only on request. Nothing in the file is run.
+
+    Raises:
+        ValueError: that names the file, if it is a Git-LFS pointer, truncated, or holds no weights.
+    """
+    file = TorchFile(path)
+    content = file.content
+    if not isinstance(content, dict) or not ({"model", "ema"} & content.keys()):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} holds neither model nor ema, but: {found[:200]}")
+    parts = {name: strip_prefixes(file.load(content[name])) if content.get(name) else None for name in ("model", "ema")}
+    if parts["model"] is None and parts["ema"] is None:
+        raise ValueError(f"{path} holds no weights: model and ema are empty")
+    opt = file.load(content["opt"]) if optimizer and "opt" in content else None
+    config = plain(content["config"]) if "config" in content else None
+    return AuthorsFile(parts["model"], parts["ema"], opt, config if isinstance(config, dict) else None)
+
+
+def write_authors(
+    path: Path,
+    *,
+    ema: State | None = None,
+    model: State | None = None,
+    opt: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Write a file that the authors' code loads: what is given, in float32 and contiguous, under their names.
+
+    Raises:
+        ValueError: without any weights.
+    """
+    if ema is None and model is None:
+        raise ValueError("ema and model: none; allowed: at least one of them")
+    parts = {"model": model, "ema": ema}
+    content: dict[str, Any] = {
+        name: {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+        for name, state in parts.items()
+        if state is not None
+    }
+    content |= {name: value for name, value in (("opt", opt), ("config", config)) if value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+
+
+def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Names without what wrappers put in front of them."""
+    out: dict[str, Any] = {}
+    for name, value in state.items():
+        bare = name
+        while bare.startswith(_PREFIXES):
+            bare = bare.split(".", 1)[1]
+        if bare in out:
+            raise ValueError(f"{bare} occurs twice, with and without a prefix")
+        out[bare] = value
+    return out
+
+
+def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
+    """One flat set of weights, from safetensors or from a torch file: bare, or under state_dict, ema or model.
+
+    Only names that start with one of `prefixes` are kept.
+
+    Raises:
+        ValueError: that names the file, if it cannot be read or holds no such set.
+    """
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            return {name: value for name, value in load_file(path).items() if name.startswith(prefixes)}
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    file = TorchFile(path)
+    candidates = [file.content]
+    if isinstance(file.content, dict):
+        candidates += [file.content[name] for name in ("state_dict", "ema", "model") if name in file.content]
+    for candidate in candidates:
+        if isinstance(candidate, dict) and candidate and all(isinstance(v, LazyTensor) for v in candidate.values()):
+            bare = strip_prefixes(candidate)
+            return file.load({name: value for name, value in bare.items() if name.startswith(prefixes)})
+    raise ValueError(f"{path} holds no set of weights, neither bare nor under state_dict, ema or model")
+
+
+# ---------------------------------------------------------------------------------------- LightningDiT
+
+
+class Architecture(NamedTuple):
+    """All that a LightningDiT is built from."""
+
+    config: LightningDiTConfig
+    in_channels: int
+    input_size: int
+    two_clocks: bool
+
+    def build(self) -> LightningDiT:
+        return LightningDiT(
+            self.config, in_channels=self.in_channels, input_size=self.input_size, two_clocks=self.two_clocks
+        )
+
+
+def infer_architecture(state: Mapping[str, Tensor], alignment_depth: int = 2) -> Architecture:
+    """The settings of a LightningDiT from the shapes of its weights; where its head reads leaves no trace in them.
+
+    Raises:
+        ValueError: if keys are missing that every LightningDiT has, or the number of heads cannot be told.
+    """
+    needed = ("pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
+    missing = [name for name in (*needed, "blocks.0.adaLN_modulation.1.weight") if name not in state]
+    if missing:
+        raise ValueError(f"these are not weights of a LightningDiT: {', '.join(missing)} missing")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    head_dim = next(
+        (state[n].shape[-1] for n in ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos") if n in state), None
+    )
+    if head_dim is None:
+        raise ValueError("the number of heads cannot be told from these weights: no q_norm and no rotary table")
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    dimensions = Size(depth, width, width // head_dim)
+    size = next((name for name, known in SIZES.items() if known == dimensions), None)
+    config = LightningDiTConfig(
+        size=cast(Literal["S", "B", "L", "XL", "XXL", "1p6B"] | None, size),
+        **({} if size else dimensions._asdict()),
+        patch_size=patch,
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        alignment=_infer_alignment(state, alignment_depth),
+        norm="rmsnorm" if "blocks.0.norm1.weight" in state else "layernorm",
+        mlp="swiglu" if "blocks.0.mlp.w12.weight" in state else "gelu",
+        rope="feat_rope.freqs_cos" in state,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        shift=state["blocks.0.adaLN_modulation.1.weight"].shape[0] == 6 * width,
+        learn_sigma=state["final_layer.linear.weight"].shape[0] == 2 * patch**2 * channels,
+    )
+    side = round(state["pos_embed"].shape[1] ** 0.5)
+    return Architecture(config, channels, side * patch, "t_embedder_sem.mlp.0.weight" in state)
+
+
+def _infer_alignment(state: Mapping[str, Tensor], depth: int) -> AlignmentConfig | None:
+    if "repa_projector.0.weight" not in state or "repa_projector.4.weight" not in state:
+        return None
+    hidden, dim = state["repa_projector.0.weight"].shape[0], state["repa_projector.4.weight"].shape[0]
+    return AlignmentConfig(depth=depth, hidden=hidden, dim=dim)
+
+
+def check_state(architecture: Architecture, state: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes with what the model needs.
+
+    Raises:
+        ValueError: that lists missing, unexpected and misshapen keys.
+    """
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in architecture.build().state_dict().items()}
+    misshapen = [
+        f"{name} {tuple(state[name].shape)}, needed {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "misshapen": misshapen,
+    }
+    found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise ValueError(f"{source} does not fit the model; {found}")
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def load_lightningdit(path: Path, alignment: bool = True) -> LightningDiT:
+    """A LightningDiT with the weights of a file of the authors, or of one with their names in safetensors.
+
+    `alignment` False leaves the head out, which sampling does not need.
+    """
+    state = read_weights(path) if path.suffix == ".safetensors" else read_authors(path).weights
+    if not alignment:
+        state = {name: value for name, value in state.items() if not name.startswith("repa_projector.")}
+    try:
+        architecture = infer_architecture(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    check_state(architecture, state, str(path))
+    with torch.device("meta"):
+        model = architecture.build()
+    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    return model

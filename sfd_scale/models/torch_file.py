@@ -1,0 +1,197 @@
+"""Reads torch's zip checkpoints without running anything that they contain.
+
+A pickle may name any function and have it called. Here only what tensors are made of is understood; every other name
+becomes an inert object that remembers what it was given. Nothing is imported, nothing else is called. That also reads
+files whose settings are objects of libraries that are not installed. Tensors are read from the file when asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+_LFS_HEAD = b"version https://git-lfs.github.com"
+_ZIP_HEAD = b"PK\x03\x04"
+
+
+class Inert:
+    """Stands for an object of an unknown class: `arguments` of its construction, `state`, `items`."""
+
+    name = ""
+
+    def __new__(cls, *arguments: Any, **_: Any) -> Inert:
+        instance = super().__new__(cls)
+        instance.arguments = arguments
+        instance.state = None
+        instance.items = []
+        return instance
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    arguments: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        self.items.append(value)
+
+    def extend(self, values: Sequence[Any]) -> None:
+        self.items.extend(values)
+
+
+@dataclass(frozen=True)
+class Storage:
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still in the file."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+    """`find_class` is the only way by which a pickle reaches code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            # A new function each time: a pickle can set attributes on what it is handed.
+            return lambda storage, offset, shape, stride, *_: LazyTensor(storage, offset, tuple(shape), tuple(stride))
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda data, *_: data
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        return type(name.rpartition(".")[2] or "Inert", (Inert,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Storage:
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"unknown kind of storage: {kind} {dtype}")
+        return Storage(str(key), dtype, int(count))
+
+
+class TorchFile:
+    """`content`: what was saved, with LazyTensor and Inert objects in it; `load` turns the former into tensors.
+
+    Raises:
+        ValueError: that names the file and says what it is instead of a readable checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check_head(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+            self._root = next(n for n in self._zip.namelist() if n.endswith("data.pkl")).removesuffix("data.pkl")
+            names = self._zip.namelist()
+            order = self._zip.read(f"{self._root}byteorder") if f"{self._root}byteorder" in names else b"little"
+            self.content: Any = _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
+        except StopIteration:
+            raise ValueError(f"{path} is a zip file, but not of torch.save: it holds no data.pkl") from None
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+        if order.decode() != sys.byteorder:
+            raise ValueError(f"{path} has {order.decode()}-endian numbers, this machine {sys.byteorder}-endian ones")
+
+    def load(self, value: Any) -> Any:
+        """`value`, a part of `content`, with its tensors read; dicts and sequences are followed, inert objects not."""
+        return self._load(value, {})
+
+    def _load(self, value: Any, storages: dict[Storage, Tensor]) -> Any:
+        if isinstance(value, LazyTensor):
+            return self._tensor(value, storages)
+        if isinstance(value, dict):
+            return {key: self._load(item, storages) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._load(item, storages) for item in value)
+        return value
+
+    def _tensor(self, lazy: LazyTensor, storages: dict[Storage, Tensor]) -> Tensor:
+        storage = lazy.storage
+        if storage not in storages:
+            # The size first: a damaged file may claim any.
+            size = storage.count * storage.dtype.itemsize
+            try:
+                info = self._zip.getinfo(f"{self._root}data/{storage.key}")
+                if info.file_size < size:
+                    raise ValueError(f"it has {info.file_size} bytes of {size}")
+                data = bytearray(self._zip.read(info))
+            except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+                raise ValueError(f"{self.path} is truncated or damaged at tensor {storage.key}: {error}") from error
+            whole = torch.frombuffer(data, dtype=storage.dtype, count=storage.count) if storage.count else None
+            storages[storage] = torch.empty(0, dtype=storage.dtype) if whole is None else whole
+        last = lazy.offset + sum((n - 1) * step for n, step in zip(lazy.shape, lazy.stride, strict=True))
+        if math.prod(lazy.shape) and not 0 <= last < storage.count:
+            raise ValueError(f"{self.path} is damaged: a tensor of {lazy.shape} leaves its storage of {storage.count}")
+        return storages[storage].as_strided(lazy.shape, lazy.stride, lazy.offset)
+
+
+def _check_head(path: Path) -> None:
+    """Names the usual things that lie where a checkpoint should."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(len(_LFS_HEAD))
+    if head == _LFS_HEAD:
+        raise ValueError(f"{path} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    if not head:
+        raise ValueError(f"{path} is empty")
+    if not head.startswith(_ZIP_HEAD):
+        raise ValueError(f"{path} is not a torch checkpoint (torch.save of 1.6 or later makes zip files)")
+
+
+def plain(value: Any) -> Any:
+    """Settings as plain data: OmegaConf's nodes, read as inert objects, become dicts, lists and values."""
+    if isinstance(value, Inert):
+        state = value.state
+        if isinstance(state, dict) and "_content" in state:
+            return plain(state["_content"])
+        if isinstance(state, dict) and "_val" in state:
+            return plain(state["_val"])
+        return value.name
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,132 @@
+"""What the tokenizers have in common: their protocols, pixel ranges, identities, reconstruction quality.
+
+N batch · C latent channels · D feature channels · H, W image · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+DETERMINISTIC_LOGVAR = -30.0
+"""The log-variance of a codec without one, where a tensor has to hold it: the lower bound of posteriors."""
+
+
+class Moments(NamedTuple):
+    """A posterior: mean (N, C, h, w) and log-variance of that shape, or None where the codec is deterministic."""
+
+    mean: Tensor
+    logvar: Tensor | None
+
+
+class TextureCodec(Protocol):
+    """Images to latents and back."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def downsample(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, images: Tensor) -> Moments:
+        """(N, 3, H, W) uint8 → moments (N, C, H/downsample, W/downsample) float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) → (N, 3, H, W) uint8."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+class VisionEncoder(Protocol):
+    """Images to features, frozen."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def grid(self, image_size: int) -> int:
+        """Side of the feature grid for an image side."""
+        ...
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 → (N, D, h, w) float32."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+class SemanticCodec(Protocol):
+    """Features to latents and back."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, features: Tensor) -> Moments:
+        """(N, D, h, w) → moments (N, C, h, w) float32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) → (N, D, h, w) float32."""
+        ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 → float32 in [−1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[−1, 1] → uint8 by floor(127.5·x + 128), the rule of DiT and of the authors."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).floor().to(torch.uint8)
+
+
+def identity(kind: str, state: Mapping[str, Tensor], settings: str = "") -> str:
+    """`kind:` and a SHA-256 over settings and over names, shapes and values: equal exactly for equal codecs."""
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(state):
+        value = state[name].detach().float().contiguous().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return f"{kind}:{digest.hexdigest()}"
+
+
+def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: that names the file, if it is missing or cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights: {path}; allowed: an existing safetensors file of {what}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"weights: {path} cannot be read as safetensors of {what}: {error}") from error
+
+
+def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images in dB (10·log10(255² / mean square)), one value an image: (N,)."""
+    square = (images.double() - reconstructed.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(255.0**2 / square)

@@ -1,0 +1,101 @@
+"""Images to composite latents and back: texture codec, and vision encoder with semantic codec.
+
+N batch · C latent channels · D feature channels · H, W image · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sfd_scale.latents import LatentLayout
+from sfd_scale.tokenizers.codec import DETERMINISTIC_LOGVAR, Moments, SemanticCodec, TextureCodec, VisionEncoder
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """latents (N, C, h, w), not normalised; logvar of that shape or None; features (N, D, h, w) or None; float32."""
+
+    latents: Tensor
+    logvar: Tensor | None
+    features: Tensor | None
+
+
+class CompositeTokenizer:
+    """Without semantic channels in the layout there is no semantic codec; a vision encoder alone gives features."""
+
+    def __init__(
+        self,
+        texture: TextureCodec,
+        vision: VisionEncoder | None,
+        semantic: SemanticCodec | None,
+        layout: LatentLayout,
+    ) -> None:
+        self.texture, self.vision, self.semantic, self.layout = texture, vision, semantic, layout
+        for part, codec, wanted in (
+            ("texture", texture.channels, layout.texture_channels),
+            ("semantic", 0 if semantic is None else semantic.channels, layout.semantic_channels),
+        ):
+            if codec != wanted:
+                raise ValueError(f"latents.{part}_channels: {wanted}; allowed: {codec}, as tokenizer.{part} has")
+        if semantic is not None and (vision is None or vision.dim != semantic.dim):
+            given = "none" if vision is None else f"one with {vision.dim} channels"
+            raise ValueError(
+                f"tokenizer.vision: {given}; allowed: one with {semantic.dim}, as tokenizer.semantic needs"
+            )
+        if vision is not None and vision.grid(self.image_size) != layout.size:
+            raise ValueError(
+                f"tokenizer.vision: its grid is {vision.grid(self.image_size)} for images of {self.image_size}; "
+                f"allowed: {layout.size}, as latents.size"
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that make latents of the layout's size."""
+        return self.layout.size * self.texture.downsample
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What was encoded with; for the manifest."""
+        parts = {"texture": self.texture, "vision": self.vision, "semantic": self.semantic}
+        return {name: part.identity for name, part in parts.items() if part is not None}
+
+    def to(self, device: torch.device) -> Self:
+        self.texture.to(device)
+        for part in (self.vision, self.semantic):
+            if part is not None:
+                part.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Encoded:
+        """(N, 3, H, W) uint8 → posterior means and log-variances, with the features that they come from.
+
+        Raises:
+            ValueError: if the images do not have the layout's size.
+        """
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"images are {tuple(images.shape[1:])}; allowed: (3, {size}, {size})")
+        texture = self.texture.encode(images)
+        features = None if self.vision is None else self.vision.features(images)
+        if self.semantic is None or features is None:
+            return Encoded(texture.mean, texture.logvar, features)
+        semantic = self.semantic.encode(features)
+        latents = self.layout.join(texture.mean, semantic.mean)
+        if texture.logvar is None and semantic.logvar is None:
+            return Encoded(latents, None, features)
+        return Encoded(latents, self.layout.join(_logvar(texture), _logvar(semantic)), features)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, h, w), not normalised → images (N, 3, H, W) uint8; the semantic part is not needed."""
+        texture, _ = self.layout.split(latents)
+        return self.texture.decode(texture)
+
+
+def _logvar(moments: Moments) -> Tensor:
+    return torch.full_like(moments.mean, DETERMINISTIC_LOGVAR) if moments.logvar is None else moments.logvar

@@ -1,0 +1,84 @@
+"""A texture codec in closed form: principal components of square patches, for images too small for a texture VAE.
+
+N batch · C components · H, W image · P patch side · h, w patch grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from torch import Tensor
+
+from sfd_scale.tokenizers.codec import Moments, from_uint8, identity, to_uint8
+from sfd_scale.tokenizers.pca import ComponentBuffers, fit_components, load_components
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchPCAConfig:
+    """Weights are a safetensors file that PatchPCA.save wrote."""
+
+    kind: Literal["patch_pca"] = "patch_pca"
+    weights: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchPCAFitConfig:
+    """`channels` of the 3·patch² numbers of a patch are kept."""
+
+    kind: Literal["patch_pca"] = "patch_pca"
+    patch: int = 4
+    channels: int = 16
+
+    def __post_init__(self) -> None:
+        if self.patch < 1:
+            raise ValueError(f"patch: {self.patch}; allowed: 1 and up")
+        if not 1 <= self.channels <= 3 * self.patch**2:
+            raise ValueError(f"channels: {self.channels}; allowed: 1 to {3 * self.patch**2} with patch {self.patch}")
+
+
+def to_patches(images: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) → (N, h, w, 3·P·P)."""
+    if images.shape[2] % side or images.shape[3] % side:
+        raise ValueError(f"patch: {side}; allowed: divisors of the image size, {tuple(images.shape[2:])}")
+    blocks = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (N, 3, h, P, w, P)
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def from_patches(patches: Tensor, side: int) -> Tensor:
+    """(N, h, w, 3·P·P) → (N, 3, H, W)."""
+    blocks = patches.unflatten(3, (3, side, side))  # (N, h, w, 3, P, P)
+    return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+class PatchPCA(ComponentBuffers):
+    """Decoding what was encoded is the best reconstruction that C numbers a patch allow linearly."""
+
+    @classmethod
+    def fit(cls, images: Iterable[Tensor], config: PatchPCAFitConfig) -> Self:
+        """From batches of images (N, 3, H, W) uint8."""
+        rows = (to_patches(from_uint8(batch), config.patch).flatten(0, 2) for batch in images)
+        return cls(fit_components(rows, config.channels))
+
+    @classmethod
+    def load(cls, config: PatchPCAConfig) -> Self:
+        return cls(load_components(config.weights, "a patch PCA"))
+
+    @property
+    def downsample(self) -> int:
+        return round((len(self.mean) / 3) ** 0.5)
+
+    @property
+    def identity(self) -> str:
+        return identity("patch_pca", self.state_dict())
+
+    def encode(self, images: Tensor) -> Moments:
+        """(N, 3, H, W) uint8 → (N, C, h, w)."""
+        patches = to_patches(from_uint8(images), self.downsample)
+        return Moments(self.project(patches).movedim(-1, 1).contiguous(), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) → (N, 3, H, W) uint8."""
+        return to_uint8(from_patches(self.restore(latents.movedim(1, -1)), self.downsample))

@@ -1,0 +1,156 @@
+"""Principal components in closed form, and the PCA of vision features as semantic latents (ReDi, arXiv 2504.16064).
+
+N batch · R rows · D feature channels · C components · h, w grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sfd_scale.tokenizers.codec import Moments, identity, read_safetensors
+
+
+@dataclass(frozen=True)
+class Components:
+    """mean (D,), directions (C, D) of unit length with the strongest first, variance (C,) along them; float32."""
+
+    mean: Tensor
+    directions: Tensor
+    variance: Tensor
+
+
+class CovarianceAccumulator:
+    """Count, sum and outer products of rows, streamed in float64 around the mean of the first batch."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows (R, D)."""
+        wide = rows.detach().double().cpu()
+        if self.shift is None:
+            # Differences from about the mean: squares of a large mean would cost digits.
+            self.shift = wide.mean(0)
+        wide = wide - self.shift
+        self.count += len(wide)
+        self.total += wide.sum(0)
+        self.outer += wide.T @ wide
+
+    def components(self, number: int) -> Components:
+        """The strongest `number` eigenvectors of the covariance; their largest entry is positive, to fix the sign.
+
+        Raises:
+            ValueError: if there are fewer rows or columns than components.
+        """
+        dim = len(self.total)
+        if not 1 <= number <= dim or self.count <= number or self.shift is None:
+            raise ValueError(
+                f"channels: {number}; allowed: 1 to {dim}, from more rows than that; there are {self.count}"
+            )
+        mean = self.total / self.count
+        values, vectors = torch.linalg.eigh(self.outer / self.count - mean.outer(mean))
+        directions = vectors.flip(1)[:, :number].T  # (C, D)
+        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+        variance = values.flip(0)[:number].clamp(min=0)
+        return Components((mean + self.shift).float(), (directions * largest.sign()).float(), variance.float())
+
+
+def fit_components(batches: Iterable[Tensor], number: int) -> Components:
+    """Principal components of rows that come in batches (R, D)."""
+    accumulator: CovarianceAccumulator | None = None
+    for rows in batches:
+        accumulator = accumulator or CovarianceAccumulator(rows.shape[1])
+        accumulator.update(rows)
+    if accumulator is None:
+        raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
+    return accumulator.components(number)
+
+
+class ComponentBuffers(nn.Module):
+    """Components as a module, so that they move to a device and are saved by name."""
+
+    mean: Tensor
+    directions: Tensor
+    variance: Tensor
+
+    def __init__(self, components: Components) -> None:
+        super().__init__()
+        self.register_buffer("mean", components.mean)
+        self.register_buffer("directions", components.directions)
+        self.register_buffer("variance", components.variance)
+
+    @property
+    def channels(self) -> int:
+        return len(self.directions)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """(..., D) → (..., C)."""
+        return (rows.float() - self.mean) @ self.directions.T
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """(..., C) → (..., D), the nearest point of the components' span."""
+        return latents.float() @ self.directions + self.mean
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, path)
+
+
+def load_components(path: Path, what: str) -> Components:
+    """Components that `save` wrote.
+
+    Raises:
+        ValueError: if the file is none of those.
+    """
+    state = read_safetensors(path, what)
+    missing = {"mean", "directions", "variance"} - state.keys()
+    if missing:
+        raise ValueError(f"weights: {path} is no file of {what}: it lacks {', '.join(sorted(missing))}")
+    return Components(state["mean"], state["directions"], state["variance"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePCAConfig:
+    """Weights are a safetensors file that FeaturePCA.save wrote."""
+
+    kind: Literal["pca"] = "pca"
+    weights: Path
+
+
+class FeaturePCA(ComponentBuffers):
+    """A semantic codec without learning: the strongest components of the features."""
+
+    @classmethod
+    def fit(cls, features: Iterable[Tensor], channels: int = 8) -> Self:
+        """From batches of features (N, D, h, w)."""
+        return cls(fit_components((batch.movedim(1, -1).flatten(0, -2) for batch in features), channels))
+
+    @classmethod
+    def load(cls, config: FeaturePCAConfig) -> Self:
+        return cls(load_components(config.weights, "a feature PCA"))
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def identity(self) -> str:
+        return identity("pca", self.state_dict())
+
+    def encode(self, features: Tensor) -> Moments:
+        """(N, D, h, w) → (N, C, h, w)."""
+        return Moments(self.project(features.movedim(1, -1)).movedim(-1, 1), None)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) → (N, D, h, w)."""
+        return self.restore(latents.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,157 @@
+"""The texture VAE: diffusers' AutoencoderKL in the shape of "SD-VAE f16d32" and VA-VAE (arXiv 2112.10752, 2501.01423).
+
+Weights come as a diffusers folder, as safetensors, or as a checkpoint of the latent diffusion code (LDM), whose names
+are mapped. N batch · C latent channels · H, W image · h, w latent grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from sfd_scale.models.authors import read_weights
+from sfd_scale.tokenizers.codec import Moments, from_uint8, identity, to_uint8
+
+# What belongs to the autoencoder in an LDM checkpoint, which also holds discriminators and frozen networks.
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderKLConfig:
+    """`weights` is a diffusers folder, which has its own settings, or a file for the shape that is set here.
+
+    Each level but the first halves the grid; the last has attention after its residual blocks.
+    """
+
+    kind: Literal["autoencoder_kl"] = "autoencoder_kl"
+    weights: Path
+    width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    latent_channels: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("width", "res_blocks", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        if self.width % 32:
+            raise ValueError(f"width: {self.width}; allowed: multiples of 32, the groups of its norms")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers: {self.multipliers}; allowed: one or more whole numbers from 1")
+
+
+class AutoencoderKLCodec:
+    """A trained, frozen AutoencoderKL. Latents are posterior means as they are, not scaled."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.channels: int = model.config.latent_channels
+        self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
+        self.identity = identity("autoencoder_kl", model.state_dict())
+
+    @classmethod
+    def load(cls, config: AutoencoderKLConfig) -> Self:
+        """Build the model and load its weights, all of them.
+
+        Raises:
+            ValueError: that names the file, if it cannot be read or does not fit.
+        """
+        if config.weights.is_dir():
+            return cls(_from_folder(config.weights))
+        state = read_weights(config.weights, _PARTS)
+        model = build(config)
+        try:
+            if any(name.startswith("encoder.down.") for name in state):
+                state = from_ldm(state, model.state_dict())
+            model.load_state_dict(state)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"weights: {config.weights} do not fit tokenizer.texture: {error}") from error
+        return cls(model)
+
+    def to(self, device: torch.device) -> Self:
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Moments:
+        """(N, 3, H, W) uint8 → moments (N, C, h, w) float32."""
+        posterior = self.model.encode(from_uint8(images)).latent_dist
+        return Moments(posterior.mean, posterior.logvar)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) → (N, 3, H, W) uint8."""
+        return to_uint8(self.model.decode(latents.float()).sample)
+
+
+def _from_folder(folder: Path) -> Any:
+    import diffusers
+
+    try:
+        return diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"weights: {folder} is no folder of a diffusers AutoencoderKL: {error}") from error
+
+
+def build(config: AutoencoderKLConfig) -> Any:
+    """diffusers' model with random weights, attention in the lowest level as in LDM's `attn_resolutions: [16]`."""
+    import diffusers
+
+    plain = len(config.multipliers) - 1
+    return diffusers.AutoencoderKL(
+        down_block_types=(*["DownEncoderBlock2D"] * plain, "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * plain),
+        block_out_channels=tuple(config.width * factor for factor in config.multipliers),
+        layers_per_block=config.res_blocks,
+        latent_channels=config.latent_channels,
+        scaling_factor=1.0,
+    )
+
+
+# diffusers' names → LDM's, applied in turn.
+_RENAMES = [
+    (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+    (r"down_blocks\.(\d+)\.attentions\.", r"down.\1.attn."),
+    (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+    (r"up_blocks\.(\d+)\.resnets\.", r"up.\1.block."),
+    (r"up_blocks\.(\d+)\.attentions\.", r"up.\1.attn."),
+    (r"up_blocks\.(\d+)\.upsamplers\.0\.", r"up.\1.upsample."),
+    (r"mid_block\.resnets\.0\.", "mid.block_1."),
+    (r"mid_block\.resnets\.1\.", "mid.block_2."),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"conv_norm_out\.", "norm_out."),
+    (r"conv_shortcut\.", "nin_shortcut."),
+    (r"group_norm\.", "norm."),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0\.", "proj_out."),
+]
+
+
+def ldm_name(name: str, levels: int) -> str:
+    """LDM's name of one of diffusers' weights; LDM counts the decoder's levels from the image, diffusers from z."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", name)
+
+
+def from_ldm(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LDM's weights under diffusers' names; its attention has 1x1 convolutions where diffusers has linears.
+
+    Raises:
+        ValueError: if names are missing or left over.
+    """
+    levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
+    names = {ours: ldm_name(ours, levels) for ours in wanted}
+    missing, left = [n for n in names.values() if n not in state], sorted(state.keys() - set(names.values()))
+    if missing or left:
+        raise ValueError(f"missing: {', '.join(missing[:8]) or 'none'}; unexpected: {', '.join(left[:8]) or 'none'}")
+    return {
+        ours: state[theirs].flatten(1) if ".attn" in theirs and state[theirs].ndim == 4 else state[theirs]
+        for ours, theirs in names.items()
+    }

@@ -1,0 +1,133 @@
+"""Frozen vision encoders: DINOv2 through timm, and the project's own small convnet.
+
+N batch · D feature channels · H, W image · h, w feature grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sfd_scale.models.authors import read_weights
+from sfd_scale.models.convnet import SmallConvNet, config_of
+from sfd_scale.tokenizers.codec import identity, read_safetensors
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2Config:
+    """`weights`: a safetensors or torch file of timm or of the DINOv2 authors; none takes timm's from the hub."""
+
+    kind: Literal["dinov2"] = "dinov2"
+    model: str = "vit_base_patch14_reg4_dinov2.lvd142m"
+    weights: Path | None = None
+    image_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.image_size < 16 or self.image_size % 16:
+            raise ValueError(f"image_size: {self.image_size}; allowed: multiples of 16")
+
+
+class DINOv2:
+    """Normed patch tokens (arXiv 2304.07193). A patch of 14 pixels covers 16 of the image, which is shrunk for it."""
+
+    def __init__(self, model: Any, image_size: int) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.dim: int = model.embed_dim
+        self.identity = identity("dinov2", model.state_dict())
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def load(cls, config: DINOv2Config) -> Self:
+        """Build by timm's name; positions are resampled to the grid of image_size / 16.
+
+        Raises:
+            ValueError: if timm does not know the model, or the weights do not fit it.
+        """
+        import timm
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        side = config.image_size * 14 // 16
+        try:
+            model = timm.create_model(config.model, pretrained=config.weights is None, img_size=side, num_classes=0)
+        except RuntimeError as error:
+            raise ValueError(f"model: {config.model}: {error}") from error
+        if config.weights is not None:
+            try:
+                model.load_state_dict(checkpoint_filter_fn(read_weights(config.weights), model))
+            except RuntimeError as error:
+                raise ValueError(f"weights: {config.weights} are not those of {config.model}: {error}") from error
+        return cls(model, config.image_size)
+
+    def to(self, device: torch.device) -> Self:
+        self.model.to(device)
+        self.device = device
+        return self
+
+    def grid(self, image_size: int) -> int:
+        return image_size // 16
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 → (N, D, H/16, W/16) float32."""
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images are {tuple(images.shape[2:])}; allowed: {self.image_size}, set vision.image_size")
+        tokens = self.model.forward_features(preprocess(images))[:, self.model.num_prefix_tokens :]  # (N, T, D)
+        grid = self.grid(self.image_size)
+        return tokens.transpose(1, 2).unflatten(2, (grid, grid)).float().contiguous()
+
+
+def preprocess(images: Tensor) -> Tensor:
+    """uint8 → ImageNet's mean and deviation, then bicubic to 14/16 of the size, without anti-aliasing: (N, 3, h, w)."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
+    scaled = (images.float() / 255 - mean) / std
+    return functional.interpolate(scaled, size=images.shape[2] * 14 // 16, mode="bicubic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNetEncoderConfig:
+    """Weights are a safetensors export of a trained SmallConvNet."""
+
+    kind: Literal["convnet"] = "convnet"
+    weights: Path
+    image_size: int = 32
+
+
+class ConvNetEncoder:
+    """The feature grid of a SmallConvNet."""
+
+    def __init__(self, model: SmallConvNet) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.dim = model.config.widths[-2]
+        self.identity = identity("convnet", model.state_dict())
+
+    @classmethod
+    def load(cls, config: ConvNetEncoderConfig) -> Self:
+        state = read_safetensors(config.weights, "a convnet")
+        try:
+            model = SmallConvNet(config_of(state, config.image_size))
+            model.load_state_dict(state)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"weights: {config.weights}: {error}") from error
+        return cls(model)
+
+    def to(self, device: torch.device) -> Self:
+        self.model.to(device)
+        return self
+
+    def grid(self, image_size: int) -> int:
+        return image_size // 2 ** (len(self.model.config.widths) - 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 → (N, D, h, w) float32."""
+        return self.model(images).grid
