@@ -5,6 +5,8 @@ A source is a sequence of ((3, H, W) uint8, class index).
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,6 +21,11 @@ from sfd_scale.data.shards import open_shards
 from sfd_scale.data.synthetic import NUM_CLASSES, Split, digit_image
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# What Pillow's decoders let through for damaged files, besides its own errors.
+_DAMAGE = (
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +41,15 @@ class DigitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """One folder a class, as ImageNet is unpacked; classes are the sorted folder names."""
+    """One folder a class, as ImageNet is unpacked; classes are the sorted folder names.
+
+    upright: turn images by their EXIF tag. ADM's references and the authors' data were made without.
+    """
 
     path: Path
     kind: Literal["folder"] = "folder"
     size: int = 256
+    upright: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +108,17 @@ class Folder:
         for label, folder in enumerate(classes):
             own = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
             if not own:
-                raise ValueError(f"source.path: the class folder {folder} holds no image ({', '.join(sorted(_SUFFIXES))})")
+                kinds = ", ".join(sorted(_SUFFIXES))
+                raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")
             self.files += [(path, label) for path in own]
-        self.num_classes, self.size = len(classes), config.size
+        self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
-        return read_image(path, self.size), label
+        return read_image(path, self.size, self.upright), label
 
 
 class Shards:
@@ -120,7 +132,7 @@ class Shards:
         self._rows = open_shards(config.path)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._rows.num_samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self._rows[index]
@@ -137,18 +149,26 @@ def make_source(config: SourceConfig) -> Source:
             return Shards(config)
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """An image file as (3, size, size) uint8: turned upright by its EXIF tag, RGB, ADM centre crop.
+def read_image(path: Path, size: int, upright: bool = True) -> Tensor:
+    """An image file as (3, size, size) uint8: turned by its EXIF tag, RGB, ADM centre crop.
 
     Raises:
         UnreadableImage: naming the file, if it is empty, cut off, no image, or too large to be honest.
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            turned = ImageOps.exif_transpose(image) if upright else image
+            rgb = _eight_bits(turned).convert("RGB")
+    except _DAMAGE as error:
         raise UnreadableImage(f"{path}: {error}") from error
-    return torch.from_numpy(np.array(centre_crop(upright, size))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(centre_crop(rgb, size))).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow would clip it to white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

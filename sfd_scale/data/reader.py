@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import seeding
-from sfd_scale.data.schema import FLIPPED, STATS, Manifest, index_sha256, read_index
-from sfd_scale.data.shards import open_shards
+from sfd_scale.data.schema import FLIPPED, STATS, Manifest, index_sha256, read_index, restored
+from sfd_scale.data.shards import Rows, open_shards
 from sfd_scale.latents import ImageBatch, LatentBatch, LatentStats
 
 Key = tuple[int, int]  # (epoch, sample id)
@@ -74,14 +74,11 @@ class _Keys(Sampler[list[Key]]):
 
 
 class _Rows(Dataset[tuple[Key, dict[str, Any]]]):
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
     def __getitem__(self, key: Key) -> tuple[Key, dict[str, Any]]:
-        row = self.rows[key[1]]
-        if int(row["id"]) < 0:
-            raise ValueError(f"sample {key[1]} has the id {row['id']}; the shards are not those of sfd encode")
-        return key, row
+        return key, self.rows[key[1]]
 
 
 class _Reader(Generic[B]):
@@ -100,13 +97,11 @@ class _Reader(Generic[B]):
         self.rows = open_shards(config.path, config.remote, config.cache_limit)
         self.manifest = Manifest.read(config.path)
         self.shard_sizes = tuple(shard["samples"] for shard in read_index(config.path)["shards"])
-        if sum(self.shard_sizes) != self.manifest.num_samples or len(self.rows) != self.manifest.num_samples:
-            raise ValueError(f"{config.path}: {sum(self.shard_sizes)} samples, of {self.manifest.num_samples}")
+        self._orders: dict[int, Tensor] = {}  # of the epoch that is being read
         if self.manifest.num_samples < global_batch:
             raise ValueError(
                 f"train.global_batch: {global_batch}, but {config.path} has {self.manifest.num_samples} samples"
             )
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     @property
     def num_classes(self) -> int:
@@ -140,13 +135,16 @@ class _Reader(Generic[B]):
             num_workers=self.config.num_workers,
             collate_fn=self.collate,
             persistent_workers=self.config.num_workers > 0,
+            generator=torch.Generator(),  # else the loader draws a seed that nobody uses from the global generator
         )
         return iter(loader)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int) -> Tensor:
         if not self.config.shuffle:
             return torch.arange(self.manifest.num_samples)
-        return epoch_order(self.seed, epoch, self.shard_sizes, self.config.shuffle_block)
+        if epoch not in self._orders:
+            self._orders = {epoch: epoch_order(self.seed, epoch, self.shard_sizes, self.config.shuffle_block)}
+        return self._orders[epoch]
 
     def collate(self, items: list[tuple[Key, dict[str, Any]]]) -> B:
         raise AssertionError("of the subclasses")
@@ -165,7 +163,7 @@ class ImageReader(_Reader[ImageBatch]):
 
     def collate(self, items: list[tuple[Key, dict[str, Any]]]) -> ImageBatch:
         keys = [key for key, _ in items]
-        images = torch.stack([torch.from_numpy(row["image"].copy()) for _, row in items])
+        images = torch.from_numpy(np.stack([row["image"] for _, row in items]))
         if self.config.flip:
             mirrored = torch.tensor([flipped(self.seed, key) for key in keys])
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -205,9 +203,8 @@ class LatentReader(_Reader[LatentBatch]):
         return LatentBatch(self.stats.normalize(latents), _labels(items), torch.tensor(keys), features)
 
     def _column(self, name: str, items: list[tuple[Key, dict[str, Any]]], suffixes: list[str]) -> Tensor:
-        rows = [torch.from_numpy(row[name + end].copy()) for (_, row), end in zip(items, suffixes, strict=True)]
-        stacked = torch.stack(rows)
-        return (stacked.view(torch.bfloat16) if self.manifest.dtype == "bfloat16" else stacked).float()
+        arrays = [row[name + end] for (_, row), end in zip(items, suffixes, strict=True)]
+        return restored(arrays, self.manifest.dtype)
 
 
 def flipped(seed: int, key: Key) -> bool:

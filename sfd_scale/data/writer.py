@@ -1,89 +1,218 @@
-"""MDS shards in chunks: each is written apart, committed by a rename, and joined with the others at the end."""
+"""MDS shards in chunks: each is written apart, committed by a rename, and joined with the others at the end.
+
+Inside `out`/chunks a committed chunk has a folder of its own. Joining moves its shards up into `out`; the folder keeps
+the chunk's index, note and statistics, a few kilobytes, so that a lost shard can be remade without the rest.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+from sfd_scale import distributed
+from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256
+from sfd_scale.latents import StatsAccumulator
 
 CHUNKS = "chunks"
 
 
 @dataclass(frozen=True)
 class ChunkNote:
-    """What a chunk says of itself: images that could not be read, and state of its statistics."""
+    """What a chunk says of itself: the images that could not be read, and its statistics."""
 
     unreadable: list[str]
-    stats: dict[str, Tensor] | None
+    stats: StatsAccumulator | None
 
 
-def chunk_folder(out: Path, chunk: int) -> Path:
-    return out / CHUNKS / f"{chunk:06d}"
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under another name and rename it, so that it is whole or not there."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def claim(out: Path, recipe: Mapping[str, Any]) -> None:
+    """Make the folder belong to what decides its content.
+
+    Raises:
+        ValueError: if it belongs to something else, or holds data of unknown origin.
+    """
+    wanted, path = json.loads(json.dumps(recipe)), out / "recipe.json"
+    if distributed.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and not (out / "index.json").exists():
+            write_json(path, wanted)
+    distributed.barrier()
+    if not path.exists():
+        raise ValueError(f"out: {out} holds shards but no recipe.json that says of what; give another folder")
+    if json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise ValueError(
+            f"out: {out} holds data of another recipe (its recipe.json); give another folder, or remove it"
+        )
+
+
+def is_complete(out: Path, count: int) -> bool:
+    return (out / MANIFEST).is_file() and all(is_committed(out, chunk) for chunk in range(count))
 
 
 def is_committed(out: Path, chunk: int) -> bool:
-    return (chunk_folder(out, chunk) / "note.json").is_file()
+    """Whether a chunk is written and its shards, joined or not, have their full length."""
+    folder = _folder(out, chunk)
+    if not (folder / "note.json").is_file():
+        return False
+    for shard in _shards(folder):
+        places = (folder / shard["raw_data"]["basename"], out / _joined_name(chunk, shard))
+        if not any(place.is_file() and place.stat().st_size == shard["raw_data"]["bytes"] for place in places):
+            return False
+    return True
+
+
+class Claims:
+    """Hands out the chunks that are not committed, once each over all ranks, first come first served.
+
+    A claim is an empty file that only one process can create, in a folder of this start: what a killed start claimed
+    is free again. So that no rank waits long at the end for a slower one.
+    """
+
+    def __init__(self, out: Path, count: int) -> None:
+        self.out = out
+        token, todo = None, None
+        if distributed.is_main():
+            (out / CHUNKS).mkdir(exist_ok=True)
+            for stale in (out / CHUNKS).glob("claims-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            token = f"claims-{uuid.uuid4().hex[:12]}"
+            (out / CHUNKS / token).mkdir()
+            todo = [chunk for chunk in range(count) if not is_committed(out, chunk)]
+        token, self.todo = distributed.broadcast_object((token, todo))
+        self.folder = out / CHUNKS / token
+
+    def __iter__(self) -> Iterator[int]:
+        for chunk in self.todo:
+            try:
+                os.close(os.open(self.folder / str(chunk), os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            yield chunk
+
+    @property
+    def taken(self) -> int:
+        """How many chunks all ranks have claimed."""
+        return len(os.listdir(self.folder))
+
+    def close(self) -> None:
+        """Wait for all ranks; every chunk is committed then."""
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(self.folder)
 
 
 def write_chunk(
     out: Path, chunk: int, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote
 ) -> None:
     """Write one chunk's shards to a temporary folder and commit it by a rename. `rows` is exhausted before `note` is
-    read, so it may fill the note."""
-    from streaming import MDSWriter  # seconds to import
+    read, so it may fill the note.
 
-    final = chunk_folder(out, chunk)
+    Raises:
+        ValueError: on a full disk; what was committed before is whole.
+    """
+    final = _folder(out, chunk)
     partial = final.with_name(f"{final.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with MDSWriter(out=str(partial), columns=dict(columns), hashes=["sha256"], progress_bar=False) as writer:
-            for row in rows:
-                writer.write(dict(row))
-    if note.stats is not None:
-        save_file(note.stats, str(partial / "stats.safetensors"))
-    (partial / "note.json").write_text(json.dumps(note.unreadable), encoding="utf-8")
+    try:
+        _write(partial, columns, rows, note)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(
+                f"{out}: the disk is full; free some space and give the same command again: it goes on from here"
+            ) from error
+        raise
+    shutil.rmtree(final, ignore_errors=True)  # a chunk whose shards were lost
     os.replace(partial, final)
 
 
-def join_chunks(out: Path, count: int) -> list[ChunkNote]:
-    """Move the shards of all chunks into `out`, in order, and write index.json; returns the chunks' notes.
+def _write(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote) -> None:
+    from streaming import MDSWriter  # seconds to import
 
-    Safe to repeat: a join that was cut off goes on where it stopped.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with MDSWriter(out=str(folder), columns=dict(columns), hashes=["sha256"], progress_bar=False) as writer:
+            for row in rows:
+                writer.write(dict(row))
+    if note.stats is not None:
+        save_file(note.stats.state(), str(folder / STATS))
+    write_json(folder / "note.json", note.unreadable)
+
+
+def finish(out: Path, count: int, **fields: Any) -> Manifest:
+    """Join the chunks on rank 0: shards in order, index.json, statistics and, last, the manifest. The bytes depend on
+    neither the number of ranks nor the number of starts; a join that was cut off goes on where it stopped.
+
+    Args:
+        fields: those of the manifest that the chunks do not tell.
+
+    Raises:
+        ValueError: if no sample was written.
     """
+    if distributed.is_main():
+        _join(out, count, fields)
+    distributed.barrier()
+    return Manifest.read(out)
+
+
+def _join(out: Path, count: int, fields: dict[str, Any]) -> None:
     shards: list[dict[str, Any]] = []
-    notes = []
+    unreadable: list[str] = []
+    stats: StatsAccumulator | None = None
     for chunk in range(count):
-        folder = chunk_folder(out, chunk)
-        for shard in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
+        folder = _folder(out, chunk)
+        for shard in _shards(folder):
+            name = _joined_name(chunk, shard)
             own = folder / shard["raw_data"]["basename"]
-            name = f"shard.{chunk:06d}.{own.name.split('.')[1]}.mds"
             if own.exists():
                 os.replace(own, out / name)
             shard["raw_data"]["basename"] = name
-            if shard["samples"]:
-                shards.append(shard)
-        unreadable = json.loads((folder / "note.json").read_text(encoding="utf-8"))
-        stats = folder / "stats.safetensors"
-        notes.append(ChunkNote(unreadable, load_file(stats) if stats.exists() else None))
-    partial = out / "index.json.tmp"
-    partial.write_text(json.dumps({"version": 2, "shards": shards}, sort_keys=True), encoding="utf-8")
-    os.replace(partial, out / "index.json")
-    return notes
+            shards.append(shard)
+        unreadable += json.loads((folder / "note.json").read_text(encoding="utf-8"))
+        if (folder / STATS).exists():
+            part = StatsAccumulator.from_state(load_file(folder / STATS))
+            stats = StatsAccumulator(part.mean.numel()) if stats is None else stats
+            stats.merge(part)
+    if not shards:
+        first = f"; the first of {len(unreadable)} unreadable images: {unreadable[0]}" if unreadable else ""
+        raise ValueError(f"{out}: not one sample was written{first}")
+    write_json(out / "index.json", {"version": 2, "shards": shards})
+    stats_hash = None
+    if stats is not None:
+        finished = stats.finish()
+        finished.save(out / STATS)
+        stats_hash = finished.hash
+    Manifest(
+        num_samples=sum(shard["samples"] for shard in shards), index_sha256=index_sha256(out), stats_hash=stats_hash,
+        unreadable=unreadable, **fields,
+    ).write(out)  # fmt: skip
 
 
-def drop_chunks(out: Path) -> None:
-    shutil.rmtree(out / CHUNKS, ignore_errors=True)
+def _folder(out: Path, chunk: int) -> Path:
+    return out / CHUNKS / f"{chunk:06d}"
 
 
-def share(chunks: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The chunks that a rank writes. Any split gives the same bytes."""
-    return list(chunks[rank::world_size])
+def _shards(folder: Path) -> list[dict[str, Any]]:
+    """The shards of a chunk's own index that hold samples."""
+    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return [shard for shard in index["shards"] if shard["samples"]]
+
+
+def _joined_name(chunk: int, shard: dict[str, Any]) -> str:
+    return f"shard.{chunk:06d}.{shard['raw_data']['basename'].split('.')[1]}.mds"
