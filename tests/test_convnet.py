@@ -49,10 +49,10 @@ def test_signals_neither_fade_nor_grow_at_the_start() -> None:
 
 def test_start_values_depend_on_seed_and_name_alone() -> None:
     first, same, other = made(SMALL, 3), made(SMALL, 3), made(SMALL, 4)
-    assert torch.equal(first.blocks[0].conv1.weight, same.blocks[0].conv1.weight)
-    assert not torch.equal(first.blocks[0].conv1.weight, other.blocks[0].conv1.weight)
-    assert not torch.equal(first.blocks[0].conv1.weight, first.blocks[0].conv2.weight)
-    assert first.blocks[1].conv1.weight.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.05)
+    assert torch.equal(first.blocks[0].conv.weight, same.blocks[0].conv.weight)
+    assert not torch.equal(first.blocks[0].conv.weight, other.blocks[0].conv.weight)
+    assert not torch.equal(first.blocks[0].conv.weight, first.blocks[1].conv.weight)
+    assert first.blocks[1].conv.weight.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.05)
 
 
 def test_bfloat16_weights() -> None:

@@ -48,12 +48,22 @@ def read_authors(path: Path, optimizer: bool = False) -> AuthorsFile:
     if not isinstance(content, dict) or not ({"model", "ema"} & content.keys()):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} holds neither model nor ema, but: {found[:200]}")
-    parts = {name: strip_prefixes(file.load(content[name])) if content.get(name) else None for name in ("model", "ema")}
-    if parts["model"] is None and parts["ema"] is None:
+    parts = {name: _state(file, content[name]) for name in ("model", "ema") if content.get(name)}
+    if not parts:
         raise ValueError(f"{path} holds no weights: model and ema are empty")
     opt = file.load(content["opt"]) if optimizer and "opt" in content else None
     config = plain(content["config"]) if "config" in content else None
-    return AuthorsFile(parts["model"], parts["ema"], opt, config if isinstance(config, dict) else None)
+    return AuthorsFile(parts.get("model"), parts.get("ema"), opt, config if isinstance(config, dict) else None)
+
+
+def _state(file: TorchFile, value: Any) -> State:
+    """A set of weights of a file, read; anything in it that is no tensor is refused."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.path}: {type(value).__name__} where a set of weights should be")
+    for name, item in value.items():
+        if not isinstance(name, str) or not isinstance(item, LazyTensor):
+            raise ValueError(f"{file.path}: {name} is no tensor, but {getattr(item, 'name', type(item).__name__)}")
+    return file.load(strip_prefixes(value))
 
 
 def write_authors(

@@ -51,20 +51,17 @@ class ConvFeatures(NamedTuple):
 
 
 class Stage(nn.Module):
-    """Halve the image, then one residual block: (N, D, H, W) → (N, D', H/2, W/2)."""
+    """Halve the image, then a residual convolution: (N, D, H, W) → (N, D', H/2, W/2)."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
-        self.down = nn.Conv2d(inside, outside, kernel_size=4, stride=2, padding=1)
-        self.norm1 = nn.GroupNorm(_GROUPS, outside)
-        self.conv1 = nn.Conv2d(outside, outside, kernel_size=3, padding=1)
-        self.norm2 = nn.GroupNorm(_GROUPS, outside)
-        self.conv2 = nn.Conv2d(outside, outside, kernel_size=3, padding=1)
+        self.down = nn.Conv2d(inside, outside, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(_GROUPS, outside)
+        self.conv = nn.Conv2d(outside, outside, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.down(x)
-        y = self.conv1(functional.silu(self.norm1(x)))
-        return x + self.conv2(functional.silu(self.norm2(y)))
+        return x + self.conv(functional.silu(self.norm(x)))
 
 
 class SmallConvNet(nn.Module):
