@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -64,20 +65,20 @@ def score(
         table = Table("score", "value", title=f"{results['name']}, {results['count']} samples")
         for name, value in results["scores"].items():
             table.add_row(name, "–" if value is None else f"{value:.6g}")
-        logs.Console().print(table)
+        Console().print(table)
 
 
 @app.command()
 def reference(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compute and cache the features and moments of the recipe's reference."""
-    from eval.features import build_extractor
+    from eval.features import make_extractor
     from eval.reference import load_reference
 
     loaded = _load(recipe, overrides)
     distributed.init(TIMEOUT_S)
-    found = load_reference(loaded, lambda: build_extractor(loaded.extractor, distributed.device()))
+    found = load_reference(loaded, make_extractor(loaded.extractor, distributed.device()))
     if distributed.is_main():
-        logs.Console().print(found.provenance)
+        Console().print(found.provenance)
 
 
 @app.command()

@@ -21,10 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sfd_scale import distributed, logs
 
@@ -164,7 +164,7 @@ class ChunkQueue:
     def __init__(self, todo: Sequence[int]) -> None:
         self.todo = todo
         self._taken, self._done = 0, 0
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         if distributed.world_size() > 1:
             self._store = _connect()
 
@@ -186,19 +186,17 @@ class ChunkQueue:
         return self._done
 
 
-def _connect() -> dist.TCPStore:
+def _connect() -> TCPStore:
     wait = timedelta(seconds=300)
-    store: dist.TCPStore | None = None
+    store: TCPStore | None = None
     address: tuple[str, int] | None = None
     if distributed.is_main():
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        store = dist.TCPStore(host, 0, distributed.world_size(), is_master=True, timeout=wait, wait_for_workers=False)
+        store = TCPStore(host, 0, distributed.world_size(), is_master=True, timeout=wait, wait_for_workers=False)
         address = (host, store.port)
     host, port = distributed.broadcast_object(address)
     if store is None:
-        store = dist.TCPStore(
-            host, port, distributed.world_size(), is_master=False, timeout=wait, wait_for_workers=False
-        )
+        store = TCPStore(host, port, distributed.world_size(), is_master=False, timeout=wait, wait_for_workers=False)
     return store
 
 

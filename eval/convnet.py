@@ -26,7 +26,7 @@ class _Layers(TypedDict):
 LAYERS: _Layers = {"pooled": _POOLED, "spatial": _SPATIAL, "logits": _LOGITS}
 
 
-class ConvNetExtractor(FeatureExtractorBase):
+class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
     """pooled (N, P), spatial (N, 8·8·7) from the first 7 channels of the grid, logits (N, K)."""
 
     def __init__(

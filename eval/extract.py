@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from eval import chunks
 from eval.chunks import ChunkFolder, config_hash
-from eval.features import Extractor
+from eval.features import Extractor, LazyExtractor
 from eval.sources import Images
 from sfd_scale import distributed
 
@@ -70,28 +69,25 @@ def read_features(folder: ChunkFolder) -> FeatureSet:
     return FeatureSet(pool, rows("spatial"), rows("logits"), rows("labels"), config)
 
 
-def extract(images: Images, extractor: Extractor, batch: int, cache: Path, kept: Mapping[str, Any]) -> ChunkFolder:
-    """Features of all images, on all ranks, in a folder of `cache` named by what determines them; made once.
-
-    Args:
-        kept: further entries of the configuration, for the record.
-    """
+def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
+    """Features of all images, on all ranks, in a folder of `cache` named by what determines them; made once."""
     config = {
         "kind": "extracted",
         "images": images.identity,
         "extractor": extractor.identity,
         "num_samples": images.count,
         "batch": batch,
-        **kept,
     }
     folder = ChunkFolder(cache / f"features-{config_hash(config)[:16]}", images.count, batch)
     if distributed.is_main():
         folder.claim(config)
-    distributed.barrier()
+    if not distributed.broadcast_object(folder.missing() if distributed.is_main() else None):
+        return folder
+    network = extractor.get()
 
     def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         pixels, labels = images.rows(folder.rows(chunk))
-        features = extract_padded(extractor, pixels, batch)
+        features = extract_padded(network, pixels, batch)
         return features if labels is None else {**features, "labels": labels}, {}
 
     chunks.run(folder, produce, "features", "images")

@@ -10,9 +10,8 @@ N images · P pooled · S = h·w·c spatial · K logits.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor
 
 from sfd_scale import distributed
 
 logger = logging.getLogger(__name__)
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SPATIAL_CHANNELS = 7
+INCEPTION_GRID = (17, 17, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class InceptionConfig:
 
     kind: Literal["inception"] = "inception"
     weights: Path | None = None
-    url: str = URL_INCEPTION_V3
+    url: str = INCEPTION_URL
     sha256: str = INCEPTION_SHA256
 
 
@@ -86,14 +85,31 @@ class Extractor(Protocol):
         ...
 
 
+class LazyExtractor:
+    """An extractor that is built when it is first needed: a score of features that exist needs its identity only.
+
+    `get` has to be called by all ranks together, as one a machine may download the weights.
+    """
+
+    def __init__(self, identity: str, build: Callable[[], Extractor]) -> None:
+        self.identity, self._build = identity, build
+        self._built: Extractor | None = None
+
+    def get(self) -> Extractor:
+        if self._built is None:
+            self._built = self._build()
+            assert self._built.identity == self.identity
+        return self._built
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: no autocast, no TF32 (the default for convolutions), one algorithm a shape.
 
     Under autocast Inception's features are off by a tenth, and float32 all the same.
     """
-    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
+    backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
     flags = cudnn.deterministic, cudnn.benchmark
     try:
@@ -106,84 +122,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = flags
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images of shape {tuple(images.shape)} and type {images.dtype}; features are taken of (N, 3, H, W) uint8"
-        )
-
-
-class InceptionFeatures:
-    """ADM's Inception (arXiv 2105.05233, Sec. 2.2): pool 2048, spatial 17·17·7, logits without bias 1008."""
-
-    spatial_grid = (17, 17, SPATIAL_CHANNELS)
-
-    def __init__(self, state: dict[str, Tensor], device: torch.device, identity: str) -> None:
-        self.identity, self.device = identity, device
-        # torch-fidelity's constructor unpickles a file or downloads one; it gets tensors that are already checked.
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        buffer.seek(0)
-        layers = ["2048", "logits_unbiased"]  # the constructor takes a list and no tuple
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=buffer)
-        self.network.to(device)
-        self._spatial: Tensor | None = None
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._tap)
-
-    def _tap(self, module: Any, args: Any, output: Tensor) -> None:
-        # (N, 192, 17, 17) → (N, 17, 17, 7): TensorFlow's order, in which the stored mu_s and sigma_s are.
-        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        _check_images(images)
-        with full_precision(self.device):
-            pool, logits = self.network(images.to(self.device))
-        spatial, self._spatial = self._spatial, None
-        return _checked(Features(pool, spatial, logits))
-
-
-class RegisteredFeatures:
-    """Named layers of an extractor that is registered with torch-fidelity."""
-
-    def __init__(self, config: RegisteredConfig, device: torch.device, identity: str) -> None:
-        if config.name not in FEATURE_EXTRACTORS_REGISTRY:
-            known = ", ".join(sorted(FEATURE_EXTRACTORS_REGISTRY))
-            raise ValueError(f"extractor.name: {config.name}; allowed: {known}")
-        self.identity, self.device, self.config = identity, device, config
-        self.layers = [layer for layer in (config.pooled, config.spatial, config.logits) if layer is not None]
-        provided = FEATURE_EXTRACTORS_REGISTRY[config.name].get_provided_features_list()
-        for layer in self.layers:
-            if layer not in provided:
-                raise ValueError(f"extractor: {config.name} has no layer {layer}; allowed: {', '.join(provided)}")
-        weights = None if config.weights is None else str(config.weights)
-        self.network = create_feature_extractor(
-            config.name, self.layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
-        ).to(device)
-        grid = (
-            self.network.spatial_grid if config.spatial is not None and hasattr(self.network, "spatial_grid") else None
-        )
-        self.spatial_grid: tuple[int, int, int] | None = grid
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        _check_images(images)
-        with full_precision(self.device):
-            values = self.network(images.to(self.device))
-        by_layer = {layer: value.flatten(1).float() for layer, value in zip(self.layers, values, strict=True)}
-        config = self.config
-        spatial = None if config.spatial is None else by_layer[config.spatial]
-        logits = None if config.logits is None else by_layer[config.logits]
-        return _checked(Features(by_layer[config.pooled], spatial, logits))
-
-
-def _checked(features: Features) -> Features:
-    for name, tensor in features.tensors().items():
-        if not bool(tensor.isfinite().all()):
-            raise FloatingPointError(f"the extractor's {name} features are not finite: its weights are broken")
-    return features
 
 
 # ------------------------------------------------------------------------------------------------- building
@@ -201,8 +139,16 @@ def identify(config: ExtractorConfig) -> str:
             return ":".join([config.name, config.pooled, str(config.spatial), str(config.logits), weights])
 
 
+def make_extractor(config: ExtractorConfig, device: torch.device) -> LazyExtractor:
+    """The extractor of a recipe, to be built when needed."""
+    return LazyExtractor(identify(config), lambda: build_extractor(config, device))
+
+
 def build_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
     """The extractor on `device`; called by all ranks, of which one a machine downloads what is missing."""
+    # torch-fidelity takes seconds to import, and most commands build no extractor.
+    from eval.extractors import InceptionFeatures, RegisteredFeatures
+
     match config:
         case InceptionConfig():
             weights = inception_weights(config)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch import Tensor
 from eval import chunks, outputs
 from eval.chunks import ChunkFolder
 from eval.extract import extract_padded
-from eval.features import Extractor, build_extractor, file_sha256, identify
+from eval.features import LazyExtractor, file_sha256, make_extractor
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
-from sfd_scale import build, config, distributed, sample
-from sfd_scale.build import Loaded
+from sfd_scale import config, distributed, sample
 from sfd_scale.diffusion.guidance import guided, interval_kinks
-from sfd_scale.engines.blocks import prepare_blocks
 from sfd_scale.sample import Sampler
+
+if TYPE_CHECKING:
+    from sfd_scale.build import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +33,26 @@ class Job:
 
     sampler: Sampler
     labels: Tensor
-    extractor: Extractor
+    extractor: LazyExtractor
     config: dict[str, Any]
 
 
-def prepare(recipe: EvalRecipe, device: torch.device, extractor: Extractor | None = None) -> Job:
+def prepare(recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None) -> Job:
     """Load the models and the extractor of a recipe, or take the extractor that is given.
 
     Raises:
         ValueError: for a missing checkpoint, or a guide that does not belong to it.
     """
+    from sfd_scale import build  # it imports the training engines, which take seconds
+
     if recipe.checkpoint is None:
         raise ValueError("checkpoint: null; allowed: a file of `sfd export` (checkpoint=PATH or --checkpoint PATH)")
     loaded = build.load_for_sampling(recipe.checkpoint, device)
     guide = None if recipe.guide is None else build.load_for_sampling(recipe.guide, device)
     sampler = make_sampler(recipe, loaded, guide, device)
     labels = labels_of(recipe, loaded.num_classes)
-    determined = describe(recipe, loaded.provenance, None if guide is None else guide.provenance)
-    extractor = build_extractor(recipe.extractor, device) if extractor is None else extractor
+    extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
+    determined = describe(recipe, extractor.identity, loaded.provenance, None if guide is None else guide.provenance)
     return Job(sampler, labels, extractor, determined)
 
 
@@ -65,6 +68,8 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
         model.repa_projector = None  # sampling has no use for the alignment head
         model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
         if recipe.compile:
+            from sfd_scale.engines.blocks import prepare_blocks
+
             prepare_blocks(model, "none", compiled=True)
     velocity = guided(
         loaded.model,
@@ -129,7 +134,9 @@ def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
     return labels
 
 
-def describe(recipe: EvalRecipe, checkpoint: Mapping[str, Any], guide: Mapping[str, Any] | None) -> dict[str, Any]:
+def describe(
+    recipe: EvalRecipe, extractor: str, checkpoint: Mapping[str, Any], guide: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """All that determines the features of a generated set, and nothing that does not (paths, reference, ranks)."""
     assert recipe.checkpoint is not None
 
@@ -151,7 +158,7 @@ def describe(recipe: EvalRecipe, checkpoint: Mapping[str, Any], guide: Mapping[s
         "labels": labels,
         "precision": recipe.precision,
         "compile": recipe.compile,
-        "extractor": identify(recipe.extractor),
+        "extractor": extractor,
         "images": outputs.kept_images(recipe.outputs),
     }
 
@@ -168,13 +175,14 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
     if distributed.is_main():
         folder.claim(job.config)
     distributed.barrier()
+    extractor = job.extractor.get()
     kept = outputs.kept_rows(recipe.outputs, job.labels)
 
     def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rows = folder.rows(chunk)
         labels = job.labels[rows.start : rows.stop]
         drawn = job.sampler.images(rows, labels)
-        features = extract_padded(job.extractor, drawn.images, recipe.batch)
+        features = extract_padded(extractor, drawn.images, recipe.batch)
         tensors = {**features, "nfe": drawn.nfe, "labels": labels}
         wanted = [row - rows.start for row in rows if row in kept]
         tensors["images"], tensors["image_numbers"] = drawn.images[wanted], torch.tensor(wanted).long() + rows.start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from eval import npz, outputs
 from eval.chunks import config_hash, write_atomically
 from eval.extract import FeatureSet, extract, read_features
-from eval.features import Extractor, InceptionConfig, InceptionFeatures, file_sha256, identify
+from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor, file_sha256
 from eval.metrics import MetricsConfig, Moments, moments
 from eval.recipe import EvalRecipe
 from eval.sources import Images, NpzSource, open_images
@@ -39,18 +38,14 @@ class Reference:
     provenance: dict[str, Any]
 
 
-def load_reference(recipe: EvalRecipe, extractor: Callable[[], Extractor]) -> Reference:
+def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
     """The recipe's reference, from the cache if it is there; on all ranks together.
-
-    Args:
-        extractor: builds the extractor; called only if features are missing.
 
     Raises:
         ValueError: if the recipe has none, or its file does not fit the extractor.
     """
     if recipe.reference is None:
         raise ValueError("reference: null; allowed: kind npz, folder, flat, mds or digits, with its path")
-    identity = identify(recipe.extractor)
     given = _statistics(recipe)
     has_images = not isinstance(recipe.reference, NpzSource) or "arr_0" in npz.keys(recipe.reference.path)
     images = open_images(recipe.reference) if has_images else None
@@ -58,24 +53,21 @@ def load_reference(recipe: EvalRecipe, extractor: Callable[[], Extractor]) -> Re
         "kind": "reference",
         "format": 1,
         "data": images.identity if images is not None else _path_identity(recipe),
-        "extractor": identity,
+        "extractor": extractor.identity,
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
     file = recipe.cache / f"reference-{config_hash(determined)[:16]}.safetensors"
     if not distributed.broadcast_object(file.is_file()):
-        found = None if images is None else _features(recipe, images, extractor())
+        found = None if images is None else _features(recipe, images, extractor)
         if distributed.is_main():
             _write(file, _tensors(given, found, recipe.metrics), images)
         distributed.barrier()
     return _read(file, {**determined, "source": config.to_dict(recipe.reference)})
 
 
-def _features(recipe: EvalRecipe, images: Images, extractor: Extractor) -> FeatureSet:
-    if extractor.identity != identify(recipe.extractor):
-        raise ValueError(f"extractor: {extractor.identity} was built, the recipe asks for {identify(recipe.extractor)}")
-    folder = extract(images, extractor, recipe.extractor_batch, recipe.cache, {})
-    return read_features(folder)
+def _features(recipe: EvalRecipe, images: Images, extractor: LazyExtractor) -> FeatureSet:
+    return read_features(extract(images, extractor, recipe.extractor_batch, recipe.cache))
 
 
 def _path_identity(recipe: EvalRecipe) -> str:
@@ -105,7 +97,7 @@ def _statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
         if key in found and found[key].numel() != dim:
             raise ValueError(f"{source.path}: {key} has {found[key].numel()} entries; those of Inception have {dim}")
     if "mu_s" in found:
-        check_spatial_order(found["mu_s"], InceptionFeatures.spatial_grid, str(source.path))
+        check_spatial_order(found["mu_s"], INCEPTION_GRID, str(source.path))
     return found
 
 

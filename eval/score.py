@@ -7,9 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from eval import metrics, outputs
 from eval.chunks import ChunkFolder, config_hash, write_atomically
 from eval.extract import FeatureSet, extract, open_features, read_features
-from eval.features import Extractor, build_extractor, identify
+from eval.features import LazyExtractor, make_extractor
 from eval.metrics import MetricsConfig, Moments, MomentSums
 from eval.neighbours import precision_recall
 from eval.npz import STATISTICS, keys
@@ -32,7 +30,7 @@ FORMAT = 1
 Results = dict[str, Any]
 
 
-def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: Extractor | None = None) -> Results:
+def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: LazyExtractor | None = None) -> Results:
     """Score generated features, an .npz or a folder of images against the recipe's reference; writes `out`.
 
     Every rank has to call this; the result is the same for any number of them.
@@ -41,9 +39,10 @@ def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: Extractor | N
         ValueError: for samples of another extractor than the recipe's, or files that cannot be scored.
     """
     started = time.monotonic()
-    build = cache(lambda: build_extractor(recipe.extractor, distributed.device()) if extractor is None else extractor)
-    folder = features_of(recipe, samples, build)
-    reference = load_reference(recipe, build)
+    if extractor is None:
+        extractor = make_extractor(recipe.extractor, distributed.device())
+    folder = features_of(recipe, samples, extractor)
+    reference = load_reference(recipe, extractor)
     scores, warnings = score_features(recipe.metrics, folder, reference)
     results = _results(recipe, folder, reference, scores, warnings)
     results["run"] = {
@@ -60,7 +59,7 @@ def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: Extractor | N
     return results
 
 
-def features_of(recipe: EvalRecipe, samples: Path, extractor: Callable[[], Extractor]) -> ChunkFolder:
+def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> ChunkFolder:
     """The folder of features that `samples` is, or that are now extracted from the images there.
 
     Raises:
@@ -69,9 +68,9 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: Callable[[], Extra
     if (samples / "config.json").is_file():
         folder = open_features(samples)
         made_with = json.loads((samples / "config.json").read_text(encoding="utf-8"))["extractor"]
-        if made_with != identify(recipe.extractor):
+        if made_with != extractor.identity:
             raise ValueError(
-                f"{samples}: its features are of {made_with}, the recipe's extractor is {identify(recipe.extractor)}; "
+                f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.identity}; "
                 "score them with their own recipe, or generate anew"
             )
         return folder
@@ -83,7 +82,7 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: Callable[[], Extra
                 f"{samples}: holds {', '.join(stored)} beside the images; ADM's evaluator would take these for the "
                 "samples' statistics and never look at the images. Remove them, or give the file as the reference"
             )
-    return extract(open_images(source), extractor(), recipe.extractor_batch, recipe.cache, {})
+    return extract(open_images(source), extractor, recipe.extractor_batch, recipe.cache)
 
 
 def score_features(

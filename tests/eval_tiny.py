@@ -1,0 +1,137 @@
+"""A small model and a small extractor for tests of the evaluation harness, built from seeds on any rank."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval import generate
+from eval import score as scoring
+from eval.chunks import ChunkFolder
+from eval.features import Features, LazyExtractor
+from eval.generate import Job, labels_of
+from eval.metrics import MetricsConfig
+from eval.recipe import EvalRecipe, OutputsConfig
+from sfd_scale import distributed
+from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, guided
+from sfd_scale.diffusion.samplers import EulerConfig
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.latents import LatentLayout, LatentStats
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+from sfd_scale.sample import Sampler
+
+LAYOUT = LatentLayout(texture_channels=3, semantic_channels=2, size=4)
+SCHEDULE = SemanticFirstSchedule(delta_t=0.3)
+CLASSES = 5
+CPU = torch.device("cpu")
+
+
+class TinyExtractor:
+    """Fixed random convolutions: pool 12, spatial 4·4·7 in (row, column, channel) order, 5 logits."""
+
+    identity = "tiny:1"
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(12, 3, 4, 4, generator=draw) / 7
+        self.bias = torch.randn(12, generator=draw)
+        self.head = torch.randn(12, CLASSES, generator=draw)
+        self.calls: list[int] = []
+
+    def __call__(self, images: Tensor) -> Features:
+        self.calls.append(len(images))
+        maps = torch.conv2d(images.float() / 128 - 1, self.weight, self.bias, stride=4).relu()
+        maps = torch.nn.functional.adaptive_avg_pool2d(maps, 4)
+        pool = maps.mean((2, 3))
+        return Features(pool, maps[:, :7].permute(0, 2, 3, 1).flatten(1), pool @ self.head)
+
+
+def decode(latents: Tensor) -> Tensor:
+    """3 texture channels as the colours of 4x4 pixels each."""
+    pixels = LAYOUT.split(latents)[0].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    return (127.5 * pixels + 128).clamp(0, 255).floor().to(torch.uint8)
+
+
+def model(seed: int = 0) -> LightningDiT:
+    config = LightningDiTConfig(size=None, depth=2, width=32, heads=2, num_classes=CLASSES, alignment=None)
+    net = LightningDiT(config, in_channels=LAYOUT.channels, input_size=LAYOUT.size, two_clocks=not SCHEDULE.synchronous)
+    net.init_weights(seed)
+    with torch.no_grad():
+        # The blocks and the output start at zero: give them something to do.
+        for name, parameter in net.named_parameters():
+            if "adaLN" in name or name.startswith("final_layer.linear"):
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed + 1))
+    return net.eval()
+
+
+STATS = LatentStats(torch.linspace(-0.2, 0.2, 5).double(), torch.linspace(0.4, 0.6, 5).double())
+
+
+def sampler(batch: int, seed: int = 0, **changes: Any) -> Sampler:
+    guidance = ClassifierFreeGuidance(scale_texture=1.5, scale_semantic=1.2)
+    velocity = guided(model(), guidance, LAYOUT, null_label=CLASSES)
+    settings: dict[str, Any] = {
+        "velocity": velocity, "layout": LAYOUT, "schedule": SCHEDULE, "config": EulerConfig(num_steps=4),
+        "stats": STATS, "decode": decode, "seed": seed, "batch": batch, "device": CPU,
+    }  # fmt: skip
+    return Sampler(**settings | changes)
+
+
+def recipe(folder: Path, **changes: Any) -> EvalRecipe:
+    settings: dict[str, Any] = {
+        "num_samples": 53,
+        "batch": 8,
+        "extractor_batch": 16,
+        "cache": folder / "cache",
+        "metrics": MetricsConfig(is_split=20, kid_subsets=3, kid_size=20, reference_images=40),
+        "outputs": OutputsConfig(grid=2, grid_classes=3),
+    }
+    return EvalRecipe(**settings | changes)
+
+
+def lazy(extractor: TinyExtractor | None = None) -> LazyExtractor:
+    return LazyExtractor(TinyExtractor.identity, lambda: extractor or TinyExtractor())
+
+
+def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes: Any) -> Job:
+    """What `prepare` makes of a recipe, for the tiny model."""
+    config = {
+        "kind": "generated", "extractor": TinyExtractor.identity, "num_samples": settings.num_samples,
+        "batch": settings.batch, "seed": settings.seed,
+    }  # fmt: skip
+    drawn = sampler(settings.batch, settings.seed, **changes)
+    return Job(drawn, labels_of(settings, CLASSES), lazy(extractor), config)
+
+
+# ------------------------------------------------------------------------------------------------- ranks
+
+
+def whole_run(settings: EvalRecipe, out: Path) -> dict[str, Any]:
+    """Generate and score, with the tiny extractor in place of the recipe's."""
+    generate.generate(settings, out, job(settings))
+    return scoring.score(settings, out, out / "results.json", lazy())
+
+
+def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
+    """Rank `dying` is gone, without a word, when it has made `after` chunks."""
+    commit, made = ChunkFolder.commit, 0
+
+    def counted(self: ChunkFolder, chunk: int, tensors: dict[str, Tensor]) -> None:
+        nonlocal made
+        if distributed.rank() == dying and made == after:
+            os._exit(9)
+        commit(self, chunk, tensors)
+        made += 1
+
+    ChunkFolder.commit = counted  # type: ignore[method-assign]
+    generate.generate(settings, out, job(settings))
+
+
+def two_ranks(settings: EvalRecipe, folder: Path) -> dict[str, Any]:
+    results = whole_run(settings, folder / "two")
+    killed_run(settings, folder / "killed", dying=1, after=2)
+    return results
