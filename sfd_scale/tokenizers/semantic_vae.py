@@ -71,9 +71,9 @@ class SemanticVAE(nn.Module):
         self.decoder = _side(config.bottleneck_dim, config.input_dim, config)
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The repeated blocks, which engines wrap one by one."""
-        return [layer for side in (self.encoder, self.decoder) for layer in side if isinstance(layer, TokenBlock)]
+    def blocks(self) -> nn.ModuleList:
+        """The repeated blocks, which engines wrap one by one; a view, their names are those of the two sides."""
+        return nn.ModuleList([layer for side in (self.encoder, self.decoder) for layer in side[1:-2]])
 
     @property
     def _dtype(self) -> torch.dtype:
