@@ -27,7 +27,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-class _LocalRows:
+class LocalRows:
     """The shards of a local folder, through the library's own shard readers.
 
     Its StreamingDataset would take shared memory, lock files and a collective over all ranks, which files that are
@@ -71,7 +71,7 @@ def open_shards(path: Path, remote: str | None = None, cache_limit: str | None =
         raise ValueError(f"{path}: {sum(shard['samples'] for shard in sizes)} samples, of {manifest.num_samples}")
     if remote is None:
         check_sizes(path)
-        return _LocalRows(path)
+        return LocalRows(path)
     from streaming import StreamingDataset
 
     with warnings.catch_warnings():

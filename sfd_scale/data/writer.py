@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,11 @@ class Claims:
 
 
 def write_chunk(
-    out: Path, chunk: int, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote
-) -> None:
+    out: Path, chunk: int, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote,
+    verify: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
     """Write one chunk's shards to a temporary folder and commit it by a rename. `rows` is exhausted before `note` is
-    read, so it may fill the note.
+    read, so it may fill the note; `verify` looks at the folder before the rename.
 
     Raises:
         ValueError: on a full disk; what was committed before is whole.
@@ -131,6 +132,8 @@ def write_chunk(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(partial, columns, rows, note)
+        if verify is not None:
+            verify(partial)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)

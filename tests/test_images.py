@@ -1,0 +1,130 @@
+"""Image sources: the crop, orientation, colour modes, and files that are no whole image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoded import digits, encode_digits
+from PIL import Image
+
+from sfd_scale.data.images import (
+    DigitsConfig,
+    Folder,
+    FolderConfig,
+    MDSConfig,
+    UnreadableImage,
+    centre_crop,
+    make_source,
+    read_image,
+)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    values = np.random.Generator(np.random.PCG64(seed)).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_the_crop_halves_by_boxes_then_resizes_then_cuts() -> None:
+    image = noise(150, 90)
+    # 90 ≥ 2·40, so once by a box to 75x45; then bicubic to 67x40 (75·40/45 = 66.7); then 13 columns off the left.
+    expected = image.resize((75, 45), Image.Resampling.BOX).resize((67, 40), Image.Resampling.BICUBIC)
+    assert centre_crop(image, 40).tobytes() == expected.crop((13, 0, 53, 40)).tobytes()
+    assert centre_crop(noise(40, 40), 40).tobytes() == noise(40, 40).tobytes()
+    assert centre_crop(noise(7, 9), 16).size == (16, 16)
+
+
+def test_orientation_and_colour_modes(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = (255, 0, 0)  # the upper half is red
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180°
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned, kept = (read_image(tmp_path / "turned.png", 8, upright) for upright in (True, False))
+    assert turned[0, 7, 0] == 255 and turned[0, 0, 0] == 0
+    assert kept[0, 0, 0] == 255 and kept[0, 7, 0] == 0
+
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    cmyk = read_image(tmp_path / "cmyk.jpg", 8)
+    assert cmyk[0, 1, 1] > 230 and cmyk[1, 1, 1] < 25 and cmyk[:, 6, 6].max() < 25
+    grey16 = np.full((8, 8), 128 * 256, np.uint16)
+    Image.fromarray(grey16).save(tmp_path / "grey16.png")
+    assert read_image(tmp_path / "grey16.png", 8).unique().tolist() == [128]
+    Image.fromarray(pixels).convert("P").save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png", 8)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp"])
+def test_a_damaged_file_is_named(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    noise(64, 64).save(whole)
+    data = whole.read_bytes()
+    damaged = {"empty": b"", "text": b"no image at all", "cut": data[: len(data) // 2], "head": data[:30]}
+    for name, content in damaged.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(UnreadableImage, match=f"{name}{suffix}"):
+            read_image(path, 32)
+    assert read_image(whole, 32).shape == (3, 32, 32)
+
+
+def test_random_damage_never_raises_anything_else(tmp_path: Path) -> None:
+    noise(24, 24).save(tmp_path / "a.png")
+    noise(24, 24).save(tmp_path / "a.jpg")
+    generator = np.random.Generator(np.random.PCG64(1))
+    unreadable = 0
+    for suffix in ("png", "jpg"):
+        data = bytearray((tmp_path / f"a.{suffix}").read_bytes())
+        for _ in range(150):
+            broken = bytearray(data)
+            for place in generator.integers(0, len(data), 6):
+                broken[place] = generator.integers(0, 256)
+            (tmp_path / f"b.{suffix}").write_bytes(broken)
+            try:
+                read_image(tmp_path / f"b.{suffix}", 16)
+            except UnreadableImage:
+                unreadable += 1
+    assert unreadable > 100
+
+
+def test_a_class_folder(tmp_path: Path) -> None:
+    for name, count in (("n02", 2), ("n01", 1)):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        for i in range(count):
+            noise(20, 20, seed=i).save(tmp_path / name / "deeper" / f"{i}.png")
+    (tmp_path / "n01" / "notes.txt").write_text("not an image")
+    source = Folder(FolderConfig(path=tmp_path, size=16))
+    assert len(source) == 3 and source.num_classes == 2
+    assert [source[i][1] for i in range(3)] == [0, 1, 1]
+    assert source[2][0].shape == (3, 16, 16) and source[2][0].dtype == torch.uint8
+
+
+def test_what_is_no_class_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source\.path.*absent is not a folder"):
+        Folder(FolderConfig(path=tmp_path / "absent"))
+    with pytest.raises(ValueError, match="no class folders"):
+        Folder(FolderConfig(path=tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no image.*\.png"):
+        Folder(FolderConfig(path=tmp_path))
+
+
+def test_images_come_back_from_shards(tmp_path: Path) -> None:
+    encode_digits(tmp_path, 20, image=True, latents="none")
+    source = make_source(MDSConfig(path=tmp_path))
+    assert len(source) == 20 and source.num_classes == 10 and source.size == 32
+    for index in (0, 7, 8, 19):  # both ends of a chunk
+        image, label = source[index]
+        wanted, wanted_label = digits(20)[index]
+        assert torch.equal(image, wanted) and label == wanted_label
+    assert len(make_source(DigitsConfig(num_images=5))) == 5
+    with pytest.raises(IndexError):
+        source[20]
+
+
+def test_shards_without_images_are_refused(tmp_path: Path) -> None:
+    encode_digits(tmp_path, 8)
+    with pytest.raises(ValueError, match=r"stores no images.*store\.image=true"):
+        make_source(MDSConfig(path=tmp_path))
