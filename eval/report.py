@@ -1,0 +1,253 @@
+"""Several results in one page: scores, samples beside real images, loss curves, provenance, and where every file is."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eval import figures
+from eval.chunks import write_atomically
+from eval.score import Results, read_results
+
+logger = logging.getLogger(__name__)
+TEMPLATES = Path(__file__).with_name("templates")
+HTML, MARKDOWN, JSON = "index.html", "report.md", "report.json"
+# What is in `samples` and in `run` because one checkpoint is not another; differences elsewhere are pointed out.
+_COMPARED = ("samples.checkpoint.",)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score: its key, title, format, factor, and whether the larger value is the better one."""
+
+    key: str
+    title: str
+    form: str
+    larger: bool
+    factor: float = 1.0
+
+
+COLUMNS = (
+    Column("fid", "FID", ".2f", larger=False),
+    Column("sfid", "sFID", ".2f", larger=False),
+    Column("is_mean", "IS", ".2f", larger=True),
+    Column("precision", "Precision", ".3f", larger=True),
+    Column("recall", "Recall", ".3f", larger=True),
+    Column("kid_mean", "KID·10³", ".2f", larger=False, factor=1000.0),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG beside the report, and inside it."""
+
+    title: str
+    file: str
+    data: bytes
+
+    @property
+    def inline(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.data).decode()}"
+
+
+def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), title: str = "Evaluation") -> Path:
+    """Write index.html, report.md and report.json, and the figures, to `out`.
+
+    Raises:
+        ValueError: for results or run folders that cannot be read.
+    """
+    loaded = [read_results(path) for path in results]
+    if not loaded:
+        raise ValueError("--result: none given; allowed: one results.json and more")
+    labels = _labels(loaded, results)
+    values = {
+        "title": title,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "columns": COLUMNS,
+        "rows": _rows(loaded, labels),
+        "differences": differences(loaded, labels),
+        "warnings": _warnings(loaded, labels),
+        "grids": _grids(loaded, labels, results),
+        "curves": _curves(runs),
+        "details": [(label, flatten(_shown(result))) for label, result in zip(labels, loaded, strict=True)],
+        "files": _files(loaded, labels, results, runs, out),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for picture in [*values["grids"], *values["curves"]]:
+        write_atomically(out / picture.file, picture.data)
+    write_atomically(out / HTML, environment.get_template("report.html.j2").render(values).encode())
+    plain = environment.overlay(autoescape=False)
+    write_atomically(out / MARKDOWN, plain.get_template("report.md.j2").render(values).encode())
+    data = {"title": title, "differences": values["differences"], "results": dict(zip(labels, loaded, strict=True))}
+    write_atomically(out / JSON, f"{json.dumps(data, indent=1)}\n".encode())
+    logger.info("%s", out / HTML)
+    return out / HTML
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def _labels(loaded: Sequence[Results], paths: Sequence[Path]) -> list[str]:
+    """A name for each result: its run and step, and its folder where these are not enough."""
+    names = [_label(result) for result in loaded]
+    folders = [path.name if path.is_dir() else path.parent.name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _label(result: Results) -> str:
+    samples = result["samples"]
+    if samples["kind"] != "generated":
+        return Path(result["run"]["samples"]).name
+    checkpoint = samples["checkpoint"]
+    step = checkpoint["step"]
+    return f"{checkpoint['name']}, untrained" if step == 0 else f"{checkpoint['name']}, step {step:,}"
+
+
+def _rows(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
+    best = {column.key: _best(column, [result["scores"][column.key] for result in loaded]) for column in COLUMNS}
+    rows = []
+    for label, result in zip(labels, loaded, strict=True):
+        cells = []
+        for column in COLUMNS:
+            value = result["scores"][column.key]
+            text = "–" if value is None else format(value * column.factor, column.form)
+            spread = result["scores"]["is_std"] if column.key == "is_mean" else None
+            text += f" ± {spread:.2f}" if spread else ""
+            cells.append({"text": text, "best": len(loaded) > 1 and value is not None and value == best[column.key]})
+        rows.append({"label": label, "cells": cells, "count": f"{result['count']:,}", "how": _how(result)})
+    return rows
+
+
+def _best(column: Column, values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    return max(present) if column.larger else min(present)
+
+
+def _how(result: Results) -> str:
+    """Sampler and guidance in a few words."""
+    samples = result["samples"]
+    if samples["kind"] != "generated":
+        return "given images"
+    sampler, guidance = samples["sampler"], samples["guidance"]
+    steps = f" {sampler['num_steps']}" if "num_steps" in sampler else ""
+    parts = [f"{sampler['kind']}{steps}", f"NFE {result['nfe']:.0f}"]
+    if guidance["kind"] == "none":
+        parts.append("no guidance")
+    else:
+        parts.append(f"{guidance['kind']} {guidance['scale_texture']:g}/{guidance['scale_semantic']:g}")
+    return ", ".join(parts)
+
+
+def differences(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Settings, other than the checkpoint itself, in which the results differ: what a comparison has to say."""
+    flat = [flatten({key: r[key] for key in ("samples", "reference", "metrics", "versions")}) for r in loaded]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    found = []
+    for key in keys:
+        values = [settings.get(key, "–") for settings in flat]
+        if len(set(values)) > 1 and not key.startswith(_COMPARED):
+            found.append({"key": key, "values": list(zip(labels, values, strict=True))})
+    return found
+
+
+def _warnings(loaded: Sequence[Results], labels: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each warning once, with the results it is about; all of them need no naming."""
+    about: dict[str, list[str]] = {}
+    for label, result in zip(labels, loaded, strict=True):
+        for warning in result["warnings"]:
+            about.setdefault(warning, []).append(label)
+    return [(warning, [] if len(named) == len(loaded) else named) for warning, named in about.items()]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys and texts."""
+    if isinstance(tree, dict) and tree:
+        return {key: text for name, value in tree.items() for key, text in flatten(value, f"{prefix}{name}.").items()}
+    return {prefix.removesuffix("."): str(tree)}
+
+
+def _shown(result: Results) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("warnings", "format")}
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def _grids(loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Path]) -> list[Picture]:
+    found, seen = [], set()
+    for index, (label, result, path) in enumerate(zip(labels, loaded, paths, strict=True)):
+        for title, key, name in (
+            ("Real images", "reference_grid", f"real-{index}.png"),
+            (f"Samples: {label}", "grid", f"samples-{index}.png"),
+        ):
+            file = _find(result["run"].get(key), path)
+            if file is None:
+                continue
+            data = file.read_bytes()
+            if data not in seen:
+                seen.add(data)
+                found.append(Picture(title, f"figures/{name}", data))
+    return found
+
+
+def _find(recorded: str | None, results: Path) -> Path | None:
+    """A file by its recorded path, or beside the results if these were moved."""
+    if recorded is None:
+        return None
+    folder = results if results.is_dir() else results.parent
+    return next((file for file in (Path(recorded), folder / Path(recorded).name) if file.is_file()), None)
+
+
+def _curves(runs: Sequence[Path]) -> list[Picture]:
+    found = []
+    for run in runs:
+        rows = figures.read_metrics(run)
+        if not figures.loss_names(rows):
+            logger.warning("%s: no losses were logged yet", run)
+            continue
+        found.append(Picture(f"{run.name}: losses", f"figures/{run.name}-losses.png", figures.loss_curves(rows)))
+        clock = figures.clock_curve(rows)
+        if clock is not None:
+            found.append(Picture(f"{run.name}: loss by time", f"figures/{run.name}-clock.png", clock))
+        found.append(
+            Picture(f"{run.name}: progress", f"figures/{run.name}-progress.png", figures.progress_curves(rows))
+        )
+    return found
+
+
+def _files(
+    loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Path], runs: Sequence[Path], out: Path
+) -> list[tuple[str, str]]:
+    """(what it is, path) of everything that the report is made of."""
+    found = [("this page", str(out / HTML)), ("the same as Markdown", str(out / MARKDOWN))]
+    found.append(("all numbers", str(out / JSON)))
+    for label, result, path in zip(labels, loaded, paths, strict=True):
+        found.append((f"{label}: results", str(path)))
+        found.append((f"{label}: features", result["run"]["samples"]))
+        if result["run"]["checkpoint"] is not None and result["samples"]["kind"] == "generated":
+            found.append((f"{label}: checkpoint", result["run"]["checkpoint"]))
+    for run in runs:
+        found += [
+            (f"{run.name}: {what}", str(run / name))
+            for what, name in (("recipe", "recipe.yaml"), ("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"))
+            if (run / name).exists()
+        ]
+    return found
