@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import rich
 import typer
 from rich.markup import escape
 
@@ -107,7 +108,7 @@ def recipes() -> None:
     """List the recipes that a command can be given by name."""
     from sfd_scale.recipe import summary_table
 
-    logs.Console().print(summary_table())
+    rich.print(summary_table())
 
 
 @app.command("check-data")

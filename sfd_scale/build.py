@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 from sfd_scale import checkpoint, config, distributed
 from sfd_scale.accelerators import peak_flops
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.images import make_source
 from sfd_scale.data.reader import ImageReader, LatentReader
+from sfd_scale.diffusion.guidance import NoGuidance, guided
+from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.ema import EMA
 from sfd_scale.encode import encode as encode_images
@@ -42,6 +46,7 @@ from sfd_scale.objective import (
 )
 from sfd_scale.optim import learning_rate
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.sample import Sampler
 from sfd_scale.tokenizers.config import make_composite, make_texture, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
@@ -128,7 +133,7 @@ def make_objective(recipe: TrainRecipe, device: torch.device) -> Objective:
         case SemanticVAELossConfig() as settings, SemanticVAEConfig() as model:
             assert recipe.tokenizer.vision is not None
             vision = make_vision(recipe.tokenizer.vision, device)
-            return SemanticVAEObjective(settings, vision, model.bottleneck, recipe.seed)
+            return SemanticVAEObjective(settings, vision, model.bottleneck_dim, recipe.seed)
         case ClassificationConfig() as settings, _:
             return ClassificationObjective(settings, recipe.seed)
     raise AssertionError(recipe.objective)
@@ -218,7 +223,13 @@ def _flops(recipe: TrainRecipe) -> float:
     if not isinstance(recipe.model, LightningDiTConfig):
         return 0.0
     layout = recipe.latents
-    return flops_per_sample(recipe.model, in_channels=layout.channels, input_size=layout.size, training=True)
+    return flops_per_sample(
+        recipe.model,
+        in_channels=layout.channels,
+        input_size=layout.size,
+        training=True,
+        two_clocks=not recipe.schedule.synchronous,
+    )
 
 
 def _stats_hash(reader: LatentReader | ImageReader) -> str | None:
@@ -245,7 +256,7 @@ def fit(recipe: FitRecipe) -> None:
         torch.stack([source[i][0] for i in range(start, min(start + recipe.batch, count))])
         for start in range(0, count, recipe.batch)
     )
-    codec = PatchPCA.fit(batches, recipe.patch, recipe.channels)
+    codec = PatchPCA.fit(batches, recipe.codec)
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     codec.save(recipe.out)
     logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.identity)
@@ -330,7 +341,9 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
     texture = make_texture(recipe.tokenizer.texture, device)
     if texture.identity not in note["tokenizers"].values():
-        raise ValueError(f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}")
+        raise ValueError(
+            f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}"
+        )
     stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
 
     def decode(latents: Tensor) -> Tensor:
@@ -350,3 +363,22 @@ def _export_note(path: Path) -> dict[str, Any]:
     if EXPORT_KEY not in metadata:
         raise ValueError(f"{path}: not written by `sfd export`: it says nothing of the model it belongs to")
     return json.loads(metadata[EXPORT_KEY])
+
+
+def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:
+    """Draw images by Euler's method without guidance, the classes in turn or one of them, as a PNG grid."""
+    device = distributed.device()
+    loaded = load_for_sampling(checkpoint_file, device)
+    if label is not None and not 0 <= label < loaded.num_classes:
+        raise ValueError(f"--label: {label}; allowed: 0 to {loaded.num_classes - 1}")
+    velocity = guided(loaded.model, NoGuidance(), loaded.layout)
+    sampler = Sampler(
+        velocity, loaded.layout, loaded.schedule, EulerConfig(num_steps=steps), loaded.stats, loaded.decode,
+        seed, count, device,
+    )  # fmt: skip
+    labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)
+    images = sampler.images(range(count), labels).images
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
+    logger.info("%s: %d images", out, count)
+    return out

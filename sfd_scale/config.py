@@ -105,9 +105,9 @@ def _leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
     for key in tree:
         node = tree._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            yield from _leaves(node, f"{prefix}{key}.")
+            yield from _leaves(node, f"{prefix}{key!s}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key!s}"
 
 
 # ------------------------------------------------------------------------------------------------- typed
@@ -227,7 +227,7 @@ class _Reader:
             raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
         return self.dataclass(by_kind[value["kind"]], value, key)
 
-    def dataclass(self, cls: type, value: Any, key: str) -> Any:
+    def dataclass(self, cls: Any, value: Any, key: str) -> Any:
         if not isinstance(value, dict):
             raise self.fail(key, f"{value!r}; allowed: the keys of {cls.__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}

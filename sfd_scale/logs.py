@@ -144,7 +144,7 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _step_of(line: str, default: int) -> int:

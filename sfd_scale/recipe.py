@@ -31,6 +31,7 @@ from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.objective import ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
 from sfd_scale.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.tokenizers.config import CompositeConfig
+from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
 from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
 from sfd_scale.trainer import TrainerConfig
 
@@ -118,9 +119,8 @@ class FitRecipe:
     kind: Literal["fit"] = "fit"
     name: str
     source: SourceConfig
+    codec: PatchPCAFitConfig
     out: Path
-    patch: int = 4
-    channels: int = 16
     num_images: int = 4096
     batch: int = 256
 

@@ -59,7 +59,7 @@ def portions(global_batch: int, micro_batch: int | None, world_size: int) -> Por
     possible = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
     if global_batch % world_size:
         raise ValueError(
-            f"train.global_batch: {global_batch} does not divide over {world_size} ranks; world sizes that do: {possible}"
+            f"train.global_batch: {global_batch} does not divide over {world_size} ranks; allowed: {possible} ranks"
         )
     share = global_batch // world_size
     # The recipe's micro-batch is a limit of memory: a rank whose whole share is smaller takes it at once.

@@ -65,6 +65,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 
 def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
+    # Read when a child loads its libraries: more threads than cores would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

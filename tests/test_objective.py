@@ -187,14 +187,14 @@ def test_golden_vae_losses() -> None:
     authors, golden = settings["semvae"], arrays("out_semvae")
     config = SemanticVAEConfig(
         input_dim=authors["input_dim"],
-        bottleneck=authors["bottleneck_dim"],
-        hidden=authors["hidden_dim"],
+        bottleneck_dim=authors["bottleneck_dim"],
+        hidden_dim=authors["hidden_dim"],
         heads=authors["transformer_heads"],
-        num_blocks=authors["transformer_blocks"],
+        blocks=authors["transformer_blocks"],
     )
     model, tokens = SemanticVAE(config), arrays("inputs")["sv_x"]
     model.load_state_dict(arrays("weights_semvae"))
-    objective = SemanticVAEObjective(SemanticVAELossConfig(), Grid(), latent_channels=config.bottleneck, seed=0)
+    objective = SemanticVAEObjective(SemanticVAELossConfig(), Grid(), latent_channels=config.bottleneck_dim, seed=0)
     terms = objective.loss(model(tokens, golden["eps_seed3"])[0], tokens, *model.posterior(tokens)).terms
     ours = torch.stack([terms[name] for name in ("mse", "cosine", "kl", "loss")])
     assert ((ours - golden["train_losses"][[0, 2, 3, 4]]) / ours).abs().max() <= 1e-5

@@ -1,0 +1,252 @@
+"""Feature extractors: the tap of sFID, exact arithmetic, weights that are checked, other registered networks."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from eval.convnet import register
+from eval.extractors import InceptionFeatures
+from eval.features import (
+    INCEPTION_SHA256,
+    INCEPTION_URL,
+    ConvNetConfig,
+    InceptionConfig,
+    LazyExtractor,
+    RegisteredConfig,
+    build_extractor,
+    full_precision,
+    identify,
+    inception_weights,
+    make_extractor,
+)
+from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
+
+CPU = torch.device("cpu")
+
+
+def images(count: int, size: int = 64, seed: int = 0) -> Tensor:
+    """Smooth random images."""
+    noise = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    large = torch.nn.functional.interpolate(noise, size=size, mode="bicubic").clamp(0, 1)
+    return (255 * large).to(torch.uint8)
+
+
+class Unloaded(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """The network without weights: the constructor takes whatever state it is given."""
+
+    def load_state_dict(self, state: object, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        if state:
+            super().load_state_dict(state, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights that Inception's features survive: He-normal convolutions, norms fitted to images."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "nothing.pth")
+    net = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(folder / "nothing.pth"))
+    draw = torch.Generator().manual_seed(0)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, generator=draw)
+        elif isinstance(module, torch.nn.Linear):
+            module.weight.data.normal_(0, 0.05, generator=draw)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        net.train()(images(4))
+    state = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    path = folder / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(weights: Path) -> InceptionFeatures:
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    built = build_extractor(InceptionConfig(weights=weights, sha256=sha256), CPU)
+    assert isinstance(built, InceptionFeatures)
+    return built
+
+
+def test_inception_taps(inception: InceptionFeatures, weights: Path) -> None:
+    pixels = images(2)
+    found = inception(pixels)
+    net = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    maps: list[Tensor] = []
+    net.Mixed_6d.register_forward_hook(lambda module, args, output: maps.append(output))
+    with torch.no_grad():
+        pool, logits = net(pixels)
+    assert torch.equal(found.pool, pool) and found.pool.shape == (2, 2048)
+    assert found.logits is not None and torch.equal(found.logits, logits) and logits.shape == (2, 1008)
+    # The tap, after the ReLU, is the first of Mixed_6d's joined branches; rows, columns, channels.
+    assert found.spatial is not None and found.spatial.shape == (2, 2023) and found.spatial.min() == 0
+    assert torch.equal(found.spatial, maps[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1))
+    h, w, c = 5, 11, 3
+    assert found.spatial[1, (h * 17 + w) * 7 + c] == maps[0][1, c, h, w] != maps[0][1, c, w, h]
+    assert found.pool.std(0).mean() > 1e-2  # the weights do something
+
+
+def test_known_bad_variants_move_the_features(inception: InceptionFeatures) -> None:
+    """Autocast, half-pixel resize and a bias are what wrong pipelines have; each is seen, and ours has none of them."""
+    pixels = images(2)
+    good = inception(pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = inception(pixels)
+        with torch.no_grad():
+            low = inception.network(pixels)[0]
+    assert torch.equal(inside.pool, good.pool)
+    assert (low.float() - good.pool).norm() > 1e-3 * good.pool.norm()
+    small = pixels.float()
+    ours = interpolate_bilinear_2d_like_tensorflow1x(small, size=(299, 299), align_corners=False)
+    half = torch.nn.functional.interpolate(small, size=(299, 299), mode="bilinear", align_corners=False)
+    assert (ours - half).abs().max() > 1
+    moved = inception(half.round().clamp(0, 255).to(torch.uint8))
+    assert (moved.pool - good.pool).norm() > 1e-2 * good.pool.norm()
+    assert good.logits is not None
+    assert torch.allclose(good.logits, good.pool @ inception.network.fc.weight.T, atol=1e-4)
+    assert not torch.allclose(good.logits, inception.network.fc(good.pool), atol=1e-3)
+
+
+def test_resize_is_tensorflow_1() -> None:
+    """No half-pixel centres: output i samples input i·in/out, in closed form on a ramp."""
+    ramp = torch.arange(64.0).expand(1, 1, 64, 64)
+    found = interpolate_bilinear_2d_like_tensorflow1x(ramp, size=(299, 299), align_corners=False)
+    expected = (torch.arange(299) * (64 / 299)).clamp(max=63)
+    assert torch.allclose(found[0, 0, 0], expected, atol=1e-4)
+
+
+def test_full_precision_sets_and_restores() -> None:
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    backends[1].fp32_precision = "tf32"
+    with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(CPU):
+        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.backends.cudnn.deterministic
+    assert backends[1].fp32_precision == "tf32"
+    for backend, value in zip(backends, before, strict=True):
+        backend.fp32_precision = value
+
+
+def test_images_have_to_be_uint8(inception: InceptionFeatures) -> None:
+    with pytest.raises(ValueError, match="torch.float32"):
+        inception(images(1).float())
+    with pytest.raises(ValueError, match=r"\(1, 4, 8, 8\)"):
+        inception(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_are_checked(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"expected {INCEPTION_SHA256}"):
+        inception_weights(InceptionConfig(weights=weights))
+    with pytest.raises(ValueError, match="does not exist; download https://"):
+        inception_weights(InceptionConfig(weights=tmp_path / "none.pth"))
+
+
+def test_the_published_checksum_is_that_of_the_url() -> None:
+    assert INCEPTION_URL.endswith(f"-{INCEPTION_SHA256[:8]}.pth")
+
+
+def test_weights_are_downloaded_and_a_wrong_file_is_not_kept(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    sha256, url = hashlib.sha256(weights.read_bytes()).hexdigest(), weights.as_uri()
+    with pytest.raises(ValueError, match="does not exist"):
+        inception_weights(InceptionConfig(url=url, sha256="0" * 64))
+    assert not list((tmp_path / "checkpoints").iterdir())
+    path = inception_weights(InceptionConfig(url=url, sha256=sha256))
+    assert path.read_bytes() == weights.read_bytes()
+
+
+def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "bad.pth"
+    torch.save({"x": Path("/")}, path)  # any class that is no tensor stands for one that runs code
+    config = InceptionConfig(weights=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        build_extractor(config, CPU)
+
+
+def test_an_extractor_is_built_once_and_late() -> None:
+    built = []
+
+    class Named:
+        identity = "x"
+
+    lazy = LazyExtractor("x", lambda: built.append(1) or Named())  # type: ignore[func-returns-value, return-value]
+    assert not built and lazy.get() is lazy.get() and len(built) == 1
+    assert make_extractor(InceptionConfig(), CPU).identity == f"inception-v3-compat:{INCEPTION_SHA256}"
+
+
+# ------------------------------------------------------------------------------------------------- others
+
+
+@pytest.fixture
+def convnet(tmp_path: Path) -> ConvNetConfig:
+    net = SmallConvNet(SmallConvNetConfig(widths=(16, 32, 48), num_classes=10, image_size=32))
+    net.init_weights(0)
+    save_file(net.state_dict(), tmp_path / "classifier.safetensors")
+    return ConvNetConfig(weights=tmp_path / "classifier.safetensors")
+
+
+def test_convnet(convnet: ConvNetConfig) -> None:
+    extractor = build_extractor(convnet, CPU)
+    pixels = images(3, size=32)
+    found = extractor(pixels)
+    net = SmallConvNet(SmallConvNetConfig(widths=(16, 32, 48), num_classes=10, image_size=32))
+    net.init_weights(0)
+    with torch.no_grad():
+        direct = net(pixels)
+    assert torch.equal(found.pool, direct.pooled) and found.logits is not None
+    assert torch.equal(found.logits, direct.logits)
+    assert found.spatial is not None and found.spatial.shape == (3, 8 * 8 * 7)
+    assert found.spatial[2, (6 * 8 + 1) * 7 + 4] == direct.grid[2, 4, 6, 1]
+    assert extractor.identity == identify(convnet) and "sfd-convnet" in extractor.identity
+    with pytest.raises(ValueError, match="trained on images of 32 pixels"):
+        extractor(images(1, size=64))
+
+
+def test_convnet_serves_torch_fidelity_itself(convnet: ConvNetConfig, tmp_path: Path) -> None:
+    """Registered for real: torch-fidelity's own program takes it, and gives our FID."""
+    from eval.metrics import frechet_distance, moments
+
+    sets = []
+    for number in range(2):
+        pixels = images(80, size=32, seed=number) // (number + 1)
+        (tmp_path / str(number)).mkdir()
+        for index, image in enumerate(pixels):
+            Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(
+                tmp_path / f"{number}/{index:03d}.png"
+            )
+        sets.append(moments(build_extractor(convnet, CPU)(pixels).pool))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "0"), input2=str(tmp_path / "1"), fid=True, cuda=False, verbose=False, cache=False,
+        feature_extractor=register(), feature_extractor_weights_path=str(convnet.weights),
+    )  # fmt: skip
+    assert frechet_distance(*sets) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+
+
+def test_registered_extractors_by_name(weights: Path) -> None:
+    config = RegisteredConfig(name="inception-v3-compat", pooled="64", logits="logits", weights=weights)
+    found = build_extractor(config, CPU)(images(1))
+    assert found.pool.shape == (1, 64) and found.logits is not None and found.spatial is None
+    with pytest.raises(ValueError, match="no layer 65; allowed: 64, 192"):
+        build_extractor(RegisteredConfig(name="inception-v3-compat", pooled="65", weights=weights), CPU)
+    with pytest.raises(ValueError, match="allowed: .*dinov2"):
+        build_extractor(RegisteredConfig(name="dino", pooled="x"), CPU)

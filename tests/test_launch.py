@@ -1,0 +1,79 @@
+"""Whole commands under the deepspeed launcher: two ranks, a kill, and a resume that changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = [
+    "train.steps=24",
+    "train.global_batch=32",
+    "train.log_every=1",
+    "checkpoint.every=6",
+    "checkpoint.keep_last=2",
+]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RANKS": "2"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "images"
+    command = [sys.executable, "-m", "sfd_scale", "encode", "quickstart/images", "source.num_images=256", f"out={out}"]
+    subprocess.run([*command, "store.chunk=100"], cwd=ROOT, env=environment(), check=True, timeout=120)
+    return out
+
+
+def start(images: Path, run: Path) -> "subprocess.Popen[bytes]":
+    command = [str(ROOT / "launchers/deepspeed.sh"), "train", "quickstart/vision", *SETTINGS, f"data.path={images}"]
+    return subprocess.Popen(
+        [*command, "wandb.mode=offline", "--run", str(run)], cwd=ROOT, env=environment(), start_new_session=True
+    )
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert start(images, straight).wait(timeout=200) == 0
+    assert [step for step, _ in losses(straight)] == list(range(1, 25))
+    assert losses(straight)[-1][1] < losses(straight)[0][1]
+
+    process = start(images, killed)
+    deadline = time.monotonic() + 200
+    while last_step(killed) < 10 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)  # the launcher's ranks are sessions of their own
+    assert 10 <= last_step(killed) < 24, "the run ended before it could be killed"
+    wandb_id = (killed / "wandb_run_id").read_text()
+
+    assert start(images, killed).wait(timeout=200) == 0
+    assert losses(killed) == losses(straight)
+    assert (killed / "wandb_run_id").read_text() == wandb_id
+    assert json.loads((killed / "environment.json").read_text())["world_size"] == 2
+
+    # Another recipe in the same folder is refused, with the keys that differ.
+    command = [sys.executable, "-m", "sfd_scale", "train", "quickstart/vision", *SETTINGS, f"data.path={images}"]
+    foreign = subprocess.run(
+        [*command, "seed=7", "--run", str(killed)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert foreign.returncode == 2
+    assert "recipe.seed: 7, in the checkpoint 0" in foreign.stderr
