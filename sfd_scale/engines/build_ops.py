@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 import time
 
 logger = logging.getLogger(__name__)
 
 # The collectives of the CPU backend, and the Adam of offloaded optimizer states.
 OPS = ("ShareMemCommBuilder", "CPUAdamBuilder")
+
+
+def use_own_ninja() -> None:
+    """Make torch's extension builder find the ninja of this environment first.
+
+    Ninja versions hash a command differently, so two of them in turn (a system's, and this one when the environment is
+    activated) would each find the other's build stale and compile again, minutes every time.
+    """
+    scripts = sysconfig.get_path("scripts")
+    path = os.environ.get("PATH", os.defpath)
+    if path.split(os.pathsep)[0] != scripts:
+        os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
 
 
 def build(max_jobs: int | None = None) -> dict[str, float]:
@@ -26,6 +39,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
         RuntimeError: from the compiler, if one is missing or fails.
     """
     os.environ.setdefault("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
+    use_own_ninja()
     from deepspeed.accelerator import get_accelerator  # reads MAX_JOBS
 
     seconds = {}
