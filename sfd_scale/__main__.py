@@ -126,6 +126,8 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
 def main() -> None:
     """Run a command; a mistake of the user is one sentence, not a traceback."""
     logs.setup()
+    # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
+    sys.path.append(str(config.RECIPE_ROOT.parent))
     try:
         app()
     except (ValueError, FloatingPointError, FileNotFoundError) as error:

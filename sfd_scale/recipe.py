@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from sfd_scale import config
 from sfd_scale.checkpoint import CheckpointConfig
@@ -147,17 +147,16 @@ def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
 
 def summary_table() -> Table:
     """The complete recipes with model, engine, global batch, and the number they are to reach."""
-    table = Table("recipe", "kind", "model", "engine", "global batch", "published")
+    table = Table(Column("recipe", no_wrap=True), "kind", "model", "engine", "global batch", "published")
     for name in config.recipe_names():
         if config.kind_of(name) is None:
             continue
         loaded = load_any(name)
-        row = ["", "", "", ""]
+        row = ["", "", ""]
         if isinstance(loaded, TrainRecipe):
             size = getattr(loaded.model, "size", None)
             row = [f"{loaded.model.kind}{f' {size}' if size else ''}", _engine(loaded), str(loaded.train.global_batch)]
-            row.append(loaded.published or "")
-        table.add_row(name, loaded.kind, *row)
+        table.add_row(name, loaded.kind, *row, getattr(loaded, "published", None) or "")
     return table
 
 

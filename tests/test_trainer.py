@@ -1,0 +1,73 @@
+"""Portions of the global batch, stop requests, and metrics that survive a kill."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfd_scale.logs import MetricsWriter, WandbConfig
+from sfd_scale.objective import LossTerms
+from sfd_scale.signals import StopRequest
+from sfd_scale.trainer import Meter, Portions, portions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((256, None, 8), Portions(32, 1, 8)),
+        ((256, 16, 8), Portions(16, 2, 8)),
+        ((256, 64, 8), Portions(32, 1, 8)),
+        ((256, 32, 1), Portions(32, 8, 1)),
+    ],
+)
+def test_the_global_batch_is_divided_exactly(arguments: tuple[int, int | None, int], expected: Portions) -> None:
+    assert portions(*arguments) == expected
+    assert expected.micro_batch * expected.accumulation * expected.world_size == arguments[0]
+
+
+def test_what_does_not_divide_is_refused_with_what_does() -> None:
+    with pytest.raises(
+        ValueError, match=r"24 does not divide over 5 ranks; allowed: \[1, 2, 3, 4, 6, 8, 12, 24\] ranks"
+    ):
+        portions(24, None, 5)
+    with pytest.raises(ValueError, match=r"micro_batch: 5 does not divide the 12 samples of a rank; allowed here"):
+        portions(24, 5, 2)
+
+
+def test_a_signal_is_remembered_until_the_step_boundary() -> None:
+    stop = StopRequest()
+    assert not stop.agreed()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)  # pdsh sends twice within a tenth of a second: not a second request
+    assert stop.agreed()
+    stop.close()
+    assert StopRequest(max_duration_s=0.0).agreed()
+
+
+def test_the_meter_averages_terms_and_bins_the_clock() -> None:
+    meter = Meter()
+    for value in (1.0, 3.0):
+        clock, loss = torch.tensor([0.05, 0.95, 1.0]), torch.tensor([value, 10.0, 20.0])
+        meter.add(LossTerms(torch.tensor(value), {"loss": torch.tensor(value)}, clock, loss), samples=3, wait_s=0.0)
+    values = meter.read()
+    assert values["loss"] == 2.0
+    assert values["loss_by_clock/0"] == 2.0
+    assert values["loss_by_clock/9"] == 15.0
+    assert "loss_by_clock/5" not in values
+    assert meter.batches == 0
+
+
+def test_metrics_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {})
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    writer.truncate(2)
+    writer.write(3, {"loss": 0.5})
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.5)]
