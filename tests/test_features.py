@@ -28,6 +28,7 @@ from eval.features import (
     inception_weights,
     make_extractor,
 )
+from eval.outputs import to_image
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 
 CPU = torch.device("cpu")
@@ -229,9 +230,7 @@ def test_convnet_serves_torch_fidelity_itself(convnet: ConvNetConfig, tmp_path: 
         pixels = images(80, size=32, seed=number) // (number + 1)
         (tmp_path / str(number)).mkdir()
         for index, image in enumerate(pixels):
-            Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(
-                tmp_path / f"{number}/{index:03d}.png"
-            )
+            to_image(image).save(tmp_path / f"{number}/{index:03d}.png")
         sets.append(moments(build_extractor(convnet, CPU)(pixels).pool))
     theirs = torch_fidelity.calculate_metrics(
         input1=str(tmp_path / "0"), input2=str(tmp_path / "1"), fid=True, cuda=False, verbose=False, cache=False,
