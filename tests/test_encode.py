@@ -15,7 +15,7 @@ from torch import Tensor
 from sfd_scale.data.images import Folder, FolderConfig
 from sfd_scale.data.schema import Manifest, restored
 from sfd_scale.data.shards import open_shards
-from sfd_scale.encode import StoreConfig
+from sfd_scale.encode import StoreConfig, encode
 from sfd_scale.latents import LatentStats
 from sfd_scale.tokenizers.codec import psnr
 
@@ -43,8 +43,8 @@ class Failing:
         return self.source[index]
 
 
-def on_ranks(out: Path) -> int:
-    return encode_digits(out, COUNT, features="shards", latents="moments").num_samples
+def on_ranks(folders: list[Path]) -> list[int]:
+    return [encode_digits(out, COUNT, features="shards", latents="moments").num_samples for out in folders]
 
 
 def test_two_ranks_one_rank_and_a_restart_write_the_same_bytes(tmp_path: Path) -> None:
@@ -56,9 +56,8 @@ def test_two_ranks_one_rank_and_a_restart_write_the_same_bytes(tmp_path: Path) -
         encode_digits(tmp_path / "cut", COUNT, Failing(15), **options)
     with pytest.raises(ValueError, match=r"no manifest\.json; encode the data first, or finish an encode"):
         open_shards(tmp_path / "cut")
-    # The rest on two ranks.
-    assert run_ranks(on_ranks, 2, tmp_path / "cut") == [COUNT, COUNT]
-    assert run_ranks(on_ranks, 2, tmp_path / "two") == [COUNT, COUNT]
+    # The rest of the one, and all of the other, on two ranks.
+    assert run_ranks(on_ranks, 2, [tmp_path / "cut", tmp_path / "two"]) == [[COUNT, COUNT]] * 2
     bytes_of_one = files(tmp_path / "one")
     assert len(bytes_of_one) > 10
     assert files(tmp_path / "two") == bytes_of_one
@@ -124,16 +123,7 @@ def test_moments_and_bfloat16(tmp_path: Path) -> None:
     assert texture[:, 0, 0].tolist() == [-8, -7, -6, -5, -4, -3]
     assert semantic.unique().tolist() == [-30]  # the semantic codec has no variance
     with pytest.raises(ValueError, match=r"store\.latents: moments, but these codecs have no posterior variance"):
-        encode_without_variance(tmp_path / "b")
-
-
-def encode_without_variance(out: Path) -> None:
-    import dataclasses
-
-    from sfd_scale.encode import encode
-
-    store = StoreConfig(latents="moments")
-    encode(digits(4), tokenizer(), store, out, {"store": dataclasses.asdict(store)})
+        encode(digits(4), tokenizer(), StoreConfig(latents="moments"), tmp_path / "b", {"store": {}})
 
 
 def test_unreadable_images_are_listed_and_end_the_run(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """Shards → batches. The global order of samples is a pure function of (seed, epoch), so it is the same at every world
-size, accumulation and restart; MosaicML streaming stores, downloads and caches.
+size, accumulation and restart; MosaicML streaming stores and downloads.
 
 G global batch · M micro-batch · N samples of the data.
 """
@@ -31,11 +31,12 @@ class DataConfig:
 
     flip: train on the mirrored image as often as on the image itself. shuffle_block: samples that are mixed with each
     other, taken from whole shards in random order; larger mixes better, smaller reads more sequentially.
+    num_workers: processes that read ahead; a remote wants several, as each waits for its own download.
     """
 
     path: Path
     remote: str | None = None
-    cache_limit: str | None = None  # such as 100gb; the oldest shards are dropped from the cache
+    cache_limit: str | None = None  # of a node, such as 100gb; no less than two shuffle blocks, else shards come twice
     flip: bool = True
     shuffle: bool = True
     shuffle_block: int = 262_144

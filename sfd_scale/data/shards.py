@@ -1,10 +1,8 @@
-"""MosaicML streaming: the one file that reads its shards, and what the library does not check by itself."""
+"""Opening shards with MosaicML streaming, and what the library does not check by itself."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import warnings
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from sfd_scale import distributed
+from sfd_scale.data.cache import ShardCache, fetch_description
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256, read_index
 from sfd_scale.latents import LatentStats
-
-logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -30,8 +26,8 @@ class Rows(Protocol):
 class LocalRows:
     """The shards of a local folder, through the library's own shard readers.
 
-    Its StreamingDataset would take shared memory, lock files and a collective over all ranks, which files that are
-    there already do not need: here any process may open any number of folders, alone, and be killed without a trace.
+    Its StreamingDataset would take shared memory, lock files and a collective over all ranks: here any process may open
+    any number of folders, alone, and be killed without a trace.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,61 +41,52 @@ class LocalRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
-        shard = bisect_right(self._ends, index)
-        return self._shards[shard][index - self._ends[shard] + self._shards[shard].samples]
+        number = bisect_right(self._ends, index)
+        shard = self._shards[number]
+        return self._read(shard, index - self._ends[number] + shard.samples)
+
+    def _read(self, shard: Any, row: int) -> dict[str, Any]:
+        return shard[row]
+
+
+class CachedRows(LocalRows):
+    """The shards of a remote folder, each fetched when one of its samples is asked for."""
+
+    def __init__(self, path: Path, remote: str, limit: str | None) -> None:
+        super().__init__(path)
+        self._cache = ShardCache(path, remote, limit, max(shard.raw_data.bytes for shard in self._shards))
+
+    def _read(self, shard: Any, row: int) -> dict[str, Any]:
+        while True:
+            try:
+                return shard[row]
+            except FileNotFoundError:  # not fetched yet, or dropped by another process
+                self._cache.fetch(shard)
 
 
 def open_shards(path: Path, remote: str | None = None, cache_limit: str | None = None) -> Rows:
-    """Random access to the samples of a folder that `sfd encode` has completed.
+    """Random access to the samples of a folder that `sfd encode` has completed. The order of samples is ours
+    (sfd_scale.data.reader).
 
-    With `remote` (s3://, gs://, az://, oci://, hf:// or a folder), `path` is a cache on each node: manifest, statistics
-    and index are fetched at once, shards as their samples are asked for, with their SHA-256 checked. Every rank must
-    then open it, as the library synchronises them. The order of samples is ours (sfd_scale.data.reader), so the
-    library's own partitioning and shuffling stay off.
+    With `remote` (s3://, gs://, azure://, oci://, hf:// or a folder), `path` is a cache on each node: manifest,
+    statistics and index are fetched at once, shards as their samples are asked for, with their SHA-256 checked.
 
     Raises:
         ValueError: if the folder is incomplete, or index.json is not the one of the manifest.
     """
     if remote is not None:
-        _fetch(path, remote)
+        fetch_description(path, remote)
     manifest = Manifest.read(path)
     if index_sha256(path) != manifest.index_sha256:
         cause = "the cache of other data; empty it" if remote else "its shards were changed; encode them anew"
         raise ValueError(f"{path}: index.json is not the one that {MANIFEST} names: {cause}")
-    sizes = read_index(path)["shards"]
-    if sum(shard["samples"] for shard in sizes) != manifest.num_samples:
-        raise ValueError(f"{path}: {sum(shard['samples'] for shard in sizes)} samples, of {manifest.num_samples}")
-    if remote is None:
-        check_sizes(path)
-        return LocalRows(path)
-    from streaming import StreamingDataset
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return StreamingDataset(
-            local=str(path), remote=remote, shuffle=False, batch_size=1, cache_limit=cache_limit,
-            validate_hash="sha256", allow_unsafe_types=False,
-        )  # fmt: skip
-
-
-def _fetch(path: Path, remote: str) -> None:
-    """Bring the small files into the cache, once a node."""
-    from streaming.base.storage import CloudDownloader
-
-    if distributed.local_rank() == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = remote.rstrip("/")
-        for name in (MANIFEST, "index.json", STATS):
-            if name == STATS and Manifest.read(path).stats_hash is None:
-                continue
-            try:
-                CloudDownloader.direct_download(f"{folder}/{name}", str(path / name))
-            except FileNotFoundError as error:
-                raise ValueError(
-                    f"data.remote: {folder}/{name} does not exist; upload a whole encoded folder"
-                ) from error
-        logger.info("%s is a cache of %s", path, folder)
-    distributed.barrier()
+    count = sum(shard["samples"] for shard in read_index(path)["shards"])
+    if count != manifest.num_samples:
+        raise ValueError(f"{path}: {count} samples, of {manifest.num_samples}")
+    if remote is not None:
+        return CachedRows(path, remote, cache_limit)
+    check_sizes(path)
+    return LocalRows(path)
 
 
 def check_sizes(path: Path) -> None:
