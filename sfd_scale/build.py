@@ -70,6 +70,7 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
     reader = make_reader(recipe, split)
     model = make_model(recipe)
     engine = make_engine(model, recipe)
+    kernel = attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
     identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
     _claim(run, recipe)
@@ -89,7 +90,7 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
         flops_per_sample=_flops(recipe),
         peak_flops=peak_flops(engine.device),
     )
-    _announce(recipe, split, engine, model, run)
+    _announce(recipe, split, engine, kernel, run)
     try:
         return trainer.run()
     finally:
@@ -203,9 +204,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _announce(recipe: TrainRecipe, split: Portions, engine: Engine, model: nn.Module, run: Path) -> None:
+def _announce(recipe: TrainRecipe, split: Portions, engine: Engine, kernel: str, run: Path) -> None:
     count = sum(parameter.numel() for parameter in _bare_parameters(recipe))
-    kernel = attention.activate(recipe.attention, engine.device)
     logger.info("%s: %s, %.1fM parameters, run folder %s", recipe.name, recipe.model.kind, count / 1e6, run)
     logger.info("engine %s, precision %s, attention %s", engine.describe(), recipe.engine.precision, kernel)
     logger.info(

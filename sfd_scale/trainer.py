@@ -156,7 +156,7 @@ class Trainer:
             self.save(step)
         self.checkpoints.wait()
         stop.close()
-        return step == self.config.steps
+        return step >= self.config.steps
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""
