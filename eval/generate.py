@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sfd_scale.build import Loaded
 
 logger = logging.getLogger(__name__)
+Precision = Literal["bf16", "fp32"]
+Loader = Callable[[Path, Precision, bool, torch.device], "Loaded"]
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,42 @@ class Job:
     config: dict[str, Any]
 
 
-def prepare(recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None) -> Job:
-    """Load the models and the extractor of a recipe, or take the extractor that is given.
+def prepare(
+    recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None, load: Loader | None = None
+) -> Job:
+    """Load the models and name the extractor of a recipe; a sweep gives what it has already.
 
     Raises:
         ValueError: for a missing checkpoint, or a guide that does not belong to it.
     """
-    from sfd_scale import build  # it imports the training engines, which take seconds
-
+    load = load_model if load is None else load
     if recipe.checkpoint is None:
         raise ValueError("checkpoint: null; allowed: a file of `sfd export` (checkpoint=PATH or --checkpoint PATH)")
-    loaded = build.load_for_sampling(recipe.checkpoint, device)
-    guide = None if recipe.guide is None else build.load_for_sampling(recipe.guide, device)
+    loaded = load(recipe.checkpoint, recipe.precision, recipe.compile, device)
+    guide = None if recipe.guide is None else load(recipe.guide, recipe.precision, recipe.compile, device)
     sampler = make_sampler(recipe, loaded, guide, device)
     labels = labels_of(recipe, loaded.num_classes)
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
     determined = describe(recipe, extractor.identity, loaded.provenance, None if guide is None else guide.provenance)
     return Job(sampler, labels, extractor, determined)
+
+
+def load_model(path: Path, precision: Precision, compiled: bool, device: torch.device) -> Loaded:
+    """A model made ready for sampling; see build.load_for_sampling."""
+    from sfd_scale import build  # it imports the training engines, which take seconds
+
+    return made_ready(build.load_for_sampling(path, device), precision, compiled)
+
+
+def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
+    """Weights in the precision of sampling, no alignment head, and blocks compiled if asked."""
+    loaded.model.repa_projector = None
+    loaded.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if compiled:
+        from sfd_scale.engines.blocks import prepare_blocks
+
+        prepare_blocks(loaded.model, "none", compiled=True)
+    return loaded
 
 
 def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, device: torch.device) -> Sampler:
@@ -64,13 +85,6 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     """
     if guide is not None:
         check_guide(loaded, guide)
-    for model in (loaded.model, *([] if guide is None else [guide.model])):
-        model.repa_projector = None  # sampling has no use for the alignment head
-        model.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-        if recipe.compile:
-            from sfd_scale.engines.blocks import prepare_blocks
-
-            prepare_blocks(model, "none", compiled=True)
     velocity = guided(
         loaded.model,
         recipe.guidance,

@@ -11,9 +11,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib import format as npy
 from torch import Tensor
 
+npy: Any = np.lib.format  # it has no types
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
 

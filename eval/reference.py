@@ -29,13 +29,15 @@ _INCEPTION = {"mu": 2048, "mu_s": 17 * 17 * 7}
 @dataclass(frozen=True)
 class Reference:
     """Moments of the pooled and spatial features of all real images; pooled features (M, P) of those that precision,
-    recall and KID take; a grid of some of them (3, H, W) uint8, or None; and where it all came from."""
+    recall and KID take; a sheet of some of them (3, H, W) uint8, or None; where it all came from, and the file of the
+    cache that holds it."""
 
     pool: Moments
     spatial: Moments | None
     features: Tensor | None
     grid: Tensor | None
     provenance: dict[str, Any]
+    file: Path
 
 
 def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
@@ -63,7 +65,7 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
         if distributed.is_main():
             _write(file, _tensors(given, found, recipe.metrics), images)
         distributed.barrier()
-    return _read(file, {**determined, "source": config.to_dict(recipe.reference)})
+    return read_reference(file, {**determined, "source": config.to_dict(recipe.reference)})
 
 
 def _features(recipe: EvalRecipe, images: Images, extractor: LazyExtractor) -> FeatureSet:
@@ -163,11 +165,12 @@ def _grid(images: Images, labels: Tensor | None) -> Tensor:
     return outputs.tile([[images.rows(range(n, n + 1))[0][0] for n in row] for row in rows])
 
 
-def _read(file: Path, provenance: dict[str, Any]) -> Reference:
+def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
+    """A reference from its file in the cache."""
     with safe_open(str(file), framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
     count = int(tensors["count"]) if "count" in tensors else None
     spatial = Moments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
     features, grid = (tensors[name] if name in tensors else None for name in ("features", "grid"))  # noqa: SIM401
     provenance = {**provenance, "count": count, "features_count": None if features is None else len(features)}
-    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, provenance)
+    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, provenance, file)

@@ -68,6 +68,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     if not loaded:
         raise ValueError("--result: none given; allowed: one results.json and more")
     labels = _labels(loaded, results)
+    grids, curves = _grids(loaded, labels, results), _curves(runs)
     values = {
         "title": title,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -75,8 +76,8 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
         "rows": _rows(loaded, labels),
         "differences": differences(loaded, labels),
         "warnings": _warnings(loaded, labels),
-        "grids": _grids(loaded, labels, results),
-        "curves": _curves(runs),
+        "grids": grids,
+        "curves": curves,
         "details": [(label, flatten(_shown(result))) for label, result in zip(labels, loaded, strict=True)],
         "files": _files(loaded, labels, results, runs, out),
     }
@@ -87,7 +88,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for picture in [*values["grids"], *values["curves"]]:
+    for picture in [*grids, *curves]:
         write_atomically(out / picture.file, picture.data)
     write_atomically(out / HTML, environment.get_template("report.html.j2").render(values).encode())
     plain = environment.overlay(autoescape=False)

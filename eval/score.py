@@ -30,7 +30,13 @@ FORMAT = 1
 Results = dict[str, Any]
 
 
-def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: LazyExtractor | None = None) -> Results:
+def score(
+    recipe: EvalRecipe,
+    samples: Path,
+    out: Path,
+    extractor: LazyExtractor | None = None,
+    reference: Reference | None = None,
+) -> Results:
     """Score generated features, an .npz or a folder of images against the recipe's reference; writes `out`.
 
     Every rank has to call this; the result is the same for any number of them.
@@ -42,7 +48,8 @@ def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: LazyExtractor
     if extractor is None:
         extractor = make_extractor(recipe.extractor, distributed.device())
     folder = features_of(recipe, samples, extractor)
-    reference = load_reference(recipe, extractor)
+    if reference is None:
+        reference = load_reference(recipe, extractor)
     scores, warnings = score_features(recipe.metrics, folder, reference)
     results = _results(recipe, folder, reference, scores, warnings)
     results["run"] = {
@@ -51,6 +58,8 @@ def score(recipe: EvalRecipe, samples: Path, out: Path, extractor: LazyExtractor
         "world_size": distributed.world_size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "samples": str(samples),
+        "features": str(folder.path),
+        "reference": str(reference.file),
         "checkpoint": None if recipe.checkpoint is None else str(recipe.checkpoint),
     }
     if distributed.is_main():

@@ -20,7 +20,7 @@ from torch import Tensor
 from eval import chunks, generate, outputs
 from eval import score as scoring
 from eval.extract import open_features, read_features
-from eval.generate import check_guide, labels_of
+from eval.generate import check_guide, labels_of, made_ready
 from eval.npz import NpzImages
 from eval.recipe import EvalRecipe, FixedLabel, IidLabels, LabelFile, OutputsConfig
 from eval.sources import NpzSource
@@ -265,12 +265,13 @@ def test_recipes_that_contradict_themselves(tmp_path: Path) -> None:
 def test_the_sampler_of_a_recipe(tmp_path: Path) -> None:
     """The recipe's guidance, precision and kinks reach the sampler; the guide changes the images."""
     guidance = AutoGuidance(scale_texture=2.0, scale_semantic=1.5, interval_start=0.25, interval_mode="both")
-    settings = eval_tiny.recipe(tmp_path, guidance=guidance, guide=tmp_path / "weak", precision="fp32")
+    settings = eval_tiny.recipe(tmp_path, guidance=guidance, guide=tmp_path / "weak")
     sampler = generate.make_sampler(settings, loaded(), loaded(model=eval_tiny.model(seed=5)), CPU)
     assert sampler.kinks and sampler.batch == 8
     labels = torch.zeros(1, dtype=torch.int64)
-    plain = generate.make_sampler(eval_tiny.recipe(tmp_path, precision="fp32"), loaded(), None, CPU)
+    settings_plain = eval_tiny.recipe(tmp_path)
+    plain = generate.make_sampler(settings_plain, made_ready(loaded(), "fp32", compiled=False), None, CPU)
     assert not torch.equal(sampler.images([0], labels).images, plain.images([0], labels).images)
-    low = generate.make_sampler(eval_tiny.recipe(tmp_path, precision="bf16"), loaded(), None, CPU)
+    low = generate.make_sampler(settings_plain, made_ready(loaded(), "bf16", compiled=False), None, CPU)
     difference = low.images([0], labels).images.float() - plain.images([0], labels).images.float()
     assert 0 < difference.abs().mean() < 4

@@ -249,11 +249,19 @@ tokenizer: {{texture: {{kind: patch_pca, weights: {tmp_path / "texture.safetenso
         "tokenizers": {"texture": PatchPCA.load(PatchPCAConfig(weights=tmp_path / "texture.safetensors")).identity},
     }  # fmt: skip
     out = tmp_path / "model.safetensors"
-    checkpoint.save_weights(build.make_model(recipe).state_dict(), out, {build.EXPORT_KEY: json.dumps(note)})
+    model = build.make_model(recipe)
+    with torch.no_grad():
+        # Untrained it has a velocity of zero, with any guidance and any number of steps.
+        for name, weight in model.named_parameters():
+            if "adaLN" in name or name.startswith("final_layer.linear"):
+                weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    checkpoint.save_weights(model.state_dict(), out, {build.EXPORT_KEY: json.dumps(note)})
     return out
 
 
-def test_the_commands(tmp_path: Path, exported: Path) -> None:
+@pytest.fixture
+def recipe(tmp_path: Path, exported: Path) -> Path:
+    """An evaluation of that model by a classifier's features."""
     net = SmallConvNet(SmallConvNetConfig(num_classes=5, image_size=32))
     net.init_weights(0)
     checkpoint.save_weights(net.state_dict(), tmp_path / "classifier.safetensors", {})
@@ -271,14 +279,18 @@ reference: {{kind: npz, path: {tmp_path / "reference.npz"}}}
 cache: {tmp_path / "cache"}
 metrics: {{is_split: 12, kid_subsets: 2, kid_size: 20}}
 """)
+    return tmp_path / "eval.yaml"
 
-    def run(*words: Any) -> Any:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
 
-    recipe, out = tmp_path / "eval.yaml", tmp_path / "out"
+def run(*words: Any) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_commands(tmp_path: Path, recipe: Path) -> None:
+    out = tmp_path / "out"
     assert run("generate", recipe, "seed=3", "--out", out).exit_code == 0
     shown = run("score", recipe, "--samples", out)
     assert shown.exit_code == 0 and "precision" in shown.stdout
@@ -294,6 +306,30 @@ metrics: {{is_split: 12, kid_subsets: 2, kid_size: 20}}
     # A guide that is another model than its file says, and one that is none.
     with pytest.raises(ValueError, match="no such file of `sfd export`"):
         run("generate", recipe, "guidance={kind: autoguidance}", "--guide", tmp_path / "no", "--out", tmp_path / "o2")
+
+
+def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
+    grid = ("guidance.scale_texture=1.5,3.0", "sampler.num_steps=1,2", "seed=1")
+    words = ("sweep", recipe, *grid, "--out", tmp_path / "s")
+    assert run(*words).exit_code == 0
+    rows = json.loads((tmp_path / "s" / "sweep.json").read_text())["done"]
+    assert [list(row["settings"].values()) for row in rows] == [["1.5", "1"], ["1.5", "2"], ["3.0", "1"], ["3.0", "2"]]
+    assert rows[0]["scores"]["fid"] != rows[1]["scores"]["fid"] and [row["nfe"] for row in rows] == [1, 2, 1, 2]
+    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("chunk-*")}
+    assert len(made) == 12 and run(*words).exit_code == 0
+    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("chunk-*")}
+    # The same noise in every cell, so that comparing two is paired.
+    a, b = rows[0]["folder"], rows[1]["folder"]
+    assert run("compare", a, b, "--out", tmp_path / "c.json", "--rounds", 50).exit_code == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["paired"] and [row["score"] for row in found["scores"]][0] == "fid"
+    assert found["scores"][0]["difference"] == pytest.approx(
+        rows[1]["scores"]["fid"] - rows[0]["scores"]["fid"], abs=1e-6
+    )
+    with pytest.raises(ValueError, match="nothing varies"):
+        run("sweep", recipe, "seed=1", "--out", tmp_path / "s")
+    with pytest.raises(ValueError, match="sampler.num_steps: 0"):
+        run("sweep", recipe, "sampler.num_steps=2,0", "--out", tmp_path / "s")
 
 
 def test_a_checkpoint_of_another_layout_is_refused_as_guide(tmp_path: Path, exported: Path) -> None:

@@ -1,0 +1,131 @@
+"""Every combination of some settings, with the same noise and labels; models, extractor and reference loaded once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval import generate
+from eval.chunks import config_hash, write_atomically
+from eval.features import LazyExtractor, make_extractor
+from eval.recipe import EvalRecipe
+from eval.reference import load_reference
+from eval.score import score
+from sfd_scale import config, distributed
+
+logger = logging.getLogger(__name__)
+SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: the settings that vary, and the whole recipe."""
+
+    settings: dict[str, str]
+    recipe: EvalRecipe
+
+    @property
+    def name(self) -> str:
+        """A folder name that tells people what it is, and never clashes."""
+        words = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in self.settings.items())
+        clean = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in words)[:80]
+        return f"{clean}_{config_hash(self.settings)[:8]}"
+
+
+def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
+    """All combinations of `key=v1,v2` and `key=value`, each checked as a recipe.
+
+    Raises:
+        ValueError: if nothing varies, or a combination is no valid recipe.
+    """
+    axes: list[tuple[str, list[str]]] = []
+    for word in grid:
+        key, _, values = word.partition("=")
+        if not key or not values:
+            raise ValueError(f"{word}: allowed: key=value, or key=value1,value2 for a setting that varies")
+        axes.append((key, split_values(values)))
+    if all(len(values) == 1 for _, values in axes):
+        raise ValueError("nothing varies: give at least one setting several values, as in guidance.scale_texture=1,1.5")
+    found = []
+    for combination in itertools.product(*(values for _, values in axes)):
+        chosen = dict(zip((key for key, _ in axes), combination, strict=True))
+        loaded = config.load(recipe, EvalRecipe, [f"{key}={value}" for key, value in chosen.items()])
+        varying = {key: chosen[key] for key, values in axes if len(values) > 1}
+        found.append(Cell(varying, loaded))
+    return found
+
+
+def split_values(text: str) -> list[str]:
+    """Split at commas, but not inside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor | None = None) -> list[dict[str, Any]]:
+    """Generate and score every cell; writes sweep.json and sweep.md, anew after each. A second start continues.
+
+    Raises:
+        ValueError: if cells differ in extractor, which have no common scores.
+    """
+    device, todo = distributed.device(), cells(recipe, grid)
+    if len({config.digest(cell.recipe.extractor) for cell in todo}) > 1:
+        raise ValueError("extractor: varies; scores of different features cannot be compared")
+    extractor = make_extractor(todo[0].recipe.extractor, device) if extractor is None else extractor
+    load = functools.cache(generate.load_model)
+    reference = load_reference(todo[0].recipe, extractor)
+    rows: list[dict[str, Any]] = []
+    for number, cell in enumerate(todo, start=1):
+        if distributed.is_main():
+            logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
+        folder = out / "cells" / cell.name
+        generate.generate(cell.recipe, folder, generate.prepare(cell.recipe, device, extractor, load))
+        results = score(cell.recipe, folder, folder / "results.json", extractor, reference)
+        rows.append(
+            {"settings": cell.settings, "scores": results["scores"], "nfe": results["nfe"], "folder": str(folder)}
+        )
+        if distributed.is_main():
+            _write(rows, len(todo), out)
+    if distributed.is_main():
+        _show(rows)
+    return rows
+
+
+def _write(rows: list[dict[str, Any]], total: int, out: Path) -> None:
+    write_atomically(out / "sweep.json", f"{json.dumps({'cells': total, 'done': rows}, indent=1)}\n".encode())
+    keys = list(rows[0]["settings"])
+    lines = [f"| {' | '.join([*keys, 'NFE', *SHOWN])} |", f"|{'---|' * (len(keys) + 1 + len(SHOWN))}"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    write_atomically(out / "sweep.md", ("\n".join(lines) + "\n").encode())
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0]["settings"], "NFE", *SHOWN)
+    best = min(rows, key=lambda row: row["scores"]["fid"])
+    for row in rows:
+        table.add_row(*_cells(row), style="bold" if row is best else None)
+    Console().print(table)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    scores = [row["scores"][name] for name in SHOWN]
+    shown = ["–" if value is None else f"{value:.4g}" for value in scores]
+    return [*row["settings"].values(), "–" if row["nfe"] is None else f"{row['nfe']:.1f}", *shown]
+
+
+def _words(settings: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items())

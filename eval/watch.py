@@ -1,0 +1,83 @@
+"""Evaluate the checkpoints of a run as they appear, and keep their scores in one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from eval import generate
+from eval.chunks import write_atomically
+from eval.features import make_extractor
+from eval.recipe import EvalRecipe
+from eval.score import read_results, score
+from sfd_scale import build, checkpoint, config, distributed
+from sfd_scale.recipe import TrainRecipe
+
+logger = logging.getLogger(__name__)
+
+
+def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
+    """Evaluate every checkpoint of `run` that has no results yet, oldest first, until the run's last step.
+
+    Writes `out`/step-XXXXXXXX/results.json and, of all of them, `out`/scores.jsonl.
+
+    Raises:
+        ValueError: if `run` is no run folder.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"--run: {run} is no run folder (no recipe.yaml in it)")
+    last = config.load(run / "recipe.yaml", TrainRecipe).train.steps
+    while True:
+        steps = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
+        todo = distributed.broadcast_object([s for s in steps if not _results(out, s).is_file()])
+        for step in todo:
+            _evaluate(recipe, run, out, step)
+            if distributed.is_main():
+                write_atomically(out / "scores.jsonl", table(out).encode())
+        if once or (not todo and steps and steps[-1] >= last):
+            return
+        if not todo:
+            time.sleep(interval)
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    return sorted(
+        int(checkpoint.read_state(file.parent)["step"]) for file in (run / "checkpoints").glob("step-*/COMMIT")
+    )
+
+
+def _results(out: Path, step: int) -> Path:
+    return out / f"step-{step:08d}" / "results.json"
+
+
+def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
+    folder = out / f"step-{step:08d}"
+    weights = folder / "model.safetensors"
+    if distributed.is_main() and not weights.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        build.export(run, weights, step=step)
+    distributed.barrier()
+    device = distributed.device()
+    own = dataclasses.replace(recipe, checkpoint=weights)
+    extractor = make_extractor(own.extractor, device)
+    generate.generate(own, folder, generate.prepare(own, device, extractor))
+    results = score(own, folder, folder / "results.json", extractor)
+    if distributed.is_main():
+        weights.unlink()  # the run has it: a series of checkpoints would fill the disk
+        fid: float = results["scores"]["fid"]
+        logger.info("%s, step %d: FID %.4g", run, step, fid)
+
+
+def table(out: Path) -> str:
+    """All results below `out`, one JSON object a line, by step."""
+    lines = []
+    for file in sorted(out.glob("step-*/results.json")):
+        results = read_results(file)
+        row: dict[str, Any] = {"step": results["samples"]["checkpoint"]["step"], **results["scores"]}
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
