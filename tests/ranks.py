@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -23,7 +24,7 @@ class RankError(RuntimeError):
     """A rank failed; the message is its traceback."""
 
 
-def _entry(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _entry(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """One rank; world_size 0 runs without a process group."""
     torch.set_num_threads(1)
     out = Path(folder)
@@ -31,7 +32,7 @@ def _entry(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args
         for name in _LAUNCHER:
             os.environ.pop(name, None)
         if world_size:
-            values = (rank, world_size, rank, world_size, "127.0.0.1", 0)
+            values = (rank, world_size, rank, world_size, "127.0.0.1", port)
             os.environ |= {name: str(value) for name, value in zip(_LAUNCHER, values, strict=True)}
             dist.init_process_group(
                 "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world_size,
@@ -68,9 +69,12 @@ def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout
     # Read when a child loads its libraries: more threads than cores would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = mp.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    # The rendezvous is a file. DeepSpeed names its shared memory after the port: no two runs may have the same.
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
         ranks = [
-            context.Process(target=_entry, args=(rank, world_size, folder, fn, args), daemon=True)
+            context.Process(target=_entry, args=(rank, world_size, port, folder, fn, args), daemon=True)
             for rank in range(max(world_size, 1))
         ]
         for process in ranks:

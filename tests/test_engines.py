@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,10 +78,18 @@ def run(spec: Spec, nan_step: int | None) -> dict[str, Any]:
 
 def run_all(groups: dict[str, dict[str, Spec]]) -> dict[str, dict[str, Any]]:
     logging.disable(logging.INFO)
-    return {
+    if distributed.launched():
+        # As the deepspeed launcher does, which switches its collectives over shared memory on.
+        os.environ["LOCAL_SIZE"] = os.environ["WORLD_SIZE"]
+    out = {
         kind: {name: run(spec, NAN_STEP if kind == "nan" else None) for name, spec in specs.items()}
         for kind, specs in groups.items()
     }
+    if distributed.launched():
+        out["left in shared memory"] = dict.fromkeys(
+            p.name for p in Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*")
+        )
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +161,10 @@ def test_averages_can_be_evaluated_and_put_back(kind: str, name: str, two: dict[
     expected = model(torch.ones(2, 8)).detach()
     tolerance = 1e-6 if kind == "fp32" else 3e-2
     assert (result["averaged output"] - expected).abs().max() < tolerance
+
+
+def test_no_shared_memory_is_left(two: dict[str, dict[str, Any]]) -> None:
+    assert two["left in shared memory"] == {}
 
 
 def test_one_process_needs_no_launcher(reference: dict[str, Any]) -> None:
