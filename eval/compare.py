@@ -223,7 +223,7 @@ def _features(results: Results, path: Path) -> Path:
 
 
 def _show(differences: list[Difference], paired: bool) -> None:
-    title = "B − A, paired by image number" if paired else "B − A, not paired: noise or labels differ"
+    title = "B − A, paired by image number" if paired else "B − A, not paired: the images do not share noise and labels"
     table = Table("score", "A", "B", "B − A", f"{100 * LEVEL:.0f}% interval", "", title=title)
     for found in differences:
         verdict = "differs" if found.differs else "not told apart"

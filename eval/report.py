@@ -20,7 +20,6 @@ from eval.score import Results, read_results
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).with_name("templates")
 HTML, MARKDOWN, JSON = "index.html", "report.md", "report.json"
-# What is in `samples` and in `run` because one checkpoint is not another; differences elsewhere are pointed out.
 _COMPARED = ("samples.checkpoint.",)
 
 
@@ -52,6 +51,7 @@ class Picture:
     title: str
     file: str
     data: bytes
+    wide: bool = False
 
     @property
     def inline(self) -> str:
@@ -160,11 +160,13 @@ def _how(result: Results) -> str:
 def differences(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
     """Settings, other than the checkpoint itself, in which the results differ: what a comparison has to say."""
     flat = [flatten({key: r[key] for key in ("samples", "reference", "metrics", "versions")}) for r in loaded]
+    # What the results are of may differ: that is what they compare.
+    compared = _COMPARED if any(r["samples"]["kind"] == "generated" for r in loaded) else (*_COMPARED, "samples.images")
     keys = dict.fromkeys(key for settings in flat for key in settings)
     found = []
     for key in keys:
         values = [settings.get(key, "–") for settings in flat]
-        if len(set(values)) > 1 and not key.startswith(_COMPARED):
+        if len(set(values)) > 1 and not key.startswith(compared):
             found.append({"key": key, "values": list(zip(labels, values, strict=True))})
     return found
 
@@ -224,7 +226,8 @@ def _curves(runs: Sequence[Path]) -> list[Picture]:
         if not figures.loss_names(rows):
             logger.warning("%s: no losses were logged yet", run)
             continue
-        found.append(Picture(f"{run.name}: losses", f"figures/{run.name}-losses.png", figures.loss_curves(rows)))
+        losses = figures.loss_curves(rows)
+        found.append(Picture(f"{run.name}: losses", f"figures/{run.name}-losses.png", losses, wide=True))
         clock = figures.clock_curve(rows)
         if clock is not None:
             found.append(Picture(f"{run.name}: loss by time", f"figures/{run.name}-clock.png", clock))
@@ -242,7 +245,7 @@ def _files(
     found.append(("all numbers", str(out / JSON)))
     for label, result, path in zip(labels, loaded, paths, strict=True):
         found.append((f"{label}: results", str(path)))
-        found.append((f"{label}: features", result["run"]["samples"]))
+        found.append((f"{label}: samples", result["run"]["samples"]))
         if result["run"]["checkpoint"] is not None and result["samples"]["kind"] == "generated":
             found.append((f"{label}: checkpoint", result["run"]["checkpoint"]))
     for run in runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import sysconfig
 import time
 
@@ -17,16 +18,17 @@ logger = logging.getLogger(__name__)
 OPS = ("ShareMemCommBuilder", "CPUAdamBuilder")
 
 
-def use_own_ninja() -> None:
-    """Make torch's extension builder find the ninja of this environment first.
+def use_own_builds() -> None:
+    """Make torch's extension builder use the ninja of this environment, and a folder of builds inside it.
 
-    Ninja versions hash a command differently, so two of them in turn (a system's, and this one when the environment is
-    activated) would each find the other's build stale and compile again, minutes every time.
+    Torch shares one folder of builds in the home between all environments. Two in turn, with other include paths or
+    another ninja, would each find the other's build stale and compile again, minutes every time.
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
     if path.split(os.pathsep)[0] != scripts:
         os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 
 def build(max_jobs: int | None = None) -> dict[str, float]:
@@ -39,7 +41,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
         RuntimeError: from the compiler, if one is missing or fails.
     """
     os.environ.setdefault("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
-    use_own_ninja()
+    use_own_builds()
     from deepspeed.accelerator import get_accelerator  # reads MAX_JOBS
 
     seconds = {}

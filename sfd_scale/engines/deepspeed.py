@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale import distributed
 from sfd_scale.engines.blocks import prepare_blocks
-from sfd_scale.engines.build_ops import use_own_ninja
+from sfd_scale.engines.build_ops import use_own_builds
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
@@ -138,7 +138,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> None:
         ensure_group()
         check_replicas(model)
-        use_own_ninja()
+        use_own_builds()
         import deepspeed  # slow, and it probes the machine: only when it is used
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -285,7 +285,7 @@ def _client_optimizer(model: nn.Module, optimizer: AdamWConfig, config: DeepSpee
     groups = param_groups(model, optimizer)
     options: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
-        use_own_ninja()
+        use_own_builds()
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles on first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
