@@ -46,6 +46,15 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def convert(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Convert the authors' feature files (safetensors) to shards, verified by count and checksum."""
+    from sfd_scale import build
+    from sfd_scale.recipe import ConvertRecipe
+
+    build.convert(config.load(recipe, ConvertRecipe, overrides or ()))
+
+
+@app.command()
 def fit(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fit a closed-form codec (patch PCA, PCA of features) to images."""
     from sfd_scale import build

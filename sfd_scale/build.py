@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 from sfd_scale import checkpoint, config, distributed
 from sfd_scale.accelerators import peak_flops
 from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
 from sfd_scale.data.reader import ImageReader, LatentReader
 from sfd_scale.diffusion.guidance import NoGuidance, guided
@@ -45,7 +46,7 @@ from sfd_scale.objective import (
     SemanticVAEObjective,
 )
 from sfd_scale.optim import learning_rate
-from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.sample import Sampler
 from sfd_scale.tokenizers.config import make_composite, make_texture, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
@@ -246,6 +247,12 @@ def encode(recipe: EncodeRecipe) -> None:
     if recipe.store.latents != "none" or recipe.store.features != "none":
         tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
     encode_images(make_source(recipe.source), tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
+
+
+def convert(recipe: ConvertRecipe) -> None:
+    """The authors' feature files to shards, on any number of ranks."""
+    distributed.init()
+    convert_files(recipe.convert, recipe.out)
 
 
 def fit(recipe: FitRecipe) -> None:

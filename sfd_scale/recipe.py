@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from sfd_scale import config
 from sfd_scale.checkpoint import CheckpointConfig
+from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.images import SourceConfig
 from sfd_scale.data.reader import DataConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -125,7 +126,17 @@ class FitRecipe:
     batch: int = 256
 
 
-_KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe}
+@dataclass(frozen=True, kw_only=True)
+class ConvertRecipe:
+    """The authors' feature files in, shards out."""
+
+    kind: Literal["convert"] = "convert"
+    name: str
+    convert: ConvertConfig
+    out: Path
+
+
+_KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe, "convert": ConvertRecipe}
 # Recipes of the evaluation harness have a type of its own there; this package does not import it.
 ABOVE = "eval"
 
