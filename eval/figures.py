@@ -62,9 +62,9 @@ def progress_curves(rows: list[Row]) -> bytes:
 
 
 def _panels(rows: list[Row], names: list[str]) -> bytes:
-    columns = min(3, max(1, len(names)))
+    columns = min(4, max(1, len(names)))
     lines = max(1, -(-len(names) // columns))
-    figure = Figure(figsize=(3.4 * columns, 2.3 * lines), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
     for index, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, index + 1)
         points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]

@@ -226,14 +226,15 @@ def _curves(runs: Sequence[Path]) -> list[Picture]:
         if not figures.loss_names(rows):
             logger.warning("%s: no losses were logged yet", run)
             continue
-        losses = figures.loss_curves(rows)
-        found.append(Picture(f"{run.name}: losses", f"figures/{run.name}-losses.png", losses, wide=True))
-        clock = figures.clock_curve(rows)
-        if clock is not None:
-            found.append(Picture(f"{run.name}: loss by time", f"figures/{run.name}-clock.png", clock))
-        found.append(
-            Picture(f"{run.name}: progress", f"figures/{run.name}-progress.png", figures.progress_curves(rows))
-        )
+        for what, draw, wide in (
+            ("losses", figures.loss_curves, True),
+            ("progress", figures.progress_curves, True),
+            ("loss by time", figures.clock_curve, False),
+        ):
+            data = draw(rows)
+            if data is not None:
+                file = f"figures/{run.name}-{what.replace(' ', '-')}.png"
+                found.append(Picture(f"{run.name}: {what}", file, data, wide))
     return found
 
 
