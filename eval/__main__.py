@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from eval.recipe import EvalRecipe
-from sfd_scale import config, distributed, logs
+from sfd_scale import config, distributed
+from sfd_scale.__main__ import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -137,20 +135,5 @@ def watch(
     follow(loaded, run, run / "evaluations" if out is None else out, interval=interval, once=once)
 
 
-def main() -> None:
-    """Run a command; a mistake of the user is one sentence, not a traceback."""
-    logs.setup()
-    try:
-        app()
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
-        if "SFD_DEBUG" in os.environ:
-            raise
-        rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
-        logs.console.print(f"[bold red]error:[/] {escape(f'{rank}{error}')}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    finally:
-        distributed.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    run(app)

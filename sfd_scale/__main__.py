@@ -132,13 +132,11 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
     sys.exit(1 if bad else 0)
 
 
-def main() -> None:
-    """Run a command; a mistake of the user is one sentence, not a traceback."""
+def run(command_line: typer.Typer) -> None:
+    """Run a command; a mistake of the user is one sentence, not a traceback (SFD_DEBUG=1 shows it)."""
     logs.setup()
-    # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
-    sys.path.append(str(config.RECIPE_ROOT.parent))
     try:
-        app()
+        command_line()
     except (ValueError, FloatingPointError, FileNotFoundError) as error:
         if "SFD_DEBUG" in os.environ:
             raise
@@ -147,6 +145,13 @@ def main() -> None:
         sys.exit(2)
     finally:
         distributed.shutdown()
+
+
+def main() -> None:
+    """The console script `sfd`."""
+    # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
+    sys.path.append(str(config.RECIPE_ROOT.parent))
+    run(app)
 
 
 if __name__ == "__main__":
