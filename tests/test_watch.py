@@ -1,0 +1,82 @@
+"""A training run and the evaluation of its checkpoints, each once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from encoded import encode_digits, tokenizer
+from ranks import run_ranks
+
+from eval import npz
+from eval.recipe import EvalRecipe
+from eval.watch import saved_steps, watch
+from sfd_scale import build, checkpoint, config
+from sfd_scale.data.images import Digits, DigitsConfig
+from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
+from sfd_scale.recipe import TrainRecipe
+
+TRAIN = """
+kind: train
+name: tiny
+latents: {{texture_channels: 6, semantic_channels: 3, size: 8}}
+model:
+  {{kind: lightningdit, size: null, depth: 1, width: 32, heads: 2, patch_size: 2, num_classes: 10, alignment: null}}
+objective: {{kind: semantic_first, alignment_weight: 0.0}}
+data: {{path: {folder}/latents, flip: false}}
+train: {{steps: 2, global_batch: 8, log_every: 1}}
+tokenizer: {{texture: {{kind: patch_pca, weights: {folder}/texture.safetensors}}}}
+engine: {{kind: fsdp, precision: fp32}}
+checkpoint: {{every: 2, keep_last: 5}}
+wandb: {{mode: disabled}}
+"""
+EVAL = """
+kind: eval
+num_samples: 20
+batch: 10
+sampler: {{kind: euler, num_steps: 2}}
+extractor: {{kind: convnet, weights: {folder}/classifier.safetensors}}
+reference: {{kind: npz, path: {folder}/reference.npz}}
+cache: {folder}/cache
+metrics: {{kid_subsets: 0}}
+"""
+
+
+def prepare(folder: Path) -> None:
+    """Latents of digits, a texture codec, a classifier and a reference."""
+    encode_digits(folder / "latents", count=40)
+    tokenizer().texture.save(folder / "texture.safetensors")  # type: ignore[attr-defined]
+    net = SmallConvNet(SmallConvNetConfig())
+    net.init_weights(0)
+    checkpoint.save_weights(net.state_dict(), folder / "classifier.safetensors", {})
+    digits = Digits(DigitsConfig(num_images=30))
+    images = torch.stack([digits[i][0] for i in range(30)])
+    npz.write_images(folder / "reference.npz", [images], 30, (32, 32), torch.zeros(30, dtype=torch.int64))
+    (folder / "train.yaml").write_text(TRAIN.format(folder=folder))
+    (folder / "eval.yaml").write_text(EVAL.format(folder=folder))
+
+
+def train_and_watch(folder: Path) -> list[Any]:
+    prepare(folder)
+    settings, found = config.load(folder / "eval.yaml", EvalRecipe), []
+    for steps in (2, 4):
+        recipe = config.load(folder / "train.yaml", TrainRecipe, [f"train.steps={steps}"])
+        build.train(recipe, folder / "run")
+        watch(settings, folder / "run", folder / "out", interval=0.1)
+        times = {file.parent.name: file.stat().st_mtime_ns for file in (folder / "out").glob("*/results.json")}
+        found.append((times, (folder / "out" / "scores.jsonl").read_text()))
+    return found
+
+
+def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
+    first, second = run_ranks(train_and_watch, 1, tmp_path)[0]
+    assert saved_steps(tmp_path / "run") == [2, 4]
+    assert list(first[0]) == ["step-00000002"] and len(second[0]) == 2
+    assert second[0]["step-00000002"] == first[0]["step-00000002"]
+    rows = [json.loads(line) for line in second[1].splitlines()]
+    assert [row["step"] for row in rows] == [2, 4] and rows[0]["fid"] != rows[1]["fid"]
+    assert second[1].startswith(first[1])
+    # The weights are in the run; the evaluation keeps no copies.
+    assert not list((tmp_path / "out").rglob("model.safetensors"))
