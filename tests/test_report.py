@@ -34,7 +34,8 @@ def result(folder: Path, step: int, fid: float, **changes: Any) -> Path:
         "warnings": ["too few <samples>"], "samples": samples | changes, "reference": {"data": "mds:1"},
         "metrics": {"is_split": 5000}, "recipe_digest": "e", "versions": {"torch": "2"},
         "run": {
-            "samples": str(folder), "features": str(folder), "checkpoint": f"runs/{step}.safetensors", "grid": str(folder / "grid.png"),
+            "samples": str(folder), "features": str(folder),
+            "checkpoint": f"runs/{step}.safetensors", "grid": str(folder / "grid.png"),
             "reference_grid": "elsewhere/reference.png", "world_size": 2,
         },
     }  # fmt: skip
