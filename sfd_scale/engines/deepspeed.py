@@ -63,9 +63,14 @@ class DeepSpeedConfig(EngineConfig):
             raise ValueError("overlap_comm: true; allowed with zero_stage 2, 3: stage 1 reduces once, after backward")
         if self.hpz_partition_size != 1 and (stage != 3 or self.hpz_partition_size < 1):
             raise ValueError(f"hpz_partition_size: {self.hpz_partition_size}; allowed: 1, or more with zero_stage 3")
+        # Stage 3 gathers weights by hooks inside the blocks: other ones when a block is computed again, and none in a
+        # compiled block.
         if self.compile and stage == 3:
-            raise ValueError("compile: true; allowed with zero_stage 0, 1, 2, or with the fsdp engine: stage 3 gathers "
-                             "weights by hooks inside the blocks, which a compiled block does not run")  # fmt: skip
+            raise ValueError("compile: true; allowed with zero_stage 0, 1, 2, or with the fsdp engine")
+        if self.activation_checkpointing == "selective" and stage == 3:
+            raise ValueError(
+                "activation_checkpointing: selective; allowed with zero_stage 3: none, block; or use the fsdp engine"
+            )
 
 
 def make_deepspeed(model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
@@ -149,6 +154,8 @@ class DeepSpeedEngine:
         initial = {name: param.detach().cpu().clone() for name, param in model.named_parameters()}
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         prepare_blocks(model, config.activation_checkpointing, config.compile, check=config.zero_stage < 3)
+        # Stage 3 replaces this function for the whole process and leaves it so; other models here must not meet that.
+        self._linear = nn.functional.linear
         self._client = _client_optimizer(model, optimizer, config)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
@@ -212,6 +219,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; the engine cannot be used after it."""
         self._engine.destroy()
+        nn.functional.linear = self._linear
 
     def _flat_tensors(self) -> list[Tensor]:
         """The fp32 tensors that the optimizer updates on this rank."""
