@@ -184,7 +184,15 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _claim(run: Path, recipe: TrainRecipe) -> None:
-    """Make the run folder and write what runs, and where. Rank 0 writes."""
+    """Make the run folder and write what runs, and where. Rank 0 writes.
+
+    Raises:
+        ValueError: if its checkpoints are of another recipe, whose files are left as they are.
+    """
+    if any((run / "checkpoints").glob("step-*/COMMIT")):
+        stored = config.load(run / "recipe.yaml", TrainRecipe)
+        _check_same({"recipe": trajectory(recipe)}, {"recipe": trajectory(stored)}, run)
+    distributed.barrier()
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")

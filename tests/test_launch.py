@@ -70,10 +70,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path, tmp_path:
     assert (killed / "wandb_run_id").read_text() == wandb_id
     assert json.loads((killed / "environment.json").read_text())["world_size"] == 2
 
-    # Another recipe in the same folder is refused, with the keys that differ.
+    # Another recipe in the same folder is refused, with the keys that differ, and changes nothing in it.
+    recipe = (killed / "recipe.yaml").read_text()
     command = [sys.executable, "-m", "sfd_scale", "train", "quickstart/vision", *SETTINGS, f"data.path={images}"]
     foreign = subprocess.run(
         [*command, "seed=7", "--run", str(killed)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert foreign.returncode == 2
     assert "recipe.seed: 7, in the checkpoint 0" in foreign.stderr
+    assert (killed / "recipe.yaml").read_text() == recipe
