@@ -18,6 +18,7 @@ from eval.extract import extract_padded
 from eval.features import LazyExtractor, file_sha256, make_extractor
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
 from sfd_scale import config, distributed, sample
+from sfd_scale.accelerators import bf16_products
 from sfd_scale.diffusion.guidance import guided, interval_kinks
 from sfd_scale.sample import Sampler
 
@@ -203,7 +204,8 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
         return tensors, {"NFE": drawn.nfe.double().mean().item()}
 
     started = time.monotonic()
-    made = chunks.run(folder, produce, "generate", "images")
+    with bf16_products(device):
+        made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, job.labels)
         _announce(made, time.monotonic() - started, out)

@@ -1,12 +1,18 @@
-"""Peak dense bf16 throughput of accelerators, from their makers' data sheets, for MFU."""
+"""What a device can do: its peak throughput, and bf16 on CPUs that have no instructions for it."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
-# FLOP/s, dense bf16, without sparsity. The first name that occurs in the device's name counts.
+# FLOP/s, dense bf16 without sparsity, from the makers' data sheets. The first name in the device's own counts.
 _PEAK = {
     "B200": 2.25e15,
     "H200": 989e12,
@@ -26,3 +32,48 @@ def peak_flops(device: torch.device) -> float:
         return math.inf
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAK.items() if key in name), math.inf)
+
+
+# Every operation of the project that multiplies matrices.
+_PRODUCTS = frozenset({
+    functional.linear, functional.conv2d, functional.scaled_dot_product_attention,
+    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm,
+})  # fmt: skip
+
+
+class Float32Products(TorchFunctionMode):
+    """Products of bf16 matrices on the CPU in float32, rounded once at the end, forward and backward.
+
+    It is what a bf16 unit with float32 sums computes. PyTorch's own kernels for CPUs without one are exact too but
+    take scalar code: 1.3 GFLOP/s where float32 reaches 65 (one core, AVX2).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS or not any(_is_cpu_bf16(a) for a in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        out = func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+        return out.bfloat16()
+
+
+def _is_cpu_bf16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if _is_cpu_bf16(value) else value
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run at least as fast as float32 ones."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextlib.contextmanager
+def bf16_products(device: torch.device) -> Iterator[None]:
+    """Within it, bf16 products take the fastest exact way that the device has."""
+    with contextlib.nullcontext() if device.type != "cpu" or has_bf16(device) else Float32Products():
+        yield

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from sfd_scale import checkpoint, config, distributed
-from sfd_scale.accelerators import peak_flops
+from sfd_scale.accelerators import bf16_products, peak_flops
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
@@ -93,7 +93,8 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
     )
     _announce(recipe, split, engine, kernel, run)
     try:
-        return trainer.run()
+        with bf16_products(engine.device):
+            return trainer.run()
     finally:
         metrics.close()
         engine.close()
