@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 from sfd_scale import checkpoint, config, distributed
 from sfd_scale.accelerators import bf16_products, peak_flops
@@ -394,6 +393,8 @@ def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | No
     )  # fmt: skip
     labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)
     images = sampler.images(range(count), labels).images
+    from torchvision.utils import save_image  # it imports the compiler, which takes seconds
+
     out.parent.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
     logger.info("%s: %d images", out, count)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest
 
 _RETRIES, _TIMEOUT_S = 3, 600.0
@@ -34,8 +35,6 @@ def fetch_description(path: Path, remote: str) -> None:
     Raises:
         ValueError: if the remote folder lacks one of them.
     """
-    from streaming.base.storage import CloudDownloader  # seconds to import
-
     with locked(path, "description"):
         for name in (MANIFEST, "index.json", STATS):
             if (path / name).exists() or (name == STATS and Manifest.read(path).stats_hash is None):
@@ -43,7 +42,9 @@ def fetch_description(path: Path, remote: str) -> None:
             partial = path / f"{name}.part"
             partial.unlink(missing_ok=True)
             try:
-                CloudDownloader.direct_download(f"{remote.rstrip('/')}/{name}", str(partial))
+                streaming("streaming.base.storage").CloudDownloader.direct_download(
+                    f"{remote.rstrip('/')}/{name}", str(partial)
+                )
             except FileNotFoundError as error:
                 raise ValueError(f"data.remote: {remote} has no {name}; upload a whole encoded folder") from error
             partial.replace(path / name)
@@ -57,16 +58,14 @@ class ShardCache:
     """
 
     def __init__(self, path: Path, remote: str, limit: str | None, largest: int) -> None:
-        from streaming import Stream
-        from streaming.base.util import bytes_to_int
-
+        bytes_to_int = streaming("streaming.base.util").bytes_to_int
         self.path, self.remote = path, remote
         self.limit: int | None = None if limit is None else bytes_to_int(limit)
         if self.limit is not None and self.limit < 4 * largest:
             raise ValueError(
                 f"data.cache_limit: {limit}; allowed: four of the largest shards, {4 * largest} bytes, and up"
             )
-        self._stream = Stream(
+        self._stream = streaming().Stream(
             remote=remote, local=str(path / _INCOMING), download_retry=_RETRIES, download_timeout=_TIMEOUT_S,
             validate_hash="sha256", keep_zip=False,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 
 from sfd_scale.data.cache import ShardCache, fetch_description
+from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256, read_index
 from sfd_scale.latents import LatentStats
 
@@ -31,7 +32,7 @@ class LocalRows:
     """
 
     def __init__(self, path: Path) -> None:
-        from streaming.base.format import reader_from_json  # seconds to import
+        reader_from_json = streaming("streaming.base.format").reader_from_json
 
         shards = read_index(path)["shards"]
         self._shards = [reader_from_json(str(path), None, shard) for shard in shards]

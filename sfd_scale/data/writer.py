@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from sfd_scale import distributed
+from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256
 from sfd_scale.latents import StatsAccumulator
 
@@ -146,11 +147,11 @@ def write_chunk(
 
 
 def _write(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote) -> None:
-    from streaming import MDSWriter  # seconds to import
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with MDSWriter(out=str(folder), columns=dict(columns), hashes=["sha256"], progress_bar=False) as writer:
+        with streaming().MDSWriter(
+            out=str(folder), columns=dict(columns), hashes=["sha256"], progress_bar=False
+        ) as writer:
             for row in rows:
                 writer.write(dict(row))
     if note.stats is not None:
