@@ -23,7 +23,7 @@ from sfd_scale.diffusion.guidance import guided, interval_kinks
 from sfd_scale.sample import Sampler
 
 if TYPE_CHECKING:
-    from sfd_scale.build import Loaded
+    from sfd_scale.exports import Loaded
 
 logger = logging.getLogger(__name__)
 Precision = Literal["bf16", "fp32"]
@@ -61,10 +61,10 @@ def prepare(
 
 
 def load_model(path: Path, precision: Precision, compiled: bool, device: torch.device) -> Loaded:
-    """A model made ready for sampling; see build.load_for_sampling."""
-    from sfd_scale import build  # it imports the training engines, which take seconds
+    """A model made ready for sampling; see exports.load_for_sampling."""
+    from sfd_scale import exports  # it imports the training engines, which take seconds
 
-    return made_ready(build.load_for_sampling(path, device), precision, compiled)
+    return made_ready(exports.load_for_sampling(path, device), precision, compiled)
 
 
 def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:

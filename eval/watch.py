@@ -14,7 +14,7 @@ from eval.chunks import write_atomically
 from eval.features import make_extractor
 from eval.recipe import EvalRecipe
 from eval.score import read_results, score
-from sfd_scale import build, checkpoint, config, distributed
+from sfd_scale import checkpoint, config, distributed, exports
 from sfd_scale.recipe import TrainRecipe
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
     weights = folder / "model.safetensors"
     if distributed.is_main() and not weights.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        build.export(run, weights, step=step)
+        exports.export(run, weights, step=step)
     distributed.barrier()
     device = distributed.device()
     own = dataclasses.replace(recipe, checkpoint=weights)

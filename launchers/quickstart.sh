@@ -8,30 +8,40 @@ started=$SECONDS
 
 step() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - started)) "$*"; "$@"; }
 ranks() { step launchers/deepspeed.sh "$@"; }
+# One-process commands that do not need each other, each on a core of its own.
+beside() { step "$@" 2>&1 | cat & pids+=($!); }
+joined() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }
 
 # Images: real handwritten digits on procedural grounds, as shards.
-step sfd encode quickstart/images
-step sfd encode quickstart/reference
-# Tokenizers: a closed-form texture codec, a vision encoder, and a SemVAE over its features.
-step sfd fit quickstart/texture
+beside sfd encode quickstart/images
+beside sfd encode quickstart/reference
+joined
+# The vision encoder whose features are the semantics, and the features that score: a classifier of its own.
 ranks train quickstart/vision
-step sfd export "$RUN/vision" --out "$RUN/vision.safetensors"
+ranks train quickstart/classifier
+beside sfd export "$RUN/vision" --out "$RUN/vision.safetensors"
+beside sfd export "$RUN/classifier" --out "$RUN/classifier.safetensors"
+joined
+# Tokenizers: a SemVAE over the encoder's features, and a closed-form texture codec.
 ranks train quickstart/semvae
-step sfd export "$RUN/semvae" --out "$RUN/semvae.safetensors"
+beside sfd export "$RUN/semvae" --out "$RUN/semvae.safetensors"
+beside sfd fit quickstart/texture
+joined
 # Composite latents.
 step sfd encode quickstart/latents
 # Semantic-first diffusion: two ranks, ZeRO-1, bf16.
 ranks train quickstart/sfd
-step sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
-step sfd export "$RUN/sfd" --initial --out "$RUN/sfd_untrained.safetensors"
-# The features that score: a classifier of its own.
-ranks train quickstart/classifier
-step sfd export "$RUN/classifier" --out "$RUN/classifier.safetensors"
+beside sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
+beside sfd export "$RUN/sfd" --initial --out "$RUN/sfd_untrained.safetensors"
+joined
 # Generate on two ranks and score, untrained and trained.
 for name in sfd_untrained sfd; do
   ranks --module eval generate quickstart/eval "checkpoint=$RUN/$name.safetensors" --out "$RUN/samples_$name"
-  step python -m eval score quickstart/eval --samples "$RUN/samples_$name" --out "$RUN/samples_$name/results.json"
 done
+for name in sfd_untrained sfd; do
+  beside python -m eval score quickstart/eval --samples "$RUN/samples_$name" --out "$RUN/samples_$name/results.json"
+done
+joined
 step python -m eval report --result "$RUN/samples_sfd/results.json" --result "$RUN/samples_sfd_untrained/results.json" \
   --run "$RUN/sfd" --out "$RUN/report"
 printf '\nDone in %d s. Open %s\n' $((SECONDS - started)) "$RUN/report/index.html"

@@ -74,9 +74,9 @@ def export(
     ] = False,
 ) -> None:
     """Write the EMA weights of a run as safetensors, with all that sampling needs to know."""
-    from sfd_scale import build
+    from sfd_scale import exports
 
-    build.export(run, out, weights=weights, step=step, initial=initial)
+    exports.export(run, out, weights=weights, step=step, initial=initial)
 
 
 @app.command()
@@ -89,9 +89,9 @@ def sample(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Draw a grid of images from an exported checkpoint."""
-    from sfd_scale import build
+    from sfd_scale import exports
 
-    build.sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
+    exports.sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
 
 
 @app.command()

@@ -5,32 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from sfd_scale import checkpoint, config, distributed
+from sfd_scale import config, distributed
 from sfd_scale.accelerators import bf16_products, peak_flops
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
 from sfd_scale.data.reader import ImageReader, LatentReader
-from sfd_scale.diffusion.guidance import NoGuidance, guided
-from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.ema import EMA
 from sfd_scale.encode import encode as encode_images
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
-from sfd_scale.latents import LatentLayout, LatentStats
+from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
 from sfd_scale.models import attention
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
@@ -46,14 +41,12 @@ from sfd_scale.objective import (
 )
 from sfd_scale.optim import learning_rate
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
-from sfd_scale.sample import Sampler
-from sfd_scale.tokenizers.config import make_composite, make_texture, make_vision
+from sfd_scale.tokenizers.config import make_composite, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.trainer import Portions, Trainer, portions
 
 logger = logging.getLogger(__name__)
-EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -101,12 +94,12 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
 
 def make_model(recipe: TrainRecipe) -> nn.Module:
     """The model with its initial fp32 weights, drawn from the recipe's seed."""
-    model = _bare_model(recipe.model, recipe.latents, recipe.schedule)
+    model = bare_model(recipe.model, recipe.latents, recipe.schedule)
     model.init_weights(recipe.seed)
     return model
 
 
-def _bare_model(settings: Any, layout: LatentLayout, schedule: SemanticFirstSchedule) -> Any:
+def bare_model(settings: Any, layout: LatentLayout, schedule: SemanticFirstSchedule) -> Any:
     match settings:
         case LightningDiTConfig():
             return LightningDiT(
@@ -225,7 +218,7 @@ def _announce(recipe: TrainRecipe, split: Portions, engine: Engine, kernel: str,
 
 def _bare_parameters(recipe: TrainRecipe) -> list[nn.Parameter]:
     with torch.device("meta"):
-        return list(_bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+        return list(bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
 
 
 def _flops(recipe: TrainRecipe) -> float:
@@ -275,127 +268,3 @@ def fit(recipe: FitRecipe) -> None:
     recipe.out.parent.mkdir(parents=True, exist_ok=True)
     codec.save(recipe.out)
     logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.identity)
-
-
-# ------------------------------------------------------------------------------------------ export and load
-
-
-def export(run: Path, out: Path, *, weights: str = "ema", step: int | None = None, initial: bool = False) -> Path:
-    """Write the weights of a run, with the settings that sampling needs, as one safetensors file.
-
-    Args:
-        run: a run folder, or one checkpoint folder of it.
-        step: a saved step; the newest if None.
-        initial: the weights before training, drawn anew from the seed.
-    """
-    if weights not in ("ema", "params"):
-        raise ValueError(f"--weights: {weights!r}; allowed: ema, params")
-    folder = run.parent.parent if run.name.startswith("step-") else run
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: neither a run folder nor a checkpoint of one (no recipe.yaml)")
-    recipe = config.load(folder / "recipe.yaml", TrainRecipe)
-    note: dict[str, Any] = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe)}
-    if isinstance(recipe.objective, SemanticFirstConfig):
-        reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
-        assert isinstance(reader, LatentReader)
-        note["stats"] = {"mean": reader.stats.mean.tolist(), "std": reader.stats.std.tolist()}
-        note["stats_hash"], note["tokenizers"] = reader.stats.hash, reader.manifest.tokenizers
-    if initial:
-        note["step"] = 0
-        weights_now = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
-        return checkpoint.save_weights(weights_now, out, {EXPORT_KEY: json.dumps(note)})
-    found = _checkpoint_of(run, folder, step)
-    note["step"] = checkpoint.read_state(found)["step"]
-    path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})
-    logger.info("%s: %s weights of %s", path, weights, found)
-    return path
-
-
-def _checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
-    if run != folder:
-        return run
-    committed = sorted(path.parent for path in (folder / "checkpoints").glob("step-*/COMMIT"))
-    by_step = {checkpoint.read_state(path)["step"]: path for path in committed}
-    if not by_step:
-        raise ValueError(f"{folder}: no whole checkpoint in it yet")
-    if step is not None and step not in by_step:
-        raise ValueError(f"--step: {step}; saved in {folder}: {sorted(by_step)}")
-    return by_step[max(by_step) if step is None else step]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model with all that turns its latents into images."""
-
-    model: LightningDiT
-    layout: LatentLayout
-    schedule: SemanticFirstSchedule
-    stats: LatentStats
-    decode: Callable[[Tensor], Tensor]
-    num_classes: int
-    provenance: dict[str, Any]
-
-
-def load_for_sampling(path: Path, device: torch.device) -> Loaded:
-    """The model of an exported file in eval mode, and the texture codec that its data was made with.
-
-    Raises:
-        ValueError: if the file is not an export of a diffusion run, or the codec is not the one of its data.
-    """
-    note = _export_note(path)
-    recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
-    if not isinstance(recipe.model, LightningDiTConfig):
-        raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
-    if recipe.tokenizer.texture is None:
-        raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
-    model = _bare_model(recipe.model, recipe.latents, recipe.schedule)
-    weights = checkpoint.load_weights(path)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in dict(model.named_buffers())]
-    if missing or unexpected:
-        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
-    texture = make_texture(recipe.tokenizer.texture, device)
-    if texture.identity not in note["tokenizers"].values():
-        raise ValueError(
-            f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}"
-        )
-    stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
-
-    def decode(latents: Tensor) -> Tensor:
-        return texture.decode(recipe.latents.split(latents)[0])
-
-    return Loaded(
-        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, recipe.model.num_classes,
-        {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
-    )  # fmt: skip
-
-
-def _export_note(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise ValueError(f"{path}: no such file of `sfd export` (.safetensors)")
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-    if EXPORT_KEY not in metadata:
-        raise ValueError(f"{path}: not written by `sfd export`: it says nothing of the model it belongs to")
-    return json.loads(metadata[EXPORT_KEY])
-
-
-def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:
-    """Draw images by Euler's method without guidance, the classes in turn or one of them, as a PNG grid."""
-    device = distributed.device()
-    loaded = load_for_sampling(checkpoint_file, device)
-    if label is not None and not 0 <= label < loaded.num_classes:
-        raise ValueError(f"--label: {label}; allowed: 0 to {loaded.num_classes - 1}")
-    velocity = guided(loaded.model, NoGuidance(), loaded.layout)
-    sampler = Sampler(
-        velocity, loaded.layout, loaded.schedule, EulerConfig(num_steps=steps), loaded.stats, loaded.decode,
-        seed, count, device,
-    )  # fmt: skip
-    labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)
-    images = sampler.images(range(count), labels).images
-    from torchvision.utils import save_image  # it imports the compiler, which takes seconds
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
-    logger.info("%s: %d images", out, count)
-    return out

@@ -25,8 +25,8 @@ from eval.npz import NpzImages
 from eval.recipe import EvalRecipe, FixedLabel, IidLabels, LabelFile, OutputsConfig
 from eval.sources import NpzSource
 from sfd_scale import sample
-from sfd_scale.build import Loaded
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
+from sfd_scale.exports import Loaded
 from sfd_scale.latents import LatentLayout, LatentStats
 
 

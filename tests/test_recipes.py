@@ -20,7 +20,7 @@ def test_every_recipe_loads_and_its_model_is_built_on_meta(name: str) -> None:
     assert header.startswith("# run: ")
     if isinstance(recipe, TrainRecipe):
         with torch.device("meta"):
-            assert sum(p.numel() for p in build._bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+            assert sum(p.numel() for p in build.bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
 
 
 def test_the_authors_runs_have_their_settings() -> None:

@@ -24,7 +24,7 @@ from eval.recipe import EvalRecipe, OutputsConfig
 from eval.reference import check_spatial_order, load_reference
 from eval.score import read_results, score
 from eval.sources import NpzSource
-from sfd_scale import build, checkpoint, config, seeding
+from sfd_scale import checkpoint, config, exports, seeding
 from sfd_scale.latents import LatentStats
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.recipe import TrainRecipe
@@ -249,13 +249,13 @@ tokenizer: {{texture: {{kind: patch_pca, weights: {tmp_path / "texture.safetenso
         "tokenizers": {"texture": PatchPCA.load(PatchPCAConfig(weights=tmp_path / "texture.safetensors")).identity},
     }  # fmt: skip
     out = tmp_path / "model.safetensors"
-    model = build.make_model(recipe)
+    model = exports.make_model(recipe)
     with torch.no_grad():
         # Untrained it has a velocity of zero, with any guidance and any number of steps.
         for name, weight in model.named_parameters():
             if "adaLN" in name or name.startswith("final_layer.linear"):
                 weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_weights(model.state_dict(), out, {build.EXPORT_KEY: json.dumps(note)})
+    checkpoint.save_weights(model.state_dict(), out, {exports.EXPORT_KEY: json.dumps(note)})
     return out
 
 
@@ -333,9 +333,9 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
 
 
 def test_a_checkpoint_of_another_layout_is_refused_as_guide(tmp_path: Path, exported: Path) -> None:
-    loaded = build.load_for_sampling(exported, CPU)
+    loaded = exports.load_for_sampling(exported, CPU)
     shutil.copy(exported, tmp_path / "guide.safetensors")
-    guide = build.load_for_sampling(tmp_path / "guide.safetensors", CPU)
+    guide = exports.load_for_sampling(tmp_path / "guide.safetensors", CPU)
     generate.check_guide(loaded, guide)
     other = LatentStats(loaded.stats.mean + 1, loaded.stats.std)
     object.__setattr__(guide, "stats", other)
