@@ -1,0 +1,258 @@
+"""What every benchmark shares: contenders run in turn on the same work, and what comes out of it is written down.
+
+A figure is a ratio, peer over ours, from repeats that alternate: other load on the machine then meets both sides alike.
+Needs torch alone, so that a bare GPU machine can run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "numpy", "deepspeed", "mosaicml-streaming", "scipy", "torch-fidelity")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark is told.
+
+    repeats: timed runs of each contender; None: the benchmark's own choice.
+    quick: small models and few repeats, to see that a benchmark works; its figures mean nothing.
+    authors: a checkout of the authors' code, run as the peer where a benchmark can.
+    out: the folder of NAME.json.
+    """
+
+    repeats: int | None = None
+    threads: int = 1
+    quick: bool = False
+    authors: Path | None = None
+    out: Path = RESULTS
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a table: `ours` and `peer` in `unit`, and how many times better ours is.
+
+    ratio is the median over the repeats, low and high its quartiles. `bar`: the ratio that ours has to reach.
+    """
+
+    what: str
+    against: str
+    unit: str
+    ours: float
+    peer: float
+    ratio: float
+    low: float
+    high: float
+    bar: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.bar is None else self.ratio >= self.bar
+
+
+Benchmark = Callable[[Options], list[Figure]]
+
+
+def race(
+    contenders: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    synchronize: Callable[[], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every call, `repeats` a contender, after `warmup` calls of each that are not timed.
+
+    The contenders take turns, in reverse order every other round: what drifts with time favours none.
+    """
+    wait = synchronize or (lambda: None)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for number in range(warmup + repeats):
+        for name in order if number % 2 == 0 else reversed(order):
+            wait()
+            started = time.perf_counter()
+            contenders[name]()
+            wait()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(
+    what: str,
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    ours: str = "ours",
+    peer: str = "peer",
+    against: str,
+    work: float,
+    unit: str,
+    bar: float | None = None,
+) -> Figure:
+    """The figure of two contenders of one race: median rates, `work` units a call, and the ratios round by round."""
+    ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer], strict=True)]
+    low, high = _quartiles(ratios)
+    rate, peer_rate = (work / statistics.median(seconds[name]) for name in (ours, peer))
+    return Figure(what, against, unit, rate, peer_rate, statistics.median(ratios), low, high, bar)
+
+
+def measured(
+    what: str,
+    *,
+    ours: float,
+    peer: float,
+    against: str,
+    unit: str,
+    better: Literal["lower", "higher"] = "lower",
+    bar: float | None = None,
+) -> Figure:
+    """A figure of two values that are no times of a race, such as bytes; the peer's may be a limit."""
+    ratio = peer / ours if better == "lower" else ours / peer
+    return Figure(what, against, unit, ours, peer, ratio, ratio, ratio, bar)
+
+
+def peak_memory(target: Callable[..., object], *args: Any) -> int:
+    """Bytes: the largest resident set of a new process that runs `target`, a function of a module, once.
+
+    Raises:
+        RuntimeError: if the process fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_memory, args=(sender, target, args))
+    process.start()
+    sender.close()
+    try:
+        peak: int = receiver.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{target.__name__}{args} failed in its own process") from error
+    finally:
+        process.join()
+    return peak
+
+
+def _report_memory(sender: Any, target: Callable[..., object], args: tuple[Any, ...]) -> None:
+    target(*args)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+# ---------------------------------------------------------------------------------------- what comes out of it
+
+
+def machine() -> dict[str, Any]:
+    """The machine in general terms, without its name, and how loaded it was at this moment."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(name: str, command: str, figures: Sequence[Figure], state: Mapping[str, Any], out: Path) -> Path:
+    """Write OUT/NAME.json: the figures and what they were measured with."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    lines = [{**dataclasses.asdict(figure), "met": figure.met} for figure in figures]
+    content = {"benchmark": name, "command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), **state}
+    path.write_text(json.dumps({**content, "figures": lines}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[Figure]:
+    """The figures of a file that `write` wrote."""
+    lines = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return [Figure(**{key: value for key, value in line.items() if key != "met"}) for line in lines]
+
+
+HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "bar", "")
+
+
+def row(figure: Figure) -> tuple[str, ...]:
+    """The cells of a figure under HEADINGS."""
+    bar = "" if figure.bar is None else f"{figure.bar:g}"
+    met = {None: "", True: "met", False: "MISSED"}[figure.met]
+    ratio, spread = f"{figure.ratio:.2f}", f"{figure.low:.2f} to {figure.high:.2f}"
+    return (
+        figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, spread, bar, met,
+    )  # fmt: skip
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+    """A Markdown table, its columns aligned to be read as plain text too."""
+    rows = [HEADINGS, *map(row, figures)]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADINGS))]
+    lines = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    out = argparse.ArgumentParser(description=description)
+    out.add_argument("--repeats", type=int, help="timed runs of each contender")
+    cores = len(os.sched_getaffinity(0))
+    out.add_argument("--threads", type=int, default=cores, help="threads of torch (default: one a core)")
+    out.add_argument("--quick", action="store_true", help="tiny, to see that it works; the figures mean nothing")
+    out.add_argument("--authors", type=Path, help="a checkout of the authors' code, run as the peer where it fits")
+    out.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON result")
+    return out
+
+
+def options(arguments: argparse.Namespace) -> Options:
+    """Raises ValueError for a checkout that is not there."""
+    if arguments.authors is not None and not arguments.authors.is_dir():
+        raise ValueError(f"--authors {arguments.authors}: no such folder")
+    torch.set_num_threads(arguments.threads)
+    fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
+    return Options(**fields)
+
+
+def main(name: str, run: Benchmark) -> None:
+    """`python -m benchmarks.NAME`: run, print the table, write NAME.json."""
+    chosen = options(parser(run.__doc__ or name).parse_args())
+    state = {"machine": machine(), "versions": versions(), "threads": chosen.threads, "quick": chosen.quick}
+    figures = run(chosen)
+    print(markdown(figures))
+    path = write(name, f"python -m benchmarks.{name}", figures, state, chosen.out)
+    print(f"written to {path}")
