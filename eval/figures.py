@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 logger = logging.getLogger(__name__)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_NOT_LOSSES = frozenset({"step", "samples", "lr", "grad_norm", "mfu", "skipped_steps", "memory_bytes"})
+_NOT_LOSSES = frozenset({"step", "samples", "lr", "grad_norm", "mfu", "skipped_steps", "ema_distance", "grad_norm_max"})
 _GREY = "#8a8f98"
 Row = dict[str, Any]
 
@@ -46,7 +46,9 @@ def loss_names(rows: list[Row]) -> list[str]:
 
 def _is_loss(name: str) -> bool:
     return (
-        name not in _NOT_LOSSES and "/" not in name and not name.endswith(("_s", "_share", "_per_s", "_bytes", "_gib"))
+        name not in _NOT_LOSSES
+        and "/" not in name
+        and not name.endswith(("_s", "_share", "_share_max", "_per_rank", "_bytes"))
     )
 
 

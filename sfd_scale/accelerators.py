@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,27 @@ def peak_flops(device: torch.device) -> float:
         return math.inf
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAK.items() if key in name), math.inf)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of several products of square matrices, as a peak for devices that the table does not know."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (768, 10)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    best = math.inf
+    with bf16_products(device):
+        for _ in range(repeats):
+            _wait(device)
+            started = time.perf_counter()
+            torch.mm(left, right)
+            _wait(device)
+            best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 # Every operation of the project that multiplies matrices.

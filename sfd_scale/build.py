@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sfd_scale import config, distributed
-from sfd_scale.accelerators import bf16_products, peak_flops
+from sfd_scale.accelerators import bf16_products, measured_flops, peak_flops
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
@@ -27,6 +27,7 @@ from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
+from sfd_scale.meter import Meter
 from sfd_scale.models import attention
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig, flops_per_sample
@@ -67,7 +68,7 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
     objective = make_objective(recipe, engine.device)
     identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
     _claim(run, recipe)
-    metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe))
+    metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     trainer = Trainer(
         config=recipe.train,
         engine=engine,
@@ -77,11 +78,10 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
         learning_rate=lambda step: learning_rate(recipe.optimizer.lr, recipe.lr, step, recipe.train.steps),
         ema=EMA(engine.fragments(), recipe.ema),
         checkpoints=CheckpointManager(run / "checkpoints", recipe.checkpoint),
+        meter=make_meter(recipe, engine.device),
         metrics=metrics,
         state=identity,
         check_state=lambda state: _check_same(identity, state, run),
-        flops_per_sample=_flops(recipe),
-        peak_flops=peak_flops(engine.device),
     )
     _announce(recipe, split, engine, kernel, run)
     try:
@@ -132,6 +132,15 @@ def make_objective(recipe: TrainRecipe, device: torch.device) -> Objective:
         case ClassificationConfig() as settings, _:
             return ClassificationObjective(settings, recipe.seed)
     raise AssertionError(recipe.objective)
+
+
+def make_meter(recipe: TrainRecipe, device: torch.device) -> Meter:
+    peak = peak_flops(device)
+    if recipe.meter.peak == "measured":
+        own = measured_flops(device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32)
+        peak = distributed.all_reduce_mean(torch.tensor(own, dtype=torch.float64)).item()
+        logger.info("peak of one rank, measured: %.4g TFLOP/s", peak / 1e12)
+    return Meter(device=device, flops_per_sample=_flops(recipe), peak_flops=peak)
 
 
 def make_reader(recipe: TrainRecipe, split: Portions) -> LatentReader | ImageReader:

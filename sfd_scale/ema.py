@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sfd_scale.engines.engine import Engine, Fragment
 
@@ -38,12 +39,25 @@ class EMA:
         self.config = config
         self._weights = [fragment.param for fragment in fragments]
         self.tensors = [weight.clone() for weight in self._weights]
+        self._primary = [fragment.primary for fragment in fragments]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights as they are after step `step`."""
         if self.tensors:  # a rank of many may hold no part of a small model
             torch._foreach_lerp_(self.tensors, self._weights, 1.0 - decay_at(self.config, step))
+
+    @torch.no_grad()
+    def squares(self) -> Tensor:
+        """(‖EMA − weights‖², ‖weights‖²) over the parts that this rank counts, (2,) float64; their sums over ranks give
+        the relative distance of the average from the weights."""
+        counted = [(a, w) for a, w, own in zip(self.tensors, self._weights, self._primary, strict=True) if own]
+        if not counted:
+            return torch.zeros(2, dtype=torch.float64)
+        # Squares of fp32 norms of single fragments: no copy in float64 of a whole shard.
+        distances = torch._foreach_norm([a - w for a, w in counted])
+        norms = torch._foreach_norm([w for _, w in counted])
+        return torch.stack([torch.stack(list(n)).double().square().sum() for n in (distances, norms)])
 
     @contextmanager
     def swapped(self, engine: Engine) -> Iterator[None]:

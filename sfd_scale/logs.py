@@ -94,15 +94,25 @@ class WandbConfig:
 
 
 class MetricsWriter:
-    """metrics.jsonl (one object a logged step) and a W&B run that a resumed run continues. Rank 0 writes."""
+    """metrics.jsonl (one object a logged step), a W&B run that a resumed run continues, and TensorBoard's event files
+    in `tensorboard/` where asked for. Rank 0 writes.
 
-    def __init__(self, run_dir: Path, wandb: WandbConfig, config: Mapping[str, Any]) -> None:
+    Raises:
+        ValueError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self, run_dir: Path, wandb: WandbConfig, config: Mapping[str, Any], *, tensorboard: bool = False
+    ) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("a", encoding="utf-8") if distributed.is_main() else None
         self.wandb_id: str | None = None
         self._wandb: Any = None
+        self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
             self._start_wandb(run_dir, wandb, config)
+        if self._file is not None and tensorboard:
+            self._board = _event_writer(run_dir / "tensorboard")
 
     def _start_wandb(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any]) -> None:
         import wandb  # one file imports it, and only when it is used: it takes a second to import
@@ -139,12 +149,26 @@ class MetricsWriter:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in values.items() if value is not None}, step=step)
+        if self._board is not None:
+            for key, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: true, but it is not installed; install sfd-scale[tensorboard]") from error
+    return SummaryWriter(str(folder))
 
 
 def _step_of(line: str, default: int) -> int:

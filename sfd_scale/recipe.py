@@ -26,6 +26,7 @@ from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import WandbConfig
+from sfd_scale.meter import MeterConfig
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.models.convnet import SmallConvNetConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
@@ -68,7 +69,9 @@ class TrainRecipe:
     ema: EMAConfig = field(default_factory=EMAConfig)
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    meter: MeterConfig = field(default_factory=MeterConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # event files in the run folder, beside metrics.jsonl; needs the extra of that name
 
     def __post_init__(self) -> None:
         wanted = _PAIRS[type(self.objective)]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from sfd_scale import distributed
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
 from sfd_scale.logs import MetricsWriter, progress
-from sfd_scale.objective import LossTerms, Objective
+from sfd_scale.meter import Meter
+from sfd_scale.objective import Objective
 from sfd_scale.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -77,42 +75,6 @@ class Batch(Protocol):
     def __len__(self) -> int: ...
 
 
-class Meter:
-    """Means since the last logged step, kept on the device: nothing here waits for it before `read`."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.clock_sums = torch.zeros(2, 10)
-        self.batches, self.samples, self.wait_s, self.started = 0, 0, 0.0, time.monotonic()
-
-    def add(self, losses: LossTerms, samples: int, wait_s: float) -> None:
-        for name, value in losses.terms.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
-        if losses.clock is not None and losses.per_sample is not None:
-            bins = (losses.clock * 10).long().clamp_(0, 9)
-            both = torch.stack([losses.per_sample.float(), torch.ones_like(losses.per_sample, dtype=torch.float32)])
-            self.clock_sums = self.clock_sums.to(both.device).index_add_(1, bins, both)
-        self.batches, self.samples, self.wait_s = self.batches + 1, self.samples + samples, self.wait_s + wait_s
-
-    def read(self) -> dict[str, float | None]:
-        """Means over batches and ranks. A collective: every rank calls it at the same step."""
-        elapsed = time.monotonic() - self.started
-        names = sorted(self.sums)
-        means = distributed.all_reduce_mean(torch.stack([self.sums[n] / self.batches for n in names]).double())
-        clock = distributed.all_reduce_sum(self.clock_sums.double())
-        values: dict[str, float | None] = dict(zip(names, means.tolist(), strict=True))
-        for index, (total, count) in enumerate(clock.T.tolist()):
-            if count:
-                values[f"loss_by_clock/{index}"] = total / count
-        values["samples_per_s"] = self.samples * distributed.world_size() / elapsed
-        values["data_wait_share"] = self.wait_s / elapsed
-        self.reset()
-        return values
-
-
 class Trainer:
     """Trains until `config.steps`, resuming from the newest checkpoint; saves when due, at a signal and at the end.
 
@@ -125,14 +87,14 @@ class Trainer:
     def __init__(
         self, *, config: TrainerConfig, engine: Engine, objective: Objective, batches: Callable[[int], Iterator[Batch]],
         accumulation: int, learning_rate: Callable[[int], float], ema: EMA, checkpoints: CheckpointManager,
-        metrics: MetricsWriter, state: Mapping[str, Any], check_state: Callable[[Mapping[str, Any]], None],
-        flops_per_sample: float = 0.0, peak_flops: float = math.inf,
+        meter: Meter, metrics: MetricsWriter, state: Mapping[str, Any],
+        check_state: Callable[[Mapping[str, Any]], None],
     ) -> None:  # fmt: skip
         self.config, self.engine, self.objective, self.batches = config, engine, objective, batches
         self.accumulation, self.learning_rate, self.ema = accumulation, learning_rate, ema
-        self.checkpoints, self.metrics, self.state, self.check_state = checkpoints, metrics, state, check_state
-        self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
-        self.meter, self.skipped, self.skipped_in_row = Meter(), 0, 0
+        self.checkpoints, self.meter, self.metrics = checkpoints, meter, metrics
+        self.state, self.check_state = state, check_state
+        self.skipped, self.skipped_in_row = 0, 0
 
     def run(self) -> bool:
         """Train to the end (True) or to an agreed stop (False); either way the last step is saved."""
@@ -147,7 +109,7 @@ class Trainer:
                 self.count_skips(step, result)
                 stopped = stop.agreed()
                 if step % self.config.log_every == 0 or step == self.config.steps:
-                    bar.advance(0, **self.log(step, result))
+                    bar.advance(0, **self.log(step))
                 bar.advance(1)
                 if self.checkpoints.due(step) or stopped:
                     self.save(step)
@@ -168,6 +130,7 @@ class Trainer:
             self.engine.backward(losses.total / self.accumulation, last=micro == self.accumulation - 1)
             self.meter.add(losses, len(batch), waited)
         result = self.engine.step(self.learning_rate(step))
+        self.meter.step(result.grad_norm)
         if result.applied:
             self.ema.update(step)
         return result
@@ -183,19 +146,15 @@ class Trainer:
                 "learning rate, set engine.grad_clip, or resume from an earlier checkpoint"
             )
 
-    def log(self, step: int, result: StepResult) -> dict[str, float]:
+    def log(self, step: int) -> dict[str, float]:
         """Write one line of metrics; returns what the progress bar shows."""
-        values = self.meter.read()
-        rate = values["samples_per_s"] or 0.0
-        peak = self.peak_flops * distributed.world_size()
+        values = self.meter.read(self.ema.squares())
         values |= {
             "samples": step * self.config.global_batch, "lr": self.learning_rate(step - 1),
-            "grad_norm": result.grad_norm, "skipped_steps": self.skipped,
-            "mfu": rate * self.flops_per_sample / peak if math.isfinite(peak) else None,
-            "memory_bytes": _memory(self.engine.device),
+            "skipped_steps": self.skipped,
         }  # fmt: skip
         self.metrics.write(step, values)
-        return {"loss": values["loss"] or 0.0, "samples/s": rate}
+        return {"loss": values["loss"] or 0.0, "samples/s": values["samples_per_s"] or 0.0}
 
     def save(self, step: int) -> None:
         state = {**self.state, "step": step, "skipped": self.skipped, "wandb_id": self.metrics.wandb_id}
@@ -212,7 +171,3 @@ class Trainer:
         self.metrics.truncate(int(state["step"]))
         logger.info("resumed from %s", latest)
         return int(state["step"])
-
-
-def _memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

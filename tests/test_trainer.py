@@ -6,12 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 
 from sfd_scale.logs import MetricsWriter, WandbConfig
-from sfd_scale.objective import LossTerms
 from sfd_scale.signals import StopRequest
-from sfd_scale.trainer import Meter, Portions, portions
+from sfd_scale.trainer import Portions, portions
 
 
 @pytest.mark.parametrize(
@@ -45,19 +43,6 @@ def test_a_signal_is_remembered_until_the_step_boundary() -> None:
     assert stop.agreed()
     stop.close()
     assert StopRequest(max_duration_s=0.0).agreed()
-
-
-def test_the_meter_averages_terms_and_bins_the_clock() -> None:
-    meter = Meter()
-    for value in (1.0, 3.0):
-        clock, loss = torch.tensor([0.05, 0.95, 1.0]), torch.tensor([value, 10.0, 20.0])
-        meter.add(LossTerms(torch.tensor(value), {"loss": torch.tensor(value)}, clock, loss), samples=3, wait_s=0.0)
-    values = meter.read()
-    assert values["loss"] == 2.0
-    assert values["loss_by_clock/0"] == 2.0
-    assert values["loss_by_clock/9"] == 15.0
-    assert "loss_by_clock/5" not in values
-    assert meter.batches == 0
 
 
 def test_metrics_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What a training run says of itself: losses, norms, throughput, waiting, memory; two collectives when it is read.
+
+Between two reads nothing waits for the device: losses are summed there, times are of the host.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfd_scale import distributed
+from sfd_scale.objective import LossTerms
+
+CLOCK_BINS = 10
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeterConfig:
+    """`peak`: what MFU is a share of. table: the maker's figure, and no MFU for a device without one. measured: the
+    rate of one large product of matrices, timed at the start, in the precision of the run.
+    """
+
+    peak: Literal["table", "measured"] = "table"
+
+
+class Meter:
+    """Means since the last read.
+
+    Args:
+        flops_per_sample: of forward and backward; 0 where it is not known, which leaves MFU out.
+        peak_flops: FLOP/s of one rank's device; infinite where it is not known.
+    """
+
+    def __init__(
+        self, *, device: torch.device | None = None, flops_per_sample: float = 0.0, peak_flops: float = math.inf
+    ) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.clock_sums = torch.zeros(2, CLOCK_BINS)
+        self.step_s: list[float] = []
+        self.grad_norms: list[float] = []
+        self.batches, self.samples, self.wait_s = 0, 0, 0.0
+        self.started = self.stepped = time.monotonic()
+
+    def add(self, losses: LossTerms, samples: int, wait_s: float) -> None:
+        """Count a micro-batch, for whose data this rank waited `wait_s` seconds."""
+        for name, value in losses.terms.items():
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
+        if losses.clock is not None and losses.per_sample is not None:
+            bins = (losses.clock * CLOCK_BINS).long().clamp_(0, CLOCK_BINS - 1)
+            both = torch.stack([losses.per_sample.float(), torch.ones_like(losses.per_sample, dtype=torch.float32)])
+            self.clock_sums = self.clock_sums.to(both.device).index_add_(1, bins, both)
+        self.batches, self.samples, self.wait_s = self.batches + 1, self.samples + samples, self.wait_s + wait_s
+
+    def step(self, grad_norm: float) -> None:
+        """Mark the end of an optimizer step; its gradient norm is the one before clipping."""
+        now = time.monotonic()
+        self.step_s.append(now - self.stepped)
+        self.grad_norms.append(grad_norm)
+        self.stepped = now
+
+    def read(self, ema_squares: Tensor | None = None) -> dict[str, float | None]:
+        """Means over batches and ranks, and the slowest rank's times. A collective: all ranks call it at one step.
+
+        Args:
+            ema_squares: this rank's part of (‖EMA − weights‖², ‖weights‖²), see EMA.squares.
+        """
+        elapsed = time.monotonic() - self.started
+        world = distributed.world_size()
+        names = sorted(self.sums)
+        squares = torch.zeros(2, dtype=torch.float64) if ema_squares is None else ema_squares
+        parts = [self.sums[n].double() / (self.batches * world) for n in names]
+        host = torch.tensor([self.samples, self.wait_s / elapsed / world], dtype=torch.float64)
+        summed = [*parts, self.clock_sums.double(), squares.double(), host]
+        sums = distributed.all_reduce_sum(torch.cat([part.to(self.device).flatten() for part in summed])).cpu()
+        terms, clock, (distance, norm, samples, waited) = sums.split([len(names), 2 * CLOCK_BINS, 4])
+        values: dict[str, float | None] = dict(zip(names, terms.tolist(), strict=True))
+        for index, (total, count) in enumerate(clock.view(2, -1).T.tolist()):
+            if count:
+                values[f"loss_by_clock/{index}"] = total / count
+        rate = samples.item() / elapsed
+        values |= {
+            "samples_per_s": rate, "samples_per_s_per_rank": rate / world, "data_wait_share": waited.item(),
+            "mfu": self.mfu(rate / world),
+        }  # fmt: skip
+        if self.grad_norms:
+            values |= {"grad_norm": self.grad_norms[-1], "grad_norm_max": max(self.grad_norms)}
+        if ema_squares is not None and norm > 0:
+            values["ema_distance"] = math.sqrt(distance / norm)
+        values |= self._slowest(elapsed)
+        self.reset()
+        return values
+
+    def mfu(self, samples_per_s: float) -> float | None:
+        """Model FLOPs utilisation of one rank (arXiv 2204.02311, App. B), where both sides are known."""
+        if not (math.isfinite(self.peak_flops) and self.flops_per_sample):
+            return None
+        return samples_per_s * self.flops_per_sample / self.peak_flops
+
+    def _slowest(self, elapsed: float) -> dict[str, float | None]:
+        """Largest value over ranks of what one rank can hold all others up with."""
+        own: dict[str, float | None] = {"data_wait_share_max": self.wait_s / elapsed, **memory_bytes(self.device)}
+        if self.step_s:
+            times = np.percentile(self.step_s, PERCENTILES).tolist()
+            own |= {f"step_s/p{p}": value for p, value in zip(PERCENTILES, times, strict=True)}
+        known = {name: value for name, value in own.items() if value is not None}
+        largest = distributed.all_reduce_max(torch.tensor(list(known.values()), dtype=torch.float64)).tolist()
+        return own | dict(zip(known, largest, strict=True))
+
+
+def memory_bytes(device: torch.device) -> dict[str, int | None]:
+    """Peaks since the start: of the accelerator's allocator, and of the process in host memory."""
+    cuda = device.type == "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "memory_allocated_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "memory_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+        "memory_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
