@@ -120,6 +120,18 @@ def recipes() -> None:
     rich.print(summary_table())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    launcher: Annotated[str, typer.Option(help="deepspeed, torchrun, or auto.")] = "auto",
+    module: Annotated[str, typer.Option(help="What runs in the ranks: sfd_scale, or eval.")] = "sfd_scale",
+) -> None:
+    """Start a command on many ranks: `sfd launch train RECIPE ...`, by RANKS or HOSTFILE or a scheduler's variables."""
+    from sfd_scale.launch.__main__ import launch as start
+
+    sys.exit(start(launcher, module, context.args))
+
+
 @app.command("check-data")
 def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
     """Verify the size and hash of every shard."""

@@ -41,11 +41,12 @@ from sfd_scale.objective import (
     SemanticVAEObjective,
 )
 from sfd_scale.optim import learning_rate
+from sfd_scale.portions import Portions, portions
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.tokenizers.config import make_composite, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
-from sfd_scale.trainer import Portions, Trainer, portions
+from sfd_scale.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

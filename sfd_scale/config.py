@@ -133,8 +133,15 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """The `kind` key of a recipe, after `extends` and overrides; None for a part that other recipes extend."""
-    tree = _merge(_read(find(source))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
-    return tree.kind if "kind" in tree else None
+    return tree(source, overrides).get("kind")
+
+
+def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe after `extends` and overrides as plain data, without defaults and unchecked: what a launcher reads."""
+    merged = _merge(_read(find(source))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
+    plain = OmegaConf.to_container(merged)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sfd_scale import network
+
 
 def launched() -> bool:
     """Whether a launcher (torchrun, deepspeed, srun with our launcher) started this process."""
@@ -23,6 +25,7 @@ def launched() -> bool:
 def init(timeout_s: float = 600.0) -> None:
     """Start the default process group if a launcher set RANK and WORLD_SIZE: NCCL on CUDA, gloo on CPU.
 
+    Both use the interface that reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say another one.
     LOCAL_WORLD_SIZE is filled in from the deepspeed launcher's LOCAL_SIZE, which MosaicML streaming does not read
     (mosaicml/streaming#717).
     """
@@ -32,6 +35,7 @@ def init(timeout_s: float = 600.0) -> None:
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    network.set_interfaces(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

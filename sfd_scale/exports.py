@@ -23,10 +23,10 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.latents import LatentLayout, LatentStats
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.objective import SemanticFirstConfig
+from sfd_scale.portions import portions
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.sample import Sampler
 from sfd_scale.tokenizers.config import make_texture
-from sfd_scale.trainer import portions
 
 logger = logging.getLogger(__name__)
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know

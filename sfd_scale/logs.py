@@ -26,11 +26,14 @@ def setup() -> None:
     """Log to standard error, one line an event; ranks other than 0 only warnings and worse."""
     rank = distributed.rank() if distributed.rank() else int(os.environ["RANK"]) if "RANK" in os.environ else 0
     prefix = f"[rank {rank}] " if distributed.launched() else ""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py where the rank writes to a terminal
+        handlers.append(logging.FileHandler(os.environ["SFD_RANK_LOG"], encoding="utf-8"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname)s %(message)s",
         datefmt="%H:%M:%S",
-        stream=sys.stderr,
+        handlers=handlers,
         force=True,
     )
     for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):

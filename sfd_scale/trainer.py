@@ -39,37 +39,6 @@ class TrainerConfig:
                 raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
 
 
-@dataclass(frozen=True)
-class Portions:
-    """global batch = micro_batch × accumulation × world_size, exactly."""
-
-    micro_batch: int
-    accumulation: int
-    world_size: int
-
-
-def portions(global_batch: int, micro_batch: int | None, world_size: int) -> Portions:
-    """Divide the global batch; refuses what does not divide and says which world sizes do.
-
-    Raises:
-        ValueError: naming the possible world sizes or micro-batches.
-    """
-    possible = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-    if global_batch % world_size:
-        raise ValueError(
-            f"train.global_batch: {global_batch} does not divide over {world_size} ranks; allowed: {possible} ranks"
-        )
-    share = global_batch // world_size
-    # The recipe's micro-batch is a limit of memory: a rank whose whole share is smaller takes it at once.
-    micro = share if micro_batch is None else min(micro_batch, share)
-    if share % micro:
-        allowed = [n for n in possible if share % n == 0]
-        raise ValueError(
-            f"train.micro_batch: {micro} does not divide the {share} samples of a rank; allowed here: {allowed}"
-        )
-    return Portions(micro, share // micro, world_size)
-
-
 class Batch(Protocol):
     def to(self, device: torch.device) -> Any: ...
     def __len__(self) -> int: ...

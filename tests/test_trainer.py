@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sfd_scale.logs import MetricsWriter, WandbConfig
+from sfd_scale.portions import Portions, portions
 from sfd_scale.signals import StopRequest
-from sfd_scale.trainer import Portions, portions
 
 
 @pytest.mark.parametrize(

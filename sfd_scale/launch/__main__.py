@@ -1,0 +1,41 @@
+"""What the scripts in launchers/ call: `python -m sfd_scale.launch LAUNCHER [--module M] COMMAND RECIPE ...`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from sfd_scale.launch import status
+from sfd_scale.launch.commands import LAUNCHERS, Work, make_launch
+from sfd_scale.launch.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+
+def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
+    """Start the ranks, pass stop requests on to them, and return the exit code: 0, 75 after a stop, 2 for a mistake."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [launch] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        made = make_launch(launcher, Work(module, tuple(arguments)), os.environ)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return status.USER_ERROR_EXIT_CODE
+    return Supervisor(made).run()
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in LAUNCHERS:
+        sys.stderr.write(f"error: {arguments[:1]}: no such launcher; allowed: {', '.join(LAUNCHERS)}\n")
+        sys.exit(status.USER_ERROR_EXIT_CODE)
+    launcher, rest = arguments[0], arguments[1:]
+    module = "sfd_scale"
+    if rest[:1] == ["--module"] and len(rest) > 1:
+        module, rest = rest[1], rest[2:]
+    sys.exit(launch(launcher, module, rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Runs a launcher, passes stop requests on to the ranks, and says at the end what happened.
+
+DeepSpeed's runner dies of a signal and leaves its ranks behind; its per-host launcher signals them one after another;
+torchrun knows no SIGUSR1 and turns every exit code into 1. So the ranks get the signal from here, all at once, and the
+exit code comes from what they wrote.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from sfd_scale.launch import agent, status
+from sfd_scale.launch.hosts import Host, ask_each
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Seconds that the other ranks get to end by themselves once one has failed.
+GRACE_S = 30.0
+# Seconds that the launcher gets to notice that its ranks were killed.
+KILL_WAIT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of ranks.
+
+    hosts: those that ssh reaches; empty where this process only starts ranks of its own host.
+    stop: asks the ranks to stop; by default every rank gets SIGUSR1.
+    """
+
+    identity: str
+    command: Sequence[str]
+    environment: dict[str, str]
+    log_folder: Path
+    world_size: int
+    shutdown_timeout_s: float
+    hosts: Sequence[Host] = ()
+    ssh: str = ""
+    node: int | None = None
+    stop: Callable[[subprocess.Popen[bytes]], None] | None = None
+
+    def signal_ranks(self, signum: int) -> int:
+        """Signal all ranks on all hosts; returns how many there are (signal 0 only counts)."""
+        if not self.hosts:
+            return agent.send(self.identity, signum, self.node)
+        arguments = [{"launch": self.identity, "signum": int(signum), "node": n} for n in range(len(self.hosts))]
+        answers = ask_each(self.hosts, self.ssh, "signal", arguments)
+        for answer in answers:
+            if isinstance(answer, ValueError):
+                logger.warning("%s", answer)
+        return sum(answer for answer in answers if isinstance(answer, int))
+
+
+class Supervisor:
+    """See the module; `run` returns the exit code."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.requests: list[tuple[int, float]] = []
+
+    def run(self) -> int:
+        previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+        launch = self.launch
+        # A session of its own, so that Ctrl-C in a terminal comes here alone.
+        process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
+        try:
+            code = self._watch(process)
+            self._sweep()
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+        return self._report(code)
+
+    def _remember(self, signum: int, frame: FrameType | None) -> None:
+        self.requests.append((signum, time.monotonic()))
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.requests)
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the launcher: pass a stop request on, and end what hangs."""
+        asked, failed_at, killed_at = False, math.inf, math.inf
+        while (code := process.poll()) is None:
+            time.sleep(0.2)
+            now = time.monotonic()
+            if self.stopping and not asked:
+                asked = True
+                name = signal.Signals(self.requests[0][0]).name
+                logger.info("%s: the ranks save and stop; once more ends them at once", name)
+                self._ask_to_stop(process)
+            if failed_at == math.inf and any(rank.state == "failed" for rank in self._ranks()):
+                failed_at = now
+            hung = now - failed_at > GRACE_S
+            if killed_at == math.inf and (hung or self._impatient()):
+                killed_at = now
+                logger.warning("%s: ending all ranks", "a rank has failed" if hung else "told to stop at once")
+                self.launch.signal_ranks(signal.SIGKILL)
+                process.terminate()
+            if now - killed_at > KILL_WAIT_S:
+                process.kill()
+        return code
+
+    def _impatient(self) -> bool:
+        """Whether it was asked again more than a second later, or the time for a save is over."""
+        if not self.stopping:
+            return False
+        first, last = self.requests[0][1], self.requests[-1][1]
+        return last - first > 1.0 or time.monotonic() - first > self.launch.shutdown_timeout_s
+
+    def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> None:
+        if self.launch.stop is not None:
+            self.launch.stop(process)
+        else:
+            self.launch.signal_ranks(signal.SIGUSR1)
+
+    def _ranks(self) -> list[status.RankStatus]:
+        return status.read(self.launch.log_folder, self.launch.identity)
+
+    def _sweep(self) -> None:
+        """The launcher is gone: nothing of it may stay behind. Ranks that are saving get their time."""
+        started = time.monotonic()
+        patience = self.launch.shutdown_timeout_s if self.stopping else GRACE_S
+        states = {rank.state for rank in self._ranks()}
+        if states == {"done"}:
+            return
+        while self.launch.signal_ranks(0):
+            if time.monotonic() - started > patience or (self.stopping and self._impatient()):
+                self.launch.signal_ranks(signal.SIGKILL)
+                return
+            time.sleep(0.5)
+
+    def _report(self, code: int) -> int:
+        ranks = self._ranks()
+        out = status.exit_code(ranks, code, self.stopping)
+        if out == status.REQUEUE_EXIT_CODE:
+            logger.info("stopped on request; the same command goes on from the last checkpoint (exit code %d)", out)
+        elif out != 0:
+            text = status.summary(ranks, self.launch.world_size, self.launch.log_folder)
+            for line in text.splitlines() or [f"the launcher ended with code {code} before any rank had started"]:
+                logger.error("%s", line)
+        return out
+
+
+def new_identity() -> str:
+    """A name for one launch: time and process."""
+    return f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
