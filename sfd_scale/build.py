@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfd_scale import config, distributed
+from sfd_scale import config, distributed, logs
 from sfd_scale.accelerators import bf16_products, measured_flops, peak_flops
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.convert import convert as convert_files
@@ -25,6 +25,7 @@ from sfd_scale.encode import encode as encode_images
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
+from sfd_scale.hangs import HangRecorder
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
 from sfd_scale.meter import Meter
@@ -42,6 +43,7 @@ from sfd_scale.objective import (
 )
 from sfd_scale.optim import learning_rate
 from sfd_scale.portions import Portions, portions
+from sfd_scale.profiling import StepProfiler
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.tokenizers.config import make_composite, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
@@ -60,16 +62,29 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
     Raises:
         ValueError: if the folder holds a run of another recipe, or the recipe does not fit data or world size.
     """
-    distributed.init(recipe.train.timeout_s)
+    # Before the process group, so that a start that hangs is recorded too.
+    with HangRecorder(run / "logs", recipe.train.timeout_s) as hangs:
+        distributed.init(recipe.train.timeout_s)
+        return _train(recipe, run, hangs)
+
+
+def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder) -> bool:
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
     model = make_model(recipe)
     engine = make_engine(model, recipe)
-    kernel = attention.activate(recipe.attention, engine.device)
+    attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
     identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
-    _claim(run, recipe)
+    facts = _facts(recipe, split, engine, reader)
+    _claim(run, recipe, facts)
     metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
+    profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
+
+    def before_step(step: int) -> None:
+        hangs.alive()
+        profiler.before_step(step)
+
     trainer = Trainer(
         config=recipe.train,
         engine=engine,
@@ -83,12 +98,14 @@ def train(recipe: TrainRecipe, run: Path) -> bool:
         metrics=metrics,
         state=identity,
         check_state=lambda state: _check_same(identity, state, run),
+        before_step=before_step,
     )
-    _announce(recipe, split, engine, kernel, run)
+    logs.summary(recipe.name, {**facts, "run folder": run})
     try:
         with bf16_products(engine.device):
             return trainer.run()
     finally:
+        profiler.close()
         metrics.close()
         engine.close()
 
@@ -186,7 +203,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}
 
 
-def _claim(run: Path, recipe: TrainRecipe) -> None:
+def _claim(run: Path, recipe: TrainRecipe, facts: Mapping[str, str]) -> None:
     """Make the run folder and write what runs, and where. Rank 0 writes.
 
     Raises:
@@ -199,7 +216,9 @@ def _claim(run: Path, recipe: TrainRecipe) -> None:
     if distributed.is_main():
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
-        (run / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n", encoding="utf-8")
+        (run / "environment.json").write_text(
+            json.dumps({**environment(), "run": facts}, indent=1) + "\n", encoding="utf-8"
+        )
     distributed.barrier()
 
 
@@ -216,14 +235,29 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _announce(recipe: TrainRecipe, split: Portions, engine: Engine, kernel: str, run: Path) -> None:
+def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: LatentReader | ImageReader) -> dict[str, str]:
+    """What a run is, in words for people: shown before its first step and kept in environment.json."""
     count = sum(parameter.numel() for parameter in _bare_parameters(recipe))
-    logger.info("%s: %s, %.1fM parameters, run folder %s", recipe.name, recipe.model.kind, count / 1e6, run)
-    logger.info("engine %s, precision %s, attention %s", engine.describe(), recipe.engine.precision, kernel)
-    logger.info(
-        "global batch %d = micro-batch %d × accumulation %d × %d ranks, %d steps",
-        recipe.train.global_batch, split.micro_batch, split.accumulation, split.world_size, recipe.train.steps,
-    )  # fmt: skip
+    size = getattr(recipe.model, "size", None)
+    described, samples = engine.describe(), reader.manifest.num_samples
+    facts = {
+        "recipe": f"{recipe.name}, digest {config.digest(recipe)[:12]}",
+        "model": f"{recipe.model.kind}{f' {size}' if size else ''}, {count / 1e6:,.1f}M parameters",
+        "engine": ", ".join(f"{name} {value}" for name, value in described.items() if name != "fragments"),
+        "world": f"{split.world_size} ranks, {distributed.local_world_size()} a node, on {engine.device.type}",
+        "global batch": (
+            f"{recipe.train.global_batch} = {split.micro_batch} × {split.accumulation} accumulation × "
+            f"{split.world_size} ranks"
+        ),
+        "steps": f"{recipe.train.steps:,}",
+        "precision": f"{recipe.engine.precision}, weights and moments fp32",
+        "data": f"{recipe.data.path}, {samples:,} samples, {config.digest(reader.fingerprint)[:12]}",
+    }
+    if isinstance(recipe.model, LightningDiTConfig):
+        _, width, heads = recipe.model.dimensions
+        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+        facts["attention"] = f"{recipe.attention}: {attention.kernel_name(engine.device, dtype, width // heads)}"
+    return facts
 
 
 def _bare_parameters(recipe: TrainRecipe) -> list[nn.Parameter]:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from sfd_scale import distributed
 
@@ -38,6 +40,20 @@ def setup() -> None:
     )
     for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def summary(title: str, facts: Mapping[str, Any]) -> None:
+    """What is about to run, once, by rank 0: a table on a terminal, a log line a fact otherwise."""
+    if not distributed.is_main():
+        return
+    if not console.is_terminal:
+        for name, value in facts.items():
+            logger.info("%s: %s: %s", title, name, value)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(Text(name, style="dim"), Text(str(value)))
+    console.print(table)
 
 
 class Bar:

@@ -32,6 +32,7 @@ from sfd_scale.models.convnet import SmallConvNetConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.objective import ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
 from sfd_scale.optim import AdamWConfig, ScheduleConfig
+from sfd_scale.profiling import ProfileConfig
 from sfd_scale.tokenizers.config import CompositeConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
 from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
@@ -70,6 +71,7 @@ class TrainRecipe:
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False  # event files in the run folder, beside metrics.jsonl; needs the extra of that name
 

@@ -51,18 +51,19 @@ class Trainer:
         batches: from a first step, endless micro-batches of this rank, `accumulation` a step.
         learning_rate: a pure function of the step.
         state: what every checkpoint records beside the step; `check_state` refuses one of another run.
+        before_step: told that a step begins.
     """
 
     def __init__(
         self, *, config: TrainerConfig, engine: Engine, objective: Objective, batches: Callable[[int], Iterator[Batch]],
         accumulation: int, learning_rate: Callable[[int], float], ema: EMA, checkpoints: CheckpointManager,
         meter: Meter, metrics: MetricsWriter, state: Mapping[str, Any],
-        check_state: Callable[[Mapping[str, Any]], None],
+        check_state: Callable[[Mapping[str, Any]], None], before_step: Callable[[int], None],
     ) -> None:  # fmt: skip
         self.config, self.engine, self.objective, self.batches = config, engine, objective, batches
         self.accumulation, self.learning_rate, self.ema = accumulation, learning_rate, ema
         self.checkpoints, self.meter, self.metrics = checkpoints, meter, metrics
-        self.state, self.check_state = state, check_state
+        self.state, self.check_state, self.before_step = state, check_state, before_step
         self.skipped, self.skipped_in_row = 0, 0
 
     def run(self) -> bool:
@@ -73,6 +74,7 @@ class Trainer:
             bar.skip(step)
             self.meter.reset()
             while step < self.config.steps and not stopped:
+                self.before_step(step)
                 result = self.train_step(step, batches)
                 step += 1
                 self.count_skips(step, result)
