@@ -25,14 +25,19 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    recipe: Recipe, overrides: Overrides = None, run: Annotated[Path | None, typer.Option(help="Run folder.")] = None
+    recipe: Recipe,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    allow_foreign: Annotated[
+        bool, typer.Option("--allow-foreign", help="Go on from checkpoints of another recipe.")
+    ] = False,
 ) -> None:
     """Train a model. The same command on the same run folder resumes."""
     from sfd_scale import build
     from sfd_scale.recipe import TrainRecipe
 
     loaded = config.load(recipe, TrainRecipe, overrides or ())
-    if not build.train(loaded, run or loaded.run):
+    if not build.train(loaded, run or loaded.run, allow_foreign):
         sys.exit(REQUEUE_EXIT_CODE)
 
 

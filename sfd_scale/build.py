@@ -15,7 +15,7 @@ from torch import nn
 
 from sfd_scale import config, distributed, logs
 from sfd_scale.accelerators import bf16_products, measured_flops, peak_flops
-from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
 from sfd_scale.data.reader import ImageReader, LatentReader
@@ -45,6 +45,7 @@ from sfd_scale.optim import learning_rate
 from sfd_scale.portions import Portions, portions
 from sfd_scale.profiling import StepProfiler
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.run_lock import run_lock
 from sfd_scale.tokenizers.config import make_composite, make_vision
 from sfd_scale.tokenizers.patch_pca import PatchPCA
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
@@ -56,28 +57,36 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(recipe: TrainRecipe, run: Path) -> bool:
+def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False) -> bool:
     """Train or resume in the run folder; True if the last step was reached, False if it was asked to stop.
 
+    Args:
+        allow_foreign: go on from checkpoints of another recipe, with a warning that names the differences.
+
     Raises:
-        ValueError: if the folder holds a run of another recipe, or the recipe does not fit data or world size.
+        ValueError: if the folder is in use or holds a run of another recipe, or the recipe does not fit data or world
+            size.
     """
     # Before the process group, so that a start that hangs is recorded too.
     with HangRecorder(run / "logs", recipe.train.timeout_s) as hangs:
         distributed.init(recipe.train.timeout_s)
-        return _train(recipe, run, hangs)
+        with run_lock(run):
+            return _train(recipe, run, hangs, allow_foreign)
 
 
-def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder) -> bool:
+def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: bool) -> bool:
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
+    identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
     model = make_model(recipe)
+    checkpoints = CheckpointManager(run / "checkpoints", recipe.checkpoint)
+    if recipe.init_from is not None and checkpoints.latest() is None:
+        model.load_state_dict(start_weights(recipe.init_from.path, recipe.init_from.weights, model), strict=False)
     engine = make_engine(model, recipe)
     attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
-    identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
     facts = _facts(recipe, split, engine, reader)
-    _claim(run, recipe, facts)
+    _claim(run, recipe, facts, allow_foreign)
     metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
 
@@ -93,21 +102,32 @@ def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder) -> bool:
         accumulation=split.accumulation,
         learning_rate=lambda step: learning_rate(recipe.optimizer.lr, recipe.lr, step, recipe.train.steps),
         ema=EMA(engine.fragments(), recipe.ema),
-        checkpoints=CheckpointManager(run / "checkpoints", recipe.checkpoint),
+        checkpoints=checkpoints,
+        snapshots=_snapshots(recipe, run),
         meter=make_meter(recipe, engine.device),
         metrics=metrics,
         state=identity,
-        check_state=lambda state: _check_same(identity, state, run),
+        check_state=lambda state: _check_same(identity, state, run, allow_foreign),
         before_step=before_step,
     )
     logs.summary(recipe.name, {**facts, "run folder": run})
     try:
         with bf16_products(engine.device):
-            return trainer.run()
+            finished = trainer.run()
     finally:
         profiler.close()
         metrics.close()
         engine.close()
+    # Launchers kill the ranks that are still at work when the first one leaves.
+    distributed.barrier()
+    return finished
+
+
+def _snapshots(recipe: TrainRecipe, run: Path) -> CheckpointManager | None:
+    if recipe.ema.snapshot_every is None:
+        return None
+    every = CheckpointConfig(every=recipe.ema.snapshot_every, keep_every=1, background=recipe.checkpoint.background)
+    return CheckpointManager(run / "snapshots", every, parts=power_averages, replace=True)
 
 
 def make_model(recipe: TrainRecipe) -> nn.Module:
@@ -188,13 +208,18 @@ def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
     return {**kept, "global_batch": recipe.train.global_batch, "precision": recipe.engine.precision}
 
 
-def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path) -> None:
+def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow: bool = False) -> None:
     flat_own, flat_stored = _flatten({k: own[k] for k in own}), _flatten({k: stored[k] for k in own if k in stored})
     names = sorted({*flat_own, *flat_stored})
     different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
     if different:
         listed = "; ".join(f"{n}: {flat_own.get(n)!r}, in the checkpoint {flat_stored.get(n)!r}" for n in different)
-        raise ValueError(f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe")
+        if not allow:
+            raise ValueError(
+                f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe, or "
+                "--allow-foreign to go on with this one"
+            )
+        logger.warning("%s goes on under another recipe: %s", run, listed)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -203,18 +228,17 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}
 
 
-def _claim(run: Path, recipe: TrainRecipe, facts: Mapping[str, str]) -> None:
-    """Make the run folder and write what runs, and where. Rank 0 writes.
+def _claim(run: Path, recipe: TrainRecipe, facts: Mapping[str, str], allow_foreign: bool) -> None:
+    """Write what runs in the run folder, and where. Rank 0 writes.
 
     Raises:
         ValueError: if its checkpoints are of another recipe, whose files are left as they are.
     """
     if any((run / "checkpoints").glob("step-*/COMMIT")):
         stored = config.load(run / "recipe.yaml", TrainRecipe)
-        _check_same({"recipe": trajectory(recipe)}, {"recipe": trajectory(stored)}, run)
+        _check_same({"recipe": trajectory(recipe)}, {"recipe": trajectory(stored)}, run, allow_foreign)
     distributed.barrier()
     if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
         (run / "environment.json").write_text(
             json.dumps({**environment(), "run": facts}, indent=1) + "\n", encoding="utf-8"

@@ -96,6 +96,13 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def any_rank(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank. One collective for all of them."""
+    if not dist.is_initialized():
+        return list(flags)
+    return [bool(flag) for flag in all_reduce_max(torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over ranks, in place; returns the tensor."""
     return all_reduce_sum(tensor).div_(world_size())

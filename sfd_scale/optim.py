@@ -32,11 +32,16 @@ class AdamWConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """A linear warm-up to the peak, then constant, or falling to `final` of the peak at the last step."""
+    """A linear warm-up to the peak, then constant, or falling to `final` of the peak at the last step.
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    wsd (warm-up, stable, decay: arXiv 2404.06395) is constant until the last `decay_steps`, over which it falls
+    linearly: a run can be prolonged from any checkpoint of its stable part.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     warmup_steps: int = 0
     final: float = 0.0
+    decay_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
@@ -45,6 +50,8 @@ class ScheduleConfig:
             raise ValueError(f"final: {self.final}; allowed: a share of the peak in [0, 1]")
         if self.kind == "constant" and self.final:
             raise ValueError(f"final: {self.final}; allowed: 0 with kind constant, which does not fall")
+        if (self.kind == "wsd") != (self.decay_steps is not None) or (self.decay_steps or 1) < 1:
+            raise ValueError(f"decay_steps: {self.decay_steps}; allowed: 1 and up with kind wsd, null with any other")
 
 
 def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) -> float:
@@ -53,9 +60,12 @@ def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) 
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
-    span = max(total - 1 - schedule.warmup_steps, 1)
-    done = min((step - schedule.warmup_steps) / span, 1.0)
-    falling = 1.0 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    first = schedule.warmup_steps
+    if schedule.decay_steps is not None:
+        # The last stable step: the first step of the decay is below the peak, the last one at `final`.
+        first = max(first, total - 1 - schedule.decay_steps)
+    done = min(max(step - first, 0) / max(total - 1 - first, 1), 1.0)
+    falling = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1.0 - done
     return peak * (schedule.final + (1.0 - schedule.final) * falling)
 
 

@@ -49,6 +49,15 @@ _PAIRS: dict[type, type] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights that a fresh run starts from, with a new optimizer at step 0: a run folder, a checkpoint of one, or a
+    file of `sfd export`. A run that has checkpoints of its own goes on from those."""
+
+    path: Path
+    weights: Literal["ema", "params"] = "ema"  # the averages or the weights themselves; a file holds one of them
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
     """Everything that decides a training run."""
 
@@ -68,6 +77,7 @@ class TrainRecipe:
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    init_from: InitConfig | None = None
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)

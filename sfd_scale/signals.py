@@ -1,7 +1,7 @@
 """Stop requests: SIGTERM, SIGUSR1 and a time limit, agreed on by all ranks at a step boundary.
 
-Launchers signal ranks one after another (deepspeed) or several times (pdsh), so a handler only sets a flag; the flag
-is reduced over ranks once a step and every rank then saves the same step.
+Launchers signal ranks one after another (deepspeed) or several times (pdsh), so a handler only sets a flag; the trainer
+reduces the flag over ranks once a step and every rank then saves the same step.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ import signal
 import time
 from types import FrameType
 
-import torch
-
-from sfd_scale import distributed
-
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; the launchers requeue on it
 
 
 class StopRequest:
-    """Remembers a stop request; a second signal of the same kind more than a second later exits at once.
+    """Remembers a stop request; a second signal more than a second later exits at once.
 
     Args:
         max_duration_s: seconds after which the run stops by itself, or None.
@@ -28,20 +24,26 @@ class StopRequest:
     def __init__(self, max_duration_s: float | None = None) -> None:
         self._deadline = None if max_duration_s is None else time.monotonic() + max_duration_s
         self._signalled_at: float | None = None
+        self._saved = False
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGUSR1)}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._saved:
+            # A launcher that saw another rank leave, or an impatient user: all that counts is on disk.
+            os._exit(REQUEUE_EXIT_CODE)
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > 1.0:
             os._exit(128 + signum)
         self._signalled_at = self._signalled_at or now
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. A collective: every rank calls it at the same step."""
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop. The ranks must agree before they act on it."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        flag = torch.tensor(int(late or self._signalled_at is not None))
-        return bool(distributed.all_reduce_max(flag))
+        return late or self._signalled_at is not None
 
-    def close(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+    def close(self, stopped: bool) -> None:
+        """At the end of the run. After a stop the process is about to leave with the requeue code, signal or not."""
+        self._saved = stopped
+        if not stopped:
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)

@@ -19,7 +19,7 @@ from tiny import OPTIMIZER, TinyModel, batch
 from torch import Tensor, nn
 
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointError, CheckpointManager, export, folder, load_weights
-from sfd_scale.checkpoint.boxes import boxes, stage
+from sfd_scale.checkpoint.boxes import boxes, stage, state_parts
 from sfd_scale.checkpoint.manager import files
 from sfd_scale.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Fragment, StepResult
@@ -51,7 +51,8 @@ def test_boxes_are_the_range_in_order(case: tuple[tuple[int, ...], int, int]) ->
 def test_staged_rows_hold_the_boxes_where_they_say(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = case
     data = torch.arange(start, stop, dtype=torch.float32)
-    staged = stage([(Fragment("w", shape, start, data, data, data, True), data)], pinned=False)
+    fragment = Fragment("w", shape, start, data, data, data, True)
+    staged = stage([fragment], state_parts([fragment], {"ema": [data]}), pinned=False, own=True)
     assert sorted(staged) == ["ema.w", "model.w", "optim.exp_avg.w", "optim.exp_avg_sq.w"]
     part: Any = staged["model.w"]
     part.flat.copy_(part.source)
@@ -157,6 +158,7 @@ def test_everything_comes_back(tmp_path: Path, background: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(state_of(other, other_ema), expected, strict=True))
     assert state == {
         "step": 2, "format": 1, "optimizer_steps": 2, "recipe_digest": "abc", "position": {"epoch": 1},
+        "parts": ["model", "optim.exp_avg", "optim.exp_avg_sq", "ema"],
     }  # fmt: skip
     assert {s["step"].item() for s in other.optimizer.state.values()} == {2.0}
     assert names(latest) == [".metadata", "COMMIT", "__0_0.distcp", "checksums.json", "state.json"]
@@ -268,8 +270,8 @@ def test_a_save_that_lost_a_tensor_is_not_committed(tmp_path: Path, monkeypatch:
     engine, ema = started()
     real = stage
 
-    def lossy(parts: Any, pinned: bool) -> dict[str, Any]:
-        staged = real(parts, pinned)
+    def lossy(*args: Any, **options: Any) -> dict[str, Any]:
+        staged = real(*args, **options)
         del staged["optim.exp_avg.tail.weight"]
         return staged
 
@@ -347,7 +349,9 @@ def test_export_refuses_damage_and_other_names(tmp_path: Path) -> None:
         export(tmp_path / "step-00000001", tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("options,field", [({"every": 0}, "every"), ({"every": 4, "keep_every": 6}, "keep_every")])
+@pytest.mark.parametrize(
+    "options,field", [({"every": 0}, "every"), ({"keep_every": 0}, "keep_every"), ({"every_s": 0}, "every_s")]
+)
 def test_impossible_settings_are_refused(options: dict[str, int], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
         CheckpointConfig(**options)

@@ -37,12 +37,15 @@ def test_what_does_not_divide_is_refused_with_what_does() -> None:
 
 def test_a_signal_is_remembered_until_the_step_boundary() -> None:
     stop = StopRequest()
-    assert not stop.agreed()
+    assert not stop.requested()
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)  # pdsh sends twice within a tenth of a second: not a second request
-    assert stop.agreed()
-    stop.close()
-    assert StopRequest(max_duration_s=0.0).agreed()
+    assert stop.requested()
+    stop.close(stopped=False)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    late = StopRequest(max_duration_s=0.0)
+    assert late.requested()
+    late.close(stopped=False)
 
 
 def test_metrics_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints that any engine at any world size can read: save, load, latest, prune, export."""
 
-from sfd_scale.checkpoint.export import export, load_weights, save_weights
+from sfd_scale.checkpoint.export import export, load_weights, save_weights, start_weights
 from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, read_state
-from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager
+from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager, power_averages
 
 __all__ = [
     "CheckpointConfig",
@@ -11,6 +11,8 @@ __all__ = [
     "checkpoint_hash",
     "export",
     "load_weights",
+    "power_averages",
     "read_state",
     "save_weights",
+    "start_weights",
 ]

@@ -13,9 +13,19 @@ from sfd_scale.engines.engine import Fragment
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
 
-# Prefix of the stored name → attribute of the fragment; the averages come from the EMA.
-PARTS = {"model": "param", "optim.exp_avg": "exp_avg", "optim.exp_avg_sq": "exp_avg_sq"}
-EMA_PART = "ema"
+# Prefix of the stored name → the tensors of this rank's fragments, in their order. The averages come from the EMA.
+Parts = Mapping[str, Sequence[Tensor]]
+PARAMS_PART = "model"
+
+
+def state_parts(fragments: Sequence[Fragment], averages: Parts) -> Parts:
+    """All that a run needs to go on."""
+    return {
+        PARAMS_PART: [f.param for f in fragments],
+        "optim.exp_avg": [f.exp_avg for f in fragments],
+        "optim.exp_avg_sq": [f.exp_avg_sq for f in fragments],
+        **averages,
+    }
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
@@ -58,19 +68,23 @@ class Staged:
     source: Tensor
 
 
-def stage(parts: Iterable[tuple[Fragment, Tensor]], pinned: bool) -> dict[str, Staged]:
-    """Host buffers for fragments and their averages, by stored name; nothing is copied yet."""
-    out = {}
-    for fragment, average in parts:
-        for prefix, attribute in PARTS.items():
-            out[f"{prefix}.{fragment.name}"] = _staged(fragment, getattr(fragment, attribute), pinned)
-        out[f"{EMA_PART}.{fragment.name}"] = _staged(fragment, average, pinned)
-    return out
+def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) -> dict[str, Staged]:
+    """Host buffers for the tensors of fragments, by stored name; nothing is copied yet.
+
+    Args:
+        own: leave out fragments that another rank saves.
+    """
+    return {
+        f"{prefix}.{fragment.name}": _staged(fragment, tensor, pinned)
+        for prefix, tensors in parts.items()
+        for fragment, tensor in zip(fragments, tensors, strict=True)
+        if fragment.primary or not own
+    }
 
 
-def stored_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes a checkpoint has for parameters of these names and shapes."""
-    return {f"{prefix}.{name}": shape for prefix in (*PARTS, EMA_PART) for name, shape in shapes.items()}
+def stored_shapes(parts: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a checkpoint with these parts has for parameters of these names and shapes."""
+    return {f"{prefix}.{name}": shape for prefix in parts for name, shape in shapes.items()}
 
 
 def _staged(fragment: Fragment, source: Tensor, pinned: bool) -> Staged:

@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from sfd_scale.checkpoint.boxes import EMA_PART
-from sfd_scale.checkpoint.folder import Reader, checkpoint_hash, damage, read_metadata, read_state, shapes
+from sfd_scale import ema
+from sfd_scale.checkpoint.boxes import PARAMS_PART
+from sfd_scale.checkpoint.folder import (
+    Reader,
+    check_same_model,
+    checkpoint_hash,
+    committed,
+    damage,
+    parts_of,
+    read_metadata,
+    read_state,
+    shapes,
+)
 
 Weights = Literal["ema", "params"]
-_PREFIX: dict[str, str] = {"ema": f"{EMA_PART}.", "params": "model."}
+_PART: dict[str, str] = {"ema": ema.PART, "params": PARAMS_PART}
 
 
 def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
@@ -30,17 +42,53 @@ def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
         return load_file(path)
     if not (path / "COMMIT").is_file():
         raise ValueError(f"{path}: neither a committed checkpoint folder nor a .safetensors file")
+    return load_part(path, _PART[weights])
+
+
+def load_part(path: Path, part: str) -> dict[str, Tensor]:
+    """Full fp32 tensors of one part of a checkpoint folder, by parameter name.
+
+    Raises:
+        ValueError: where it is damaged, of a newer release, or has no such part.
+    """
     read_state(path)
     wrong = damage(path, slice(None))
     if wrong:
         raise ValueError(f"{path}: damaged checkpoint: {wrong}")
-    prefix = _PREFIX[weights]
+    prefix = f"{part}."
     stored = shapes(read_metadata(path))
     tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
+    if not tensors:
+        raise ValueError(f"{path}: holds no {part!r}; it holds {', '.join(parts_of(path))}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
         load(tensors, storage_reader=Reader(path), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of another run for a model of the same architecture; moments and step count stay behind.
+
+    Args:
+        path: a run folder (its newest checkpoint), a checkpoint folder, or an exported file.
+
+    Raises:
+        ValueError: naming the tensors that differ; see also `load_weights`.
+    """
+    if (path / "checkpoints").is_dir():
+        whole = committed(path / "checkpoints")
+        if not whole:
+            raise ValueError(f"{path}: no whole checkpoint in it")
+        path = whole[-1]
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(str(path), "pt") as file:
+            held = (file.metadata() or {}).get("weights", weights)
+        if held != weights:
+            raise ValueError(f"{path}: holds the weights {held!r}, not {weights!r}; set init_from.weights={held}")
+    found = load_weights(path, weights)
+    expected = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    check_same_model({name: tuple(tensor.shape) for name, tensor in found.items()}, expected)
+    return found
 
 
 def export(checkpoint: Path, out: Path, weights: Weights = "ema", metadata: Mapping[str, str] | None = None) -> Path:

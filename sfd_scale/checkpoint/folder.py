@@ -170,6 +170,12 @@ def shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     }
 
 
+def parts_of(folder: Path) -> list[str]:
+    """The parts that a checkpoint holds: `model`, the moments, `ema` and its power-function averages."""
+    parts = read_state(folder).get("parts")
+    return ["model", "optim.exp_avg", "optim.exp_avg_sq", "ema"] if parts is None else list(parts)
+
+
 def check_complete(metadata: Metadata, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what was just written with what should be there: names, shapes, types, and every element once.
 

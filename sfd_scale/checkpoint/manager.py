@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +23,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
-from sfd_scale.checkpoint.boxes import Staged, stage, stored_shapes
+from sfd_scale.checkpoint.boxes import Parts, Staged, stage, state_parts, stored_shapes
 from sfd_scale.checkpoint.folder import CheckpointError
 from sfd_scale.ema import EMA
-from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.engine import Engine, Fragment
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,34 +34,83 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """The last `keep_last` checkpoints stay, and every one whose step `keep_every` divides."""
+    """When to save: every so many steps, seconds, or both. What to keep: the last `keep_last` of them, and every one
+    whose step `keep_every` divides, which is saved whether or not it is due otherwise."""
 
-    every: int = 5000  # steps between saves
+    every: int | None = 5000  # steps between saves
+    every_s: float | None = None  # seconds between saves, counted from the last one
     keep_last: int = 2
     keep_every: int | None = None
     background: bool = True  # write while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
-        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.every):
-            raise ValueError(f"keep_every: {self.keep_every}; allowed: a multiple of every = {self.every}, or null")
+        for name in ("every", "keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}; allowed: 1 and up")
+        if self.every_s is not None and not self.every_s > 0:
+            raise ValueError(f"every_s: {self.every_s}; allowed: above 0, or null")
+
+
+def whole_state(fragments: Sequence[Fragment], ema: EMA) -> Parts:
+    """The parts of a checkpoint: weights, moments, averages."""
+    return state_parts(fragments, ema.averages)
+
+
+def power_averages(fragments: Sequence[Fragment], ema: EMA) -> Parts:
+    """The parts of a snapshot, which averages of other lengths are made from after training."""
+    return ema.powers
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every method but `due` and `read_state` is called by all ranks together."""
+    """The checkpoints of one run. Every method but `due`, `overdue` and `read_state` is called by all ranks together.
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
+    Args:
+        parts: what a checkpoint holds.
+        replace: a save takes the place of a whole checkpoint of the same step, rather than keep it under another name.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, parts: Callable[[Sequence[Fragment], EMA], Parts] = whole_state,
+        replace: bool = False,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.parts, self.replace = folder, config, parts, replace
         self._group: dist.ProcessGroup | None = None
         self._staged: dict[str, Staged] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[Path] = set()
+        self._saved_at, self._stalled_s = time.monotonic(), 0.0
+        self._timings: dict[str, float] = {}
 
     def due(self, step: int) -> bool:
-        return step % self.config.every == 0
+        """Whether the step is one to save at."""
+        return any(every is not None and step % every == 0 for every in (self.config.every, self.config.keep_every))
+
+    def overdue(self) -> bool:
+        """Whether the last save is too long ago by this rank's clock: the ranks have to agree on it."""
+        return self.config.every_s is not None and time.monotonic() - self._saved_at > self.config.every_s
+
+    def timings(self) -> dict[str, float]:
+        """Of the last save, once: seconds from its call to its commit, seconds that the caller stood still for it."""
+        found, self._timings = self._timings, {}
+        return found
+
+    def check_space(self, engine: Engine, ema: EMA) -> None:
+        """Warn where the disk has no room for the next checkpoint, which is written before an old one is removed."""
+        shapes = stored_shapes(self.parts(engine.fragments(), ema), _all_shapes(engine))
+        self._warn_of_space(_bytes(shapes))
+
+    def _warn_of_space(self, needed: int) -> None:
+        if not distributed.is_main():
+            return
+        there = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            logger.warning(
+                "the next checkpoint needs %s and %s has %s free: make room, lower checkpoint.keep_last, or the save "
+                "will fail", _readable(needed), there, _readable(free),
+            )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------- save
 
@@ -69,27 +120,29 @@ class CheckpointManager:
         Raises:
             CheckpointError: where this save, or the one before it in the background, failed on any rank.
         """
+        called = time.monotonic()
         self.wait()
         on_gpu = engine.device.type == "cuda"
+        parts = self.parts(engine.fragments(), ema)
         if self._staged is None:
-            pairs = zip(engine.fragments(), ema.tensors, strict=True)
-            self._staged = stage((pair for pair in pairs if pair[0].primary), pinned=on_gpu)
+            self._staged = stage(engine.fragments(), parts, pinned=on_gpu, own=True)
         for staged in self._staged.values():
             staged.flat.copy_(staged.source, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        expected = stored_shapes(_all_shapes(engine))
+        expected = stored_shapes(parts, _all_shapes(engine))
         record = {**state, "step": step, "format": files.FORMAT, "optimizer_steps": engine.optimizer_steps}
-        text = json.dumps(record, indent=1, sort_keys=True)
+        text = json.dumps({**record, "parts": list(parts)}, indent=1, sort_keys=True)
         tensors = {name: s.rows for name, s in self._staged.items()}
-        group = self._checkpoint_group()
-        if not self.config.background:
-            self._write(step, tensors, expected, text, group)
-            return
-        self._thread = threading.Thread(
-            target=self._in_background, args=(step, tensors, expected, text, group), name="checkpoint"
-        )
-        self._thread.start()
+        work = (called, step, tensors, expected, text, self._checkpoint_group())
+        self._saved_at = time.monotonic()
+        if self.config.background:
+            self._thread = threading.Thread(target=self._in_background, args=work, name="checkpoint")
+            self._stalled_s = time.monotonic() - called
+            self._thread.start()
+        else:
+            self._write(*work)
+            self._timings["checkpoint_stall_s"] = self._timings["checkpoint_save_s"]
 
     def wait(self) -> None:
         """Wait for the save in the background; raises what it raised."""
@@ -103,11 +156,12 @@ class CheckpointManager:
     def _in_background(self, *args: Any) -> None:
         try:
             self._write(*args)
+            self._timings["checkpoint_stall_s"] = self._stalled_s
         except BaseException as error:  # noqa: BLE001  raised by `wait` on the main thread
             self._error = error
 
     def _write(
-        self, step: int, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]], state: str,
+        self, called: float, step: int, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]], state: str,
         group: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
         """Write, check, commit. Every stage is agreed on by all ranks, so that one failing rank fails them all."""
@@ -119,6 +173,7 @@ class CheckpointManager:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
+                self._warn_of_space(_bytes(expected))
 
         def write() -> dict[str, dict[str, Any]]:
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
@@ -136,7 +191,7 @@ class CheckpointManager:
                 listing = json.dumps(sums, indent=1, sort_keys=True)
                 files.write_synced(partial / "checksums.json", listing)
                 files.sync_folder(partial)
-                _move_aside(final)
+                _move_aside(final, delete=self.replace)
                 os.replace(partial, final)
                 files.sync_folder(self.folder)
                 files.write_synced(final / "COMMIT", hashlib.sha256(listing.encode()).hexdigest() + "\n")
@@ -144,10 +199,17 @@ class CheckpointManager:
                 self._prune()
 
         _together(prepare, group, f"{final.name}: making the folder")
-        by_rank = _together(write, group, f"{final.name}: writing tensors")
-        _together(commit, group, f"{final.name}: committing")
+        try:
+            by_rank = _together(write, group, f"{final.name}: writing tensors")
+            _together(commit, group, f"{final.name}: committing")
+        except CheckpointError:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+            raise
+        self._timings = {"checkpoint_save_s": time.monotonic() - called}
         if first:
-            logger.info("saved %s", final)
+            logger.info("saved %s, %s in %.1f s", final, _readable(_bytes(expected)), time.monotonic() - called)
+            self._warn_of_space(_bytes(expected))
 
     # --------------------------------------------------------------------------------------------- load
 
@@ -185,8 +247,10 @@ class CheckpointManager:
         """
         self.wait()
         state = files.read_state(path)
-        files.check_same_model(files.shapes(files.read_metadata(path)), stored_shapes(_all_shapes(engine)))
-        staged = stage(zip(engine.fragments(), ema.tensors, strict=True), pinned=False)
+        parts = self.parts(engine.fragments(), ema)
+        expected = stored_shapes(parts, _all_shapes(engine))
+        files.check_same_model(files.shapes(files.read_metadata(path)), expected)
+        staged = stage(engine.fragments(), parts, pinned=False, own=False)
         tensors = {name: s.rows for name, s in staged.items()}
         group = self._checkpoint_group()
         load(tensors, storage_reader=files.Reader(path), process_group=group, no_dist=group is None)
@@ -229,9 +293,24 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
 
 
-def _move_aside(path: Path) -> None:
-    """Another folder of this step (a cut-off or damaged save, reported by `latest`) is kept under another name."""
-    if path.exists():
+def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of fp32 tensors of these shapes."""
+    return sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+def _readable(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _move_aside(path: Path, delete: bool) -> None:
+    """Another folder of this step (a cut-off or damaged save, reported by `latest`) is kept under another name.
+
+    Args:
+        delete: if it is whole, give it the name of one that `_prune` removes.
+    """
+    if delete and (path / "COMMIT").is_file():
+        os.replace(path, path.with_name(f"{path.name}.deleted"))
+    elif path.exists():
         aside = next(p for n in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
         logger.warning("%s exists; kept as %s", path, aside.name)
         os.replace(path, aside)
