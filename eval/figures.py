@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 logger = logging.getLogger(__name__)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_NOT_LOSSES = frozenset({"step", "samples", "lr", "grad_norm", "mfu", "skipped_steps", "ema_distance", "grad_norm_max"})
+_NOT_LOSSES = frozenset(
+    ("step", "samples", "lr", "grad_norm", "grad_norm_max", "mfu", "ema_distance")
+    + ("skipped_steps", "loss_spikes", "rollbacks")
+)
 _GREY = "#8a8f98"
 Row = dict[str, Any]
 

@@ -20,11 +20,13 @@ from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import make_source
 from sfd_scale.data.reader import ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.divergence import DivergenceWatch
 from sfd_scale.ema import EMA
 from sfd_scale.encode import encode as encode_images
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
+from sfd_scale.engines.replicas import require_replicas
 from sfd_scale.hangs import HangRecorder
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
@@ -83,6 +85,8 @@ def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: b
     if recipe.init_from is not None and checkpoints.latest() is None:
         model.load_state_dict(start_weights(recipe.init_from.path, recipe.init_from.weights, model), strict=False)
     engine = make_engine(model, recipe)
+    if recipe.train.replica_check_every is not None:
+        require_replicas(engine.replicas())
     attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
     facts = _facts(recipe, split, engine, reader)
@@ -105,6 +109,7 @@ def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: b
         checkpoints=checkpoints,
         snapshots=_snapshots(recipe, run),
         meter=make_meter(recipe, engine.device),
+        watch=DivergenceWatch(recipe.divergence, run),
         metrics=metrics,
         state=identity,
         check_state=lambda state: _check_same(identity, state, run, allow_foreign),

@@ -20,6 +20,7 @@ from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.images import SourceConfig
 from sfd_scale.data.reader import DataConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.divergence import DivergenceConfig
 from sfd_scale.ema import EMAConfig
 from sfd_scale.encode import StoreConfig
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
@@ -82,6 +83,7 @@ class TrainRecipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     meter: MeterConfig = field(default_factory=MeterConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False  # event files in the run folder, beside metrics.jsonl; needs the extra of that name
 

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.data.reader import Ranges
+from sfd_scale.divergence import DivergenceError, DivergenceWatch
 from sfd_scale.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
+from sfd_scale.engines.replicas import check_replicas_agree
 from sfd_scale.logs import MetricsWriter, progress
 from sfd_scale.meter import Meter
 from sfd_scale.objective import Objective
@@ -31,17 +35,21 @@ class TrainerConfig:
     global_batch: int
     micro_batch: int | None = None  # samples a rank takes at once; None: its whole share of the global batch
     log_every: int = 10
-    max_skipped_steps: int = 20  # steps in a row whose gradient was not finite, before the run stops
     max_duration_s: float | None = None  # a clean end before a queue's limit
     timeout_s: float = 600.0  # of a collective
+    replica_check_every: int | None = None  # steps between comparisons of the parameters that ranks hold copies of
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every", "max_skipped_steps"):
+        for name in ("steps", "global_batch", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        if self.replica_check_every is not None and self.replica_check_every < 1:
+            raise ValueError(f"replica_check_every: {self.replica_check_every}; allowed: 1 and up, or null")
 
 
 class Batch(Protocol):
+    @property
+    def keys(self) -> Tensor: ...
     def to(self, device: torch.device) -> Any: ...
     def __len__(self) -> int: ...
 
@@ -51,38 +59,45 @@ class Trainer:
 
     Args:
         snapshots: where the power-function averages are saved, if there are any.
-        batches: from a first step, endless micro-batches of this rank, `accumulation` a step.
+        batches: from a first step, endless micro-batches of this rank, `accumulation` a step; without the data of the
+            steps passed over.
         learning_rate: a pure function of the step.
         state: what every checkpoint records beside the step; `check_state` refuses one of another run.
         before_step: told that a step begins.
     """
 
     def __init__(
-        self, *, config: TrainerConfig, engine: Engine, objective: Objective, batches: Callable[[int], Iterator[Batch]],
-        accumulation: int, learning_rate: Callable[[int], float], ema: EMA, checkpoints: CheckpointManager,
-        meter: Meter, metrics: MetricsWriter, state: Mapping[str, Any],
-        check_state: Callable[[Mapping[str, Any]], None], before_step: Callable[[int], None],
+        self, *, config: TrainerConfig, engine: Engine, objective: Objective,
+        batches: Callable[[int, Ranges], Iterator[Batch]], accumulation: int, learning_rate: Callable[[int], float],
+        ema: EMA, checkpoints: CheckpointManager, watch: DivergenceWatch, meter: Meter, metrics: MetricsWriter,
+        state: Mapping[str, Any], check_state: Callable[[Mapping[str, Any]], None], before_step: Callable[[int], None],
         snapshots: CheckpointManager | None = None,
     ) -> None:  # fmt: skip
         self.config, self.engine, self.objective, self.batches = config, engine, objective, batches
         self.accumulation, self.learning_rate, self.ema = accumulation, learning_rate, ema
-        self.checkpoints, self.snapshots, self.meter, self.metrics = checkpoints, snapshots, meter, metrics
-        self.state, self.check_state, self.before_step = state, check_state, before_step
-        self.watchdog = Watchdog(config.timeout_s)
-        self.skipped, self.skipped_in_row = 0, 0
+        self.checkpoints, self.snapshots, self.watch = checkpoints, snapshots, watch
+        self.meter, self.metrics, self.state, self.check_state = meter, metrics, state, check_state
+        self.before_step, self.watchdog = before_step, Watchdog(config.timeout_s)
 
     def run(self) -> bool:
         """Train to the end (True) or to an agreed stop (False); either way the last step is saved."""
         step, stop = self.resume(), StopRequest(self.config.max_duration_s)
-        saved, stopped, batches = step, False, self.batches(step)
+        saved, stopped, batches = step, False, self.batches(step, self.watch.passed)
         with progress(self.config.steps, "train", "steps") as bar, self.watchdog:
             bar.skip(step)
             self.meter.reset()
             while step < self.config.steps and not stopped:
                 self.before_step(step)
                 result = self.train_step(step, batches)
+                if self.watch.judge(step, result) == "rollback":
+                    bar.advance(-step)
+                    step = self.roll_back(step)
+                    saved, batches = step, self.batches(step, self.watch.passed)
+                    bar.advance(step)
+                    continue
                 step += 1
-                self.count_skips(step, result)
+                if self.config.replica_check_every and step % self.config.replica_check_every == 0:
+                    check_replicas_agree(self.engine.replicas(), step)
                 self.watchdog.enter(step, "agreement")
                 stopped, overdue = distributed.any_rank(stop.requested(), self.checkpoints.overdue())
                 if step % self.config.log_every == 0 or step == self.config.steps:
@@ -106,8 +121,9 @@ class Trainer:
             batch = next(batches).to(self.engine.device)
             waited = time.monotonic() - waited
             self.watchdog.enter(step, "forward and backward")
-            losses = self.objective(self.engine.model, batch)
-            self.engine.backward(losses.total / self.accumulation, last=micro == self.accumulation - 1)
+            losses, last = self.objective(self.engine.model, batch), micro == self.accumulation - 1
+            loss = self.watch.guarded(losses, batch.keys, last)
+            self.engine.backward(loss / self.accumulation, last)
             self.meter.add(losses, len(batch), waited)
         self.watchdog.enter(step, "optimizer step")
         result = self.engine.step(self.learning_rate(step))
@@ -116,16 +132,22 @@ class Trainer:
             self.ema.update(step)
         return result
 
-    def count_skips(self, step: int, result: StepResult) -> None:
-        self.skipped_in_row = 0 if result.applied else self.skipped_in_row + 1
-        self.skipped += not result.applied
-        if not result.applied:
-            logger.warning("step %d skipped: its gradient is not finite (%d skipped so far)", step, self.skipped)
-        if self.skipped_in_row >= self.config.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self.skipped_in_row} steps in a row had a gradient that is not finite, up to step {step}; lower the "
-                "learning rate, set engine.grad_clip, or resume from an earlier checkpoint"
+    def roll_back(self, step: int) -> int:
+        """Go back to the last checkpoint before the trouble; those after it are set aside."""
+        self.watchdog.enter(step, "going back to a checkpoint")
+        found = (self.checkpoints.latest(before) for before in self.watch.targets(step))
+        to = next((checkpoint for checkpoint in found if checkpoint is not None), None)
+        if to is None:
+            raise DivergenceError(
+                f"step {step + 1}: divergence.rollback found no whole checkpoint from before; lower optimizer.lr, or "
+                "set engine.grad_clip"
             )
+        state = self.checkpoints.load(to, self.engine, self.ema)
+        self.watch.rolled_back(step, int(state["step"]), state["divergence"])
+        self.checkpoints.set_aside(after=int(state["step"]))
+        self.metrics.truncate(int(state["step"]))
+        self.meter.reset()
+        return int(state["step"])
 
     def log(self, step: int) -> dict[str, float]:
         """Write one line of metrics; returns what the progress bar shows."""
@@ -133,14 +155,14 @@ class Trainer:
         values = self.meter.read(self.ema.squares())
         values |= {
             "samples": step * self.config.global_batch, "lr": self.learning_rate(step - 1),
-            "skipped_steps": self.skipped, **self.checkpoints.timings(),
+            **self.watch.counts(), **self.checkpoints.timings(),
         }  # fmt: skip
         self.metrics.write(step, values)
         return {"loss": values["loss"] or 0.0, "samples/s": values["samples_per_s"] or 0.0}
 
     def save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
-        state = {**self.state, "step": step, "skipped": self.skipped, "wandb_id": self.metrics.wandb_id}
+        state = {**self.state, "step": step, "divergence": self.watch.state(), "wandb_id": self.metrics.wandb_id}
         self.checkpoints.save(step, self.engine, self.ema, state)
 
     def save_snapshot(self, step: int) -> None:
@@ -158,10 +180,12 @@ class Trainer:
         latest = self.checkpoints.latest()
         self.checkpoints.check_space(self.engine, self.ema)
         if latest is None:
+            if self.watch.config.rolls_back:
+                self.save(0)  # something to go back to
             return 0
         self.check_state(self.checkpoints.read_state(latest))
         state = self.checkpoints.load(latest, self.engine, self.ema)
-        self.skipped = int(state["skipped"])
+        self.watch.load(state["divergence"])
         self.metrics.truncate(int(state["step"]))
         logger.info("resumed from %s", latest)
         return int(state["step"])

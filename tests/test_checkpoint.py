@@ -23,6 +23,7 @@ from sfd_scale.checkpoint.boxes import boxes, stage, state_parts
 from sfd_scale.checkpoint.manager import files
 from sfd_scale.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Fragment, StepResult
+from sfd_scale.engines.replicas import Replicas
 from sfd_scale.optim import create_state, param_groups, set_lr, set_step
 
 # -------------------------------------------------------------------------------------------------- boxes
@@ -97,6 +98,9 @@ class WholeEngine:
             for name, p in self.model.named_parameters()
             for s in [self.optimizer.state[p]]
         ]
+
+    def replicas(self) -> Replicas:
+        return Replicas({})
 
     def set_optimizer_steps(self, steps: int) -> None:
         self.optimizer_steps = steps

@@ -213,10 +213,13 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------- load
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint. Damaged ones are reported, skipped and left where they are."""
+    def latest(self, before: int | None = None) -> Path | None:
+        """The newest whole checkpoint, of those older than step `before` if it is given. Damaged ones are reported,
+        skipped and left where they are."""
         self.wait()
         for candidate in reversed(self._candidates()):
+            if before is not None and (files.step_of(candidate) or 0) >= before:
+                continue
             share = slice(distributed.rank(), None, distributed.world_size())
             reports = [r for r in distributed.all_gather_object(files.damage(candidate, share)) if r]
             if not reports:
@@ -225,6 +228,15 @@ class CheckpointManager:
             if distributed.is_main():
                 logger.warning("%s is damaged and skipped: %s", candidate, "; ".join(reports))
         return None
+
+    def set_aside(self, after: int) -> None:
+        """Checkpoints newer than step `after` keep their files under a name that `latest` passes by."""
+        self.wait()
+        if distributed.is_main():
+            for path in files.committed(self.folder):
+                if (files.step_of(path) or 0) > after:
+                    _move_aside(path, delete=False)
+        distributed.barrier()
 
     def _candidates(self) -> list[Path]:
         found: list[Path] = []
@@ -303,7 +315,7 @@ def _readable(count: int) -> str:
 
 
 def _move_aside(path: Path, delete: bool) -> None:
-    """Another folder of this step (a cut-off or damaged save, reported by `latest`) is kept under another name.
+    """A folder (a cut-off or damaged save of this step, or one that a run went back from) is kept under another name.
 
     Args:
         delete: if it is whole, give it the name of one that `_prune` removes.

@@ -22,6 +22,7 @@ from sfd_scale.data.shards import Rows, open_shards
 from sfd_scale.latents import ImageBatch, LatentBatch, LatentStats
 
 Key = tuple[int, int]  # (epoch, sample id)
+Ranges = tuple[tuple[int, int], ...]  # of steps: disjoint, rising, [start, stop) each
 B = TypeVar("B", LatentBatch, ImageBatch)
 
 
@@ -61,16 +62,24 @@ def epoch_order(seed: int, epoch: int, shard_sizes: tuple[int, ...], block: int)
     return torch.cat(pieces)
 
 
+def data_step(step: int, passed: Ranges) -> int:
+    """Which step's data the training step `step` takes, when the data of the steps `passed` is left out."""
+    for start, stop in passed:
+        if step >= start:
+            step += stop - start
+    return step
+
+
 class _Keys(Sampler[list[Key]]):
     """Endless keys of this rank's micro-batches, from a first global step on."""
 
-    def __init__(self, reader: _Reader[Any], first_step: int) -> None:
-        self.reader, self.first_step = reader, first_step
+    def __init__(self, reader: _Reader[Any], first_step: int, passed: Ranges) -> None:
+        self.reader, self.first_step, self.passed = reader, first_step, passed
 
     def __iter__(self) -> Iterator[list[Key]]:
         step = self.first_step
         while True:
-            yield from self.reader.keys(step)
+            yield from self.reader.keys(data_step(step, self.passed))
             step += 1
 
 
@@ -128,11 +137,12 @@ class _Reader(Generic[B]):
             own = part[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
             yield [(epoch, index) for index in own.tolist()]
 
-    def batches(self, first_step: int) -> Iterator[B]:
-        """Endless micro-batches from a global step on; global_batch / (micro_batch · world_size) make one step."""
+    def batches(self, first_step: int, passed: Ranges = ()) -> Iterator[B]:
+        """Endless micro-batches from a global step on; global_batch / (micro_batch · world_size) make one step. The
+        data of the steps `passed` is left out, that after it moves up."""
         loader: DataLoader[Any] = DataLoader(
             _Rows(self.rows),
-            batch_sampler=_Keys(self, first_step),
+            batch_sampler=_Keys(self, first_step, passed),
             num_workers=self.config.num_workers,
             collate_fn=self.collate,
             persistent_workers=self.config.num_workers > 0,

@@ -30,6 +30,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.replicas import Replicas
 from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 
 
@@ -188,6 +189,13 @@ class DeepSpeedEngine:
 
     def fragments(self) -> list[Fragment]:
         return self._fragments
+
+    def replicas(self) -> Replicas:
+        params = dict(self._engine.module.named_parameters())
+        if self.config.zero_stage == 3:
+            kept = {id(param) for param in self._engine.optimizer.persistent_parameters}
+            params = {name: param for name, param in params.items() if id(param) in kept}
+        return Replicas(params)
 
     def set_optimizer_steps(self, steps: int) -> None:
         self.optimizer_steps = steps

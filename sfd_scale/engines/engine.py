@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfd_scale import distributed
+from sfd_scale.engines.replicas import Replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,10 @@ class Engine(Protocol):
 
     def fragments(self) -> list[Fragment]:
         """This rank's fragments, in the order of the model's parameters; the same objects on every call."""
+        ...
+
+    def replicas(self) -> Replicas:
+        """The parameters of which other ranks hold copies that must have the same bits."""
         ...
 
     def set_optimizer_steps(self, steps: int) -> None: ...

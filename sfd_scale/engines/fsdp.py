@@ -24,6 +24,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.replicas import Replicas
 from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 
 
@@ -122,6 +123,11 @@ class FSDPEngine:
 
     def fragments(self) -> list[Fragment]:
         return self._fragments
+
+    def replicas(self) -> Replicas:
+        if self.mesh.ndim == 1:
+            return Replicas({})
+        return Replicas({f.name: f.param for f in self._fragments}, self.mesh.get_local_rank("shard"))
 
     def set_optimizer_steps(self, steps: int) -> None:
         self.optimizer_steps = steps
