@@ -77,11 +77,14 @@ def export(
     initial: Annotated[
         bool, typer.Option("--initial", help="The untrained weights that the run started from.")
     ] = False,
+    ema_length: Annotated[
+        float | None, typer.Option(help="Average of this relative standard deviation, from a run with ema.lengths.")
+    ] = None,
 ) -> None:
     """Write the EMA weights of a run as safetensors, with all that sampling needs to know."""
     from sfd_scale import exports
 
-    exports.export(run, out, weights=weights, step=step, initial=initial)
+    exports.export(run, out, weights=weights, step=step, initial=initial, ema_length=ema_length)
 
 
 @app.command()

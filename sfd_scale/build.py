@@ -131,7 +131,7 @@ def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: b
 def _snapshots(recipe: TrainRecipe, run: Path) -> CheckpointManager | None:
     if recipe.ema.snapshot_every is None:
         return None
-    every = CheckpointConfig(every=recipe.ema.snapshot_every, keep_every=1, background=recipe.checkpoint.background)
+    every = CheckpointConfig(every=recipe.ema.snapshot_every, keep_last=None, background=recipe.checkpoint.background)
     return CheckpointManager(run / "snapshots", every, parts=power_averages, replace=True)
 
 

@@ -32,14 +32,20 @@ logger = logging.getLogger(__name__)
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
 
 
-def export(run: Path, out: Path, *, weights: str = "ema", step: int | None = None, initial: bool = False) -> Path:
+def export(
+    run: Path, out: Path, *, weights: str = "ema", step: int | None = None, initial: bool = False,
+    ema_length: float | None = None,
+) -> Path:  # fmt: skip
     """Write the weights of a run, with the settings that sampling needs, as one safetensors file.
 
     Args:
         run: a run folder, or one checkpoint folder of it.
         step: a saved step; the newest if None.
         initial: the weights before training, drawn anew from the seed.
+        ema_length: sigma_rel of the average, made from the power-function averages that the run kept.
     """
+    if ema_length is not None and (weights != "ema" or initial):
+        raise ValueError("--ema-length: with --weights params or --initial; allowed with averaged weights only")
     if weights not in ("ema", "params"):
         raise ValueError(f"--weights: {weights!r}; allowed: ema, params")
     folder = run.parent.parent if run.name.startswith("step-") else run
@@ -56,6 +62,13 @@ def export(run: Path, out: Path, *, weights: str = "ema", step: int | None = Non
         note["step"] = 0
         weights_now = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
         return checkpoint.save_weights(weights_now, out, {EXPORT_KEY: json.dumps(note)})
+    if ema_length is not None:
+        at = checkpoint.read_state(run)["step"] if run != folder else step
+        tensors, note["step"], error = checkpoint.reconstruct(folder, ema_length, at)
+        note["ema_length"], note["ema_fit_error"] = ema_length, error
+        text = "%s: averaged with sigma_rel %g at step %d; its profile is met to within %.2g"
+        logger.log(logging.WARNING if error > 0.05 else logging.INFO, text, out, ema_length, note["step"], error)
+        return checkpoint.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": weights})
     found = _checkpoint_of(run, folder, step)
     note["step"] = checkpoint.read_state(found)["step"]
     path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})

@@ -3,6 +3,7 @@
 from sfd_scale.checkpoint.export import export, load_weights, save_weights, start_weights
 from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, read_state
 from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager, power_averages
+from sfd_scale.checkpoint.posthoc import reconstruct
 
 __all__ = [
     "CheckpointConfig",
@@ -13,6 +14,7 @@ __all__ = [
     "load_weights",
     "power_averages",
     "read_state",
+    "reconstruct",
     "save_weights",
     "start_weights",
 ]

@@ -34,12 +34,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save: every so many steps, seconds, or both. What to keep: the last `keep_last` of them, and every one
-    whose step `keep_every` divides, which is saved whether or not it is due otherwise."""
+    """When to save: every so many steps, seconds, or both. What to keep: the last `keep_last` of them (null: all), and
+    every one whose step `keep_every` divides, which is saved whether or not it is due otherwise."""
 
     every: int | None = 5000  # steps between saves
     every_s: float | None = None  # seconds between saves, counted from the last one
-    keep_last: int = 2
+    keep_last: int | None = 2
     keep_every: int | None = None
     background: bool = True  # write while training goes on, from a copy in host memory
 
@@ -278,7 +278,7 @@ class CheckpointManager:
     def _prune(self) -> None:
         """On rank 0, after a commit: remove what retention does not keep, and what earlier saves left unfinished."""
         whole = [path for path in files.committed(self.folder) if path not in self._damaged]
-        for path in whole[: -self.config.keep_last]:
+        for path in whole[: -self.config.keep_last] if self.config.keep_last is not None else []:
             step = files.step_of(path) or 0
             if self.config.keep_every is None or step % self.config.keep_every:
                 # First the name, so that a kill in between leaves nothing that looks like a checkpoint.
