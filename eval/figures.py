@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 logger = logging.getLogger(__name__)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
@@ -57,70 +63,115 @@ def _is_loss(name: str) -> bool:
 
 def loss_curves(rows: list[Row]) -> bytes:
     """The total loss and its terms over steps, one panel each: a PNG."""
-    return _panels(rows, loss_names(rows))
+    return panels({"": rows}, loss_names(rows))
 
 
 def progress_curves(rows: list[Row]) -> bytes:
     """Learning rate, gradient norm and speed over steps, as far as they were written: a PNG."""
-    names = [name for name in ("lr", "grad_norm", "samples_per_s") if any(name in row for row in rows)]
-    return _panels(rows, names)
+    return panels({"": rows}, [name for name in ("lr", "grad_norm", "samples_per_s") if any(name in r for r in rows)])
 
 
-def _panels(rows: list[Row], names: list[str]) -> bytes:
+def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
+    """One panel a name over steps, the runs in it in their colours, raw and smoothed: a PNG."""
     columns = min(4, max(1, len(names)))
     lines = max(1, -(-len(names) // columns))
     figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
     for index, name in enumerate(names):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        steps, values = [p[0] for p in points], [p[1] for p in points]
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
-        axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=_GREY, labelcolor="#404550")
-        # The first steps of a loss are far above the rest and would flatten it.
-        if len(values) > 20 and name not in ("lr", "samples_per_s"):
-            tail = sorted(values[len(values) // 20 :])
-            low, high = tail[0], tail[int(0.99 * (len(tail) - 1))]
+        axes = _axes(figure, name.replace("_", " "), (lines, columns, index + 1))
+        shown: list[float] = []
+        for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
+            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+            steps, values = [p[0] for p in points], [float(p[1]) for p in points]
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
+            # The first steps of a loss are far above the rest and would flatten it.
+            shown += values[len(values) // 20 :] if len(values) > 20 else values
+        finite = sorted(value for value in shown if math.isfinite(value))
+        if len(finite) > 20 and name not in ("lr", "samples_per_s"):
+            low, high = finite[0], finite[int(0.99 * (len(finite) - 1))]
             margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
             axes.set_ylim(low - margin, high + margin)
         if index >= len(names) - columns:
             axes.set_xlabel("step", fontsize=8, color="#404550")
+    _legend(figure, list(runs))
+    return _png(figure)
+
+
+def score_curves(runs: Mapping[str, list[Row]], titles: Mapping[str, str]) -> bytes:
+    """Scores of checkpoints over steps, a point each, one panel a score: a PNG."""
+    figure = Figure(figsize=(2.9 * len(titles), 2.2), layout="constrained")
+    for index, (name, title) in enumerate(titles.items()):
+        axes = _axes(figure, title, (1, len(titles), index + 1))
+        for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, color=colour)
+        axes.set_xlabel("step", fontsize=8, color="#404550")
+    _legend(figure, list(runs))
     return _png(figure)
 
 
 def smoothed(values: list[float], share: float = 0.04) -> list[float]:
-    """A running mean over about `share` of the points, centred and shorter at the ends."""
+    """A running mean of the finite values over about `share` of the points, centred and shorter at the ends."""
+    if not values:
+        return []
     half = max(1, int(len(values) * share / 2))
-    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    positions = np.arange(len(array))
+    low, high = np.maximum(positions - half, 0), np.minimum(positions + half + 1, len(array))
+    with np.errstate(invalid="ignore"):
+        means: list[float] = ((sums[high] - sums[low]) / (counts[high] - counts[low])).tolist()
+    return means
 
 
 def clock_curve(rows: list[Row]) -> bytes | None:
     """The loss by share of the run from noise to data, early and late in training: a PNG, or None."""
-    lines = [row for row in rows if any(name.startswith("loss_by_clock/") for name in row)]
-    if len(lines) < 2:
+    return clock_curves({"": rows})
+
+
+def clock_curves(runs: Mapping[str, list[Row]]) -> bytes | None:
+    """The same of several runs; None where none of them has two lines with it."""
+    binned = {label: [row for row in rows if any(n.startswith("loss_by_clock/") for n in row)]
+              for label, rows in runs.items()}  # fmt: skip
+    if all(len(rows) < 2 for rows in binned.values()):
         return None
     figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-    axes = figure.add_subplot()
-    tenth = max(1, len(lines) // 10)
-    for label, part, colour in (("first tenth", lines[:tenth], COLOURS[1]), ("last tenth", lines[-tenth:], COLOURS[0])):
-        means = []
-        for index in range(10):
-            found = [row[f"loss_by_clock/{index}"] for row in part if row.get(f"loss_by_clock/{index}") is not None]
-            means.append(sum(found) / len(found) if found else float("nan"))
-        axes.plot(
-            [(index + 0.5) / 10 for index in range(10)], means, marker="o", markersize=3, color=colour, label=label
-        )
-    axes.set_title("loss by time, from noise (0) to data (1)", fontsize=10, loc="left")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    axes = _axes(figure, "loss by time, from noise (0) to data (1)", (1, 1, 1))
+    middles = [(index + 0.5) / 10 for index in range(10)]
+    for colour, (label, rows) in zip(itertools.cycle(COLOURS), binned.items(), strict=False):
+        tenth = max(1, len(rows) // 10)
+        for when, part, style in (("first tenth", rows[:tenth], ":"), ("last tenth", rows[-tenth:], "-")):
+            name = f"{label}, {when}" if label else when
+            axes.plot(middles, _by_clock(part), style, marker="o", markersize=3, color=colour, label=name)
     axes.legend(fontsize=8, frameon=False)
     return _png(figure)
+
+
+def _by_clock(rows: list[Row]) -> list[float]:
+    means = []
+    for index in range(10):
+        found = [row[f"loss_by_clock/{index}"] for row in rows if row.get(f"loss_by_clock/{index}") is not None]
+        means.append(sum(found) / len(found) if found else math.nan)
+    return means
+
+
+def _axes(figure: Figure, title: str, place: tuple[int, int, int]) -> Axes:
+    """The style of every figure."""
+    axes = figure.add_subplot(*place)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_GREY, labelcolor="#404550")
+    return axes
+
+
+def _legend(figure: Figure, labels: list[str]) -> None:
+    """Which colour is which run, where there are several."""
+    if len(labels) > 1:
+        lines = [Line2D([], [], color=c, label=name) for c, name in zip(itertools.cycle(COLOURS), labels, strict=False)]
+        figure.legend(handles=lines, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
 
 
 def _png(figure: Figure) -> bytes:

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from eval import figures
 from eval.chunks import write_atomically
 from eval.score import Results, read_results
+from sfd_scale import config
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).with_name("templates")
@@ -81,13 +82,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
         "details": [(label, flatten(_shown(result))) for label, result in zip(labels, loaded, strict=True)],
         "files": _files(loaded, labels, results, runs, out),
     }
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     for picture in [*grids, *curves]:
         write_atomically(out / picture.file, picture.data)
     write_atomically(out / HTML, environment.get_template("report.html.j2").render(values).encode())
@@ -97,6 +92,17 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     write_atomically(out / JSON, f"{json.dumps(data, indent=1)}\n".encode())
     logger.info("%s", out / HTML)
     return out / HTML
+
+
+def templates() -> Environment:
+    """The pages, which share one style (page.html.j2)."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -121,9 +127,17 @@ def _label(result: Results) -> str:
 
 
 def _rows(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {"label": label, "cells": cells, "count": f"{result['count']:,}", "how": how(result)}
+        for label, cells, result in zip(labels, score_cells(loaded), loaded, strict=True)
+    ]
+
+
+def score_cells(loaded: Sequence[Results]) -> list[list[dict[str, Any]]]:
+    """For each result the texts of its scores, by COLUMNS, and which is the best of its column."""
     best = {column.key: _best(column, [result["scores"][column.key] for result in loaded]) for column in COLUMNS}
     rows = []
-    for label, result in zip(labels, loaded, strict=True):
+    for result in loaded:
         cells = []
         for column in COLUMNS:
             value = result["scores"][column.key]
@@ -131,7 +145,7 @@ def _rows(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, An
             spread = result["scores"]["is_std"] if column.key == "is_mean" else None
             text += f" ± {spread:.2f}" if spread else ""
             cells.append({"text": text, "best": len(loaded) > 1 and value is not None and value == best[column.key]})
-        rows.append({"label": label, "cells": cells, "count": f"{result['count']:,}", "how": _how(result)})
+        rows.append(cells)
     return rows
 
 
@@ -142,7 +156,7 @@ def _best(column: Column, values: list[float | None]) -> float | None:
     return max(present) if column.larger else min(present)
 
 
-def _how(result: Results) -> str:
+def how(result: Results) -> str:
     """Sampler and guidance in a few words."""
     samples = result["samples"]
     if samples["kind"] != "generated":
@@ -180,11 +194,9 @@ def _warnings(loaded: Sequence[Results], labels: Sequence[str]) -> list[tuple[st
     return [(warning, [] if len(named) == len(loaded) else named) for warning, named in about.items()]
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+def flatten(tree: Any) -> dict[str, str]:
     """Nested settings as dotted keys and texts."""
-    if isinstance(tree, dict) and tree:
-        return {key: text for name, value in tree.items() for key, text in flatten(value, f"{prefix}{name}.").items()}
-    return {prefix.removesuffix("."): str(tree)}
+    return {key: str(value) for key, value in config.flatten(tree).items()}
 
 
 def _shown(result: Results) -> dict[str, Any]:
@@ -201,7 +213,7 @@ def _grids(loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Pat
             ("Real images", "reference_grid", f"real-{index}.png"),
             (f"Samples: {label}", "grid", f"samples-{index}.png"),
         ):
-            file = _find(result["run"].get(key), path)
+            file = find(result["run"].get(key), path)
             if file is None:
                 continue
             data = file.read_bytes()
@@ -211,7 +223,7 @@ def _grids(loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Pat
     return found
 
 
-def _find(recorded: str | None, results: Path) -> Path | None:
+def find(recorded: str | None, results: Path) -> Path | None:
     """A file by its recorded path, or beside the results if these were moved."""
     if recorded is None:
         return None

@@ -37,7 +37,7 @@ def train(
     from sfd_scale.recipe import TrainRecipe
 
     loaded = config.load(recipe, TrainRecipe, overrides or ())
-    if not build.train(loaded, run or loaded.run, allow_foreign):
+    if not build.train(loaded, run or loaded.run, allow_foreign, source=recipe):
         sys.exit(REQUEUE_EXIT_CODE)
 
 
@@ -100,6 +100,18 @@ def sample(
     from sfd_scale import exports
 
     exports.sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="The page; report.html in the first folder by default.")] = None,
+    title: Annotated[str | None, typer.Option()] = None,
+) -> None:
+    """Write one HTML page about one run or several: curves, scores, samples, recipes."""
+    from sfd_scale.recipe import harness
+
+    harness("run_report").write(runs, out, title)
 
 
 @app.command()

@@ -59,11 +59,12 @@ logger = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False) -> bool:
+def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: str | None = None) -> bool:
     """Train or resume in the run folder; True if the last step was reached, False if it was asked to stop.
 
     Args:
         allow_foreign: go on from checkpoints of another recipe, with a warning that names the differences.
+        source: the recipe's name or file, for those who read the run folder.
 
     Raises:
         ValueError: if the folder is in use or holds a run of another recipe, or the recipe does not fit data or world
@@ -73,10 +74,10 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False) -> bool:
     with HangRecorder(run / "logs", recipe.train.timeout_s) as hangs:
         distributed.init(recipe.train.timeout_s)
         with run_lock(run):
-            return _train(recipe, run, hangs, allow_foreign)
+            return _train(recipe, run, source, hangs, allow_foreign)
 
 
-def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: bool) -> bool:
+def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecorder, allow_foreign: bool) -> bool:
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
     identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
@@ -90,7 +91,7 @@ def _train(recipe: TrainRecipe, run: Path, hangs: HangRecorder, allow_foreign: b
     attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
     facts = _facts(recipe, split, engine, reader)
-    _claim(run, recipe, facts, allow_foreign)
+    _claim(run, recipe, source, facts, allow_foreign)
     metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
 
@@ -214,7 +215,7 @@ def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
 
 
 def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow: bool = False) -> None:
-    flat_own, flat_stored = _flatten({k: own[k] for k in own}), _flatten({k: stored[k] for k in own if k in stored})
+    flat_own, flat_stored = config.flatten(own), config.flatten({k: stored[k] for k in own if k in stored})
     names = sorted({*flat_own, *flat_stored})
     different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
     if different:
@@ -227,13 +228,7 @@ def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, al
         logger.warning("%s goes on under another recipe: %s", run, listed)
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix.rstrip("."): tree}
-    return {key: value for name, item in tree.items() for key, value in _flatten(item, f"{prefix}{name}.").items()}
-
-
-def _claim(run: Path, recipe: TrainRecipe, facts: Mapping[str, str], allow_foreign: bool) -> None:
+def _claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
     """Write what runs in the run folder, and where. Rank 0 writes.
 
     Raises:
@@ -244,7 +239,7 @@ def _claim(run: Path, recipe: TrainRecipe, facts: Mapping[str, str], allow_forei
         _check_same({"recipe": trajectory(recipe)}, {"recipe": trajectory(stored)}, run, allow_foreign)
     distributed.barrier()
     if distributed.is_main():
-        (run / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+        (run / "recipe.yaml").write_text(config.with_source(config.to_yaml(recipe), source), encoding="utf-8")
         (run / "environment.json").write_text(
             json.dumps({**environment(), "run": facts}, indent=1) + "\n", encoding="utf-8"
         )

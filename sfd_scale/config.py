@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 RECIPE_ROOT = Path(__file__).resolve().parents[1] / "recipes"
 _COMMAND_LINE = "the command line"
+_SOURCE = "# started as: "
 
 
 class ConfigError(ValueError):
@@ -74,6 +75,44 @@ def _read(path: Path, trail: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[st
         parent, parent_origin = _read(_parent(name, path), (*trail, path.resolve()))
         tree, origin = _merge(tree, parent), {**origin, **parent_origin}
     return _merge(tree, own), {**origin, **{key: str(path) for key in _leaves(own)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lineage:
+    """Where the settings of a recipe come from; dotted keys. `resolved` has the defaults too."""
+
+    parents: list[str]
+    inherited: dict[str, Any]
+    own: dict[str, Any]
+    resolved: dict[str, Any]
+
+
+def lineage(source: str | Path, cls: type[Any]) -> Lineage:
+    """What a recipe extends, what it inherits by that, and what its own file sets.
+
+    Raises:
+        ConfigError: if it cannot be found or is not valid any more.
+    """
+    path = find(source)
+    own = OmegaConf.load(path)
+    assert isinstance(own, DictConfig)
+    parents = own.pop("extends", [])
+    names = [parents] if isinstance(parents, str) else [str(name) for name in parents]
+    inherited = OmegaConf.create({})
+    for name in names:
+        inherited = _merge(inherited, _read(_parent(name, path), (path.resolve(),))[0])
+    return Lineage(names, _flat(inherited), _flat(own), flatten(to_dict(load(source, cls))))
+
+
+def _flat(tree: DictConfig) -> dict[str, Any]:
+    return flatten(OmegaConf.to_container(tree))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as dotted keys and leaves."""
+    if not isinstance(tree, Mapping) or (prefix and not tree):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
 
 
 def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
@@ -162,6 +201,17 @@ def to_dict(config: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=120)
+
+
+def with_source(text: str, source: str | None) -> str:
+    """A resolved recipe's YAML with the recipe that it was started as in its first line; see `source_of`."""
+    return text if source is None else f"{_SOURCE}{source}\n{text}"
+
+
+def source_of(path: Path) -> str | None:
+    """The recipe that a resolved one was started as, if it says so."""
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix(_SOURCE).strip() if first.startswith(_SOURCE) else None
 
 
 def digest(config: Any) -> str:

@@ -166,11 +166,24 @@ def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
     """
     kind = config.kind_of(name, overrides)
     if kind == ABOVE:
-        # By name, at run time: the harness is the layer above and stands in the checkout only.
-        return config.load(name, import_module("eval.recipe").EvalRecipe, overrides)
+        return config.load(name, harness("recipe").EvalRecipe, overrides)
     if kind not in _KINDS:
         raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE])}")
     return config.load(name, _KINDS[kind], overrides)
+
+
+def harness(module: str) -> Any:
+    """A module of the evaluation harness: by name, at run time, as it is the layer above.
+
+    Raises:
+        ValueError: where the package is installed without its checkout, in which alone the harness stands.
+    """
+    try:
+        return import_module(f"{ABOVE}.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in (ABOVE, f"{ABOVE}.{module}"):
+            raise
+        raise ValueError("the evaluation harness is not installed; run this in a checkout of sfd-scale") from error
 
 
 def summary_table() -> Table:

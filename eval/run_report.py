@@ -1,0 +1,212 @@
+"""Training runs in one page: curves, loss by clock, scores and samples over steps, recipes and what they change."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval import figures
+from eval.chunks import write_atomically
+from eval.figures import Row
+from eval.report import COLUMNS, Picture, find, flatten, how, score_cells, templates
+from eval.score import Results, read_results
+from sfd_scale import config
+from sfd_scale.recipe import TrainRecipe
+
+logger = logging.getLogger(__name__)
+EVALUATIONS = "evaluations"
+# Panels of the second figure, as far as they were logged.
+HEALTH = (
+    "lr", "grad_norm", "samples_per_s", "mfu", "data_wait_share", "data_wait_share_max", "step_s/p50", "step_s/p99",
+    "memory_allocated_bytes", "memory_host_bytes", "ema_distance", "skipped_steps",
+)  # fmt: skip
+MOST_GRIDS = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read: its metrics, its evaluations by step, and its recipe as plain data."""
+
+    path: Path
+    label: str
+    rows: list[Row]
+    results: list[tuple[Path, Results]]
+    recipe: Mapping[str, Any]
+
+    @property
+    def scores(self) -> list[Row]:
+        return [{"step": step_of(result), **result["scores"]} for _, result in self.results]
+
+
+def write(folders: Sequence[Path], out: Path | None = None, title: str | None = None) -> Path:
+    """Write one self-contained HTML page about the runs; `report.html` in the first folder by default.
+
+    Raises:
+        ValueError: for a folder that is no run folder, or has logged nothing yet.
+    """
+    runs = [read_run(path, label) for path, label in zip(folders, _labels(folders), strict=True)]
+    out = folders[0] / "report.html" if out is None else out
+    colours = itertools.cycle(figures.COLOURS)
+    values = {
+        "title": title or ", ".join(run.label for run in runs),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "columns": COLUMNS,
+        "runs": [_shown(run, colour) for run, colour in zip(runs, colours, strict=False)],
+        "sections": _sections(runs),
+        "scores": _scores(runs),
+        "grids": [(run.label, pictures) for run in runs if (pictures := _grids(run))],
+        "between": _between(runs),
+    }
+    write_atomically(out, templates().get_template("run.html.j2").render(values).encode())
+    logger.info("%s", out)
+    return out
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Raises ValueError: see `write`."""
+    rows = figures.read_metrics(path)
+    if not rows:
+        raise ValueError(f"{path}: nothing was logged yet")
+    found = [(file, read_results(file)) for file in sorted(path.glob(f"{EVALUATIONS}/**/results.json"))]
+    found = [(file, result) for file, result in found if result["samples"]["kind"] == "generated"]
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    return Run(path, label, rows, sorted(found, key=lambda pair: step_of(pair[1])), recipe)
+
+
+def step_of(result: Results) -> int:
+    return int(result["samples"]["checkpoint"]["step"])
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of the path as tells them apart."""
+    resolved = [path.resolve() for path in folders]
+    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
+        labels = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
+    rows = {run.label: run.rows for run in runs}
+    every = [row for run in runs for row in run.rows]
+    health = [name for name in HEALTH if any(isinstance(row.get(name), int | float) for row in every)]
+    sections = [
+        ("Losses", [_picture("the total and every term", figures.panels(rows, figures.loss_names(every)))]),
+        ("Throughput and health", [_picture("by step", figures.panels(rows, health))]),
+    ]
+    clock = figures.clock_curves(rows)
+    if clock is not None:
+        sections.append(("Loss by clock", [_picture("early and late in training", clock, wide=False)]))
+    scored = {run.label: run.scores for run in runs if run.results}
+    if scored:
+        every = [row for rows in scored.values() for row in rows]
+        titles = {c.key: c.title for c in COLUMNS if any(row[c.key] is not None for row in every)}
+        titles.pop("kid_mean", None)  # with few samples, its noise
+        sections.append(("Scores over steps", [_picture("of the checkpoints", figures.score_curves(scored, titles))]))
+    return sections
+
+
+def _picture(title: str, data: bytes, *, wide: bool = True) -> Picture:
+    return Picture(title, "", data, wide)
+
+
+def _grids(run: Run) -> list[Picture]:
+    """Sample grids by step, at most MOST_GRIDS of them, evenly spread; real images at the end."""
+    found: list[Picture] = []
+    real: Picture | None = None
+    for file, result in run.results:
+        grid, reference = (find(result["run"].get(key), file) for key in ("grid", "reference_grid"))
+        if grid is not None:
+            found.append(Picture(f"step {step_of(result):,}", "", grid.read_bytes()))
+        if real is None and reference is not None:
+            real = Picture("real images", "", reference.read_bytes())
+    if len(found) > MOST_GRIDS:
+        found = [found[round(i * (len(found) - 1) / (MOST_GRIDS - 1))] for i in range(MOST_GRIDS)]
+    return [*found, *([real] if real and found else [])]
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def _shown(run: Run, colour: str) -> dict[str, Any]:
+    last = run.rows[-max(1, len(run.rows) // 10) :]
+    fids = [(row["fid"], row["step"]) for row in run.scores if row["fid"] is not None]
+    cells = [
+        f"{run.rows[-1]['step']:,} of {run.recipe['train']['steps']:,}",
+        _median(last, "loss", "{:.4f}"),
+        _median(last, "samples_per_s", "{:,.1f}"),
+        _median(last, "mfu", "{:.1%}"),
+        _median(last, "data_wait_share", "{:.1%}"),
+        f"{run.rows[-1].get('skipped_steps') or 0:,}",
+        "{:.2f} at {:,}".format(*min(fids)) if fids else "–",
+    ]
+    source, parents, changes = _changes(run)
+    details = [("every setting", flatten(dict(run.recipe)))]
+    machine = run.path / "environment.json"
+    if machine.is_file():
+        details.append(("environment", flatten(json.loads(machine.read_text(encoding="utf-8")))))
+    return {
+        "label": run.label, "colour": colour, "cells": cells, "details": details,
+        "source": source, "parents": parents, "changes": changes,
+    }  # fmt: skip
+
+
+def _median(rows: Sequence[Row], name: str, form: str) -> str:
+    values = [row[name] for row in rows if isinstance(row.get(name), int | float)]
+    return form.format(statistics.median(values)) if values else "–"
+
+
+def _changes(run: Run) -> tuple[str | None, list[str], list[dict[str, str]] | None]:
+    """The recipe that the run was started with, what it extends, and every setting that it or the command line sets to
+    something else than what it extends; (None, [], None) where the run does not say it or the recipe is gone."""
+    source = config.source_of(run.path / "recipe.yaml")
+    if source is None:
+        return None, [], None
+    try:
+        lineage = config.lineage(source, TrainRecipe)
+    except config.ConfigError as error:
+        logger.warning("%s: %s", run.path, error)
+        return None, [], None
+    rows = []
+    for key, value in flatten(dict(run.recipe)).items():
+        inherited, resolved = str(lineage.inherited.get(key, "–")), str(lineage.resolved.get(key, "–"))
+        if value != resolved:
+            rows.append({"key": key, "inherited": resolved, "value": value, "by": "the command line"})
+        elif key in lineage.own and str(lineage.own[key]) != inherited:
+            rows.append({"key": key, "inherited": inherited, "value": value, "by": source})
+    return source, lineage.parents, [row for row in rows if row["key"] not in ("name", "kind")]
+
+
+def _between(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    flat = [flatten(dict(run.recipe)) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1 and key not in ("run", "name")]
+
+
+def _scores(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    results = [(run.label, result) for run in runs for _, result in run.results]
+    cells = score_cells([result for _, result in results])
+    return [
+        {
+            "run": label,
+            "step": f"{step_of(result):,}",
+            "cells": row,
+            "count": f"{result['count']:,}",
+            "how": how(result),
+        }
+        for (label, result), row in zip(results, cells, strict=True)
+    ]
