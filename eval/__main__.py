@@ -115,6 +115,7 @@ def compare(
     """Whether two results differ: the paired difference of their scores, with a bootstrap interval."""
     from eval.compare import compare as run
 
+    distributed.init(TIMEOUT_S)  # the neighbours of 50,000 images take a while, and ranks share them out
     run(a, b, rounds=rounds, out=out)
 
 

@@ -11,16 +11,19 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,8 +32,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from sfd_scale import distributed, logs
 
 logger = logging.getLogger(__name__)
-Produce = Callable[[int], tuple[dict[str, Tensor], dict[str, Any]]]
-"""Chunk number → tensors to store, and numbers to show beside the progress bar."""
+Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
+"""Chunk number → what makes its tensors, called in another thread, and numbers to show beside the progress bar."""
 _NAME = re.compile(r"chunk-(\d{6})\.safetensors")
 
 
@@ -39,28 +42,46 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under another name and rename it, so that it is whole or not there.
+@contextmanager
+def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A name beside `path` to write to; the file gets its own name when the context ends, whole, or never.
+
+    Args:
+        sync: wait until the bytes are on the disk; for many small files that takes long.
 
     Raises:
         ValueError: on a full disk, saying so; what was there before is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(
                 f"{path}: the disk is full, so this file was not written; all before it are whole. Free some space and "
                 "give the same command again: it goes on from here"
             ) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file `atomically`."""
+    with atomically(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def made_on() -> str:
+    """What decides the last bits of a float beside the settings: the device, the threads of a CPU, PyTorch."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @dataclass(frozen=True)
@@ -107,11 +128,24 @@ class ChunkFolder:
 
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(self.file(chunk), save(data))
+        write_atomically(self.file(chunk), save(data, {"made_on": made_on()}))
 
-    def read(self, name: str) -> Iterator[Tensor]:
-        """The tensor `name` of every chunk, in order; chunks are opened one by one."""
+    def width(self, name: str) -> int | None:
+        """Columns of the tensor `name`, or None if there is no such."""
+        with safe_open(str(self.file(0)), framework="pt") as file:
+            return file.get_slice(name).get_shape()[1] if name in self.names() else None
+
+    def made_on(self) -> list[str]:
+        """The machines that made the chunks, each once."""
+        found = set()
         for chunk in range(self.count):
+            with safe_open(str(self.file(chunk)), framework="pt") as file:
+                found.add((file.metadata() or {}).get("made_on", "unknown"))
+        return sorted(found)
+
+    def read(self, name: str, chunks: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """The tensor `name` of every chunk, or of those given, in order; chunks are opened one by one."""
+        for chunk in range(self.count) if chunks is None else chunks:
             with safe_open(str(self.file(chunk)), framework="pt") as file:
                 yield file.get_tensor(name)
 
@@ -203,7 +237,8 @@ def _connect() -> TCPStore:
 def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> int:
     """Fill the folder, on all ranks together; returns how many rows this start made.
 
-    A chunk is written by a thread while the next one is computed. Every rank returns when every chunk is committed.
+    A chunk is finished and written by a thread while the next one is computed. Every rank returns when all chunks are
+    committed.
 
     Raises:
         ValueError: if chunks are missing in the end because a rank failed; a second start goes on.
@@ -215,9 +250,9 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
         bar.skip(folder.total - rows)
         shown, pending = 0, None
         for chunk in queue:
-            tensors, fields = produce(chunk)
+            finish, fields = produce(chunk)
             _finish(pending)
-            pending = writer.submit(folder.commit, chunk, tensors)
+            pending = writer.submit(_complete, folder, chunk, finish)
             done = queue.finished(len(folder.rows(chunk)))
             # The bar counts what all ranks have done; it is drawn by rank 0, when that has a result of its own.
             bar.advance(done - shown, **fields)
@@ -232,6 +267,10 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     # No rank may leave, and rank 0 may not close the store, while another still asks.
     distributed.barrier()
     return rows
+
+
+def _complete(folder: ChunkFolder, chunk: int, finish: Callable[[], dict[str, Tensor]]) -> None:
+    folder.commit(chunk, finish())
 
 
 def _finish(pending: Future[None] | None) -> None:

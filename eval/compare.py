@@ -26,8 +26,9 @@ from eval.chunks import write_atomically
 from eval.extract import FeatureSet, open_features, read_features
 from eval.metrics import Moments
 from eval.reference import Reference, read_reference
+from eval.report import flatten
 from eval.score import Results, read_results
-from sfd_scale import seeding
+from sfd_scale import distributed, seeding
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
@@ -76,10 +77,16 @@ def compare(a: Path, b: Path, *, rounds: int = 2000, out: Path | None = None) ->
         )
         for name, influence, pairs in _scores(sets, reference, paired)
     ]
-    _show(differences, paired)
+    if not distributed.is_main():
+        return differences
+    others = settings_that_differ(first, second)
+    _show(differences, paired, others)
     if out is not None:
         rows = [{**vars(found), "differs": found.differs} for found in differences]
-        data = {"a": str(a), "b": str(b), "paired": paired, "level": LEVEL, "rounds": rounds, "scores": rows}
+        data = {
+            "a": str(a), "b": str(b), "paired": paired, "level": LEVEL, "rounds": rounds, "scores": rows,
+            "settings": others,
+        }  # fmt: skip
         write_atomically(out, f"{json.dumps(data, indent=1)}\n".encode())
     return differences
 
@@ -200,6 +207,14 @@ def _check_comparable(a: Results, b: Results) -> None:
         raise ValueError(f"metrics: {a['metrics']} and {b['metrics']}; scores have to share them")
 
 
+def settings_that_differ(a: Results, b: Results) -> dict[str, tuple[str, str]]:
+    """Everything that determined the two results and is not the same, by dotted key."""
+    left, right = (flatten({key: side[key] for key in ("samples", "versions")}) for side in (a, b))
+    keys = dict.fromkeys([*left, *right])
+    pairs = {key: (left.get(key, "–"), right.get(key, "–")) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def _paired(a: Results, b: Results) -> bool:
     """Whether image i of both has the same noise and label."""
     sides = (a["samples"], b["samples"])
@@ -222,7 +237,7 @@ def _features(results: Results, path: Path) -> Path:
     return recorded if (recorded / "config.json").is_file() else beside
 
 
-def _show(differences: list[Difference], paired: bool) -> None:
+def _show(differences: list[Difference], paired: bool, others: dict[str, tuple[str, str]]) -> None:
     title = "B − A, paired by image number" if paired else "B − A, not paired: the images do not share noise and labels"
     table = Table("score", "A", "B", "B − A", f"{100 * LEVEL:.0f}% interval", "", title=title)
     for found in differences:
@@ -230,3 +245,7 @@ def _show(differences: list[Difference], paired: bool) -> None:
         interval = f"{found.low:+.4g} to {found.high:+.4g}"
         table.add_row(found.score, f"{found.a:.5g}", f"{found.b:.5g}", f"{found.difference:+.4g}", interval, verdict)
     Console().print(table)
+    settings = Table("what differs", "A", "B")
+    for key, (left, right) in others.items():
+        settings.add_row(key, left, right)
+    Console().print(settings if others else "A and B are of the same settings.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,20 @@ def open_features(path: Path) -> ChunkFolder:
 def read_features(folder: ChunkFolder) -> FeatureSet:
     """All rows of a finished folder, exactly as many as it says, in order of image numbers."""
     config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
-    present = folder.names()
-
-    def rows(name: str) -> Tensor | None:
-        if name not in present:
-            return None
-        tensor = torch.cat(list(folder.read(name)))
-        if len(tensor) != folder.total:
-            raise ValueError(f"{folder.path}: {len(tensor)} rows of {name}, expected {folder.total}")
-        return tensor
-
-    pool = rows("pool")
+    pool = read_rows(folder, "pool")
     assert pool is not None
-    return FeatureSet(pool, rows("spatial"), rows("logits"), rows("labels"), config)
+    spatial, logits, labels = (read_rows(folder, name) for name in ("spatial", "logits", "labels"))
+    return FeatureSet(pool, spatial, logits, labels, config)
+
+
+def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
+    """One tensor of a finished folder, in order of image numbers: (N, ...), or None if it has no such."""
+    if name not in folder.names():
+        return None
+    tensor = torch.cat(list(folder.read(name)))
+    if len(tensor) != folder.total:
+        raise ValueError(f"{folder.path}: {len(tensor)} rows of {name}, expected {folder.total}")
+    return tensor
 
 
 def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
@@ -85,10 +87,14 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
         return folder
     network = extractor.get()
 
-    def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
         pixels, labels = images.rows(folder.rows(chunk))
-        features = extract_padded(network, pixels, batch)
-        return features if labels is None else {**features, "labels": labels}, {}
+
+        def finish() -> dict[str, Tensor]:
+            features = extract_padded(network, pixels, batch)
+            return features if labels is None else {**features, "labels": labels}
+
+        return finish, {}
 
     chunks.run(folder, produce, "features", "images")
     return folder

@@ -9,8 +9,6 @@ N images · P pooled · S = h·w·c spatial · K logits.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale import distributed
+from eval.weights import fetch, file_sha256, load_state
 
-logger = logging.getLogger(__name__)
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -32,7 +29,7 @@ INCEPTION_GRID = (17, 17, 7)
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionConfig:
-    """torch-fidelity's Inception weights: a file, or none to download them from `url` once a machine."""
+    """torch-fidelity's Inception weights: a file, or none to download them from `url` (91 MB) once a machine."""
 
     kind: Literal["inception"] = "inception"
     weights: Path | None = None
@@ -42,14 +39,50 @@ class InceptionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredConfig:
-    """An extractor registered with torch-fidelity, such as dinov2-vit-b-14 (layer dinov2) or clip-vit-b-32."""
+    """Named layers of an extractor that is registered with torch-fidelity, by it or by a `module`, which is imported.
+
+    weights: loaded without running anything in them. torch-fidelity's own extractors download theirs where none are
+        given, and run what comes (vgg16, clip-*: a pickle; dinov2-*: the code of a repository): `trust_remote_code`
+        allows that.
+    """
 
     name: str
     pooled: str
     spatial: str | None = None
     logits: str | None = None
+    module: str | None = None
     weights: Path | None = None
+    url: str | None = None
+    sha256: str | None = None
+    trust_remote_code: bool = False
     kind: Literal["registered"] = "registered"
+
+    def __post_init__(self) -> None:
+        _check_url(self.url, self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2Config:
+    """The class token of a DINOv2 (arXiv 2304.07193), for FD-DINOv2 (arXiv 2306.04675): no spatial features, no logits.
+
+    `weights`: a file of the DINOv2 authors, such as dinov2_vitl14_pretrain.pth, or its `url` and `sha256`.
+    """
+
+    weights: Path | None = None
+    url: str | None = None
+    sha256: str | None = None
+    model: str = "vit_large_patch14_dinov2"
+    kind: Literal["dinov2"] = "dinov2"
+
+    def __post_init__(self) -> None:
+        _check_url(self.url, self.sha256)
+        if self.weights is None and self.url is None:
+            raise ValueError("weights: null; allowed: a file of the DINOv2 authors, or its url and sha256")
+
+
+def _check_url(url: str | None, sha256: str | None) -> None:
+    if url is not None and sha256 is None:
+        raise ValueError(f"sha256: null, with the url {url}; allowed: the checksum of the file that it gives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +93,7 @@ class ConvNetConfig:
     kind: Literal["convnet"] = "convnet"
 
 
-ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig
+ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2Config
 
 
 class Features(NamedTuple):
@@ -103,6 +136,18 @@ class LazyExtractor:
 
 
 @contextmanager
+def one_algorithm() -> Iterator[None]:
+    """Convolutions on a GPU by one algorithm a shape, that adds up in one order."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    try:
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 that is float32: no autocast, no TF32 (the default for convolutions), one algorithm a shape.
 
@@ -111,15 +156,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
-    flags = cudnn.deterministic, cudnn.benchmark
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        cudnn.deterministic, cudnn.benchmark = True, False
-        with torch.autocast(device.type, enabled=False):
+        with one_algorithm(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = flags
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
 
@@ -134,9 +176,18 @@ def identify(config: ExtractorConfig) -> str:
             return f"inception-v3-compat:{config.sha256}"
         case ConvNetConfig():
             return f"sfd-convnet:{file_sha256(config.weights)}"
+        case DINOv2Config():
+            return f"dinov2:{config.model}:{_weights_hash(config)}"
         case RegisteredConfig():
-            weights = "its own" if config.weights is None else file_sha256(config.weights)
-            return ":".join([config.name, config.pooled, str(config.spatial), str(config.logits), weights])
+            code = [] if config.module is None else [config.module]
+            weights = _weights_hash(config)
+            return ":".join([*code, config.name, config.pooled, str(config.spatial), str(config.logits), weights])
+
+
+def _weights_hash(config: RegisteredConfig | DINOv2Config) -> str:
+    if config.sha256 is not None:
+        return config.sha256
+    return "its own" if config.weights is None else file_sha256(config.weights)
 
 
 def make_extractor(config: ExtractorConfig, device: torch.device) -> LazyExtractor:
@@ -146,69 +197,20 @@ def make_extractor(config: ExtractorConfig, device: torch.device) -> LazyExtract
 
 def build_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
     """The extractor on `device`; called by all ranks, of which one a machine downloads what is missing."""
-    # torch-fidelity takes seconds to import, and most commands build no extractor.
-    from eval.extractors import InceptionFeatures, RegisteredFeatures
+    # torch-fidelity and timm take seconds to import, and most commands build no extractor.
+    from eval import extractors
 
     match config:
         case InceptionConfig():
-            weights = inception_weights(config)
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            return InceptionFeatures(state, device, identify(config))
+            state = load_state(fetch(config.weights, config.url, config.sha256))
+            return extractors.InceptionFeatures(state, device, identify(config))
         case ConvNetConfig():
             from eval.convnet import LAYERS, register
 
             registered = RegisteredConfig(name=register(), weights=config.weights, **LAYERS)
-            return RegisteredFeatures(registered, device, identify(config))
+            return extractors.RegisteredFeatures(registered, device, identify(config))
+        case DINOv2Config():
+            state = load_state(fetch(config.weights, config.url, config.sha256))
+            return extractors.DINOv2Features(config, state, device, identify(config))
         case RegisteredConfig():
-            return RegisteredFeatures(config, device, identify(config))
-
-
-def inception_weights(config: InceptionConfig) -> Path:
-    """The weights' file with its checksum verified, downloaded by one rank of each machine if none is given.
-
-    Raises:
-        ValueError: for a missing file, a wrong checksum, or a download that failed, saying what to do.
-    """
-    path = config.weights
-    if path is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / f"inception-{config.sha256[:8]}.pth"
-        if distributed.local_rank() == 0 and not path.exists():
-            _download(config.url, path, config.sha256)
-        distributed.barrier()
-    if not path.exists():
-        raise ValueError(
-            f"extractor.weights: {path} does not exist; download {config.url} (91 MB) and give its path, or leave the "
-            "key out where there is a network"
-        )
-    found = file_sha256(path)
-    if found != config.sha256:
-        raise ValueError(
-            f"extractor.weights: {path} has SHA-256 {found}, expected {config.sha256}; download it again, or give its "
-            "own checksum as extractor.sha256 if it is meant to be another network"
-        )
-    return path
-
-
-def _download(url: str, path: Path, sha256: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("downloading %s to %s", url, path)
-    try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:
-        # The other ranks wait at the barrier, find no file, and say what to do; so does this one.
-        logger.warning("the download of %s failed: %s", url, error)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+            return extractors.RegisteredFeatures(config, device, identify(config))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +15,20 @@ import torch
 from torch import Tensor
 
 from eval import chunks, outputs
+from eval.batches import auto_batch
 from eval.chunks import ChunkFolder
 from eval.extract import extract_padded
-from eval.features import LazyExtractor, file_sha256, make_extractor
+from eval.features import LazyExtractor, full_precision, make_extractor, one_algorithm
+from eval.graphs import GraphedModel, check_graphs
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
+from eval.streams import SideStream
+from eval.weights import file_sha256
 from sfd_scale import config, distributed, sample
 from sfd_scale.accelerators import bf16_products
-from sfd_scale.diffusion.guidance import guided, interval_kinks
+from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_kinks
+from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig, evaluation_times
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.models import attention
 from sfd_scale.sample import Sampler
 
 if TYPE_CHECKING:
@@ -46,18 +55,57 @@ def prepare(
     """Load the models and name the extractor of a recipe; a sweep gives what it has already.
 
     Raises:
-        ValueError: for a missing checkpoint, or a guide that does not belong to it.
+        ValueError: for a missing checkpoint, a guide that does not belong to it, guidance that does nothing, or a
+            setting that the device does not have.
     """
     load = load_model if load is None else load
     if recipe.checkpoint is None:
         raise ValueError("checkpoint: null; allowed: a file of `sfd export` (checkpoint=PATH or --checkpoint PATH)")
+    files = [path for path in (recipe.checkpoint, recipe.guide) if path is not None and path.is_file()]
+    if len({file_sha256(path) for path in files}) < len(files):
+        raise ValueError(
+            f"guide: {recipe.guide} is the checkpoint itself, which guides nothing; allowed: a worse model"
+        )
+    if recipe.cuda_graphs:
+        check_graphs(device)
+    kernel = attention.activate(recipe.attention, device)
     loaded = load(recipe.checkpoint, recipe.precision, recipe.compile, device)
     guide = None if recipe.guide is None else load(recipe.guide, recipe.precision, recipe.compile, device)
-    sampler = make_sampler(recipe, loaded, guide, device)
     labels = labels_of(recipe, loaded.num_classes)
+    check_guidance(recipe.guidance, recipe.sampler, loaded.schedule)
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
-    determined = describe(recipe, extractor.identity, loaded.provenance, None if guide is None else guide.provenance)
+    if recipe.batch == "auto":
+        recipe = dataclasses.replace(recipe, batch=_fitting(recipe, loaded, guide, extractor, device))
+    sampler = make_sampler(recipe, loaded, guide, device)
+    weights = [None if found is None else found.provenance for found in (loaded, guide)]
+    determined = describe(recipe, extractor.identity, kernel, *weights)
     return Job(sampler, labels, extractor, determined)
+
+
+def _fitting(
+    recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, extractor: LazyExtractor, device: torch.device
+) -> int:
+    """The batch that fits: two steps from noise, then pixels and features of as many images."""
+
+    def work(batch: int) -> Iterator[None]:
+        short = dataclasses.replace(recipe, batch=batch, sampler=EulerConfig(num_steps=2))
+        sampler = make_sampler(short, loaded, guide, device)
+        drawn = sampler.draw(range(batch), torch.zeros(batch, dtype=torch.int64))
+        yield
+        extract_padded(extractor.get(), sampler.pixels(drawn), batch)
+        yield
+
+    return auto_batch(work, device)
+
+
+def with_kept_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
+    """`batch: auto` replaced by what the first of the folders that was begun has; all ranks have to call this."""
+    if recipe.batch != "auto":
+        return recipe
+    files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
+    kept = json.loads(files[0].read_text(encoding="utf-8"))["batch"] if files else None
+    kept = distributed.broadcast_object(kept)
+    return recipe if kept is None else dataclasses.replace(recipe, batch=kept)
 
 
 def load_model(path: Path, precision: Precision, compiled: bool, device: torch.device) -> Loaded:
@@ -84,15 +132,16 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     Raises:
         ValueError: for a guide of another layout, normalisation or schedule.
     """
+    assert isinstance(recipe.batch, int)
+    model: FlowModel = loaded.model
+    worse: FlowModel | None = None
     if guide is not None:
         check_guide(loaded, guide)
-    velocity = guided(
-        loaded.model,
-        recipe.guidance,
-        loaded.layout,
-        guide=None if guide is None else guide.model,
-        null_label=loaded.num_classes,
-    )
+        worse = guide.model
+    if recipe.cuda_graphs:
+        sizes = (recipe.batch, 2 * recipe.batch)  # CFG asks for both velocities at once
+        model, worse = GraphedModel(model, sizes), None if worse is None else GraphedModel(worse, sizes)
+    velocity = guided(model, recipe.guidance, loaded.layout, guide=worse, null_label=loaded.null_label)
     return Sampler(
         velocity=velocity,
         layout=loaded.layout,
@@ -104,6 +153,7 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
         batch=recipe.batch,
         device=device,
         kinks=interval_kinks(recipe.guidance, loaded.schedule),
+        decode_batch=recipe.decode_batch,
     )
 
 
@@ -122,6 +172,24 @@ def check_guide(loaded: Loaded, guide: Loaded) -> None:
     for what, (own, other) in pairs.items():
         if own != other:
             raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; a guide has to share it")
+
+
+def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: SemanticFirstSchedule) -> None:
+    """Refuse an interval that begins after the last time at which the sampler asks for a velocity.
+
+    Raises:
+        ValueError: that says when that is.
+    """
+    times = evaluation_times(schedule, sampler)
+    if isinstance(guidance, NoGuidance) or times is None or guides(guidance, schedule.clocks(times)):
+        return
+    clocks = schedule.clocks(times)
+    guided_parts = ((clocks.texture, guidance.scale_texture), (clocks.semantic, guidance.scale_semantic))
+    latest = max(clock.max().item() for clock, scale in guided_parts if scale != 1)
+    raise ValueError(
+        f"interval_start: {guidance.interval_start} guides nothing, as no step of the sampler is that late; allowed: "
+        f"up to {latest:.4g}, or more steps"
+    )
 
 
 def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
@@ -150,10 +218,14 @@ def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
 
 
 def describe(
-    recipe: EvalRecipe, extractor: str, checkpoint: Mapping[str, Any], guide: Mapping[str, Any] | None
+    recipe: EvalRecipe,
+    extractor: str,
+    kernel: str,
+    checkpoint: Mapping[str, Any] | None,
+    guide: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that determines the features of a generated set, and nothing that does not (paths, reference, ranks)."""
-    assert recipe.checkpoint is not None
+    assert recipe.checkpoint is not None and checkpoint is not None
 
     def weights(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
         return {"sha256": file_sha256(path), **provenance}
@@ -169,10 +241,13 @@ def describe(
         "guidance": config.to_dict(recipe.guidance),
         "num_samples": recipe.num_samples,
         "batch": recipe.batch,
+        "decode_batch": recipe.decode_batch,
         "seed": recipe.seed,
         "labels": labels,
         "precision": recipe.precision,
+        "attention": kernel,
         "compile": recipe.compile,
+        "cuda_graphs": recipe.cuda_graphs,
         "extractor": extractor,
         "images": outputs.kept_images(recipe.outputs),
     }
@@ -185,26 +260,37 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
         ValueError: if `out` holds the results of other settings.
     """
     device = distributed.device()
-    job = prepare(recipe, device) if job is None else job
-    folder = ChunkFolder(out, recipe.num_samples, recipe.batch)
+    job = prepare(with_kept_batch(recipe, out), device) if job is None else job
+    batch = job.sampler.batch
+    folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
         folder.claim(job.config)
     distributed.barrier()
-    extractor = job.extractor.get()
+    extractor, side = job.extractor.get(), SideStream(device)
     kept = outputs.kept_rows(recipe.outputs, job.labels)
 
-    def produce(chunk: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
         rows = folder.rows(chunk)
         labels = job.labels[rows.start : rows.stop]
-        drawn = job.sampler.images(rows, labels)
-        features = extract_padded(extractor, drawn.images, recipe.batch)
-        tensors = {**features, "nfe": drawn.nfe, "labels": labels}
-        wanted = [row - rows.start for row in rows if row in kept]
-        tensors["images"], tensors["image_numbers"] = drawn.images[wanted], torch.tensor(wanted).long() + rows.start
-        return tensors, {"NFE": drawn.nfe.double().mean().item()}
+        drawn = job.sampler.draw(rows, labels)
+        sampled = side.mark()
+
+        def finish() -> dict[str, Tensor]:
+            with side.after(sampled):
+                images = job.sampler.pixels(drawn)
+                tensors = extract_padded(extractor, images, batch)
+            wanted = [row - rows.start for row in rows if row in kept]
+            numbers = torch.tensor(wanted).long() + rows.start
+            return {
+                **tensors, "nfe": drawn.nfe, "labels": labels, "images": images[wanted], "image_numbers": numbers
+            }  # fmt: skip
+
+        return finish, {"NFE": drawn.nfe.double().mean().item()}
 
     started = time.monotonic()
-    with bf16_products(device):
+    # Set once for both threads: these are settings of the process.
+    exact = full_precision(device) if recipe.precision == "fp32" else one_algorithm()
+    with exact, bf16_products(device):
         made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, job.labels)

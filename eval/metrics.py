@@ -9,7 +9,7 @@ N samples · M reference images · D feature channels · K logits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,8 +29,8 @@ class MetricsConfig:
 
     is_split: samples of one Inception Score. neighbours, reference_images: of precision and recall.
     kid_subsets, kid_size: how many subsets, and how many images of each set in one; 0 subsets leave KID out.
-    mode: `exact` gives the same bits for any number of ranks; `low_memory` adds up moments over ranks, and moves FID by
-        about 1e-7 at most.
+    mode: `exact` gives the same bits for any number of ranks; `low_memory` adds up moments over ranks, chunk by chunk,
+        and moves FID by about 1e-7 at most. Precision, recall and KID still hold the pooled features.
     """
 
     is_split: int = 5000
@@ -160,19 +160,34 @@ def _factor(cov: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- IS
 
 
-def inception_score(logits: Tensor, split: int) -> InceptionScore:
+def inception_score(logits: Tensor | Iterable[Tensor], split: int) -> InceptionScore:
     """exp of the mean KL(p(y|x) ‖ p(y)) within each split of `split` rows (N, K) (arXiv 1606.03498, Sec. 4).
 
-    As in ADM's evaluator the splits follow the order of rows and the last may be short, which lowers the mean.
+    As in ADM's evaluator the splits follow the order of rows and the last may be short, which lowers the mean. Rows may
+    come in parts of any length, of which only a split is held.
     """
     scores, sizes = [], []
     with one_thread():
-        for part in logits.split(split):
+        for part in _regrouped([logits] if isinstance(logits, Tensor) else logits, split):
             scores.append(_split_score(part))
             sizes.append(len(part))
     values = torch.tensor(scores, dtype=torch.float64)
     whole = values[[size == split for size in sizes]] if split in sizes else values
     return InceptionScore(values.mean().item(), values.std(correction=0).item(), whole.mean().item())
+
+
+def _regrouped(parts: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """The same rows in parts of `size`; the last may be shorter."""
+    held: list[Tensor] = []
+    for part in parts:
+        for piece in part.split(size):
+            held.append(piece)
+            if sum(map(len, held)) >= size:
+                rows = torch.cat(held)
+                yield rows[:size]
+                held = [rows[size:]] if len(rows) > size else []
+    if held:
+        yield torch.cat(held)
 
 
 def _split_score(logits: Tensor) -> float:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eval.chunks import atomically
+
 npy: Any = np.lib.format  # it has no types
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 
@@ -24,11 +26,10 @@ def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[
         batches: (n, 3, H, W) uint8 each, together `count` images.
 
     Raises:
-        ValueError: if the batches do not hold exactly `count` images of `size`.
+        ValueError: if the batches do not hold exactly `count` images of `size`, or the disk is full; there is no file
+            then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomically(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (count, *size, 3), np.dtype(np.uint8))
             written = 0
@@ -42,7 +43,6 @@ def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             _header(file, (count,), np.dtype(np.int64))
             file.write(labels.to(torch.int64).numpy().tobytes())
-    temporary.replace(path)
 
 
 def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import npz
-from eval.chunks import ChunkFolder
+from eval.chunks import ChunkFolder, atomically, write_atomically
 from eval.recipe import OutputsConfig
 
 GRID, NPZ, PNG = "grid.png", "samples.npz", "png"
@@ -68,8 +68,8 @@ def images_by_number(folder: ChunkFolder, wanted: set[int]) -> dict[int, Tensor]
 
 def save_grid(rows: list[list[Tensor]], path: Path, gap: int = 2) -> None:
     """A PNG with one row a class; short rows end in white."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_image(tile(rows, gap)).save(path)
+    with atomically(path) as temporary:
+        to_image(tile(rows, gap)).save(temporary)
 
 
 def tile(rows: list[list[Tensor]], gap: int = 2) -> Tensor:
@@ -95,14 +95,12 @@ def _write_png(folder: ChunkFolder, labels: Tensor) -> None:
     PNG loses nothing.
     """
     out = folder.path / PNG
-    out.mkdir(parents=True, exist_ok=True)
     number = 0
     for images in folder.read("images"):
         for image in images:
             path = out / f"{number:06d}.png"
             if not path.exists():
-                partial = path.with_suffix(".part")
-                to_image(image).save(partial, format="PNG")
-                partial.replace(path)
+                with atomically(path, sync=False) as temporary:
+                    to_image(image).save(temporary)
             number += 1
-    (out / "labels.txt").write_text("".join(f"{label}\n" for label in labels.tolist()), encoding="utf-8")
+    write_atomically(out / "labels.txt", "".join(f"{label}\n" for label in labels.tolist()).encode())

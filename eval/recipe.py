@@ -11,6 +11,7 @@ from eval.metrics import MetricsConfig
 from eval.sources import SourceConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
+from sfd_scale.models.attention import AttentionBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,14 @@ class OutputsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecipe:
-    """`checkpoint` and `guide` are files of `sfd export`; `batch` is fixed, whatever the number of ranks: it is part of
-    what determines an image to the last bit."""
+    """`checkpoint` and `guide` are files of `sfd export`.
+
+    batch: fixed, whatever the number of ranks: it is part of what determines an image to the last bit. `auto` takes
+        what fits the GPUs' memory at the first start and keeps it.
+    decode_batch: latents that the codec decodes at once; null for all of a batch.
+    cuda_graphs: replay the forward passes of whole batches from CUDA graphs, which helps where launching kernels takes
+        longer than running them: small models, small batches.
+    """
 
     kind: Literal["eval"] = "eval"
     name: str = "eval"
@@ -81,11 +88,14 @@ class EvalRecipe:
     sampler: SamplerConfig = field(default_factory=EulerConfig)
     guidance: GuidanceConfig = field(default_factory=NoGuidance)
     num_samples: int = 50_000
-    batch: int = 64
+    batch: int | Literal["auto"] = 64
+    decode_batch: int | None = None
     seed: int = 0
     labels: LabelsConfig = field(default_factory=BalancedLabels)
     precision: Literal["bf16", "fp32"] = "bf16"
+    attention: AttentionBackend = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
     extractor: ExtractorConfig = field(default_factory=InceptionConfig)
     extractor_batch: int = 64
     reference: SourceConfig | None = None
@@ -94,9 +104,10 @@ class EvalRecipe:
     outputs: OutputsConfig = field(default_factory=OutputsConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 2), ("batch", 1), ("extractor_batch", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        for name, least in (("num_samples", 2), ("batch", 1), ("decode_batch", 1), ("extractor_batch", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name}: {value}; allowed: {least} and up")
         if isinstance(self.guidance, AutoGuidance) and self.guide is None:
             raise ValueError("guide: null, with guidance kind autoguidance; allowed: an exported checkpoint")
         if self.guide is not None and not isinstance(self.guidance, AutoGuidance):

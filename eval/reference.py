@@ -15,10 +15,11 @@ from torch import Tensor
 from eval import npz, outputs
 from eval.chunks import config_hash, write_atomically
 from eval.extract import FeatureSet, extract, read_features
-from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor, file_sha256
+from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor
 from eval.metrics import MetricsConfig, Moments, moments
 from eval.recipe import EvalRecipe
 from eval.sources import Images, NpzSource, open_images
+from eval.weights import file_sha256
 from sfd_scale import config, distributed, seeding
 
 logger = logging.getLogger(__name__)

@@ -7,15 +7,17 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eval import metrics, outputs
 from eval.chunks import ChunkFolder, config_hash, write_atomically
-from eval.extract import FeatureSet, extract, open_features, read_features
+from eval.extract import extract, open_features, read_rows
 from eval.features import LazyExtractor, make_extractor
 from eval.metrics import MetricsConfig, Moments, MomentSums
 from eval.neighbours import precision_recall
@@ -27,6 +29,7 @@ from sfd_scale import config, distributed
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+SCORES = ("fid", "sfid", "is_mean", "is_std", "is_whole_splits", "precision", "recall", "kid_mean", "kid_std")
 Results = dict[str, Any]
 
 
@@ -56,6 +59,7 @@ def score(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 3),
         "world_size": distributed.world_size(),
+        "made_on": folder.made_on(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "samples": str(samples),
         "features": str(folder.path),
@@ -97,76 +101,109 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
 def score_features(
     settings: MetricsConfig, folder: ChunkFolder, reference: Reference
 ) -> tuple[dict[str, float | None], list[str]]:
-    """All scores of a finished folder of features, the same on every rank, and warnings about them."""
+    """All scores of a finished folder of features, the same on every rank, and warnings about them.
+
+    Rows of precision and recall are shared out; every other score is the work of one rank.
+    """
+    _check_dimensions(folder, reference)
     device = distributed.device()
-    samples = read_features(folder)
-    _check_dimensions(samples, reference)
-    scores: dict[str, float | None] = dict.fromkeys(
-        ("fid", "sfid", "is_mean", "is_std", "is_whole_splits", "precision", "recall", "kid_mean", "kid_std")
-    )
+    scores: dict[str, float | None] = dict.fromkeys(SCORES)
     if reference.features is not None:
-        pool, real = samples.pool.to(device), reference.features.to(device)
-        scores["precision"], scores["recall"] = precision_recall(pool, real, settings.neighbours)
-        if settings.kid_subsets:
-            kid = metrics.kernel_distance(pool, real, settings.kid_subsets, settings.kid_size)
-            scores["kid_mean"], scores["kid_std"] = kid
-    pool_moments, spatial_moments = _moments(settings, folder, samples, device)
-    scores["fid"] = metrics.frechet_distance(pool_moments, reference.pool.to(device))
-    if spatial_moments is not None and reference.spatial is not None:
-        scores["sfid"] = metrics.frechet_distance(spatial_moments, reference.spatial.to(device))
-    if samples.logits is not None:
-        inception = metrics.inception_score(samples.logits.to(device), settings.is_split)
-        scores["is_mean"], scores["is_std"], scores["is_whole_splits"] = inception
-    return distributed.broadcast_object((scores, _warnings(settings, samples, reference, scores)))
+        pool = _rows(folder, "pool").to(device)
+        found = precision_recall(pool, reference.features.to(device), settings.neighbours)
+        scores["precision"], scores["recall"] = found
+        del pool
+    tasks = _tasks(settings, folder, reference, device)
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = [task() for task in tasks[rank::world]]
+    for share in distributed.all_gather_object(mine):
+        for part in share:
+            scores.update(part)
+    return distributed.broadcast_object((scores, _warnings(settings, folder, reference, scores)))
 
 
-def _moments(
-    settings: MetricsConfig, folder: ChunkFolder, samples: FeatureSet, device: torch.device
-) -> tuple[Moments, Moments | None]:
-    if settings.mode == "low_memory":
-        pool = _summed(folder, "pool")
-        return pool.to(device), None if samples.spatial is None else _summed(folder, "spatial").to(device)
-    spatial = None if samples.spatial is None else metrics.moments(samples.spatial.to(device))
-    return metrics.moments(samples.pool.to(device)), spatial
+def _tasks(
+    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, device: torch.device
+) -> list[Callable[[], dict[str, float]]]:
+    """What makes each score, to be called by one rank; called itself by all, as moments may be added up over ranks."""
+    present = folder.names()
+
+    def distance(key: str, name: str, real: Moments) -> Callable[[], dict[str, float]]:
+        summed = _summed(folder, name) if settings.mode == "low_memory" else None
+
+        def task() -> dict[str, float]:
+            own = metrics.moments(_rows(folder, name).to(device)) if summed is None else summed.to(device)
+            return {key: metrics.frechet_distance(own, real.to(device))}
+
+        return task
+
+    def inception() -> dict[str, float]:
+        found = metrics.inception_score((part.to(device) for part in folder.read("logits")), settings.is_split)
+        return {"is_mean": found.mean, "is_std": found.std, "is_whole_splits": found.whole_splits}
+
+    def kernel() -> dict[str, float]:
+        assert reference.features is not None
+        pool, real = _rows(folder, "pool").to(device), reference.features.to(device)
+        found = metrics.kernel_distance(pool, real, settings.kid_subsets, settings.kid_size)
+        return {"kid_mean": found.mean, "kid_std": found.std}
+
+    tasks = [distance("fid", "pool", reference.pool)]
+    if reference.spatial is not None and "spatial" in present:
+        tasks.append(distance("sfid", "spatial", reference.spatial))
+    if "logits" in present:
+        tasks.append(inception)
+    if reference.features is not None and settings.kid_subsets:
+        tasks.append(kernel)
+    return tasks
+
+
+def _rows(folder: ChunkFolder, name: str) -> Tensor:
+    rows = read_rows(folder, name)
+    assert rows is not None
+    return rows
 
 
 def _summed(folder: ChunkFolder, name: str) -> Moments:
     """Moments from sums over each rank's chunks; as many rows at the end as the folder should have."""
-    sums: MomentSums | None = None
-    for chunk, rows in enumerate(folder.read(name)):
-        if sums is None:
-            sums = MomentSums(rows.shape[1], shift=rows.double().mean(0))
-        if chunk % distributed.world_size() == distributed.rank():
-            sums.update(rows)
-    assert sums is not None
+    shift = next(folder.read(name)).double().mean(0)
+    sums = MomentSums(len(shift), shift)
+    for rows in folder.read(name, range(distributed.rank(), folder.count, distributed.world_size())):
+        sums.update(rows)
     distributed.all_reduce_sum(sums.sums)
     found = sums.finish()
     assert found.count == folder.total
     return found
 
 
-def _check_dimensions(samples: FeatureSet, reference: Reference) -> None:
-    for name, tensor, moments in (
-        ("pooled", samples.pool, reference.pool),
-        ("spatial", samples.spatial, reference.spatial),
-    ):
-        if tensor is not None and moments is not None and tensor.shape[1] != len(moments.mean):
+def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
+    for title, name, moments in (("pooled", "pool", reference.pool), ("spatial", "spatial", reference.spatial)):
+        width = folder.width(name)
+        if width is not None and moments is not None and width != len(moments.mean):
             raise ValueError(
-                f"{tensor.shape[1]} {name} features in the samples, {len(moments.mean)} in the reference; they are of "
-                "different extractors"
+                f"{width} {title} features in the samples, {len(moments.mean)} in the reference; they are of different "
+                "extractors"
             )
 
 
 def _warnings(
-    settings: MetricsConfig, samples: FeatureSet, reference: Reference, scores: dict[str, float | None]
+    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: dict[str, float | None]
 ) -> list[str]:
-    found = metrics.sample_warnings(len(samples), samples.pool.shape[1], settings.is_split, samples.labels)
+    dim = len(reference.pool.mean)
+    found = metrics.sample_warnings(folder.total, dim, settings.is_split, read_rows(folder, "labels"))
+    if reference.pool.count is not None and reference.pool.count <= dim:
+        found.append(
+            f"a reference of {reference.pool.count} images for {dim} features: its covariance is singular and FID is "
+            "biased upwards; compare it only with FIDs against the same reference"
+        )
     if reference.features is None:
         found.append("the reference has no images: no precision, recall and KID")
-    if reference.spatial is None or scores["sfid"] is None:
+    if scores["sfid"] is None:
         found.append("no spatial features on both sides: no sFID")
     if scores["is_mean"] is None:
         found.append("the extractor has no logits: no Inception Score")
+    machines = folder.made_on()
+    if len(machines) > 1:
+        found.append(f"made in parts on {'; '.join(machines)}: the last bits of images differ between these")
     return found
 
 
@@ -197,10 +234,12 @@ def _results(
         "samples": samples,
         "reference": reference.provenance,
         "metrics": determined["metrics"],
+        "arithmetic": {"features": "float32", "tf32": False, "autocast": False, "moments": "float64"},
         "recipe_digest": config.digest(recipe),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy", "sfd-scale")},
+            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         },
     }
 

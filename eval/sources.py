@@ -14,8 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from eval.features import file_sha256
 from eval.npz import NpzImages
+from eval.weights import file_sha256
 from sfd_scale import config
 from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
@@ -132,7 +132,7 @@ def _labels_file(folder: Path, count: int) -> Tensor | None:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and file.is_file()
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _first_size(path: Path) -> int:

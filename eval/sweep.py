@@ -24,6 +24,9 @@ from sfd_scale import config, distributed
 
 logger = logging.getLogger(__name__)
 SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
+_COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # loaded and set once
+_PAIRING = ("seed", "labels", "num_samples")
+MODELS = 2  # in memory: a checkpoint and a guide
 
 
 @dataclass(frozen=True)
@@ -80,41 +83,52 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
     """Generate and score every cell; writes sweep.json and sweep.md, anew after each. A second start continues.
 
     Raises:
-        ValueError: if cells differ in extractor, which have no common scores.
+        ValueError: if cells differ in extractor, reference or metrics, so that there are no common scores.
     """
     device, todo = distributed.device(), cells(recipe, grid)
-    if len({config.digest(cell.recipe.extractor) for cell in todo}) > 1:
-        raise ValueError("extractor: varies; scores of different features cannot be compared")
+    for name in varying(todo, _COMMON):
+        raise ValueError(f"{name}: varies; scores of a sweep have to share it: one sweep for each, or eval compare")
     extractor = make_extractor(todo[0].recipe.extractor, device) if extractor is None else extractor
-    load = functools.cache(generate.load_model)
+    load = functools.lru_cache(MODELS)(generate.load_model)
     reference = load_reference(todo[0].recipe, extractor)
+    folders = [out / "cells" / cell.name for cell in todo]
+    note = ""
+    if unpaired := varying(todo, _PAIRING):
+        note = f"These cells do not share noise and labels, as these vary: {', '.join(unpaired)}."
     rows: list[dict[str, Any]] = []
-    for number, cell in enumerate(todo, start=1):
+    for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
         if distributed.is_main():
             logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
-        folder = out / "cells" / cell.name
-        generate.generate(cell.recipe, folder, generate.prepare(cell.recipe, device, extractor, load))
+        # The batch that `auto` finds for the first cell is that of all.
+        own = generate.with_kept_batch(cell.recipe, folder, *folders)
+        generate.generate(own, folder, generate.prepare(own, device, extractor, load))
         results = score(cell.recipe, folder, folder / "results.json", extractor, reference)
         rows.append(
             {"settings": cell.settings, "scores": results["scores"], "nfe": results["nfe"], "folder": str(folder)}
         )
         if distributed.is_main():
-            _write(rows, len(todo), out)
+            _write(rows, len(todo), note, out)
     if distributed.is_main():
-        _show(rows)
+        _show(rows, note)
     return rows
 
 
-def _write(rows: list[dict[str, Any]], total: int, out: Path) -> None:
-    write_atomically(out / "sweep.json", f"{json.dumps({'cells': total, 'done': rows}, indent=1)}\n".encode())
+def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:
+    """Those settings of the recipes that are not the same in all cells."""
+    return [name for name in names if len({config.digest(getattr(cell.recipe, name)) for cell in todo}) > 1]
+
+
+def _write(rows: list[dict[str, Any]], total: int, note: str, out: Path) -> None:
+    data = {"cells": total, "note": note, "done": rows}
+    write_atomically(out / "sweep.json", f"{json.dumps(data, indent=1)}\n".encode())
     keys = list(rows[0]["settings"])
     lines = [f"| {' | '.join([*keys, 'NFE', *SHOWN])} |", f"|{'---|' * (len(keys) + 1 + len(SHOWN))}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    write_atomically(out / "sweep.md", ("\n".join(lines) + "\n").encode())
+    write_atomically(out / "sweep.md", ("\n".join([*lines, "", note] if note else lines) + "\n").encode())
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0]["settings"], "NFE", *SHOWN)
+def _show(rows: list[dict[str, Any]], note: str) -> None:
+    table = Table(*rows[0]["settings"], "NFE", *SHOWN, caption=note or None)
     best = min(rows, key=lambda row: row["scores"]["fid"])
     for row in rows:
         table.add_row(*_cells(row), style="bold" if row is best else None)

@@ -18,6 +18,8 @@ from sfd_scale import checkpoint, config, distributed, exports
 from sfd_scale.recipe import TrainRecipe
 
 logger = logging.getLogger(__name__)
+RECIPE = "recipe.json"
+_FREE = ("checkpoint", "outputs", "cache", "published")  # these change no score
 
 
 def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
@@ -26,11 +28,12 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
     Writes `out`/step-XXXXXXXX/results.json and, of all of them, `out`/scores.jsonl.
 
     Raises:
-        ValueError: if `run` is no run folder.
+        ValueError: if `run` is no run folder, or `out` has results of other settings.
     """
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"--run: {run} is no run folder (no recipe.yaml in it)")
     last = config.load(run / "recipe.yaml", TrainRecipe).train.steps
+    _check_same(recipe, out)
     while True:
         steps = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
         todo = distributed.broadcast_object([s for s in steps if not _results(out, s).is_file()])
@@ -55,6 +58,24 @@ def _results(out: Path, step: int) -> Path:
     return out / f"step-{step:08d}" / "results.json"
 
 
+def _check_same(recipe: EvalRecipe, out: Path) -> None:
+    """One table holds scores of one recipe: whatever changes a score, other than the checkpoint, is that of before.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    file = out / RECIPE
+    now: dict[str, Any] = {key: value for key, value in config.to_dict(recipe).items() if key not in _FREE}
+    if not distributed.broadcast_object(file.is_file()):
+        if distributed.is_main():
+            write_atomically(file, f"{json.dumps(now, indent=1)}\n".encode())
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differ:
+        raise ValueError(f"{out}: its scores are of another recipe ({', '.join(differ)} differ); choose another --out")
+
+
 def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
     folder = out / f"step-{step:08d}"
     weights = folder / "model.safetensors"
@@ -64,6 +85,7 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
     distributed.barrier()
     device = distributed.device()
     own = dataclasses.replace(recipe, checkpoint=weights)
+    own = generate.with_kept_batch(own, folder, *sorted(out.glob("step-*")))
     extractor = make_extractor(own.extractor, device)
     generate.generate(own, folder, generate.prepare(own, device, extractor))
     results = score(own, folder, folder / "results.json", extractor)

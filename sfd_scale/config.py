@@ -276,7 +276,8 @@ class _Reader:
             return self.value(rest[0], value, key)
         if not isinstance(value, dict):
             for option in rest:
-                if type(value) is option or (option is Path and isinstance(value, str)):
+                literal = get_origin(option) is Literal and value in get_args(option)
+                if type(value) is option or literal or (option is Path and isinstance(value, str)):
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         by_kind = {get_args(get_type_hints(o)["kind"])[0]: o for o in rest if dataclasses.is_dataclass(o)}
@@ -314,5 +315,7 @@ class _Reader:
 def _describe(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
         return f"the keys of {getattr(kind, '__name__', kind)}"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
     return names.get(kind) or str(kind)

@@ -98,6 +98,7 @@ class Loaded:
     stats: LatentStats
     decode: Callable[[Tensor], Tensor]
     num_classes: int
+    null_label: int | None  # the label of no class; None for a model that was never trained on it
     provenance: dict[str, Any]
 
 
@@ -115,7 +116,10 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
     model = bare_model(recipe.model, recipe.latents, recipe.schedule)
     weights = checkpoint.load_weights(path)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its recipe's model and latents: {error}") from error
     missing = [name for name in missing if name not in dict(model.named_buffers())]
     if missing or unexpected:
         raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
@@ -124,6 +128,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         raise ValueError(
             f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}"
         )
+    dropped = isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.label_dropout > 0
     stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
 
     def decode(latents: Tensor) -> Tensor:
@@ -131,6 +136,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
 
     return Loaded(
         model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, recipe.model.num_classes,
+        recipe.model.num_classes if dropped else None,
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
     )  # fmt: skip
 

@@ -33,8 +33,17 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Latents as the codec takes them, (B, C, H, W) with the copies that fill the batch up; nfe (N,) int64."""
+
+    latents: Tensor
+    nfe: Tensor
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """All that turns image numbers into images. `kinks` are further jumps of the velocity (guidance.interval_kinks)."""
+    """All that turns image numbers into images. `kinks` are further jumps of the velocity (guidance.interval_kinks);
+    `decode_batch` latents are decoded at once, all of a batch by default."""
 
     velocity: Velocity
     layout: LatentLayout
@@ -46,12 +55,18 @@ class Sampler:
     batch: int
     device: torch.device
     kinks: tuple[float, ...] = ()
+    decode_batch: int | None = None
+
+    def images(self, indices: Sequence[int], labels: Tensor) -> Sampled:
+        """The images of the given numbers and labels (N,), N at most B; see `draw` and `pixels`."""
+        drawn = self.draw(indices, labels)
+        return Sampled(self.pixels(drawn), drawn.nfe)
 
     @torch.no_grad()
-    def images(self, indices: Sequence[int], labels: Tensor) -> Sampled:
-        """The images of the given numbers and labels (N,), N at most B.
+    def draw(self, indices: Sequence[int], labels: Tensor) -> Drawn:
+        """The latents of the given numbers and labels (N,), N at most B.
 
-        A short batch is filled up with its last image, and the copies are dropped: B rows are always computed.
+        A short batch is filled up with its last image: B rows are always computed.
 
         Raises:
             FloatingPointError: if a latent is not finite, naming the image.
@@ -63,9 +78,15 @@ class Sampler:
         noise = noise_of(self.seed, padded, self.layout).to(self.device)
         result = sample(self.velocity, noise, classes, self.schedule, self.layout, self.config, self.kinks)
         _check_finite(result.x, padded)
-        images = self.decode(self.stats.denormalize(result.x))
+        return Drawn(self.stats.denormalize(result.x), result.nfe[: len(indices)].cpu())
+
+    @torch.no_grad()
+    def pixels(self, drawn: Drawn) -> Tensor:
+        """Decode latents, in portions of one size, and drop the copies: (N, 3, H', W') uint8."""
+        parts = [self.decode(part) for part in drawn.latents.split(self.decode_batch or self.batch)]
+        images = torch.cat(parts) if len(parts) > 1 else parts[0]
         assert images.dtype == torch.uint8
-        return Sampled(images[: len(indices)], result.nfe[: len(indices)].cpu())
+        return images[: len(drawn.nfe)]
 
 
 def noise_of(seed: int, indices: Sequence[int], layout: LatentLayout) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval import generate
+from eval import generate, neighbours
 from eval import score as scoring
 from eval.chunks import ChunkFolder
+from eval.extract import open_features, read_features
 from eval.features import Features, LazyExtractor
 from eval.generate import Job, labels_of
 from eval.metrics import MetricsConfig
@@ -131,7 +135,35 @@ def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
     generate.generate(settings, out, job(settings))
 
 
+def in_other_ways(settings: EvalRecipe, out: Path) -> dict[str, Any]:
+    """Scores of a finished folder with moments added up over ranks, and precision and recall in many small blocks."""
+    low = dataclasses.replace(settings.metrics, mode="low_memory")
+    scores = scoring.score(dataclasses.replace(settings, metrics=low), out, out / "low.json", lazy())["scores"]
+    features = read_features(open_features(out))
+    rows, neighbours.ROWS = neighbours.ROWS, 7
+    blocks = neighbours.precision_recall(features.pool, features.pool[:20] + 0.01, 3)
+    neighbours.ROWS = rows
+    return {"low_memory": scores, "blocks": list(blocks)}
+
+
+def with_a_slow_rank(settings: EvalRecipe, out: Path) -> list[int]:
+    """How many chunks each rank makes when rank 1 takes long for one."""
+    made = 0
+
+    def decode_slowly(latents: Tensor) -> Tensor:
+        nonlocal made
+        made += 1
+        time.sleep(2.0 * distributed.rank())
+        return decode(latents)
+
+    generate.generate(settings, out, job(settings, decode=decode_slowly))
+    return distributed.all_gather_object(made)
+
+
 def two_ranks(settings: EvalRecipe, folder: Path) -> dict[str, Any]:
     results = whole_run(settings, folder / "two")
+    ways = in_other_ways(settings, folder / "two") | {"made": with_a_slow_rank(settings, folder / "slow")}
+    if distributed.is_main():
+        (folder / "two" / "ways.json").write_text(json.dumps(ways))
     killed_run(settings, folder / "killed", dying=1, after=2)
     return results

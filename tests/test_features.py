@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity
 from safetensors.torch import save_file
@@ -19,16 +22,18 @@ from eval.features import (
     INCEPTION_SHA256,
     INCEPTION_URL,
     ConvNetConfig,
+    DINOv2Config,
     InceptionConfig,
     LazyExtractor,
     RegisteredConfig,
     build_extractor,
     full_precision,
     identify,
-    inception_weights,
     make_extractor,
 )
+from eval.metrics import frechet_distance, moments
 from eval.outputs import to_image
+from eval.weights import fetch
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 
 CPU = torch.device("cpu")
@@ -115,6 +120,11 @@ def test_known_bad_variants_move_the_features(inception: InceptionFeatures) -> N
     assert (ours - half).abs().max() > 1
     moved = inception(half.round().clamp(0, 255).to(torch.uint8))
     assert (moved.pool - good.pool).norm() > 1e-2 * good.pool.norm()
+    # And the score: none against itself, and more than the rounding of any exact variant.
+    base = moments(good.pool[:, :64])
+    assert abs(frechet_distance(base, moments(inside.pool[:, :64]))) < 1e-9
+    for wrong in (low, moved.pool):
+        assert frechet_distance(base, moments(wrong[:, :64])) > 1e-4
     assert good.logits is not None
     assert torch.allclose(good.logits, good.pool @ inception.network.fc.weight.T, atol=1e-4)
     assert not torch.allclose(good.logits, inception.network.fc(good.pool), atol=1e-3)
@@ -126,6 +136,23 @@ def test_resize_is_tensorflow_1() -> None:
     found = interpolate_bilinear_2d_like_tensorflow1x(ramp, size=(299, 299), align_corners=False)
     expected = (torch.arange(299) * (64 / 299)).clamp(max=63)
     assert torch.allclose(found[0, 0, 0], expected, atol=1e-4)
+
+
+def test_resize_is_that_of_the_tensorflow_kernel_to_the_bit() -> None:
+    """ResizeBilinear of TensorFlow 1 as its CPU kernel adds it up in float32: along rows, then along columns."""
+    pixels = torch.randint(256, (1, 3, 64, 80), generator=torch.Generator().manual_seed(0)).numpy().astype(np.float32)
+
+    def source(size: int) -> tuple[Any, Any, Any]:
+        at = np.arange(299, dtype=np.float32) * np.float32(size / 299)
+        low = np.floor(at).astype(int)
+        return low, np.minimum(low + 1, size - 1), at - np.floor(at)
+
+    (top, bottom, v), (left, right, u) = source(64), source(80)
+    upper = pixels[:, :, top][..., left] + (pixels[:, :, top][..., right] - pixels[:, :, top][..., left]) * u
+    lower = pixels[:, :, bottom][..., left] + (pixels[:, :, bottom][..., right] - pixels[:, :, bottom][..., left]) * u
+    expected = upper + (lower - upper) * v[:, None]
+    found = interpolate_bilinear_2d_like_tensorflow1x(torch.from_numpy(pixels), size=(299, 299), align_corners=False)
+    assert expected.dtype == np.float32 and np.array_equal(found.numpy(), expected)
 
 
 def test_full_precision_sets_and_restores() -> None:
@@ -151,11 +178,15 @@ def test_images_have_to_be_uint8(inception: InceptionFeatures) -> None:
 # ------------------------------------------------------------------------------------------------- weights
 
 
+def fetched(config: InceptionConfig) -> Path:
+    return fetch(config.weights, config.url, config.sha256)
+
+
 def test_weights_are_checked(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"expected {INCEPTION_SHA256}"):
-        inception_weights(InceptionConfig(weights=weights))
-    with pytest.raises(ValueError, match="does not exist; download https://"):
-        inception_weights(InceptionConfig(weights=tmp_path / "none.pth"))
+        fetched(InceptionConfig(weights=weights))
+    with pytest.raises(ValueError, match="does not exist; allowed: the path of a download of https://"):
+        fetched(InceptionConfig(weights=tmp_path / "none.pth"))
 
 
 def test_the_published_checksum_is_that_of_the_url() -> None:
@@ -168,9 +199,9 @@ def test_weights_are_downloaded_and_a_wrong_file_is_not_kept(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     sha256, url = hashlib.sha256(weights.read_bytes()).hexdigest(), weights.as_uri()
     with pytest.raises(ValueError, match="does not exist"):
-        inception_weights(InceptionConfig(url=url, sha256="0" * 64))
+        fetched(InceptionConfig(url=url, sha256="0" * 64))
     assert not list((tmp_path / "checkpoints").iterdir())
-    path = inception_weights(InceptionConfig(url=url, sha256=sha256))
+    path = fetched(InceptionConfig(url=url, sha256=sha256))
     assert path.read_bytes() == weights.read_bytes()
 
 
@@ -178,8 +209,10 @@ def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "bad.pth"
     torch.save({"x": Path("/")}, path)  # any class that is no tensor stands for one that runs code
     config = InceptionConfig(weights=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        build_extractor(config, CPU)
+    registered = RegisteredConfig(name="vgg16", pooled="fc2", weights=path)
+    for bad in (config, registered, DINOv2Config(weights=path)):
+        with pytest.raises(ValueError, match="not loaded .*[Ww]eights.only"):
+            build_extractor(bad, CPU)
 
 
 def test_an_extractor_is_built_once_and_late() -> None:
@@ -223,8 +256,6 @@ def test_convnet(convnet: ConvNetConfig) -> None:
 
 def test_convnet_serves_torch_fidelity_itself(convnet: ConvNetConfig, tmp_path: Path) -> None:
     """Registered for real: torch-fidelity's own program takes it, and gives our FID."""
-    from eval.metrics import frechet_distance, moments
-
     sets = []
     for number in range(2):
         pixels = images(80, size=32, seed=number) // (number + 1)
@@ -247,3 +278,87 @@ def test_registered_extractors_by_name(weights: Path) -> None:
         build_extractor(RegisteredConfig(name="inception-v3-compat", pooled="65", weights=weights), CPU)
     with pytest.raises(ValueError, match="allowed: .*dinov2"):
         build_extractor(RegisteredConfig(name="dino", pooled="x"), CPU)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "clip-vit-b-32", "dinov2-vit-b-14", "inception-v3-compat"])
+def test_what_would_run_a_download_is_refused(name: str) -> None:
+    layer = {"vgg16": "fc2", "inception-v3-compat": "2048"}.get(name, name.split("-")[0])
+    with pytest.raises(ValueError, match=f"{name} runs what it downloads; allowed: trust_remote_code=true"):
+        build_extractor(RegisteredConfig(name=name, pooled=layer), CPU)
+
+
+def test_an_extractor_of_the_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of torch-fidelity's base, in a module that registers it."""
+    (tmp_path / "my_features.py").write_text("""
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import register_feature_extractor
+
+
+class MeanColour(FeatureExtractorBase):
+    def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        return tuple(images.float().mean((2, 3)) for _ in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("colour",)
+
+
+register_feature_extractor("mean-colour", MeanColour)
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = RegisteredConfig(module="my_features", name="mean-colour", pooled="colour")
+    pixels = images(2)
+    assert torch.allclose(build_extractor(config, CPU)(pixels).pool, pixels.float().mean((2, 3)))
+    assert identify(config) == "my_features:mean-colour:colour:None:None:its own"
+    with pytest.raises(ValueError, match="module: no_such cannot be imported"):
+        build_extractor(RegisteredConfig(module="no_such", name="x", pooled="x"), CPU)
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """How far apart, as a share."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_dinov2_by_the_authors_file(tmp_path: Path) -> None:
+    """Random weights under the authors' names, with positions of 37x37 patches."""
+    draw = torch.Generator().manual_seed(0)
+    net = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=518, num_classes=0)
+    state = {
+        name: torch.ones_like(value) if value.ndim == 1 else 0.08 * torch.randn(value.shape, generator=draw)
+        for name, value in net.state_dict().items()
+    }
+    state["pos_embed"] *= 12
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2_vits14_pretrain.pth")
+    config = DINOv2Config(model="vit_small_patch14_dinov2", weights=tmp_path / "dinov2_vits14_pretrain.pth")
+    extractor = build_extractor(config, CPU)
+    pixels = torch.randint(256, (2, 3, 256, 256), generator=draw, dtype=torch.uint8)
+    found = extractor(pixels)
+    assert found.pool.shape == (2, 384) and found.spatial is None and found.logits is None
+
+    # The authors' rule for positions and EDM2's for pixels, spelled out; the two wrong rules move the features.
+    grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")
+    right = torch.cat([state["pos_embed"][:, :1], resized.permute(0, 2, 3, 1).reshape(1, 256, 384)], 1)
+    plain = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=224, num_classes=0).eval()
+
+    def token(positions: Tensor, antialias: bool) -> Tensor:
+        plain.load_state_dict({**state, "pos_embed": positions})
+        small = torch.nn.functional.interpolate(pixels.float(), size=(224, 224), mode="bicubic", antialias=antialias)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        with torch.no_grad():
+            return plain.forward_features((small / 255 - mean[:, None, None]) / std[:, None, None])[:, 0]
+
+    assert off(found.pool, token(right, antialias=True)) < 1e-5
+    assert off(found.pool, token(right, antialias=False)) > 1e-2
+    smooth = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic", antialias=True)
+    other = torch.cat([state["pos_embed"][:, :1], smooth.permute(0, 2, 3, 1).reshape(1, 256, 384)], 1)
+    assert off(found.pool, token(other, antialias=True)) > 1e-2
+    with pytest.raises(ValueError, match="not those of vit_base_patch14_dinov2"):
+        build_extractor(DINOv2Config(model="vit_base_patch14_dinov2", weights=config.weights), CPU)
+    with pytest.raises(ValueError, match="^weights: null"):
+        DINOv2Config()
+    with pytest.raises(ValueError, match="^sha256: null, with the url"):
+        DINOv2Config(url="https://example.org/x.pth")

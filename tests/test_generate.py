@@ -62,23 +62,44 @@ def test_any_number_of_ranks_and_a_killed_one(tmp_path: Path, reference: NpzSour
     alone = eval_tiny.whole_run(settings, tmp_path / "alone")
     assert alone["scores"]["fid"] > 0.1 and None not in alone["scores"].values()
 
-    with pytest.raises(RankError):
-        run_ranks(eval_tiny.two_ranks, 2, settings, tmp_path)
+    with pytest.raises(RankError) as killed:
+        run_ranks(eval_tiny.two_ranks, 2, settings, tmp_path, timeout=400.0)
+    assert "still running" not in str(killed.value)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert without_run(two) == without_run(alone)
     assert two["run"]["world_size"] == 2
 
+    ways, one = (
+        json.loads((tmp_path / "two" / "ways.json").read_text()),
+        eval_tiny.in_other_ways(settings, tmp_path / "two"),
+    )
+    assert ways["blocks"] == one["blocks"] and 0 < one["blocks"][0] < 1
+    assert ways["low_memory"] == pytest.approx(alone["scores"], rel=1e-9)
+    assert one["low_memory"] == pytest.approx(alone["scores"], rel=1e-9)
+
+    # Ranks take work as they are done with theirs.
+    assert sum(ways["made"]) == 7 and ways["made"][0] > ways["made"][1] > 0
+
     committed = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "chunks").glob("chunk-*")}
     assert 2 <= len(committed) < 7
-    for results in run_ranks(eval_tiny.whole_run, 3, settings, tmp_path / "killed"):
+    for results in run_ranks(eval_tiny.whole_run, 3, settings, tmp_path / "killed", timeout=400.0):
         assert without_run(results) == without_run(alone)
     # What was there was not made again.
     assert all((tmp_path / "killed/chunks" / name).stat().st_mtime_ns == time for name, time in committed.items())
 
-    for other in ("two", "killed"):
+    for other in ("two", "killed", "slow"):
         for name, values in rows(tmp_path / other).items():
             assert torch.equal(values, rows(tmp_path / "alone")[name]), (other, name)
         assert (tmp_path / other / outputs.GRID).read_bytes() == (tmp_path / "alone" / outputs.GRID).read_bytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_one_and_four_ranks(tmp_path: Path, reference: NpzSource, ranks: int) -> None:
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    alone = eval_tiny.whole_run(settings, tmp_path / "alone")
+    for results in run_ranks(eval_tiny.whole_run, ranks, settings, tmp_path / "many"):
+        assert without_run(results) == without_run(alone)
 
 
 # ------------------------------------------------------------------------------------------------- images
@@ -237,7 +258,7 @@ def test_the_grid_keeps_only_its_images(tmp_path: Path) -> None:
 def loaded(**changes: Any) -> Loaded:
     settings: dict[str, Any] = {
         "model": eval_tiny.model(), "layout": LAYOUT, "schedule": SCHEDULE, "stats": STATS,
-        "decode": eval_tiny.decode, "num_classes": CLASSES, "provenance": {"step": 3},
+        "decode": eval_tiny.decode, "num_classes": CLASSES, "null_label": CLASSES, "provenance": {"step": 3},
     }  # fmt: skip
     return Loaded(**settings | changes)
 
@@ -260,6 +281,26 @@ def test_recipes_that_contradict_themselves(tmp_path: Path) -> None:
         ClassifierFreeGuidance(scale_texture=1.0, scale_semantic=1.0)
     with pytest.raises(ValueError, match="checkpoint: null"):
         generate.prepare(eval_tiny.recipe(tmp_path), CPU)
+
+
+def test_cfg_needs_a_model_that_knows_the_null_label(tmp_path: Path) -> None:
+    settings = eval_tiny.recipe(tmp_path, guidance=ClassifierFreeGuidance(scale_texture=2.0))
+    with pytest.raises(ValueError, match="of a model with label dropout"):
+        generate.make_sampler(settings, loaded(null_label=None), None, CPU)
+
+
+def test_chunks_of_two_machines_are_warned_about(tmp_path: Path, reference: NpzSource) -> None:
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    folder = generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
+    (machine,) = folder.made_on()
+    assert "1 threads" in machine and torch.__version__ in machine
+    torch.set_num_threads(2)
+    folder.file(2).unlink()
+    generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
+    torch.set_num_threads(1)
+    results = scoring.score(settings, tmp_path / "out", tmp_path / "results.json", eval_tiny.lazy())
+    assert len(results["run"]["made_on"]) == 2
+    assert any("made in parts on" in warning and "2 threads" in warning for warning in results["warnings"])
 
 
 def test_the_sampler_of_a_recipe(tmp_path: Path) -> None:

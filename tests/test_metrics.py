@@ -120,6 +120,8 @@ def test_inception_score_of_labels_in_class_order_collapses() -> None:
     good = inception_score(class_logits(shuffled, 100), split=200).mean
     bad = inception_score(class_logits(shuffled.sort().values, 100), split=200).mean
     assert bad < 0.2 * good
+    # Labels in turn are the opposite mistake: every split is balanced, more than the whole set by chance.
+    assert inception_score(class_logits(torch.arange(2000) % 100, 100), split=200).mean > 1.02 * good
     assert any("runs of one class" in text for text in metrics.sample_warnings(2000, 64, 200, shuffled.sort().values))
     assert not any("runs of one class" in text for text in metrics.sample_warnings(2000, 64, 200, shuffled))
 

@@ -24,6 +24,7 @@ from eval.recipe import EvalRecipe, OutputsConfig
 from eval.reference import check_spatial_order, load_reference
 from eval.score import read_results, score
 from eval.sources import NpzSource
+from eval.sweep import cells, varying
 from sfd_scale import checkpoint, config, exports, seeding
 from sfd_scale.latents import LatentStats
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
@@ -326,10 +327,27 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
     assert found["scores"][0]["difference"] == pytest.approx(
         rows[1]["scores"]["fid"] - rows[0]["scores"]["fid"], abs=1e-6
     )
+    assert found["settings"] == {"samples.sampler.num_steps": ["1", "2"]}
+    with pytest.raises(ValueError, match="metrics: varies; scores of a sweep have to share it"):
+        run("sweep", recipe, "metrics.is_split=6,12", "--out", tmp_path / "s")
     with pytest.raises(ValueError, match="nothing varies"):
         run("sweep", recipe, "seed=1", "--out", tmp_path / "s")
     with pytest.raises(ValueError, match="sampler.num_steps: 0"):
         run("sweep", recipe, "sampler.num_steps=2,0", "--out", tmp_path / "s")
+
+
+def test_cells_that_do_not_share_noise_are_said_to(recipe: Path) -> None:
+    todo = cells(str(recipe), ["seed=1,2", "num_samples=24"])
+    assert varying(todo, ("seed", "labels", "num_samples")) == ["seed"] and not varying(todo, ("reference",))
+
+
+def test_a_checkpoint_whose_weights_have_another_layout(tmp_path: Path, exported: Path) -> None:
+    weights, note = checkpoint.load_weights(exported), exports._export_note(exported)
+    note["recipe"]["latents"]["semantic_channels"] = 2
+    other = tmp_path / "other.safetensors"
+    checkpoint.save_weights(weights, other, {exports.EXPORT_KEY: json.dumps(note)})
+    with pytest.raises(ValueError, match="other.safetensors: its weights do not fit its recipe's model and latents"):
+        exports.load_for_sampling(other, CPU)
 
 
 def test_a_checkpoint_of_another_layout_is_refused_as_guide(tmp_path: Path, exported: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from encoded import encode_digits, tokenizer
 from ranks import run_ranks
@@ -71,12 +72,16 @@ def train_and_watch(folder: Path) -> list[Any]:
 
 
 def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
-    first, second = run_ranks(train_and_watch, 1, tmp_path)[0]
+    first, second = run_ranks(train_and_watch, 1, tmp_path, timeout=400.0)[0]
     assert saved_steps(tmp_path / "run") == [2, 4]
     assert list(first[0]) == ["step-00000002"] and len(second[0]) == 2
     assert second[0]["step-00000002"] == first[0]["step-00000002"]
     rows = [json.loads(line) for line in second[1].splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and rows[0]["fid"] != rows[1]["fid"]
     assert second[1].startswith(first[1])
+    # One table is of one recipe.
+    other = config.load(tmp_path / "eval.yaml", EvalRecipe, ["seed=1"])
+    with pytest.raises(ValueError, match=r"its scores are of another recipe \(seed differ\)"):
+        watch(other, tmp_path / "run", tmp_path / "out", once=True)
     # The weights are in the run; the evaluation keeps no copies.
     assert not list((tmp_path / "out").rglob("model.safetensors"))

@@ -129,6 +129,11 @@ def interval_kinks(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> t
     )
 
 
+def guides(config: GuidanceConfig, t: Clocks) -> bool:
+    """Whether guidance changes the velocity at any of the times (N,)."""
+    return not isinstance(config, NoGuidance) and len(_acting(config, t)[1]) > 0
+
+
 def _evaluate(model: FlowModel, x: Tensor, t: Clocks, y: Tensor) -> Tensor:
     """The model's velocity in the dtype of x: extrapolation multiplies the rounding of a 16-bit one."""
     return model(x, t.texture, t.semantic, y)[0].to(x.dtype)

@@ -163,6 +163,16 @@ def sample(
     return SampleResult(x, torch.full((len(noise),), calls, device=noise.device))
 
 
+def evaluation_times(schedule: SemanticFirstSchedule, config: SamplerConfig) -> Tensor | None:
+    """Global times at which a fixed-step method asks for the velocity, (num_steps · S,); None where they adapt to the
+    field: to its error, or to its jumps."""
+    if isinstance(config, Dopri5Config) or config.jump:
+        return None
+    times = schedule.grid(config.num_steps, config.shift)
+    stages = torch.tensor(TABLEAUX[config.kind].times)
+    return (times[:-1, None] + stages * times.diff()[:, None]).flatten()
+
+
 def snap(times: Tensor, jumps: Sequence[float]) -> Tensor:
     """The grid (K + 1,) with its nearest inner points moved onto the jumps, in order.
 

@@ -98,7 +98,13 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[−1, 1] → uint8 by floor(127.5·x + 128), the rule of DiT and of the authors."""
+    """[−1, 1] → uint8 by floor(127.5·x + 128), the rule of DiT and of the authors.
+
+    Raises:
+        FloatingPointError: for pixels that are not finite, which uint8 cannot show.
+    """
+    if not bool(images.isfinite().all()):
+        raise FloatingPointError("decoded images are not finite: the latents or the codec's weights are broken")
     return (images.float() * 127.5 + 128).clamp(0, 255).floor().to(torch.uint8)
 
 

@@ -1,0 +1,36 @@
+"""Work of another thread that overlaps with sampling: on a GPU on a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class SideStream:
+    """`mark` what has been asked of the device so far; `after` it, in another thread, other work runs beside.
+
+    On the CPU the thread is all it takes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> torch.cuda.Event | None:
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.stream.device))
+        return event
+
+    @contextmanager
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """Results are ready, and memory of the inputs may be used again, when the context ends."""
+        if self.stream is None or event is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(event)
+            yield
+            self.stream.synchronize()
