@@ -1,0 +1,169 @@
+"""Scores in one process beside the way by image files: PNG, read again, .npz, statistics and sqrtm in numpy and scipy.
+
+The peer does what the scripts around ADM's evaluator do, by their formulas: an image a file, all of them stacked into
+one array, np.cov, scipy's sqrtm; precision and recall by torch-fidelity. The network that makes the features is the
+same on both sides and is left out: it would hide what is compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Options
+from eval import npz
+from eval.chunks import ChunkFolder
+from eval.metrics import frechet_distance, moments
+from eval.neighbours import precision_recall
+
+FEATURES = 2048 + 17 * 17 * 7 + 1008  # floats that a chunk keeps of an image
+
+
+def images(count: int, side: int, seed: int) -> Tensor:
+    """Smooth shapes with fine noise, which a PNG holds in about as many bytes as a photograph: (N, 3, S, S) uint8."""
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 8, 8, generator=draw)
+    smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bicubic")
+    return (255 * (smooth + 0.03 * torch.randn(smooth.shape, generator=draw)).clamp(0, 1)).to(torch.uint8)
+
+
+def features(count: int, dim: int, seed: int) -> Tensor:
+    """Correlated and clipped at 0, as Inception's are: (N, D) float32."""
+    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(9)) / dim**0.5
+    return (torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) @ mix + 0.4).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------------- images to features
+
+
+def in_process(folder: Path, batch: Tensor, number: int) -> Tensor:
+    """Images go on as they are; what is written of them are features."""
+    ChunkFolder(folder, 10**9, len(batch)).commit(number, {"features": torch.zeros(len(batch), FEATURES)})
+    return batch
+
+
+def by_files(folder: Path, batch: Tensor) -> Tensor:
+    """A PNG an image, all read again and stacked, an .npz of them, and that read."""
+    for number, image in enumerate(batch):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
+    stacked = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+    np.savez(folder / "samples.npz", arr_0=stacked)
+    with np.load(folder / "samples.npz") as file:
+        return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+
+
+def handover(options: Options) -> Figure:
+    count = 32 if options.quick else 256
+    batch = images(count, 256, seed=0)
+    with tempfile.TemporaryDirectory() as name:
+        ours, theirs = Path(name, "ours"), Path(name, "theirs")
+        theirs.mkdir()
+        assert torch.equal(by_files(theirs, batch), in_process(ours, batch, 0))
+        contenders = {"ours": lambda: in_process(ours, batch, 0), "peer": lambda: by_files(theirs, batch)}
+        seconds = harness.race(contenders, options.repeats or 5)
+    return harness.compare(
+        "images to the extractor, 256x256", seconds, against="PNG, read again, .npz", work=count, unit="images/s"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def stream_npz(path: str, count: int) -> None:
+    """Our writer, fed as generation feeds it: a chunk of 64 at a time."""
+    batch = images(64, 256, seed=0)
+    parts = (batch.clone() for _ in range(count // 64))
+    npz.write_images(Path(path), parts, count, (256, 256), torch.zeros(count, dtype=torch.int64))
+
+
+def stack_npz(path: str, count: int) -> None:
+    """A list of arrays, stacked, saved."""
+    batch = images(64, 256, seed=0).permute(0, 2, 3, 1).numpy()
+    held = [image for _ in range(count // 64) for image in batch.copy()]
+    np.savez(path, arr_0=np.stack(held))
+
+
+def memory(options: Options) -> Figure:
+    count = 128 if options.quick else 4096
+    with tempfile.TemporaryDirectory() as name:
+        ours, theirs = (
+            harness.peak_memory(write, str(Path(name, f"{write.__name__}.npz")), count) / 2**30
+            for write in (stream_npz, stack_npz)
+        )
+    return harness.measured(
+        f"peak memory, .npz of {count:,} images", ours=ours, peer=theirs, against="list, np.stack, np.savez", unit="GiB"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def adm_distance(a: Tensor, b: Tensor) -> float:
+    """ADM's statistics and distance: float32 mean, np.cov, sqrtm of the product."""
+    x, y = a.numpy(), b.numpy()
+    first, second = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        silent = {"disp": False} if "disp" in inspect.signature(scipy.linalg.sqrtm).parameters else {}
+        root = scipy.linalg.sqrtm(first @ second, **silent)
+    root = root[0] if isinstance(root, tuple) else root
+    shift = x.mean(0) - y.mean(0)
+    return float(shift @ shift + np.trace(first) + np.trace(second) - 2 * np.trace(root).real)
+
+
+def distance(options: Options) -> Figure:
+    count, dim = (300, 64) if options.quick else (4096, 2048)
+    a, b = features(count, dim, 0), features(count, dim, 1)
+    found: dict[str, float] = {}
+
+    def ours() -> None:
+        found["ours"] = frechet_distance(moments(a), moments(b))
+
+    def peer() -> None:
+        found["peer"] = adm_distance(a, b)
+
+    seconds = harness.race({"ours": ours, "peer": peer}, options.repeats or 1, warmup=0)
+    assert abs(found["ours"] - found["peer"]) < 1e-4 * found["peer"], found
+    return harness.compare(
+        f"FID of {count:,} by {count:,} rows of {dim:,}", seconds, against="np.cov, scipy sqrtm", work=1, unit="1/s"
+    )
+
+
+def neighbours(options: Options) -> Figure:
+    count, others = (300, 200) if options.quick else (8192, 4096)
+    samples, reference = features(count, 2048, 0), features(others, 2048, 1)
+    found: dict[str, tuple[float, ...]] = {}
+
+    def ours() -> None:
+        found["ours"] = tuple(precision_recall(samples, reference, 3))
+
+    def peer() -> None:
+        result = prc_features_to_metric(
+            samples, reference, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+        )
+        found["peer"] = (result["precision"], result["recall"])
+
+    seconds = harness.race({"ours": ours, "peer": peer}, options.repeats or 3, warmup=1)
+    assert np.allclose(found["ours"], found["peer"], atol=2e-3), found
+    return harness.compare(
+        f"precision and recall, {count:,} by {others:,}", seconds, against="torch-fidelity", work=1, unit="1/s"
+    )
+
+
+def run(options: Options) -> list[Figure]:
+    """Images to features, memory of the .npz, FID, precision and recall: ours beside the usual way."""
+    return [handover(options), memory(options), neighbours(options), distance(options)]
+
+
+if __name__ == "__main__":
+    harness.main("metrics", run)
