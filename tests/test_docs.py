@@ -1,0 +1,161 @@
+"""Every command of the pages parses, its recipe loads with its settings, and the cheap ones run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+import eval.__main__ as harness
+import sfd_scale.__main__ as package
+from eval.sweep import cells
+from sfd_scale import config
+from sfd_scale.recipe import load_any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+APPS = {"sfd": package.app, "eval": harness.app}
+# What a placeholder may stand for; a setting in the text is one of any of these.
+EXAMPLES = {"train": "train/sfd_xxl_zero2", "encode": "data/encode_imagenet256", "generate": "eval/sfd_xl"}
+SETTABLE = (
+    "train/sfd_xl", "train/sfd_xxl_zero3", "data/encode_imagenet256", "data/convert_imagenet256", "eval/sfd_xl",
+    "eval/sfd_xl_autoguidance", "quickstart/sfd", "quickstart/eval", "quickstart/semvae",
+)  # fmt: skip
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # typer carries its own click
+RUN = ("recipes", "show", "diff")
+LAUNCHERS = (r"launchers/deepspeed\.sh", r"launchers/torchrun\.sh", r"sbatch( -\S+)* launchers/slurm\.sbatch")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command as it stands in a page."""
+
+    page: str
+    text: str
+    inline: bool = False  # in a sentence, where arguments may be left out
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def lines(page: Path) -> Iterator[Line]:
+    text = page.read_text(encoding="utf-8")
+    indented = re.findall(r"^(?: {4}| {8})(\S.*)$", text, re.MULTILINE)
+    fenced = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    inline = re.findall(r"(?<!`)`((?:sfd|python -m eval|make) [^`]+)`(?!`)", text)
+    for command in [*indented, *fenced]:
+        yield Line(page.name, command.strip().removeprefix("$ "))
+    for command in inline:
+        if "·" not in command and "..." not in command:
+            yield Line(page.name, command, inline=True)
+
+
+def arguments(text: str) -> tuple[str, list[str]] | None:
+    """Which of our command lines a line calls, and its arguments; None for any other line."""
+    text = re.sub(r"^((export )?[A-Z_]+=\S+ )+", "", text)
+    for launcher in LAUNCHERS:
+        text = re.sub(rf"^{launcher}\s+--module eval\s+", "python -m eval ", text)
+        text = re.sub(rf"^{launcher}\s+", "sfd ", text)
+    for prefix, app in (("sfd ", "sfd"), ("python -m sfd_scale ", "sfd"), ("python -m eval ", "eval")):
+        if text.startswith(prefix):
+            return app, shlex.split(text.removeprefix(prefix), comments=True)
+    return None
+
+
+COMMANDS = [line for page in PAGES for line in lines(page) if arguments(line.text) and "[" not in line.text]
+
+
+def parsed(line: Line) -> tuple[str, dict[str, Any]]:
+    """The command's name and parameters, by the parser that the user meets."""
+    found = arguments(line.text)
+    assert found is not None
+    group: Any = typer.main.get_command(APPS[found[0]])
+    if found[1] == ["--help"]:
+        return "help", {}
+    try:
+        with group.make_context(found[0], list(found[1]), resilient_parsing=True) as context:
+            name, command, rest = group.resolve_command(context, list(found[1]))
+        # In a sentence, arguments may be missing; what is there must still be right.
+        return name, command.make_context(name, rest, parent=context, resilient_parsing=line.inline).params
+    except USAGE_ERROR as error:
+        raise AssertionError(f"{line}: {error.format_message()}") from error
+
+
+def test_there_are_commands_in_the_pages() -> None:
+    assert len(COMMANDS) > 30
+    assert {line.page for line in COMMANDS} >= {"README.md", "quickstart.md", "training.md", "data.md", "index.md"}
+
+
+@pytest.mark.parametrize(
+    "text", ["sfd trian train/sfd_xl", "sfd export x --output y", "python -m eval score eval/sfd_xl"]
+)
+def test_a_wrong_command_is_found(text: str) -> None:
+    with pytest.raises(AssertionError, match="sfd|eval"):
+        parsed(Line("a page", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse_and_their_recipes_load(page: Path) -> None:
+    for line in (line for line in COMMANDS if line.page == page.name):
+        name, params = parsed(line)
+        recipe, overrides = params.get("recipe"), params.get("overrides") or []
+        if recipe is None or (str(recipe).isupper() and name not in EXAMPLES):
+            continue
+        recipe = EXAMPLES[name] if str(recipe).isupper() else str(recipe)
+        try:
+            cells(recipe, params["grid"]) if name == "sweep" else load_any(recipe, overrides)
+        except ValueError as error:
+            raise AssertionError(f"{line}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_the_text_exist(page: Path) -> None:
+    for text in re.findall(r"(?<!`)`([a-z_]+(?:\.[a-z_]+)*=[^`]+)`(?!`)", page.read_text(encoding="utf-8")):
+        settings = shlex.split(text)
+        if text == "key=value":
+            continue
+        errors = []
+        for recipe in SETTABLE:
+            try:
+                load_any(recipe, settings)
+                break
+            except config.ConfigError as error:
+                errors.append(str(error))
+        else:
+            raise AssertionError(f"{page.name}: `{text}`: {errors[0]}")
+
+
+def test_the_cheap_commands_run() -> None:
+    done = set()
+    for line in COMMANDS:
+        found = arguments(line.text)
+        assert found is not None
+        if found[1][0] in RUN and not any(word.isupper() for word in found[1]) and tuple(found[1]) not in done:
+            result = CliRunner().invoke(APPS[found[0]], found[1])
+            assert result.exit_code == 0, f"{line}: {result.output}"
+            done.add(tuple(found[1]))
+    assert {words[0] for words in done} == set(RUN)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_and_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in lines(page):
+        if line.text.startswith("make "):
+            assert line.text.split()[1] in targets, f"{line}: no such target"
+    for name in re.findall(r"`((?:launchers|recipes|tests|eval|sfd_scale|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), f"{page.name}: {name} does not exist"
+
+
+def test_pages_are_in_the_navigation_and_exist() -> None:
+    named = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert all((ROOT / "docs" / name).is_file() for name in named)
+    assert {"index.md", "quickstart.md", "training.md", "architecture.md", "troubleshooting.md"} <= named
