@@ -46,7 +46,7 @@ class Line:
 
 
 def lines(page: Path) -> Iterator[Line]:
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))  # a command over several lines is one
     indented = re.findall(r"^(?: {4}| {8})(\S.*)$", text, re.MULTILINE)
     fenced = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     inline = re.findall(r"(?<!`)`((?:sfd|python -m eval|make) [^`]+)`(?!`)", text)
@@ -82,6 +82,8 @@ def parsed(line: Line) -> tuple[str, dict[str, Any]]:
     try:
         with group.make_context(found[0], list(found[1]), resilient_parsing=True) as context:
             name, command, rest = group.resolve_command(context, list(found[1]))
+        if command is None:
+            raise AssertionError(f"{line}: no such command")
         # In a sentence, arguments may be missing; what is there must still be right.
         return name, command.make_context(name, rest, parent=context, resilient_parsing=line.inline).params
     except USAGE_ERROR as error:
