@@ -126,16 +126,19 @@ def frechet_influence(features: Tensor, reference: Moments) -> Influence:
     T = Σ^−½ (Σ^½ S Σ^½)^½ Σ^−½ (Takatsu 2011, Osaka J. Math. 48, Sec. 2), on the range of Σ.
     """
     own = metrics.moments(features)
-    centred = features.double() - own.mean
     values, vectors = torch.linalg.eigh(own.cov)
     kept = values > values.max() * 1e-10
     roots, basis = values[kept].sqrt(), vectors[:, kept]
     inner = (basis * roots).T @ reference.cov @ (basis * roots)
     eigen, turn = torch.linalg.eigh((inner + inner.T) / 2)
     # |(Σ^½ S Σ^½)^¼ Σ^−½ (x − μ)|² for each row.
-    whitened = centred @ (basis / roots) @ turn * eigen.clamp(min=0).pow(0.25)
-    transported = whitened.square().sum(1)
-    moved = 2 * centred @ (own.mean - reference.mean) + centred.square().sum(1) - transported
+    whiten = (basis / roots) @ turn * eigen.clamp(min=0).pow(0.25)
+    parts = []
+    for block in features.split(metrics.BLOCK):
+        centred = block.double() - own.mean
+        shifted = 2 * centred @ (own.mean - reference.mean)
+        parts.append(shifted + centred.square().sum(1) - (centred @ whiten).square().sum(1))
+    moved = torch.cat(parts)
     return Influence(metrics.frechet_distance(own, reference), moved - moved.mean())
 
 

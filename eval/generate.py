@@ -209,7 +209,10 @@ def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
         case LabelFile(path=path):
             if not path.is_file():
                 raise ValueError(f"labels.path: {path}; allowed: an existing file with a label a line")
-            labels = torch.tensor([int(line) for line in path.read_text(encoding="utf-8").split()])
+            words = path.read_text(encoding="utf-8").split()
+            if not all(word.isdecimal() for word in words):
+                raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one a line")
+            labels = torch.tensor([int(word) for word in words])
     if len(labels) != count:
         raise ValueError(f"labels.path: {len(labels)} labels; allowed: num_samples, {count}")
     if not bool(((labels >= 0) & (labels < num_classes)).all()):

@@ -19,7 +19,7 @@ from sfd_scale.recipe import TrainRecipe
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
-_FREE = ("checkpoint", "outputs", "cache", "published")  # these change no score
+_FREE = ("checkpoint", "name", "outputs", "cache", "published")  # these change no score
 
 
 def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:

@@ -31,8 +31,11 @@ from eval.features import (
     identify,
     make_extractor,
 )
-from eval.metrics import frechet_distance, moments
+from eval.metrics import MetricsConfig, frechet_distance, moments
 from eval.outputs import to_image
+from eval.recipe import EvalRecipe
+from eval.score import score
+from eval.sources import NpzSource
 from eval.weights import fetch
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 
@@ -128,6 +131,30 @@ def test_known_bad_variants_move_the_features(inception: InceptionFeatures) -> N
     assert good.logits is not None
     assert torch.allclose(good.logits, good.pool @ inception.network.fc.weight.T, atol=1e-4)
     assert not torch.allclose(good.logits, inception.network.fc(good.pool), atol=1e-3)
+
+
+@pytest.mark.full
+def test_inception_scores_from_files(weights: Path, tmp_path: Path) -> None:
+    """The whole way with the real network: two .npz files, 2,048 and 2,023 features, far fewer images."""
+    sets = [images(8, size=96, seed=seed) for seed in (1, 2)]
+    for number, pixels in enumerate(sets):
+        np.savez(tmp_path / f"{number}.npz", pixels.permute(0, 2, 3, 1).numpy())
+    extractor = InceptionConfig(weights=weights, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+    recipe = EvalRecipe(
+        extractor=extractor, extractor_batch=4, reference=NpzSource(path=tmp_path / "1.npz"), cache=tmp_path / "cache",
+        metrics=MetricsConfig(kid_subsets=2),
+    )  # fmt: skip
+    results = score(recipe, tmp_path / "0.npz", tmp_path / "results.json")
+    assert None not in results["scores"].values()
+    assert any("8 samples for 2048 features" in warning for warning in results["warnings"])
+    built = build_extractor(extractor, CPU)
+    ours, theirs = (built(pixels) for pixels in sets)
+    # Of rank 7 each: the distance of their Gram matrices is that of the covariances.
+    both = [found.pool.double() - found.pool.double().mean(0) for found in (ours, theirs)]
+    trace = torch.linalg.matrix_norm(both[0] @ both[1].T, "nuc") / 7
+    shift = (ours.pool.double().mean(0) - theirs.pool.double().mean(0)).square().sum()
+    expected = shift + sum(part.square().sum() for part in both) / 7 - 2 * trace
+    assert results["scores"]["fid"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_resize_is_tensorflow_1() -> None:

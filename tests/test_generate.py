@@ -161,6 +161,9 @@ def test_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="53 labels; allowed: num_samples, 9"):
         labels_of(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), CLASSES)
     assert settings.labels.kind == "balanced"
+    (tmp_path / "labels.txt").write_text("3\ncat\n")
+    with pytest.raises(ValueError, match="holds more than class numbers"):
+        labels_of(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), CLASSES)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
