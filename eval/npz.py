@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,9 @@ from eval.chunks import atomically
 
 npy: Any = np.lib.format  # it has no types
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+# What zipfile and numpy let through for damaged files.
+_DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, RuntimeError)
+_MOST_COMPRESSED = 200  # times smaller than its contents: beyond it, a file that is made to fill the memory
 
 
 def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[int, int], labels: Tensor) -> None:
@@ -84,7 +89,18 @@ class NpzImages:
 
 
 def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
-    """One array of a zip archive, memory-mapped if it is stored uncompressed in C order."""
+    """One array of a zip archive, memory-mapped if it is stored uncompressed in C order.
+
+    Raises:
+        ValueError: for a damaged file, pickled objects, or contents out of proportion to the file.
+    """
+    try:
+        return _map(path, member)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {member} cannot be read: {error}") from error
+
+
+def _map(path: Path, member: str) -> npt.NDArray[Any]:
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
         with archive.open(info) as file:
@@ -92,16 +108,23 @@ def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, fortran, dtype = read(file)
             header = file.tell()
-        if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-            with np.load(path, allow_pickle=False) as whole:
-                return np.asarray(whole[member.removesuffix(".npy")])
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects, which could run code")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or header + size != info.file_size:
+            raise ValueError(f"its header names {size} bytes, the archive {info.file_size - header}")
+        if info.file_size > max(_MOST_COMPRESSED * info.compress_size, 1 << 20):
+            raise ValueError(f"{info.file_size} bytes packed into {info.compress_size}: not an honest file")
+        if info.compress_type != zipfile.ZIP_STORED or fortran:
+            with archive.open(info) as file:
+                return np.asarray(npy.read_array(file, allow_pickle=False))
     with path.open("rb") as raw:
         raw.seek(info.header_offset + 26)
         # A local file header: 30 bytes, then the name and the extra field, whose lengths are its last two numbers.
         name, extra = struct.unpack("<HH", raw.read(4))
     start = info.header_offset + 30 + name + extra + header
-    if start + int(np.prod(shape)) * dtype.itemsize > path.stat().st_size:
-        raise ValueError(f"{path}: the file is cut off")
+    if start + size > path.stat().st_size:
+        raise ValueError("the file is cut off")
     return np.memmap(path, dtype, "r", start, shape)
 
 
@@ -114,7 +137,7 @@ def keys(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not a readable .npz file: {error}") from error
 
 
@@ -124,8 +147,10 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: for shapes that do not fit together, or values that are not finite.
     """
-    with np.load(path, allow_pickle=False) as file:
-        found = {key: torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in STATISTICS if key in file}
+    arrays = {key: _mapped(path, f"{key}.npy") for key in STATISTICS if key in keys(path)}
+    if any(array.dtype.kind not in "fiu" for array in arrays.values()):
+        raise ValueError(f"{path}: {', '.join(f'{key} is {array.dtype}' for key, array in arrays.items())}")
+    found = {key: torch.from_numpy(np.array(array, dtype=np.float64)) for key, array in arrays.items()}
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in found) != (cov in found):
             raise ValueError(f"{path}: has {mean if mean in found else cov} without its partner")

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from eval.npz import NpzImages
 from eval.weights import file_sha256
 from sfd_scale import config
-from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
+from sfd_scale.data.images import DAMAGE, FORMATS, FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -115,9 +115,9 @@ def _open_flat(source: FlatSource) -> Images:
 
 def _read(path: Path) -> Tensor:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
 
 

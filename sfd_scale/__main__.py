@@ -169,7 +169,7 @@ def run(command_line: typer.Typer) -> None:
     logs.setup()
     try:
         command_line()
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if "SFD_DEBUG" in os.environ:
             raise
         rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ T = TypeVar("T")
 RECIPE_ROOT = Path(__file__).resolve().parents[1] / "recipes"
 _COMMAND_LINE = "the command line"
 _SOURCE = "# started as: "
+# A recipe has a few hundred values; aliases of aliases can make billions of a few lines.
+_MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
+_SECRET = re.compile(r"oc\.env\s*:\s*[^},]*(?:key|token|secret|passw|credential)", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -63,12 +67,7 @@ def _read(path: Path, trail: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[st
     """The merged tree of a file and its parents, and which file set each dotted leaf."""
     if path.resolve() in trail:
         raise ConfigError(f"extends: {path} extends itself")
-    try:
-        own = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
+    own = _own(path)
     parents = own.pop("extends", [])
     tree, origin = OmegaConf.create({}), dict[str, str]()
     for name in [parents] if isinstance(parents, str) else parents:
@@ -94,8 +93,7 @@ def lineage(source: str | Path, cls: type[Any]) -> Lineage:
         ConfigError: if it cannot be found or is not valid any more.
     """
     path = find(source)
-    own = OmegaConf.load(path)
-    assert isinstance(own, DictConfig)
+    own = _own(path)
     parents = own.pop("extends", [])
     names = [parents] if isinstance(parents, str) else [str(name) for name in parents]
     inherited = OmegaConf.create({})
@@ -113,6 +111,44 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping) or (prefix and not tree):
         return {prefix.removesuffix("."): tree}
     return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
+
+
+def _own(path: Path) -> DictConfig:
+    """What a file itself sets."""
+    try:
+        _check_size(path)
+        own = OmegaConf.load(path)
+    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(own, DictConfig):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
+    return own
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that would not stay small once it is read, and one that asks for a secret of the environment."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
+    text = path.read_text(encoding="utf-8")
+    if _SECRET.search(text):
+        raise ValueError(
+            "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and to the "
+            "checkpoints; libraries find their keys by themselves"
+        )
+    known: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if node is None or isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in known:
+            known[id(node)] = _MOST_NODES  # of a node inside itself
+            parts = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+            known[id(node)] = 1 + sum(size(part) for part in parts)
+        return known[id(node)]
+
+    if size(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_NODES:
+        raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed")
 
 
 def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
@@ -164,7 +200,7 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         command = OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.to_container(_merge(tree, command), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{find(source)}: {error}") from error
     origin.update(dict.fromkeys(_leaves(command), _COMMAND_LINE))
     return _Reader(origin, str(find(source))).value(cls, merged, "")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfd_scale import checkpoint, config, distributed
@@ -112,6 +112,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
     if not isinstance(recipe.model, LightningDiTConfig):
         raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
+    _require(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
     if recipe.tokenizer.texture is None:
         raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
     model = bare_model(recipe.model, recipe.latents, recipe.schedule)
@@ -144,11 +145,25 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
 def _export_note(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.suffix != ".safetensors":
         raise ValueError(f"{path}: no such file of `sfd export` (.safetensors)")
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
     if EXPORT_KEY not in metadata:
         raise ValueError(f"{path}: not written by `sfd export`: it says nothing of the model it belongs to")
-    return json.loads(metadata[EXPORT_KEY])
+    try:
+        note = json.loads(metadata[EXPORT_KEY])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its note on the run is damaged: {error}") from error
+    _require(note, path, {"recipe": dict})
+    return note
+
+
+def _require(note: Any, path: Path, needed: Mapping[str, type]) -> None:
+    wrong = [key for key, kind in needed.items() if not isinstance(note, dict) or not isinstance(note.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{path}: its note on the run is damaged: {', '.join(wrong)} missing or of another type")
 
 
 def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:

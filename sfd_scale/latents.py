@@ -9,11 +9,12 @@ N batch · C channels (T texture + S semantic) · H, W latent grid · D feature 
 from __future__ import annotations
 
 import hashlib
+import pickle  # for the name of an error alone: torch.load is told weights_only
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,14 +108,21 @@ class LatentStats:
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:
-        with safe_open(str(path), framework="pt") as file:
-            return cls(file.get_tensor("mean"), file.get_tensor("std"))
+        """Raises ValueError for a file that holds anything else, or is damaged."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return cls(file.get_tensor("mean"), file.get_tensor("std"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a file of latent statistics: {error}") from error
 
     @classmethod
     def from_authors(cls, texture: Path, semantic: Path) -> LatentStats:
         """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1])."""
-        parts = [torch.load(path, map_location="cpu", weights_only=True) for path in (texture, semantic)]
-        mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
+        try:
+            parts = [torch.load(path, map_location="cpu", weights_only=True) for path in (texture, semantic)]
+            mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{texture}, {semantic}: not the authors' statistics: {error}") from error
         return cls(mean, std)
 
 

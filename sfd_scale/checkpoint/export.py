@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -39,7 +39,10 @@ def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
         ValueError: where the path is neither, or the checkpoint is damaged or of a newer release.
     """
     if path.is_file() and path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
     if not (path / "COMMIT").is_file():
         raise ValueError(f"{path}: neither a committed checkpoint folder nor a .safetensors file")
     return load_part(path, _PART[weights])

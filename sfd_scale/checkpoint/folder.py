@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 FORMAT = 1
+_TENSORS = re.compile(r"__\d+_\d+\.distcp")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint is damaged, or could not be written."""
 
 
@@ -81,12 +82,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a checkpoint of a newer release.
     """
-    state = json.loads((folder / "state.json").read_text())
+    state = _read_object(folder / "state.json")
+    missing = [key for key in ("format", "step", "optimizer_steps") if type(state.get(key)) is not int]
+    if missing:
+        raise ValueError(f"{folder / 'state.json'}: no whole number under {', '.join(missing)}; the file is damaged")
     if state["format"] > FORMAT:
         raise ValueError(
             f"{folder}: checkpoint format {state['format']}; this release of sfd-scale reads up to {FORMAT}: update it"
         )
     return state
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a {type(data).__name__} where an object should be")
+    return data
 
 
 def checksums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -98,7 +112,11 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     text = (folder / "checksums.json").read_bytes()
     if hashlib.sha256(text).hexdigest() != checkpoint_hash(folder):
         raise CheckpointError(f"{folder}: checksums.json is not the file that was committed")
-    return json.loads(text)
+    listing = json.loads(text)
+    for name in listing:
+        if Path(name).name != name or name in (".", ".."):
+            raise CheckpointError(f"{folder}: checksums.json names {name!r}, which leads out of the folder")
+    return listing
 
 
 def damage(folder: Path, share: slice) -> str | None:
@@ -112,7 +130,7 @@ def damage(folder: Path, share: slice) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
             if sha256(path) != expected["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         return str(error)
     return None
 
@@ -154,11 +172,36 @@ class Reader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    with (folder / ".metadata").open("rb") as file:
-        metadata = _MetadataUnpickler(file).load()
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{folder}: .metadata holds a {type(metadata).__name__}")
+    """What a checkpoint holds, and where.
+
+    Raises:
+        CheckpointError: for anything but tensors that lie in files of this folder.
+    """
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"it holds a {type(metadata).__name__}")
+        _check_places(folder, metadata)
+    except Exception as error:
+        raise CheckpointError(f"{folder}/.metadata cannot be read: {error}") from error
     return metadata
+
+
+def _check_places(folder: Path, metadata: Metadata) -> None:
+    """Every range lies inside a file of the folder, and no tensor is larger than what there is to fill it."""
+    lengths: dict[str, int] = {}
+    for place in (metadata.storage_data or {}).values():
+        name = place.relative_path
+        if not isinstance(name, str) or not _TENSORS.fullmatch(name):
+            raise CheckpointError(f"it names {name!r}, which is no file of tensors of this folder")
+        if name not in lengths:
+            lengths[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
+        if lengths[name] >= 0 and not (place.offset >= 0 <= place.length <= lengths[name] - place.offset):
+            raise CheckpointError(f"bytes {place.offset} + {place.length} of {name}, which has {lengths[name]}")
+    volumes = [math.prod(shape) if min(shape, default=0) >= 0 else -1 for shape in shapes(metadata).values()]
+    if -1 not in lengths.values() and (min(volumes, default=0) < 0 or 4 * sum(volumes) > sum(lengths.values())):
+        raise CheckpointError(f"tensors of {4 * sum(volumes)} bytes in files of {sum(lengths.values())}")
 
 
 def shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -334,7 +335,7 @@ def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str)
     failure = None
     try:
         result = work()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         # Every rank must hear of it, or the others would wait for this one.
         failure = f"{type(error).__name__}: {error}"
         logger.exception("%s", what)

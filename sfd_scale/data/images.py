@@ -20,9 +20,11 @@ from sfd_scale.data.schema import Manifest
 from sfd_scale.data.shards import open_shards
 from sfd_scale.data.synthetic import NUM_CLASSES, Split, digit_image
 
+# Pillow would try every decoder it has on a file of any name; that of PostScript starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 # What Pillow's decoders let through for damaged files, besides its own errors.
-_DAMAGE = (
+DAMAGE = (
     UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -156,10 +158,10 @@ def read_image(path: Path, size: int, upright: bool = True) -> Tensor:
         UnreadableImage: naming the file, if it is empty, cut off, no image, or too large to be honest.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
             rgb = _eight_bits(turned).convert("RGB")
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UnreadableImage(f"{path}: {error}") from error
     return torch.from_numpy(np.array(centre_crop(rgb, size))).permute(2, 0, 1).contiguous()
 

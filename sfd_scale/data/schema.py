@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfd_scale import config
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATS = "stats.safetensors"
 FLIPPED = "_flip"  # suffix of the columns of the mirrored image
 StoredDtype = Literal["float16", "bfloat16"]
+_ENCODING = re.compile(r"int|ndarray:(?:u?int(?:8|16|32|64)|float(?:16|32|64))(?::\d{1,6}(?:,\d{1,6})*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Manifest:
     index_sha256: str
     stats_hash: str | None
     tokenizers: dict[str, str] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -51,43 +55,74 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder}: no {MANIFEST}; encode the data first, or finish an encode that was cut off")
-        data = _read_json(path)
-        if data["format"] > FORMAT:
-            raise ValueError(f"{path}: format {data['format']}; this release reads up to {FORMAT}: update sfd-scale")
-        return cls(**data)
+        data = read_json(path)
+        number = data.get("format", FORMAT)
+        if isinstance(number, int) and number > FORMAT:
+            raise ValueError(f"{path}: format {number}; this release reads up to {FORMAT}: update sfd-scale")
+        return config.from_dict(cls, data, str(path))
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """The index.json of a folder of MDS shards, with every file name checked.
 
     Raises:
-        ValueError: for a shard that is not MDS, a name that leads out of the folder, or a column that unpickles.
+        ValueError: for a shard that is not MDS as `sfd encode` writes it, or a name that leads out of the folder.
     """
     path = folder / "index.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no index.json; it is not a folder of shards")
-    index = _read_json(path)
+    index = read_json(path)
+    if not isinstance(index.get("shards"), list):
+        raise ValueError(f"{path}: it has no list of shards; encode the data anew")
     for shard in index["shards"]:
-        if shard["format"] != "mds":
-            raise ValueError(f"{path}: a shard of format {shard['format']!r}; allowed: mds")
-        for part in ("raw_data", "zip_data"):
-            name = shard[part]["basename"] if shard[part] else "x"
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"{path}: the shard name {name!r} leads out of the folder")
-        if "pkl" in shard["column_encodings"]:
-            raise ValueError(f"{path}: a pickled column, which could run code; encode it in another form")
+        try:
+            problem = _shard_problem(shard)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: a shard that is not described as it should be: {error!r}") from error
+        if problem:
+            raise ValueError(f"{path}: {problem}")
     return index
+
+
+def _shard_problem(shard: Any) -> str | None:
+    if shard["format"] != "mds" or shard["version"] != 2:
+        return f"a shard of format {shard['format']!r}, version {shard['version']!r}; allowed: mds, 2"
+    if shard["compression"] is not None or shard["zip_data"] is not None:
+        return "a compressed shard, which `sfd encode` does not write; allowed: compression null"
+    raw = shard["raw_data"]
+    name = raw["basename"]
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        return f"the shard name {name!r} leads out of the folder"
+    if not all(type(n) is int and n >= 0 for n in (shard["samples"], raw["bytes"])):
+        return f"{name}: {shard['samples']!r} samples in {raw['bytes']!r} bytes"
+    if shard["samples"] * 4 > raw["bytes"]:  # each has an offset of four bytes
+        return f"{name}: {shard['samples']} samples do not fit in {raw['bytes']} bytes"
+    columns = list(zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True))
+    for column, form, size in columns:
+        if type(column) is not str or not _ENCODING.fullmatch(form):
+            # `pkl` would run code; the others bring decoders that nothing here needs.
+            return f"column {column!r} has the encoding {form!r}; allowed: int, ndarray:TYPE:SHAPE"
+        if size is not None and not (type(size) is int and size >= 0):
+            return f"column {column!r} has the size {size!r}"
+    return None
 
 
 def index_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a data folder.
+
+    Raises:
+        ValueError: that names the file, if it holds anything else.
+    """
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); encode into this folder again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: damaged (a {type(data).__name__} where an object should be); encode it again")
     return data
 
 

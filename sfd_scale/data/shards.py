@@ -47,7 +47,17 @@ class LocalRows:
         return self._read(shard, index - self._ends[number] + shard.samples)
 
     def _read(self, shard: Any, row: int) -> dict[str, Any]:
+        return _row(shard, row)
+
+
+def _row(shard: Any, row: int) -> dict[str, Any]:
+    try:
         return shard[row]
+    except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        file = Path(shard.dirname, shard.raw_data.basename)
+        raise ValueError(
+            f"{file}: row {row} cannot be read ({error}); `sfd check-data` names what is damaged"
+        ) from error
 
 
 class CachedRows(LocalRows):
@@ -60,7 +70,7 @@ class CachedRows(LocalRows):
     def _read(self, shard: Any, row: int) -> dict[str, Any]:
         while True:
             try:
-                return shard[row]
+                return _row(shard, row)
             except FileNotFoundError:  # not fetched yet, or dropped by another process
                 self._cache.fetch(shard)
 

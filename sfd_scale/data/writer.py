@@ -204,7 +204,7 @@ def _join(out: Path, count: int, fields: dict[str, Any]) -> None:
         stats_hash = finished.hash
     Manifest(
         num_samples=sum(shard["samples"] for shard in shards), index_sha256=index_sha256(out), stats_hash=stats_hash,
-        unreadable=unreadable, **fields,
+        unreadable=tuple(unreadable), **fields,
     ).write(out)  # fmt: skip
 
 

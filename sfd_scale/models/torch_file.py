@@ -35,6 +35,7 @@ _DTYPES = {
 }
 _LFS_HEAD = b"version https://git-lfs.github.com"
 _ZIP_HEAD = b"PK\x03\x04"
+_MOST_SETTINGS = 100_000
 
 
 class Inert:
@@ -95,7 +96,7 @@ class _Unpickler(pickle.Unpickler):
             return _DTYPES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             # A new function each time: a pickle can set attributes on what it is handed.
-            return lambda storage, offset, shape, stride, *_: LazyTensor(storage, offset, tuple(shape), tuple(stride))
+            return lambda storage, offset, shape, stride, *_: _lazy(storage, offset, tuple(shape), tuple(stride))
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda data, *_: data
         if (module, name) == ("torch", "Size"):
@@ -106,7 +107,19 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown kind of storage: {kind} {dtype}")
-        return Storage(str(key), dtype, int(count))
+        if type(count) is not int or count < 0:
+            raise pickle.UnpicklingError(f"a storage of {count!r} elements")
+        return Storage(str(key), dtype, count)
+
+
+def _lazy(storage: Any, offset: Any, shape: tuple[Any, ...], stride: tuple[Any, ...]) -> LazyTensor:
+    numbers = (offset, *shape, *stride)
+    if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape}, stride {stride}, offset {offset}")
+    # Also for a stride of 0, by which a few bytes would stand for any number of elements.
+    if len(shape) != len(stride) or math.prod(shape) > storage.count:
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.count} elements")
+    return LazyTensor(storage, offset, shape, stride)
 
 
 class TorchFile:
@@ -123,6 +136,8 @@ class TorchFile:
             self._zip = zipfile.ZipFile(path)
             self._root = next(n for n in self._zip.namelist() if n.endswith("data.pkl")).removesuffix("data.pkl")
             names = self._zip.namelist()
+            if any(info.compress_type != zipfile.ZIP_STORED for info in self._zip.infolist()):
+                raise ValueError("it is compressed, which torch.save never does")
             order = self._zip.read(f"{self._root}byteorder") if f"{self._root}byteorder" in names else b"little"
             self.content: Any = _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
         except zipfile.BadZipFile as error:
@@ -131,8 +146,8 @@ class TorchFile:
             raise ValueError(f"{path} is a zip file, but not of torch.save: it holds no data.pkl") from None
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-        if order.decode() != sys.byteorder:
-            raise ValueError(f"{path} has {order.decode()}-endian numbers, this machine {sys.byteorder}-endian ones")
+        if order != sys.byteorder.encode():
+            raise ValueError(f"{path} has {order[:8]!r}-endian numbers, this machine {sys.byteorder}-endian ones")
 
     def load(self, value: Any) -> Any:
         """`value`, a part of `content`, with its tensors read; dicts and sequences are followed, inert objects not."""
@@ -182,16 +197,29 @@ def _check_head(path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Settings as plain data: OmegaConf's nodes, read as inert objects, become dicts, lists and values."""
-    if isinstance(value, Inert):
-        state = value.state
-        if isinstance(state, dict) and "_content" in state:
-            return plain(state["_content"])
-        if isinstance(state, dict) and "_val" in state:
-            return plain(state["_val"])
-        return value.name
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value
+    """Settings as plain data: OmegaConf's nodes, read as inert objects, become dicts, lists and values.
+
+    Raises:
+        ValueError: for settings without end: parts that hold themselves, or each other over and over.
+    """
+    budget = iter(range(_MOST_SETTINGS))
+
+    def convert(item: Any) -> Any:
+        if next(budget, None) is None:
+            raise ValueError(f"settings of more than {_MOST_SETTINGS} values")
+        if isinstance(item, Inert):
+            state = item.state
+            for content in ("_content", "_val"):
+                if isinstance(state, dict) and content in state:
+                    return convert(state[content])
+            return item.name
+        if isinstance(item, dict):
+            return {key: convert(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [convert(part) for part in item]
+        return item
+
+    try:
+        return convert(value)
+    except RecursionError as error:
+        raise ValueError("settings that hold themselves") from error

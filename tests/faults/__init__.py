@@ -1,0 +1,1 @@
+"""Faults on purpose: runs that are broken, files that are hostile."""
