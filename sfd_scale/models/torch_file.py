@@ -172,7 +172,7 @@ class TorchFile:
                 if info.file_size < size:
                     raise ValueError(f"it has {info.file_size} bytes of {size}")
                 data = bytearray(self._zip.read(info))
-            except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{self.path} is truncated or damaged at tensor {storage.key}: {error}") from error
             whole = torch.frombuffer(data, dtype=storage.dtype, count=storage.count) if storage.count else None
             storages[storage] = torch.empty(0, dtype=storage.dtype) if whole is None else whole

@@ -1,0 +1,110 @@
+"""Break training, encoding and generation in every way that is listed, and count what survives.
+
+    PYTHONPATH=.:tests python -m faults                        # every fault once, and 100 seeded kills
+    PYTHONPATH=.:tests python -m faults --kills 8 --only kill
+    PYTHONPATH=.:tests python -m faults --launchers            # also kills under torchrun and deepspeed
+
+Exit code 1 where anything was lost. The table says: fault, times, survived, lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import typer
+
+from faults.cases import Case, cases, kill
+from faults.jobs import Result
+from faults.work import Training, Work
+
+# Imported once, before anything is forked: every rank would do it otherwise.
+_LAZY = ("sfd_scale.build", "torch._dynamo", "torch.distributed.checkpoint.state_dict_saver")
+
+
+def kills(work: list[Work], count: int, seed: int) -> dict[str, Result]:
+    """`count` kills that landed, in turn over commands and victims."""
+    pairs = [(w, victim) for victim in ("rank", "all") for w in work]
+    found = {f"kill {victim}, {w.name}": Result(0, 0) for w, victim in pairs}
+    attempt = landed = 0
+    while landed < count and attempt < 3 * count:
+        w, victim = pairs[attempt % len(pairs)]
+        result = _safely(lambda draw, w=w, victim=victim: kill(w, draw, victim), seed, f"{attempt}")  # type: ignore[misc]
+        attempt, landed = attempt + 1, landed + result.times
+        found[f"kill {victim}, {w.name}"] = _sum(found[f"kill {victim}, {w.name}"], result)
+    return found
+
+
+def _sum(a: Result, b: Result) -> Result:
+    return Result(a.times + b.times, a.survived + b.survived, (*a.problems, *b.problems))
+
+
+def _safely(case: Case, seed: int, name: str) -> Result:
+    try:
+        return case(random.Random(f"{seed}/{name}"))
+    except Exception as error:  # noqa: BLE001  a case that cannot be finished is a loss, and the others go on
+        return Result.of(f"{type(error).__name__}: {str(error)[-1500:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", default=[], help="cases whose name contains this text")
+    parser.add_argument("--launchers", action="store_true", help="kills under torchrun and deepspeed, once each")
+    parser.add_argument("--place", type=Path, help="where to work; a temporary folder by default")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    begun = time.monotonic()
+    for name in _LAZY:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        results = run(options, options.place or Path(temporary))
+    typer.echo(f"\n{'fault':<28} {'times':>6} {'survived':>9} {'lost':>5}")
+    for name, result in results.items():
+        typer.echo(f"{name:<28} {result.times:>6} {result.survived:>9} {result.times - result.survived:>5}")
+    total = sum(result.times for result in results.values())
+    lost = total - sum(result.survived for result in results.values())
+    seconds = time.monotonic() - begun
+    typer.echo(f"{'all':<28} {total:>6} {total - lost:>9} {lost:>5}   seed {options.seed}, {seconds:.0f} s")
+    for name, result in results.items():
+        for problem in result.problems:
+            typer.echo(f"\n{name}: {problem}")
+    return 1 if lost else 0
+
+
+def run(options: argparse.Namespace, place: Path) -> dict[str, Result]:
+    work, singles = cases(place)
+    wanted = [name for name in singles if not options.only or any(text in name for text in options.only)]
+    for w in work:
+        w.undisturbed()
+        typer.echo(f"undisturbed {w.name}: {w.seconds:.1f} s")
+    results: dict[str, Result] = {}
+    for name in wanted:
+        results[name] = _safely(singles[name], options.seed, name)
+        _say(name, results[name])
+    if options.launchers:
+        for launcher in ("torchrun", "deepspeed"):
+            launched = Training(place, launcher)
+            launched.undisturbed()
+            for victim in ("rank", "all", "launcher"):
+                name = f"kill {victim}, {launcher}"
+                results[name] = _safely(lambda draw, v=victim, t=launched: kill(t, draw, v), options.seed, name)  # type: ignore[misc]
+                _say(name, results[name])
+    if options.kills and (not options.only or "kill" in options.only):
+        results |= kills(work, options.kills, options.seed)
+    return results
+
+
+def _say(name: str, result: Result) -> None:
+    typer.echo(f"{name}: {'nothing was done' if not result.times else 'survived' if result.survived else 'LOST'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""What is broken: a training run, an encode and a generation, each with its undisturbed result to compare with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import eval_tiny
+import small_run
+import yaml
+from encoded import files
+
+from eval import generate
+from faults.jobs import ROOT, Forked, Job, Launched
+from sfd_scale.__main__ import app, run
+from sfd_scale.checkpoint import folder as checkpoints
+
+STEPS, EVERY = 16, 3
+
+
+def command(*arguments: str) -> Callable[[], None]:
+    """The command line `sfd …` in this process."""
+
+    def work() -> None:
+        sys.argv = ["sfd", *arguments]
+        run(app)
+
+    return work
+
+
+class Work:
+    """A command that writes to a folder; `start` again continues."""
+
+    name = ""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.log = place, place / f"{self.name}.log"
+        place.mkdir(parents=True, exist_ok=True)
+        self.seconds = 0.0
+
+    def start(self, out: Path, **options: Any) -> Job:
+        raise AssertionError("of the subclasses")
+
+    def difference(self, out: Path) -> str | None:
+        """What differs from the undisturbed result."""
+        raise AssertionError("of the subclasses")
+
+    @property
+    def reference(self) -> Path:
+        return self.place / f"{self.name}-undisturbed"
+
+    def undisturbed(self) -> None:
+        begun = time.monotonic()
+        code = self.start(self.reference).wait(600)
+        self.seconds = time.monotonic() - begun
+        if code:
+            raise RuntimeError(f"the undisturbed {self.name} ended with {code}: {self.log.read_text()[-3000:]}")
+
+    def finished(self, out: Path, starts: int = 3, **options: Any) -> str | None:
+        """Start until the end; what is wrong with the result."""
+        for _ in range(starts):
+            job = self.start(out, **options)
+            if job.wait(600) == 0:
+                return self.difference(out)
+        return f"{self.name} did not end after {starts} starts: {job.output()[-1500:]}"
+
+    def fresh(self, name: str) -> Path:
+        out = self.place / f"{self.name}-{name}"
+        shutil.rmtree(out, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+        return out
+
+
+class Training(Work):
+    """The smallest LightningDiT on encoded digits, two ranks; checkpoints every 3 of 16 steps."""
+
+    name = "train"
+
+    def __init__(self, place: Path, launcher: str | None = None) -> None:
+        self.launcher = launcher
+        if launcher:
+            self.name = f"train-{launcher}"
+        super().__init__(place)
+        data = place / "data"
+        if not data.exists():
+            small_run.encode(data)
+        engine = small_run.ZERO1 if launcher == "deepspeed" else small_run.FSDP
+        self.settings: dict[str, Any] = {"steps": STEPS, "every": EVERY, "engine": engine}
+        self.recipe = small_run.write_recipe(place / f"{self.name}.yaml", data, **self.settings)
+
+    def start(self, out: Path, **options: Any) -> Job:
+        arguments = ["train", str(options.pop("recipe", self.recipe)), "--run", str(out), *options.pop("overrides", ())]
+        if self.launcher is None:
+            return Forked(command(*arguments), self.log, **options)
+        return Launched([str(ROOT / f"launchers/{self.launcher}.sh"), *arguments], self.log, **options)
+
+    def difference(self, out: Path) -> str | None:
+        if not small_run.same(small_run.weights(out, STEPS), small_run.weights(self.reference, STEPS)):
+            return "the final weights differ"
+        rows, expected = (small_run.lines(f / "metrics.jsonl") for f in (out, self.reference))
+        if [(row["step"], row["loss"]) for row in rows] != [(row["step"], row["loss"]) for row in expected]:
+            return f"metrics.jsonl differs: steps {[row['step'] for row in rows]}"
+        return None
+
+    @staticmethod
+    def committed(out: Path) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = checkpoints.committed(out / "checkpoints") if out.exists() else []
+        return [path for path in found if checkpoints.damage(path, slice(None)) is None]
+
+
+class Encoding(Work):
+    """Digits to image shards, on two ranks in chunks of 8."""
+
+    name = "encode"
+
+    def start(self, out: Path, **options: Any) -> Job:
+        recipe = self.place / f"{out.name}.yaml"
+        settings = {
+            "kind": "encode", "name": "digits", "source": {"kind": "digits", "num_images": 160, "seed": 3},
+            "store": {"image": True, "latents": "none", "features": "none", "chunk": 8, "batch": 4}, "out": str(out),
+        }  # fmt: skip
+        recipe.write_text(yaml.safe_dump(settings))
+        return Forked(command("encode", str(recipe)), self.log, **options)
+
+    def difference(self, out: Path) -> str | None:
+        ours, expected = files(out), files(self.reference)
+        own, theirs = (json.loads(found.pop("manifest.json")) for found in (ours, expected))
+        for manifest in (own, theirs):
+            manifest["recipe"].pop("out", None)
+        different = {name for name in ours.keys() | expected.keys() if ours.get(name) != expected.get(name)}
+        return f"{sorted(different)} differ" if different or own != theirs else None
+
+
+class Generation(Work):
+    """Images of a tiny model and their features, in chunks of 8, on two ranks."""
+
+    name = "generate"
+
+    def start(self, out: Path, **options: Any) -> Job:
+        settings = eval_tiny.recipe(self.place, num_samples=120)
+
+        def work() -> None:
+            from sfd_scale import distributed
+
+            distributed.init(20.0)
+            try:
+                generate.generate(settings, out, eval_tiny.job(settings))
+            except (ValueError, OSError) as error:
+                sys.stderr.write(f"error: {error}\n")
+                sys.exit(2)
+            finally:
+                distributed.shutdown()
+
+        return Forked(work, self.log, **options)
+
+    def difference(self, out: Path) -> str | None:
+        ours, expected = (
+            {name: data for name, data in files(f).items() if name.startswith("chunks")} for f in (out, self.reference)
+        )
+        different = {name for name in ours.keys() | expected.keys() if ours.get(name) != expected.get(name)}
+        return f"{sorted(different)} differ" if different or not ours else None
