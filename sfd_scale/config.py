@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
@@ -69,6 +69,8 @@ def _read(path: Path, trail: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[st
         raise ConfigError(f"extends: {path} extends itself")
     own = _own(path)
     parents = own.pop("extends", [])
+    if not isinstance(parents, str | ListConfig | list):
+        raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
     tree, origin = OmegaConf.create({}), dict[str, str]()
     for name in [parents] if isinstance(parents, str) else parents:
         parent, parent_origin = _read(_parent(name, path), (*trail, path.resolve()))

@@ -138,11 +138,22 @@ class MetricsWriter:
 
         id_file = run_dir / "wandb_run_id"
         self.wandb_id = id_file.read_text().strip() if id_file.exists() else None
-        self._wandb = wandb.init(
-            project=settings.project, entity=settings.entity, mode=settings.mode, dir=str(run_dir), name=run_dir.name,
-            id=self.wandb_id, resume="allow" if settings.mode == "online" else None, config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
+
+        def start(mode: Literal["online", "offline", "disabled"]) -> Any:
+            return wandb.init(
+                project=settings.project, entity=settings.entity, mode=mode, dir=str(run_dir), name=run_dir.name,
+                id=self.wandb_id, resume="allow" if mode == "online" else None, config=dict(config),
+                settings=wandb.Settings(silent=True, console="off"),
+            )  # fmt: skip
+
+        try:
+            self._wandb = start(settings.mode)
+        except wandb.errors.Error as error:
+            if settings.mode != "online":
+                raise
+            # A run of days must not depend on a server: `wandb sync` brings it there later.
+            logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, run_dir)
+            self._wandb = start("offline")
         self.wandb_id = self._wandb.id
         id_file.write_text(f"{self.wandb_id}\n")
 
