@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Policy = Literal["stop", "skip", "rollback"]
 Reason = Literal["loss not finite", "gradient not finite", "loss spike"]
 RECORD = "divergence.jsonl"
+_MOST_BYTES = 64 << 20  # of the record; the log goes on
 _NAMED = 8  # sample ids in a log line; the record has them all
 _NORMAL = 1.4826  # median absolute deviation → standard deviation of a normal distribution
 
@@ -198,7 +199,7 @@ class DivergenceWatch:
         worst = " worst first" if samples and samples[0][2] is not None else ""
         text = f"step {step + 1}: {reason}, loss {loss:g} of samples{worst} {named}{more}"
         logger.warning("%s: %s", text, policy)
-        if distributed.is_main():
+        if distributed.is_main() and (not self.record.exists() or self.record.stat().st_size < _MOST_BYTES):
             row = {
                 "step": step + 1, "reason": reason, "policy": policy, "loss": _number(loss),
                 "limit": _number(self._limit), "grad_norm": _number(result.grad_norm), "applied": result.applied,
