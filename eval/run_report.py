@@ -76,7 +76,7 @@ def read_run(path: Path, label: str) -> Run:
     rows = figures.read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
-    found = [(file, read_results(file)) for file in sorted(path.glob(f"{EVALUATIONS}/**/results.json"))]
+    found = [(file, read_results(file)) for file in sorted(path.glob(f"{EVALUATIONS}/step-*/results.json"))]
     found = [(file, result) for file, result in found if result["samples"]["kind"] == "generated"]
     recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     return Run(path, label, rows, sorted(found, key=lambda pair: step_of(pair[1])), recipe)

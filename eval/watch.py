@@ -14,8 +14,9 @@ from eval.chunks import write_atomically
 from eval.features import make_extractor
 from eval.recipe import EvalRecipe
 from eval.score import read_results, score
-from sfd_scale import checkpoint, config, distributed, exports
+from sfd_scale import checkpoint, config, distributed, exports, logs
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.run_lock import in_use
 
 logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
@@ -25,14 +26,15 @@ _FREE = ("checkpoint", "name", "outputs", "cache", "published")  # these change 
 def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
     """Evaluate every checkpoint of `run` that has no results yet, oldest first, until the run's last step.
 
-    Writes `out`/step-XXXXXXXX/results.json and, of all of them, `out`/scores.jsonl.
+    Writes `out`/step-XXXXXXXX/results.json and, of all of them, `out`/results.jsonl. In the run folder's evaluations/
+    the scores go to the W&B run of the training too: by the training itself while it runs, else from here.
 
     Raises:
         ValueError: if `run` is no run folder, or `out` has results of other settings.
     """
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"--run: {run} is no run folder (no recipe.yaml in it)")
-    last = config.load(run / "recipe.yaml", TrainRecipe).train.steps
+    training = config.load(run / "recipe.yaml", TrainRecipe)
     _check_same(recipe, out)
     while True:
         steps = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
@@ -40,8 +42,10 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
         for step in todo:
             _evaluate(recipe, run, out, step)
             if distributed.is_main():
-                write_atomically(out / "scores.jsonl", table(out).encode())
-        if once or (not todo and steps and steps[-1] >= last):
+                write_atomically(out / "results.jsonl", table(out).encode())
+        if distributed.is_main() and not in_use(run):
+            logs.log_scores(run, training.wandb)
+        if once or (not todo and steps and steps[-1] >= training.train.steps):
             return
         if not todo:
             time.sleep(interval)
@@ -101,5 +105,6 @@ def table(out: Path) -> str:
     for file in sorted(out.glob("step-*/results.json")):
         results = read_results(file)
         row: dict[str, Any] = {"step": results["samples"]["checkpoint"]["step"], **results["scores"]}
+        row |= {key: results[key] for key in ("count", "nfe", "name", "id")}
         lines.append(json.dumps(row) + "\n")
     return "".join(lines)

@@ -129,33 +129,10 @@ class MetricsWriter:
         self._wandb: Any = None
         self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
-            self._start_wandb(run_dir, wandb, config)
+            self._wandb = open_wandb(run_dir, wandb, config)
+            self.wandb_id, self._scores = self._wandb.id, ScoreTable(run_dir)
         if self._file is not None and tensorboard:
             self._board = _event_writer(run_dir / "tensorboard")
-
-    def _start_wandb(self, run_dir: Path, settings: WandbConfig, config: Mapping[str, Any]) -> None:
-        import wandb  # one file imports it, and only when it is used: it takes a second to import
-
-        id_file = run_dir / "wandb_run_id"
-        self.wandb_id = id_file.read_text().strip() if id_file.exists() else None
-
-        def start(mode: Literal["online", "offline", "disabled"]) -> Any:
-            return wandb.init(
-                project=settings.project, entity=settings.entity, mode=mode, dir=str(run_dir), name=run_dir.name,
-                id=self.wandb_id, resume="allow" if mode == "online" else None, config=dict(config),
-                settings=wandb.Settings(silent=True, console="off"),
-            )  # fmt: skip
-
-        try:
-            self._wandb = start(settings.mode)
-        except wandb.errors.Error as error:
-            if settings.mode != "online":
-                raise
-            # A run of days must not depend on a server: `wandb sync` brings it there later.
-            logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, run_dir)
-            self._wandb = start("offline")
-        self.wandb_id = self._wandb.id
-        id_file.write_text(f"{self.wandb_id}\n")
 
     def truncate(self, step: int) -> None:
         """Drop lines after `step`: a run resumed from its checkpoint writes them anew. A torn last line goes too."""
@@ -178,7 +155,10 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in values.items() if value is not None}, step=step)
+            # One row of scores with each row of metrics: the trainer alone writes to W&B while it runs.
+            scores = next(iter(self._scores.pending()), {})
+            self._wandb.log({key: value for key, value in {**values, **scores}.items() if value is not None}, step=step)
+            self._scores.done(scores)
         if self._board is not None:
             for key, value in values.items():
                 if value is not None:
@@ -191,6 +171,70 @@ class MetricsWriter:
             self._wandb.finish()
         if self._board is not None:
             self._board.close()
+
+
+def open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None = None) -> Any:
+    """The W&B run of a run folder, begun or continued: its id is kept there."""
+    import wandb  # one file imports it, and only when it is used: it takes a second to import
+
+    id_file = run_dir / "wandb_run_id"
+
+    def start(mode: Literal["online", "offline", "disabled"]) -> Any:
+        return wandb.init(
+            project=settings.project, entity=settings.entity, mode=mode, dir=str(run_dir), name=run_dir.name,
+            id=id_file.read_text().strip() if id_file.exists() else None,
+            resume="allow" if mode == "online" else None, config=None if config is None else dict(config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+
+    try:
+        run = start(settings.mode)
+    except wandb.errors.Error as error:
+        if settings.mode != "online":
+            raise
+        # A run of days must not depend on a server: `wandb sync` brings it there later.
+        logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, run_dir)
+        run = start("offline")
+    run.define_metric("eval/*", step_metric="eval/step")
+    id_file.write_text(f"{run.id}\n")
+    return run
+
+
+class ScoreTable:
+    """Scores of checkpoints, which `python -m eval watch` writes, and the steps whose scores W&B has already."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.table, self.seen = run_dir / "evaluations" / "results.jsonl", run_dir / "wandb_scores.json"
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Rows for W&B: `eval/step`, `eval/fid`, …"""
+        if not self.table.is_file():
+            return []
+        logged = set(json.loads(self.seen.read_text(encoding="utf-8"))) if self.seen.is_file() else set()
+        rows = [json.loads(line) for line in self.table.read_text(encoding="utf-8").splitlines()]
+        return [
+            {f"eval/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+            for row in rows
+            if row["step"] not in logged
+        ]
+
+    def done(self, row: Mapping[str, Any]) -> None:
+        if row:
+            logged = json.loads(self.seen.read_text(encoding="utf-8")) if self.seen.is_file() else []
+            self.seen.write_text(json.dumps([*logged, row["eval/step"]]), encoding="utf-8")
+
+
+def log_scores(run_dir: Path, settings: WandbConfig) -> None:
+    """Add what is pending to the W&B run of a training that is not running: two writers would overwrite each other."""
+    scores, metrics = ScoreTable(run_dir), run_dir / "metrics.jsonl"
+    if settings.mode == "disabled" or not scores.pending():
+        return
+    step = max((_step_of(line, default=0) for line in metrics.read_text(encoding="utf-8").splitlines()), default=0)
+    run = open_wandb(run_dir, settings)
+    for number, row in enumerate(scores.pending(), start=1):
+        run.log({key: value for key, value in row.items() if value is not None}, step=step + number)
+        scores.done(row)
+    run.finish()
 
 
 def _event_writer(folder: Path) -> Any:

@@ -41,6 +41,20 @@ def run_lock(run: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def in_use(run: Path) -> bool:
+    """Whether a job holds the folder now."""
+    if not (run / "lock").is_file():
+        return False
+    descriptor = os.open(run / "lock", os.O_RDWR)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _take(descriptor: int, run: Path) -> str | None:
     """Lock the file; who holds it, if someone does."""
     try:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from encoded import encode_digits, tokenizer
 from ranks import run_ranks
+from test_meter import read_by_wandb
 
 from eval import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
 from sfd_scale import build, checkpoint, config
 from sfd_scale.data.images import Digits, DigitsConfig
+from sfd_scale.logs import ScoreTable
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.recipe import TrainRecipe
 
@@ -31,7 +33,7 @@ train: {{steps: 2, global_batch: 8, log_every: 1}}
 tokenizer: {{texture: {{kind: patch_pca, weights: {folder}/texture.safetensors}}}}
 engine: {{kind: fsdp, precision: fp32}}
 checkpoint: {{every: 2, keep_last: 5}}
-wandb: {{mode: disabled}}
+wandb: {{mode: offline}}
 """
 EVAL = """
 kind: eval
@@ -62,12 +64,13 @@ def prepare(folder: Path) -> None:
 def train_and_watch(folder: Path) -> list[Any]:
     prepare(folder)
     settings, found = config.load(folder / "eval.yaml", EvalRecipe), []
+    run, out = folder / "run", folder / "run" / "evaluations"
     for steps in (2, 4):
         recipe = config.load(folder / "train.yaml", TrainRecipe, [f"train.steps={steps}"])
-        build.train(recipe, folder / "run")
-        watch(settings, folder / "run", folder / "out", interval=0.1)
-        times = {file.parent.name: file.stat().st_mtime_ns for file in (folder / "out").glob("*/results.json")}
-        found.append((times, (folder / "out" / "scores.jsonl").read_text()))
+        build.train(recipe, run)
+        watch(settings, run, out, interval=0.1)
+        times = {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
+        found.append((times, (out / "results.jsonl").read_text()))
     return found
 
 
@@ -79,9 +82,18 @@ def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in second[1].splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and rows[0]["fid"] != rows[1]["fid"]
     assert second[1].startswith(first[1])
+    # Each score is once in the W&B run of the training.
+    files = sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    records = [record for file in files for record in read_by_wandb(file)]
+    identity = (tmp_path / "run" / "wandb_run_id").read_text().strip()
+    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {identity}
+    logged = [record["history"]["item"] for record in records if record["type"] == "history"]
+    scores = [(row["eval/step"], row["eval/fid"]) for row in logged if "eval/fid" in row]
+    assert scores == [(row["step"], pytest.approx(row["fid"])) for row in rows]
+    assert not ScoreTable(tmp_path / "run").pending()
     # One table is of one recipe.
     other = config.load(tmp_path / "eval.yaml", EvalRecipe, ["seed=1"])
     with pytest.raises(ValueError, match=r"its scores are of another recipe \(seed differ\)"):
-        watch(other, tmp_path / "run", tmp_path / "out", once=True)
+        watch(other, tmp_path / "run", tmp_path / "run" / "evaluations", once=True)
     # The weights are in the run; the evaluation keeps no copies.
-    assert not list((tmp_path / "out").rglob("model.safetensors"))
+    assert not list((tmp_path / "run" / "evaluations").rglob("model.safetensors"))
