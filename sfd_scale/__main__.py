@@ -115,6 +115,28 @@ def report(
 
 
 @app.command()
+def plan(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes and overrides.")],
+    gpus: Annotated[list[int], typer.Option(help="How many; several times for a table.")],
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200, ...")] = "h100",
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    mfu: Annotated[float | None, typer.Option(help="Use of the peak FLOP/s that is assumed.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Take it from a run's metrics.jsonl, or from a JSON.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Of the data, if it is not here; else ImageNet's.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A table to paste.")] = False,
+) -> None:
+    """Memory, time and cost of a recipe on N GPUs, before anything is started."""
+    from sfd_scale import plans
+
+    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    made = plans.make(
+        names, overrides, gpus, gpu, gpus_per_node=gpus_per_node, mfu=mfu, measured=measured, samples=samples
+    )
+    out = plans.table(made, gpu, markdown)
+    typer.echo(out) if isinstance(out, str) else rich.print(out)
+
+
+@app.command()
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe, resolved: every setting with its value."""
     from sfd_scale.recipe import load_any
@@ -150,6 +172,20 @@ def launch(
     from sfd_scale.launch.__main__ import launch as start
 
     sys.exit(start(launcher, module, context.args))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at versions, accelerator, kernels, network, limits and disk; exit code 1 where something does not work."""
+    from sfd_scale.doctor import examine
+
+    found = examine()
+    for finding in found:
+        style = {"ok": "green", "warning": "yellow", "error": "bold red"}[finding.level]
+        rich.get_console().print(
+            f"[{style}]{finding.level:>7}[/]  {escape(f'{finding.subject}: {finding.text}')}", soft_wrap=True
+        )
+    sys.exit(1 if any(finding.level == "error" for finding in found) else 0)
 
 
 @app.command("check-data")

@@ -31,7 +31,11 @@ def peak_flops(device: torch.device) -> float:
     """FLOP/s of a device in dense bf16; infinite where the table does not know it, so that no MFU is made up."""
     if device.type != "cuda":
         return math.inf
-    name = torch.cuda.get_device_name(device)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float:
+    """FLOP/s by the name that a GPU gives itself; infinite for one that the table does not know."""
     return next((peak for key, peak in _PEAK.items() if key in name), math.inf)
 
 

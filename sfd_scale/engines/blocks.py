@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # What the selective mode keeps, because computing it again costs the most: matrix products and attention.
-_KEPT = frozenset(
+KEPT = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
@@ -37,7 +37,7 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
 def prepare_blocks(
     model: nn.Module, checkpointing: Literal["none", "selective", "block"], compiled: bool, check: bool = True
 ) -> None:
-    """Checkpoint the activations of every block (all, or all but `_KEPT`), then compile it.
+    """Checkpoint the activations of every block (all, or all but `KEPT`), then compile it.
 
     Args:
         check: compare shape and type of what is computed again; off where the engine frees weights in between, whose
@@ -65,4 +65,4 @@ def prepare_blocks(
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

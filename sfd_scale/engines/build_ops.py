@@ -11,6 +11,7 @@ import os
 import sys
 import sysconfig
 import time
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,21 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
         seconds[builder.NAME] = time.monotonic() - started
         logger.info("%s: ready after %.0f s", builder.NAME, seconds[builder.NAME])
     return seconds
+
+
+def missing() -> list[str]:
+    """The ops of this machine that the first run would have to compile, by name."""
+    use_own_builds()
+    from deepspeed.accelerator import get_accelerator
+
+    names = []
+    for name in OPS:
+        builder = get_accelerator().create_op_builder(name)
+        if builder is None or not builder.is_compatible(verbose=False):
+            continue
+        if not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob(f"{builder.NAME}.so")):
+            names.append(builder.NAME)
+    return names
 
 
 if __name__ == "__main__":

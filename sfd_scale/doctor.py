@@ -1,0 +1,236 @@
+"""`sfd doctor`: whether this machine can run the project, and what to do where it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from packaging.requirements import Requirement
+
+from sfd_scale import network
+from sfd_scale.accelerators import has_bf16
+from sfd_scale.engines import build_ops
+from sfd_scale.models import attention
+
+GIB = 2**30
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found and, unless it is ok, what to do."""
+
+    level: Level
+    subject: str
+    text: str
+
+
+def versions() -> Iterator[Finding]:
+    yield Finding("ok", "python", f"{platform.python_version()} at {sys.executable}")
+    try:
+        wanted = importlib.metadata.requires("sfd-scale") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("error", "sfd-scale", "not installed; run `pip install -e .` in the checkout")
+        return
+    requirements = [Requirement(text) for text in wanted]
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    yield from (finding for finding in map(_version, needed) if finding.level != "ok")
+    shown = ("torch", "deepspeed", "mosaicml-streaming")
+    listed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown if _installed(name))
+    yield Finding("ok", "packages", f"{listed}; {len(needed)} required")
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _version(needed: Requirement) -> Finding:
+    if not _installed(needed.name):
+        return Finding("error", needed.name, f"not installed; run `pip install '{needed}'`")
+    found = importlib.metadata.version(needed.name)
+    if needed.specifier.contains(found, prereleases=True):
+        return Finding("ok", needed.name, found)
+    return Finding("error", needed.name, f"{found}, but {needed.specifier} is needed; run `pip install '{needed}'`")
+
+
+def accelerator() -> Iterator[Finding]:
+    cards = Path("/proc/driver/nvidia/gpus")
+    present = len(list(cards.iterdir())) if cards.is_dir() else 0
+    if not torch.cuda.is_available():
+        if present:
+            cause = f"{present} GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them"
+            yield Finding("error", "accelerator", f"{cause}; install a newer driver, or a torch for this one's CUDA")
+        else:
+            yield Finding("warning", "accelerator", "no GPU; set DS_ACCELERATOR=cpu, and train small models only")
+        return
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        text = f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
+        yield Finding("ok", f"cuda:{index}", text)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision() -> Iterator[Finding]:
+    device = _device()
+    if has_bf16(device):
+        yield Finding("ok", "bf16", f"the {device.type} has it")
+    elif device.type == "cpu":
+        yield Finding("warning", "bf16", "not in this CPU; the same numbers come from float32 products, more slowly")
+    else:
+        yield Finding("error", "bf16", "not in this GPU; set engine.precision=fp32, or use an A100 or newer")
+
+
+def attention_kernels() -> Iterator[Finding]:
+    device, able, unable = _device(), [], []
+    for name in get_args(attention.AttentionBackend):
+        try:
+            attention.activate(name, device)
+            able.append(name)
+        except ValueError as error:
+            unable.append(str(error).partition("(")[2].partition(")")[0])
+    chosen = attention.activate("auto", device)
+    runs = attention.kernel_name(device, torch.bfloat16, 64)
+    yield Finding("ok", "attention", f"auto takes {chosen} ({runs}); possible: {', '.join(able)}")
+    if device.type == "cuda" and not {"flash3", "flash4"} & set(able):
+        yield Finding("warning", "attention", f"no flash-attention 3 or 4 ({'; '.join(unable)}); install one for speed")
+
+
+def gloo() -> Iterator[Finding]:
+    """Two processes of this host add two numbers."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if _adds(1, port) else 1)
+    mine = _adds(0, port)
+    _, code = os.waitpid(child, 0)
+    if mine and code == 0:
+        yield Finding("ok", "gloo", "two processes of this host reach each other")
+    else:
+        yield Finding(
+            "error", "gloo", "two processes of this host do not reach each other; check the loopback interface"
+        )
+    name = socket.gethostname()
+    try:
+        loopback = network.is_loopback(name)
+    except ValueError:
+        loopback = True
+    if loopback:
+        found = "does not lead to an address of the network; the launchers go by the route, other tools may not"
+        yield Finding("ok", "host name", f"{name} {found}")
+
+
+def _adds(rank: int, port: int) -> bool:
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, 2, rank == 0, timeout=timedelta(seconds=20)
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+        value = torch.tensor([1.0 + rank])
+        dist.all_reduce(value)
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError):  # whatever it is, the finding says that it does not work
+        return False
+    return value.item() == 3.0
+
+
+def nccl() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        return
+    cards = [torch.ones(1, device=f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    try:
+        torch.cuda.nccl.all_reduce(cards)
+        right = all(card.item() == len(cards) for card in cards)
+    except RuntimeError as error:
+        yield Finding("error", "nccl", f"{error}; run again with NCCL_DEBUG=INFO")
+        return
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    if right:
+        yield Finding("ok", "nccl", f"{version}, {len(cards)} GPUs add up")
+    else:
+        yield Finding("error", "nccl", f"{version}, a wrong sum over {len(cards)} GPUs; try NCCL_P2P_DISABLE=1")
+
+
+def limits() -> Iterator[Finding]:
+    shared = shutil.disk_usage("/dev/shm").total
+    advice = "start the container with --ipc=host or --shm-size=16g"
+    level: Level = "error" if shared < GIB // 8 else "warning" if shared < GIB else "ok"
+    yield Finding(level, "shared memory", f"{shared / GIB:.1f} GiB{'' if level == 'ok' else f'; {advice}'}")
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files < 4096
+    yield Finding(
+        "warning" if few else "ok", "open files", f"{files}{f'; ulimit -n {max(most, 65536)}' if few else ''}"
+    )
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if Path("/sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
+        yield Finding("warning", "locked memory", f"{locked} bytes, which InfiniBand outgrows; ulimit -l unlimited")
+
+
+def disk() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
+    level: Level = "error" if free < GIB else "warning" if free < 50 * GIB else "ok"
+    advice = "" if level == "ok" else "; a checkpoint takes 16 bytes a parameter: put --run on a larger file system"
+    yield Finding(level, "disk", f"{free / GIB:.0f} GiB free in {Path.cwd()}{advice}")
+    if not os.access(Path.cwd(), os.W_OK):
+        yield Finding("error", "disk", f"{Path.cwd()} cannot be written to; change to another folder")
+
+
+def extensions() -> Iterator[Finding]:
+    missing = build_ops.missing()
+    if not missing:
+        yield Finding("ok", "DeepSpeed ops", "compiled")
+        return
+    tools = [name for name in ("c++", "ninja") if not shutil.which(name)]
+    if tools:
+        yield Finding(
+            "error", "DeepSpeed ops", f"{', '.join(missing)} not compiled, and no {', '.join(tools)}; install them"
+        )
+    else:
+        text = f"{', '.join(missing)} not compiled; run `python -m sfd_scale.engines.build_ops` once, a few minutes"
+        yield Finding("warning", "DeepSpeed ops", text)
+
+
+def tools() -> Iterator[Finding]:
+    missing = [name for name in ("ssh", "pdsh") if not shutil.which(name)]
+    if missing:
+        text = f"no {', '.join(missing)}; install for HOSTFILE launches, or use launchers/torchrun.sh on every node"
+        yield Finding("warning", "several nodes", text)
+    else:
+        yield Finding("ok", "several nodes", "ssh and pdsh are there")
+
+
+# gloo first: it forks, which a process that has used CUDA must not.
+CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
+    gloo, versions, accelerator, precision, attention_kernels, nccl, limits, disk, extensions, tools,
+)  # fmt: skip
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order of `CHECKS`. A check that itself fails is a finding."""
+    found: list[Finding] = []
+    for check in CHECKS:
+        try:
+            found += check()
+        except (RuntimeError, OSError, ImportError) as error:
+            found.append(Finding("error", check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"))
+    return found

@@ -1,0 +1,75 @@
+"""What `sfd doctor` finds on this machine, and what it says where something is missing."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from packaging.requirements import Requirement
+
+from sfd_scale import doctor
+
+GIB = 2**30
+
+
+def levels(found: list[doctor.Finding]) -> dict[str, str]:
+    return {finding.subject: finding.level for finding in found}
+
+
+def test_it_finds_this_machine_able_to_run_the_suite() -> None:
+    done = subprocess.run([sys.executable, "-m", "sfd_scale", "doctor"], capture_output=True, text=True, timeout=300)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok  gloo: two processes of this host reach each other" in lines
+    assert any(line.startswith("ok  packages: torch ") for line in lines)
+    assert any(line.startswith("ok  attention: auto takes ") for line in lines)
+    assert all(line.split()[0] in ("ok", "warning") for line in lines)
+
+
+def test_a_missing_or_old_package_comes_with_the_command_that_installs_it() -> None:
+    missing = doctor._version(Requirement("no-such-package>=2"))
+    assert (missing.level, missing.text) == ("error", "not installed; run `pip install 'no-such-package>=2'`")
+    old = doctor._version(Requirement("numpy>=999"))
+    assert old.level == "error"
+    assert old.text.endswith("but >=999 is needed; run `pip install 'numpy>=999'`")
+    assert doctor._version(Requirement("numpy>=1")).level == "ok"
+
+
+@pytest.mark.parametrize(("size", "level"), [(64 * 2**20, "error"), (GIB // 2, "warning"), (2 * GIB, "ok")])
+def test_little_shared_memory_is_told(size: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=size))
+    finding = next(iter(doctor.limits()))
+    assert (finding.subject, finding.level) == ("shared memory", level)
+    assert ("--shm-size" in finding.text) == (level != "ok")
+
+
+def test_few_open_files_and_a_full_disk_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (1024, 4096))
+    assert levels(list(doctor.limits()))["open files"] == "warning"
+    monkeypatch.chdir(tmp_path)
+    for free, level in ((GIB // 2, "error"), (10 * GIB, "warning"), (100 * GIB, "ok")):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert levels(list(doctor.disk()))["disk"] == level
+
+
+def test_ops_that_are_not_compiled_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.build_ops, "missing", lambda: ["cpu_adam"])
+    (finding,) = doctor.extensions()
+    assert "python -m sfd_scale.engines.build_ops" in finding.text
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    (finding,) = doctor.extensions()
+    assert (finding.level, finding.text) == ("error", "cpu_adam not compiled, and no c++, ninja; install them")
+    (finding,) = doctor.tools()
+    assert finding.text.startswith("no ssh, pdsh; install")
+
+
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[doctor.Finding]:
+        raise RuntimeError("driver gone")
+
+    monkeypatch.setattr(doctor, "CHECKS", (broken, lambda: [doctor.Finding("ok", "next", "")]))
+    assert doctor.examine() == [
+        doctor.Finding("error", "broken", "RuntimeError: driver gone"),
+        doctor.Finding("ok", "next", ""),
+    ]
