@@ -1,35 +1,47 @@
-# CUDA image with flash-attn built in. The checkout is the WORKDIR, so that recipes/ and eval/ are at hand.
-#   docker build -t sfd-scale .
-#   docker run --gpus all --ipc=host -v /data:/data sfd-scale sfd show train/sfd_xxl
+# CUDA 13 image with flash-attn, sshd and pdsh. The checkout is the WORKDIR, so that recipes/, launchers/ and eval/ are at hand.
+#   docker build -t sfd-scale .                                   (FLASH_ATTN=0 leaves flash-attn out: an hour less)
+#   docker run --gpus all --ipc=host -v /data:/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
+#   docker run --gpus all --ipc=host --network=host -v ~/.ssh:/home/sfd/.ssh sfd-scale launchers/sshd.sh    (a node)
+# The base by digest, so that a rebuild is the same image; `docker buildx imagetools inspect TAG` prints the digest of a newer one:
+#   docker build --build-arg CUDA_IMAGE=nvidia/cuda@sha256:... .
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
-ARG CUDA_RUNTIME_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 FROM ${CUDA_IMAGE} AS build
-ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV DEBIAN_FRONTEND=noninteractive UV_NO_CACHE=1 UV_LINK_MODE=copy VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends \
         python3 python3-venv python3-dev git ninja-build build-essential \
-    && rm -rf /var/lib/apt/lists/*
-RUN python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv \
+    && pip install --no-cache-dir "uv==0.9.*"
 WORKDIR /opt/sfd-scale
-COPY pyproject.toml README.md ./
-COPY sfd_scale/__init__.py sfd_scale/
-RUN pip install uv && uv pip install -e .
-# flash-attn compiles for the accelerators named here: A100, H100/H200, B200.
+# First what changes seldom: the tested set of packages, from the lock of the repository.
+COPY pyproject.toml requirements.lock README.md ./
+RUN uv pip install --require-hashes -r requirements.lock
+# flash-attn compiles for A100, H100 and H200, B200; nothing but its own sources is fetched.
+ARG FLASH_ATTN=1
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100"
 ARG MAX_JOBS=8
-RUN FLASH_ATTN_CUDA_ARCHS="${FLASH_ATTN_CUDA_ARCHS}" MAX_JOBS="${MAX_JOBS}" \
-    pip install --no-build-isolation "flash-attn>=2.8"
+RUN if [ "$FLASH_ATTN" = 1 ]; then \
+        FLASH_ATTENTION_FORCE_BUILD=TRUE uv pip install --no-build-isolation "flash-attn>=2.8"; \
+    fi
+COPY sfd_scale sfd_scale
+RUN uv pip install --no-deps -e .
 
 # DeepSpeed compiles its ops on first use, so the last stage keeps the compiler of the devel image.
-FROM ${CUDA_RUNTIME_IMAGE}
-ENV DEBIAN_FRONTEND=noninteractive PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-RUN apt-get update && apt-get install -y --no-install-recommends \
+FROM ${CUDA_IMAGE}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 TORCH_EXTENSIONS_DIR=/home/sfd/torch_extensions
+# hadolint ignore=DL3008
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         python3 python3-dev build-essential ninja-build openssh-server openssh-client pdsh \
-    && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 --shell /bin/bash sfd
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /opt/sfd-scale
-COPY . .
-RUN useradd --create-home sfd && chown -R sfd /opt/sfd-scale
-USER sfd
+COPY --chown=sfd:sfd . .
+RUN mkdir -p runs && chown sfd:sfd . runs
+USER 10001
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=2 CMD ["sfd", "doctor"]
 CMD ["sfd", "--help"]

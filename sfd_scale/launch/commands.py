@@ -238,8 +238,9 @@ def _torchrun(work: Work, environment: dict[str, str], folder: Path) -> Launch:
     else:
         raise ValueError(f"RENDEZVOUS: {rendezvous!r}; allowed: static, c10d")
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = environment[status.SHUTDOWN_TIMEOUT]
+    # After `--`, or torchrun takes `--run` for an abbreviation of an option of its own.
     command = [
-        sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks),
+        sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks), "--",
         agent.RANK_FILE, work.module, *work.arguments,
     ]  # fmt: skip
     # The agent must know that it is a stop: with elastic restarts it would start the stopped ranks again.
