@@ -84,9 +84,10 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def mlp_hidden(kind: MlpKind, width: int) -> int:
-    """4·width; for SwiGLU two thirds of it, so that its three matrices cost what the other's two do."""
-    return int(2 / 3 * 4 * width) if kind == "swiglu" else 4 * width
+def mlp_hidden(kind: MlpKind, width: int, ratio: float = 4.0) -> int:
+    """ratio·width; for SwiGLU two thirds of it, so that its three matrices cost what the other's two do."""
+    hidden = int(ratio * width)
+    return int(2 / 3 * hidden) if kind == "swiglu" else hidden
 
 
 class SwiGLU(nn.Module):

@@ -65,6 +65,7 @@ class LightningDiTConfig:
     # The published architecture; the others reproduce variants of the authors' code and DiT's blocks.
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     mlp: MlpKind = "swiglu"
+    mlp_ratio: float = 4.0
     rope: bool = True
     qk_norm: bool = True
     shift: bool = True  # adaLN shifts beside its scales and gates
@@ -80,8 +81,12 @@ class LightningDiTConfig:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}: {count}; allowed: 1 and up")
-        if width % heads or (width // heads) % 4 or width % 4:
-            raise ValueError(f"width: {width} with {heads} heads; allowed: a multiple of 4 times the heads")
+        # Sines and cosines of two axes for positions, and for rotary ones in each head.
+        if width % heads or width % 4 or (self.rope and (width // heads) % 4):
+            allowed = "a multiple of 4 times the heads" if self.rope else "a multiple of 4 and of the heads"
+            raise ValueError(f"width: {width} with {heads} heads; allowed: {allowed}")
+        if self.mlp_hidden < 1:
+            raise ValueError(f"mlp_ratio: {self.mlp_ratio}; allowed: above 0, for one hidden feature and up")
         if self.alignment is not None and not 1 <= self.alignment.depth <= depth:
             raise ValueError(f"alignment.depth: {self.alignment.depth}; allowed: 1 to the model's depth {depth}")
 
@@ -94,6 +99,10 @@ class LightningDiTConfig:
         assert self.heads is not None
         return Size(self.depth, self.width, self.heads)
 
+    @property
+    def mlp_hidden(self) -> int:
+        return mlp_hidden(self.mlp, self.dimensions.width, self.mlp_ratio)
+
 
 class Block(nn.Module):
     """Attention and MLP, each normed, modulated by the condition and gated (adaLN-zero, arXiv 2212.09748)."""
@@ -103,7 +112,7 @@ class Block(nn.Module):
         _, width, heads = config.dimensions
         self.norm1, self.norm2 = _norm(config, width), _norm(config, width)
         self.attn = Attention(width, heads, qk_norm=config.norm if config.qk_norm else "none")
-        self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMlp)(width, mlp_hidden(config.mlp, width))
+        self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMlp)(width, config.mlp_hidden)
         self.shift = config.shift
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if config.shift else 4) * width))
 
@@ -245,7 +254,7 @@ def flops_per_sample(
     the forward pass in training (PaLM, arXiv 2204.02311, App. B). Recomputation is not counted."""
     depth, width, _ = config.dimensions
     tokens = (input_size // config.patch_size) ** 2
-    mlp = (3 if config.mlp == "swiglu" else 2) * width * mlp_hidden(config.mlp, width)
+    mlp = (3 if config.mlp == "swiglu" else 2) * width * config.mlp_hidden
     attention = 2 * tokens * width  # scores and values, a token
     blocks = depth * (tokens * (4 * width**2 + mlp + attention) + (6 if config.shift else 4) * width**2)
     channels = in_channels * (3 if config.learn_sigma else 2)  # in and out

@@ -1,0 +1,55 @@
+"""`--golden-table`: what the golden tests measured, as the tables of docs/parity.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-table", action="store_true", help="print the errors of the golden tests as Markdown")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--golden-table"):
+        for line in (*arrays_table(), "", *exact_table()):
+            terminalreporter.write_line(line)
+
+
+def group_of(key: str) -> str:
+    """`sample/plain/euler_shift0.3` → `sample/plain/euler*`, `forward/variant/x` → `forward/variant/*`."""
+    file, *parts = key.removeprefix("out_").split("/")
+    if file == "sample" and len(parts) > 1 and parts[0] != "grid":
+        return f"{file}/{parts[0]}/{parts[1].split('_')[0]}*"
+    return "/".join([file, *parts[:-1], "*"]) if len(parts) > 1 else key.removeprefix("out_")
+
+
+def arrays_table() -> Iterator[str]:
+    """A row for each group of arrays that were compared, and the names of those that were not."""
+    from golden_arrays import COMPARED, manifest
+
+    rows: dict[str, list[str]] = {}
+    for key in COMPARED:
+        rows.setdefault(group_of(key), []).append(key)
+    yield "| Array | Compared | Largest error | Tolerance |"
+    yield "|---|---:|---:|---:|"
+    for group, keys in rows.items():
+        error = max(COMPARED[key].error for key in keys)
+        bounds = sorted({COMPARED[key].bound for key in keys})
+        yield f"| `{group}` | {len(keys)} | {error:.1e} | {' to '.join(f'{bound:.1e}' for bound in bounds)} |"
+    every = {f"{file.removesuffix('.npz')}/{name}" for file, names in manifest["arrays"].items() for name in names}
+    left = sorted(key for key in every - COMPARED.keys() if key.startswith("out_") and not key.endswith("/nfe"))
+    yield ""
+    names = ", ".join(f"`{key.removeprefix('out_')}`" for key in left)
+    yield f"Compared: {len(COMPARED)} arrays. Not: {names or 'none'}."
+
+
+def exact_table() -> Iterator[str]:
+    from golden_arrays import EXACT
+
+    yield "| dopri5 | Error control | Steps | Evaluations | Distance from the exact solution |"
+    yield "|---|---|---|---:|---:|"
+    for (what, control, jump), found in EXACT.items():
+        calls = str(found.fewest) if found.fewest == found.most else f"{found.fewest} to {found.most}"
+        yield f"| {what} | {control} | {'end at jumps' if jump else 'across'} | {calls} | {found.error:.1e} |"
