@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import rich
 import typer
@@ -70,8 +70,8 @@ def fit(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint of it.")],
-    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint of it; for .pt an export too.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .safetensors, or .pt in the authors' format.")],
     weights: Annotated[str, typer.Option(help="ema or params.")] = "ema",
     step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
     initial: Annotated[
@@ -81,10 +81,48 @@ def export(
         float | None, typer.Option(help="Average of this relative standard deviation, from a run with ema.lengths.")
     ] = None,
 ) -> None:
-    """Write the EMA weights of a run as safetensors, with all that sampling needs to know."""
-    from sfd_scale import exports
+    """Write the EMA weights of a run as safetensors, with all that sampling needs to know.
 
+    A name that ends in .pt gives a file for the authors' code: both sets of weights and Adam's moments.
+    """
+    from sfd_scale import exports, interchange
+
+    if out.suffix == ".pt":
+        if weights != "ema" or initial or ema_length is not None:
+            raise ValueError("--weights, --initial, --ema-length: not for .pt, which holds what the run has")
+        interchange.export_authors(run, out, step)
+        return
     exports.export(run, out, weights=weights, step=step, initial=initial, ema_length=ema_length)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the authors (.pt).")],
+    recipe: Annotated[str | None, typer.Argument(help="What it was trained by; by default SFD of its size.")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The safetensors file to write, for evaluation.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run folder to make, which `sfd train` goes on from.")] = None,
+    stats: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The authors' latents_stats.pt, then again latents_sv_stats.pt; or one .safetensors of ours."
+        ),
+    ] = None,
+    weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params, for --out.")] = "ema",
+) -> None:
+    """Read a checkpoint of the authors, without running what is pickled in it: weights to sample, or a run to go on."""
+    from sfd_scale import interchange
+
+    if recipe is not None and "=" in recipe:  # an override; no recipe was named
+        overrides, recipe = [recipe, *(overrides or ())], None
+    if (out is None) == (run is None):
+        raise ValueError("--out or --run: one of them; a file of weights, or a run folder to train on")
+    loaded = interchange.recipe_for(file, recipe, overrides or ())
+    if out is not None:
+        interchange.import_weights(file, out, loaded, stats=stats or (), weights=weights)
+    else:
+        assert run is not None
+        interchange.import_run(file, run, loaded, stats=stats or ())
 
 
 @app.command()

@@ -80,7 +80,7 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: s
 def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecorder, allow_foreign: bool) -> bool:
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
-    identity = {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
+    own = identity(recipe, reader)
     model = make_model(recipe)
     checkpoints = CheckpointManager(run / "checkpoints", recipe.checkpoint)
     if recipe.init_from is not None and checkpoints.latest() is None:
@@ -91,7 +91,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     attention.activate(recipe.attention, engine.device)
     objective = make_objective(recipe, engine.device)
     facts = _facts(recipe, split, engine, reader)
-    _claim(run, recipe, source, facts, allow_foreign)
+    claim(run, recipe, source, facts, allow_foreign)
     metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
 
@@ -112,8 +112,8 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
         meter=make_meter(recipe, engine.device),
         watch=DivergenceWatch(recipe.divergence, run),
         metrics=metrics,
-        state=identity,
-        check_state=lambda state: _check_same(identity, state, run, allow_foreign),
+        state=own,
+        check_state=lambda state: _check_same(own, state, run, allow_foreign),
         before_step=before_step,
     )
     logs.summary(recipe.name, {**facts, "run folder": run})
@@ -214,6 +214,11 @@ def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
     return {**kept, "global_batch": recipe.train.global_batch, "precision": recipe.engine.precision}
 
 
+def identity(recipe: TrainRecipe, reader: LatentReader | ImageReader) -> dict[str, Any]:
+    """What every checkpoint records, and what a resumed run has to share with it."""
+    return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
+
+
 def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow: bool = False) -> None:
     flat_own, flat_stored = config.flatten(own), config.flatten({k: stored[k] for k in own if k in stored})
     names = sorted({*flat_own, *flat_stored})
@@ -228,7 +233,7 @@ def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, al
         logger.warning("%s goes on under another recipe: %s", run, listed)
 
 
-def _claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
+def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
     """Write what runs in the run folder, and where. Rank 0 writes.
 
     Raises:

@@ -48,35 +48,62 @@ def export(
         raise ValueError("--ema-length: with --weights params or --initial; allowed with averaged weights only")
     if weights not in ("ema", "params"):
         raise ValueError(f"--weights: {weights!r}; allowed: ema, params")
-    folder = run.parent.parent if run.name.startswith("step-") else run
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: neither a run folder nor a checkpoint of one (no recipe.yaml)")
-    recipe = config.load(folder / "recipe.yaml", TrainRecipe)
-    note: dict[str, Any] = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe)}
-    if isinstance(recipe.objective, SemanticFirstConfig):
-        reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
-        assert isinstance(reader, LatentReader)
-        note["stats"] = {"mean": reader.stats.mean.tolist(), "std": reader.stats.std.tolist()}
-        note["stats_hash"], note["tokenizers"] = reader.stats.hash, reader.manifest.tokenizers
+    folder, recipe = run_of(run)
+    reader = latent_reader(recipe)
+    stats, tokenizers = (None, None) if reader is None else (reader.stats, reader.manifest.tokenizers)
     if initial:
-        note["step"] = 0
+        note = note_of(recipe, 0, stats, tokenizers)
         weights_now = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
         return checkpoint.save_weights(weights_now, out, {EXPORT_KEY: json.dumps(note)})
     if ema_length is not None:
         at = checkpoint.read_state(run)["step"] if run != folder else step
-        tensors, note["step"], error = checkpoint.reconstruct(folder, ema_length, at)
+        tensors, averaged, error = checkpoint.reconstruct(folder, ema_length, at)
+        note = note_of(recipe, averaged, stats, tokenizers)
         note["ema_length"], note["ema_fit_error"] = ema_length, error
         text = "%s: averaged with sigma_rel %g at step %d; its profile is met to within %.2g"
-        logger.log(logging.WARNING if error > 0.05 else logging.INFO, text, out, ema_length, note["step"], error)
+        logger.log(logging.WARNING if error > 0.05 else logging.INFO, text, out, ema_length, averaged, error)
         return checkpoint.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": weights})
-    found = _checkpoint_of(run, folder, step)
-    note["step"] = checkpoint.read_state(found)["step"]
+    found = checkpoint_of(run, folder, step)
+    note = note_of(recipe, checkpoint.read_state(found)["step"], stats, tokenizers)
     path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, weights, found)
     return path
 
 
-def _checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
+def run_of(path: Path) -> tuple[Path, TrainRecipe]:
+    """The run folder that `path` is, or is a checkpoint of, and its recipe.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    folder = path.parent.parent if path.name.startswith("step-") else path
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{path}: neither a run folder nor a checkpoint of one (no recipe.yaml)")
+    return folder, config.load(folder / "recipe.yaml", TrainRecipe)
+
+
+def latent_reader(recipe: TrainRecipe) -> LatentReader | None:
+    """The reader of a diffusion run's data; None for other runs."""
+    if not isinstance(recipe.objective, SemanticFirstConfig):
+        return None
+    reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
+    assert isinstance(reader, LatentReader)
+    return reader
+
+
+def note_of(
+    recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What an exported file says of itself under EXPORT_KEY; sampling needs stats and tokenizers."""
+    note = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": step}
+    if stats is not None:
+        note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
+        note["stats_hash"], note["tokenizers"] = stats.hash, tokenizers
+    return note
+
+
+def checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
+    """`run`, if it is a checkpoint; else the checkpoint of that step, or the newest of the run folder."""
     if run != folder:
         return run
     committed = sorted(path.parent for path in (folder / "checkpoints").glob("step-*/COMMIT"))
@@ -108,10 +135,12 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     Raises:
         ValueError: if the file is not an export of a diffusion run, or the codec is not the one of its data.
     """
-    note = _export_note(path)
+    note = read_note(path)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
     if not isinstance(recipe.model, LightningDiTConfig):
         raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
+    if "stats" not in note:
+        raise ValueError(f"{path}: without the statistics of its latents; import it again with --stats")
     _require(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
     if recipe.tokenizer.texture is None:
         raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
@@ -142,7 +171,12 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     )  # fmt: skip
 
 
-def _export_note(path: Path) -> dict[str, Any]:
+def read_note(path: Path) -> dict[str, Any]:
+    """What an exported file says of itself (`note_of`).
+
+    Raises:
+        ValueError: if it is no such file.
+    """
     if not path.is_file() or path.suffix != ".safetensors":
         raise ValueError(f"{path}: no such file of `sfd export` (.safetensors)")
     try:
@@ -151,7 +185,9 @@ def _export_note(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
     if EXPORT_KEY not in metadata:
-        raise ValueError(f"{path}: not written by `sfd export`: it says nothing of the model it belongs to")
+        raise ValueError(
+            f"{path}: written neither by `sfd export` nor by `sfd import`: it says nothing of the model it belongs to"
+        )
     try:
         note = json.loads(metadata[EXPORT_KEY])
     except (ValueError, RecursionError) as error:

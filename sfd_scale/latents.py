@@ -9,7 +9,6 @@ N batch · C channels (T texture + S semantic) · H, W latent grid · D feature 
 from __future__ import annotations
 
 import hashlib
-import pickle  # for the name of an error alone: torch.load is told weights_only
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sfd_scale.torch_file import TorchFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +118,22 @@ class LatentStats:
 
     @classmethod
     def from_authors(cls, texture: Path, semantic: Path) -> LatentStats:
-        """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1])."""
-        try:
-            parts = [torch.load(path, map_location="cpu", weights_only=True) for path in (texture, semantic)]
-            mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{texture}, {semantic}: not the authors' statistics: {error}") from error
+        """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1]).
+
+        Raises:
+            ValueError: that names the file, if it cannot be read or holds something else.
+        """
+        parts = [_authors_stats(path) for path in (texture, semantic)]
+        mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
         return cls(mean, std)
+
+
+def _authors_stats(path: Path) -> dict[str, Tensor]:
+    file = TorchFile(path)
+    found = file.load(file.content)
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
+        raise ValueError(f"{path} holds no statistics of latents: tensors mean and std")
+    return found
 
 
 class StatsAccumulator:

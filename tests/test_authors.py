@@ -28,7 +28,7 @@ from sfd_scale.models.authors import (
     write_authors,
 )
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig
-from sfd_scale.models.torch_file import Inert, LazyTensor, TorchFile
+from sfd_scale.torch_file import Inert, LazyTensor, TorchFile
 
 MAIN = arrays("weights_main")
 CONFIG = {

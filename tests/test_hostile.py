@@ -24,8 +24,8 @@ from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.data import schema
 from sfd_scale.data.images import UnreadableImage, read_image
-from sfd_scale.models.torch_file import TorchFile, plain
 from sfd_scale.recipe import load_any
+from sfd_scale.torch_file import TorchFile, plain
 
 # ---------------------------------------------------------------------------------------------- fuzzing
 

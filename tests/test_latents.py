@@ -101,6 +101,11 @@ def test_the_authors_statistics_are_read_texture_first(tmp_path: Path) -> None:
         torch.save({"mean": torch.full(shape, value), "std": torch.full(shape, value + 1)}, tmp_path / name)
     stats = LatentStats.from_authors(tmp_path / "texture", tmp_path / "semantic")
     assert stats.mean.tolist() == [1, 1, 1, 5, 5] and stats.std.tolist() == [2, 2, 2, 6, 6]
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    torch.save({"mean": 1.0}, tmp_path / "other")
+    for name, message in (("pointer", "pointer is a Git-LFS pointer"), ("other", "other holds no statistics")):
+        with pytest.raises(ValueError, match=message):
+            LatentStats.from_authors(tmp_path / "texture", tmp_path / name)
 
 
 @pytest.mark.parametrize(

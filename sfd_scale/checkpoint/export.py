@@ -28,12 +28,17 @@ from sfd_scale.checkpoint.folder import (
     shapes,
 )
 
-Weights = Literal["ema", "params"]
-_PART: dict[str, str] = {"ema": ema.PART, "params": PARAMS_PART}
+Weights = Literal["ema", "params", "exp_avg", "exp_avg_sq"]
+_PART: dict[str, str] = {
+    "ema": ema.PART,
+    "params": PARAMS_PART,
+    "exp_avg": "optim.exp_avg",
+    "exp_avg_sq": "optim.exp_avg_sq",
+}
 
 
 def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
-    """Full fp32 weights by their state-dict names, from a checkpoint folder or from an exported safetensors file.
+    """Full fp32 weights, or Adam's moments, by name, from a checkpoint folder or from an exported safetensors file.
 
     Raises:
         ValueError: where the path is neither, or the checkpoint is damaged or of a newer release.

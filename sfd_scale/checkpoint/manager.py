@@ -10,7 +10,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
-from sfd_scale.checkpoint.boxes import Parts, Staged, stage, state_parts, stored_shapes
+from sfd_scale.checkpoint.boxes import PARAMS_PART, Parts, Staged, stage, state_parts, stored_shapes
 from sfd_scale.checkpoint.folder import CheckpointError
 from sfd_scale.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
@@ -132,8 +133,7 @@ class CheckpointManager:
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         expected = stored_shapes(parts, _all_shapes(engine))
-        record = {**state, "step": step, "format": files.FORMAT, "optimizer_steps": engine.optimizer_steps}
-        text = json.dumps({**record, "parts": list(parts)}, indent=1, sort_keys=True)
+        text = _record(step, engine.optimizer_steps, parts, state)
         tensors = {name: s.rows for name, s in self._staged.items()}
         work = (called, step, tensors, expected, text, self._checkpoint_group())
         self._saved_at = time.monotonic()
@@ -144,6 +144,19 @@ class CheckpointManager:
         else:
             self._write(*work)
             self._timings["checkpoint_stall_s"] = self._timings["checkpoint_save_s"]
+
+    def save_whole(
+        self, step: int, parts: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int, state: Mapping[str, Any]
+    ) -> Path:
+        """Save full fp32 tensors as `step-<step>`, on one process without an engine: what comes from elsewhere.
+
+        Args:
+            parts: the tensors by parameter, for each prefix of a stored name (boxes.state_parts).
+        """
+        tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+        expected = stored_shapes(parts, {name: tuple(tensor.shape) for name, tensor in parts[PARAMS_PART].items()})
+        self._write(time.monotonic(), step, tensors, expected, _record(step, optimizer_steps, parts, state), None)
+        return self.folder / files.folder_name(step)
 
     def wait(self) -> None:
         """Wait for the save in the background; raises what it raised."""
@@ -178,7 +191,9 @@ class CheckpointManager:
 
         def write() -> dict[str, dict[str, Any]]:
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-            save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
+                save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             own = partial.glob(f"__{distributed.rank()}_*.distcp")
             return {path.name: _fingerprint(path) for path in own}
 
@@ -294,6 +309,12 @@ class CheckpointManager:
             assert isinstance(group, dist.ProcessGroup)  # only a rank outside of it gets something else
             self._group = group
         return self._group
+
+
+def _record(step: int, optimizer_steps: int, parts: Iterable[str], state: Mapping[str, Any]) -> str:
+    """state.json."""
+    record = {**state, "step": step, "format": files.FORMAT, "optimizer_steps": optimizer_steps, "parts": list(parts)}
+    return json.dumps(record, indent=1, sort_keys=True)
 
 
 def _all_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:

@@ -34,8 +34,8 @@ from sfd_scale.checkpoint import load_weights
 from sfd_scale.data import schema
 from sfd_scale.data.shards import check_sizes, open_shards
 from sfd_scale.latents import LatentStats
-from sfd_scale.models.torch_file import TorchFile, plain
 from sfd_scale.recipe import load_any
+from sfd_scale.torch_file import TorchFile, plain
 
 Allowed = (ValueError, OSError)  # what the command line turns into one sentence
 _MEMORY = 6 << 30  # address space above what the process has at its start
