@@ -126,8 +126,15 @@ class EncodeRecipe:
     latents: LatentLayout = field(default_factory=LatentLayout)
 
     def __post_init__(self) -> None:
-        if self.store.latents != "none" and (self.tokenizer.texture is None or self.tokenizer.semantic is None):
-            raise ValueError("tokenizer.texture: with tokenizer.semantic, both needed where store.latents is not none")
+        if self.store.latents == "none":
+            return
+        if self.tokenizer.texture is None:
+            raise ValueError("tokenizer.texture: null; name a texture codec, or set store.latents=none")
+        if self.tokenizer.semantic is None and self.latents.semantic_channels:
+            raise ValueError(
+                "tokenizer.semantic: null; name a semantic codec, or set latents.semantic_channels=0 and store texture "
+                "alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,7 @@ def go_on(folder: str, engines: list[str], forget: bool) -> dict[str, Any]:
 def test_their_training_goes_on_here_as_it_would_there(folder: Path, theirs: TheirTraining) -> None:
     moments = read_moments(read_authors(theirs.save(folder / "end.pt"), optimizer=True), "end.pt")
     assert moments.steps == STEPS
-    for engine, result in run_ranks(go_on, 1, str(folder), list(ENGINES), False)[0].items():
+    for engine, result in run_ranks(go_on, 1, str(folder), list(ENGINES), False, timeout=400)[0].items():
         assert result["steps"] == [4, 5, 6], engine
         assert result["losses"] == pytest.approx(theirs.losses[SAVED:], rel=1e-6), engine
         assert distance(result["params"], theirs.state()) < 1e-6, engine
@@ -167,7 +167,7 @@ def test_their_training_goes_on_here_as_it_would_there(folder: Path, theirs: The
 
 
 def test_a_run_whose_moments_are_lost_would_be_noticed(folder: Path, theirs: TheirTraining) -> None:
-    result = run_ranks(go_on, 1, str(folder), ["fsdp"], True)[0]["fsdp"]
+    result = run_ranks(go_on, 1, str(folder), ["fsdp"], True, timeout=400)[0]["fsdp"]
     assert distance(result["params"], theirs.state()) > 1e-4
 
 

@@ -1,26 +1,129 @@
 """Every recipe loads; the named models have the published sizes; mistakes are named."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sfd_scale import build, config
+from sfd_scale.engines import fsdp
+from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.models.lightningdit import LightningDiTConfig
-from sfd_scale.recipe import TrainRecipe, load_any
+from sfd_scale.objective import SemanticFirstConfig
+from sfd_scale.recipe import TrainRecipe, load_any, summary_table
 
 COMPLETE = [name for name in config.recipe_names() if config.kind_of(name) is not None]
+TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_every_recipe_loads_and_its_model_is_built_on_meta(name: str) -> None:
+def test_every_recipe_loads_and_says_how_it_is_run_and_what_comes_of_it(name: str) -> None:
     recipe = load_any(name)
     assert config.from_dict(type(recipe), config.to_dict(recipe)) == recipe
-    header = config.find(name).read_text().splitlines()[0]
-    assert header.startswith("# run: ")
-    if isinstance(recipe, TrainRecipe):
-        with torch.device("meta"):
-            assert sum(p.numel() for p in build.bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+    text = config.find(name).read_text()
+    run, expect = (re.search(rf"^# {key}: (.+)$", text, re.M) for key in ("run", "expect"))
+    assert text.startswith("# run: ") and run is not None and expect is not None
+    assert name in run[1] or name.removeprefix("quickstart/") in run[1]
+    # About ten lines: what a run shares with others is a part that it extends.
+    assert len([line for line in text.splitlines() if line and not line.startswith("#")]) <= 13
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_every_model_is_built_on_meta(name: str) -> None:
+    recipe = config.load(name, TrainRecipe)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build.bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+
+
+@pytest.fixture
+def eight_ranks() -> Iterator[None]:
+    """A process group of eight ranks that talks to nobody."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def test_every_engine_is_accepted_by_its_library(eight_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    engines = {config.load(name, TrainRecipe).engine for name in TRAIN}
+    assert {getattr(e, "zero_stage", getattr(e, "sharding", None)) for e in engines} >= {1, 2, 3, "full", "hybrid"}
+    for engine in engines:
+        if isinstance(engine, DeepSpeedConfig):
+            from deepspeed.runtime.config import DeepSpeedConfig as Library
+
+            read = Library(deepspeed_json(engine))
+            assert read.zero_config.stage == engine.zero_stage
+            assert read.bfloat16_config.enabled == (engine.precision == "bf16")
+            assert (read.zero_config.offload_optimizer is not None) == engine.offload_optimizer
+        else:
+            mesh = fsdp._mesh(engine, torch.device("cpu"))
+            wanted = {"full": (8,), "hybrid": (2, 4), "replicate": (8, 1)}[engine.sharding]
+            assert mesh.shape == wanted
+
+
+def test_the_table_names_model_engine_batch_and_number() -> None:
+    table = summary_table()
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    row = columns["recipe"].index("train/sfd_xxl_zero2")
+    assert [columns[name][row] for name in ("model", "engine", "global batch")] == [
+        "lightningdit XXL", "deepspeed 2", "256",
+    ]  # fmt: skip
+    assert columns["published"][row].startswith("FID 2.38")
+    assert set(columns["recipe"]) == set(COMPLETE)
+
+
+def of(name: str) -> TrainRecipe:
+    return config.load(f"train/{name}", TrainRecipe)
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL"])
+def test_the_lengths_of_a_size_differ_as_the_authors_do(size: str) -> None:
+    long, short = of(f"sfd_{size.lower()}"), of(f"sfd_{size.lower()}_80ep")
+    for recipe in (long, short):
+        assert isinstance(recipe.model, LightningDiTConfig) and recipe.model.size == size
+        assert recipe.schedule.delta_t == 0.3 and recipe.latents.channels == 48 and recipe.train.global_batch == 256
+    assert (long.train.steps, long.optimizer.lr, long.optimizer.betas) == (4_000_000, 1e-4, (0.9, 0.999))
+    assert (short.train.steps, short.optimizer.lr, short.optimizer.betas) == (400_000, 2e-4, (0.9, 0.95))
+
+
+# Alignment head, texture and semantic channels, lead of semantics.
+ABLATIONS = {
+    "lightningdit_xl": (False, 32, 0, 0.0), "repa_xl": (True, 32, 0, 0.0), "semvae_xl": (True, 32, 16, 0.0),
+    "semantic_first_xl": (True, 32, 16, 0.3), "pca_xl": (True, 32, 8, 0.3), "redi_xl": (False, 32, 8, 0.0),
+    "redi_semantic_first_xl": (False, 32, 8, 0.3), "vavae_xl": (False, 32, 0, 0.0),
+    "vavae_semantic_first_xl": (False, 32, 16, 0.3), "dit_xl": (False, 4, 0, 0.0),
+    "repa_b": (True, 32, 0, 0.0), "repa_l": (True, 32, 0, 0.0), "repa_xl_800ep": (True, 32, 0, 0.0),
+    **{f"delta_t_{n / 10}": (True, 32, 16, n / 10) for n in range(11)},
+}  # fmt: skip
+
+
+def test_an_ablation_changes_what_it_is_named_for() -> None:
+    assert {f"train/ablation/{name}" for name in ABLATIONS} == {n for n in TRAIN if n.startswith("train/ablation/")}
+    for name, wanted in ABLATIONS.items():
+        recipe = of(f"ablation/{name}")
+        latents = recipe.latents
+        assert isinstance(recipe.model, LightningDiTConfig) and isinstance(recipe.objective, SemanticFirstConfig)
+        head = recipe.model.alignment is not None
+        found = (head, latents.texture_channels, latents.semantic_channels, recipe.schedule.delta_t)
+        assert found == wanted, name
+        assert recipe.run == Path("runs", name) and recipe.name == name
+        # The latents of its data are those of the encode recipe, by the same tokenizer.
+        encode = load_any(f"data/encode_{recipe.data.path.name}")
+        assert (encode.latents, encode.tokenizer, encode.out) == (latents, recipe.tokenizer, recipe.data.path), name
+        assert (encode.store.features == "shards") or not head
+
+
+def test_the_ablations_of_one_table_differ_in_nothing_else() -> None:
+    base = config.to_dict(of("ablation/semantic_first_xl"))
+    for name in ABLATIONS:
+        if name.startswith("delta_t"):
+            other = config.to_dict(of(f"ablation/{name}"))
+            different = {key for key in base if base[key] != other[key]}
+            assert different <= {"schedule", "name", "run", "published"}, name
 
 
 def test_the_authors_runs_have_their_settings() -> None:
