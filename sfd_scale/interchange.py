@@ -16,6 +16,7 @@ from sfd_scale import build, checkpoint, config, ema, exports
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.boxes import PARAMS_PART
 from sfd_scale.checkpoint.folder import committed, sha256
+from sfd_scale.divergence import DivergenceWatch
 from sfd_scale.latents import LatentStats
 from sfd_scale.models.authors import (
     Architecture,
@@ -129,7 +130,8 @@ def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Pa
         manager = CheckpointManager(run / "checkpoints", recipe.checkpoint)
         parts = {PARAMS_PART: params, ema.PART: average}
         parts |= {"optim.exp_avg": moments.exp_avg, "optim.exp_avg_sq": moments.exp_avg_sq}
-        state = {**build.identity(recipe, reader), "skipped": 0, "wandb_id": None, **origin}
+        watch = DivergenceWatch(recipe.divergence, run).state()
+        state = {**build.identity(recipe, reader), "divergence": watch, "wandb_id": None, **origin}
         path = manager.save_whole(moments.steps, parts, moments.steps, state)
     logger.info("%s: %s, with Adam's moments after %d updates", path, file, moments.steps)
     return path

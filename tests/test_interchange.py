@@ -19,7 +19,7 @@ from eval import generate
 from eval.recipe import EvalRecipe, OutputsConfig
 from sfd_scale import build, checkpoint, config, exports, interchange
 from sfd_scale.latents import LatentStats
-from sfd_scale.models.authors import optimizer_state, read_authors, read_moments
+from sfd_scale.models.authors import Moments, optimizer_state, read_authors, read_moments
 from sfd_scale.models.lightningdit import SIZES, LightningDiT
 from sfd_scale.portions import portions
 from sfd_scale.recipe import TrainRecipe
@@ -28,6 +28,7 @@ SAVED, STEPS, LR, DECAY, CPU = 3, 6, 1e-3, 0.9, torch.device("cpu")
 ENGINES = {
     "fsdp": {"kind": "fsdp", "precision": "fp32"},
     "zero1": {"kind": "deepspeed", "zero_stage": 1, "precision": "fp32"},
+    "zero2": {"kind": "deepspeed", "zero_stage": 2, "precision": "fp32"},
     "zero3": {"kind": "deepspeed", "zero_stage": 3, "precision": "fp32"},
 }
 
@@ -130,34 +131,34 @@ def equal(ours: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def go_on(folder: str, engines: list[str], forget: bool) -> dict[str, Any]:
-    """Import a run for each engine, and train it to the end by what `sfd train` calls."""
+def go_on(folder: str, engines: list[str]) -> dict[str, Any]:
+    """Import a run for each engine, and train it to the end by what `sfd train` calls; last, one without moments."""
     logging.disable(logging.INFO)
     out = {}
-    for engine in engines:
-        recipe, run = recipe_of(Path(folder), engine), Path(folder, f"run-{engine}-{forget}")
-        path = interchange.import_run(Path(folder, "0000003.pt"), run, recipe)
+    for engine in (*engines, "forgetful"):
+        recipe = recipe_of(Path(folder), engine if engine in ENGINES else "fsdp")
+        run, file = Path(folder, f"run-{engine}-{engines[0]}"), Path(folder, "0000003.pt")
+        path = interchange.import_run(file, run, recipe)
         assert path.name == "step-00000003"
-        if forget:
-            moments = read_moments(read_authors(Path(folder, "0000003.pt"), optimizer=True), "x")
-            zeros = {name: torch.zeros_like(value) for name, value in moments.exp_avg.items()}
-            stored = {part: checkpoint.load_weights(path, part) for part in ("ema", "params")}  # type: ignore[arg-type]
-            parts = {"model": stored["params"], "ema": stored["ema"], "optim.exp_avg": zeros, "optim.exp_avg_sq": zeros}
+        if engine == "forgetful":
+            params, average = (checkpoint.load_weights(path, part) for part in ("params", "ema"))
+            zeros = {name: torch.zeros_like(value) for name, value in params.items()}
+            parts = {"model": params, "ema": average, "optim.exp_avg": zeros, "optim.exp_avg_sq": zeros}
             manager = checkpoint.CheckpointManager(run / "checkpoints", recipe.checkpoint)
-            manager.save_whole(4, parts, 4, checkpoint.read_state(path))
+            manager.save_whole(SAVED, parts, SAVED, checkpoint.read_state(path))
         assert build.train(recipe, run)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         end = run / "checkpoints" / f"step-{STEPS:08d}"
-        parts = ("params", "ema", "exp_avg", "exp_avg_sq")
         out[engine] = {"losses": [row["loss"] for row in rows], "steps": [row["step"] for row in rows]}
-        out[engine] |= {part: checkpoint.load_weights(end, part) for part in parts}  # type: ignore[arg-type]
+        for part in ("params", "ema", "exp_avg", "exp_avg_sq"):
+            out[engine][part] = checkpoint.load_weights(end, part)  # type: ignore[arg-type]
     return out
 
 
-def test_their_training_goes_on_here_as_it_would_there(folder: Path, theirs: TheirTraining) -> None:
-    moments = read_moments(read_authors(theirs.save(folder / "end.pt"), optimizer=True), "end.pt")
-    assert moments.steps == STEPS
-    for engine, result in run_ranks(go_on, 1, str(folder), list(ENGINES), False, timeout=400)[0].items():
+def compare(theirs: TheirTraining, results: dict[str, Any], moments: Moments) -> None:
+    """A run that has lost the moments on the way would be noticed."""
+    assert distance(results.pop("forgetful")["params"], theirs.state()) > 1e-4
+    for engine, result in results.items():
         assert result["steps"] == [4, 5, 6], engine
         assert result["losses"] == pytest.approx(theirs.losses[SAVED:], rel=1e-6), engine
         assert distance(result["params"], theirs.state()) < 1e-6, engine
@@ -166,9 +167,16 @@ def test_their_training_goes_on_here_as_it_would_there(folder: Path, theirs: The
             assert distance(result[part], getattr(moments, part)) < 1e-7, (engine, part)
 
 
-def test_a_run_whose_moments_are_lost_would_be_noticed(folder: Path, theirs: TheirTraining) -> None:
-    result = run_ranks(go_on, 1, str(folder), ["fsdp"], True, timeout=400)[0]["fsdp"]
-    assert distance(result["params"], theirs.state()) > 1e-4
+def test_their_training_goes_on_here_as_it_would_there(folder: Path, theirs: TheirTraining) -> None:
+    moments = read_moments(read_authors(theirs.save(folder / "end.pt"), optimizer=True), "end.pt")
+    assert moments.steps == STEPS
+    compare(theirs, run_ranks(go_on, 1, str(folder), ["fsdp", "zero1"], timeout=400)[0], moments)
+
+
+@pytest.mark.full
+def test_it_goes_on_under_each_engine(folder: Path, theirs: TheirTraining) -> None:
+    moments = read_moments(read_authors(theirs.save(folder / "end.pt"), optimizer=True), "end.pt")
+    compare(theirs, run_ranks(go_on, 1, str(folder), ["zero2", "zero3"], timeout=400)[0], moments)
 
 
 def test_the_way_back_is_the_file_that_came(folder: Path, theirs: TheirTraining, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SMALL = {"in_channels": 12, "input_size": 8, "two_clocks": True}
 @pytest.mark.parametrize(
     ("size", "count"),
     [
+        ("S", 39_483_824),
         ("B", 137_632_304),
         ("L", 465_533_712),
         ("XL", 682_765_424),
@@ -43,9 +44,22 @@ def test_parameter_counts_are_the_authors(size: str, count: int) -> None:
     start = time.monotonic()
     config = LightningDiTConfig(size=size, alignment=AlignmentConfig())  # type: ignore[arg-type]
     assert parameter_count(config) == count
-    head = 2048 * (config.dimensions.width + 1) + 2048 * 2049 + 768 * 2049
-    assert parameter_count(dataclasses.replace(config, alignment=None)) == count - head
+    body, head = counts_by_hand(*config.dimensions)
+    assert body + head == count
+    assert parameter_count(dataclasses.replace(config, alignment=None)) == body
     assert time.monotonic() - start < 10
+
+
+def counts_by_hand(depth: int, width: int, heads: int) -> tuple[int, int]:
+    """Of the model without its alignment head, and of the head; a linear layer from a to b has (a + 1) · b."""
+    hidden, channels = int(8 / 3 * width), 48
+    attention = (width + 1) * 3 * width + (width + 1) * width + 2 * (width // heads)
+    mlp = (width + 1) * 2 * hidden + (hidden + 1) * width
+    block = attention + mlp + 2 * width + (width + 1) * 6 * width
+    clock = 257 * (width // 2) + (width // 2 + 1) * (width // 2)
+    ends = (channels + 1) * width + 2 * clock + 1001 * width + 256 * width
+    last = width + (width + 1) * channels + (width + 1) * 2 * width
+    return depth * block + ends + last, (width + 1) * 2048 + 2049 * 2048 + 2049 * 768
 
 
 @pytest.mark.parametrize("size", SIZES)
