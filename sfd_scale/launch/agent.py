@@ -58,7 +58,8 @@ def ranks(launch: str, node: int | None = None) -> list[psutil.Process]:
 
 def _is_rank(process: psutil.Process, launch: str, node: int | None) -> bool:
     try:
-        if RANK_FILE not in process.cmdline()[1:3]:
+        words = process.cmdline()[1:]
+        if words[:1] != [RANK_FILE] and words[:2] != ["-u", RANK_FILE]:  # launchers have it further on
             return False
         environment = process.environ()
     except (psutil.Error, OSError):
