@@ -136,7 +136,7 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     model: FlowModel = loaded.model
     worse: FlowModel | None = None
     if guide is not None:
-        check_guide(loaded, guide)
+        check_guide(loaded, guide, recipe.allow_stats_mismatch)
         worse = guide.model
     if recipe.cuda_graphs:
         sizes = (recipe.batch, 2 * recipe.batch)  # CFG asks for both velocities at once
@@ -157,8 +157,8 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     )
 
 
-def check_guide(loaded: Loaded, guide: Loaded) -> None:
-    """Refuse a guide whose latents mean something else.
+def check_guide(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = False) -> None:
+    """Refuse a guide whose latents mean something else; other statistics may be allowed, with a warning.
 
     Raises:
         ValueError: naming what differs.
@@ -170,8 +170,11 @@ def check_guide(loaded: Loaded, guide: Loaded) -> None:
         "number of classes": (loaded.num_classes, guide.num_classes),
     }
     for what, (own, other) in pairs.items():
-        if own != other:
-            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; a guide has to share it")
+        if own != other and "statistics" in what and allow_stats_mismatch:
+            logger.warning("guide: its %s is %s, the checkpoint's is %s", what, other, own)
+        elif own != other:
+            hint = ", or allow_stats_mismatch=true" if "statistics" in what else ""
+            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; a guide has to share it{hint}")
 
 
 def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: SemanticFirstSchedule) -> None:

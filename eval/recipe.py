@@ -85,6 +85,7 @@ class EvalRecipe:
     published: str | None = None  # the number that the evaluation is to reach, and whose it is
     checkpoint: Path | None = None
     guide: Path | None = None
+    allow_stats_mismatch: bool = False  # of the latents that checkpoint and guide were trained on
     sampler: SamplerConfig = field(default_factory=EulerConfig)
     guidance: GuidanceConfig = field(default_factory=NoGuidance)
     num_samples: int = 50_000

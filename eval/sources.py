@@ -17,8 +17,9 @@ from torch import Tensor
 from eval.npz import NpzImages
 from eval.weights import file_sha256
 from sfd_scale import config
-from sfd_scale.data.images import DAMAGE, FORMATS, FolderConfig, MDSConfig, make_source
+from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
+from sfd_scale.data.pixels import DAMAGE, FORMATS
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 

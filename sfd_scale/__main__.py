@@ -44,28 +44,28 @@ def train(
 @app.command()
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Encode images to shards (pixels, composite latents, features). A second start continues the first."""
-    from sfd_scale import build
+    from sfd_scale import prepare
     from sfd_scale.recipe import EncodeRecipe
 
-    build.encode(config.load(recipe, EncodeRecipe, overrides or ()))
+    prepare.encode(config.load(recipe, EncodeRecipe, overrides or ()))
 
 
 @app.command()
 def convert(recipe: Recipe, overrides: Overrides = None) -> None:
     """Convert the authors' feature files (safetensors) to shards, verified by count and checksum."""
-    from sfd_scale import build
+    from sfd_scale import prepare
     from sfd_scale.recipe import ConvertRecipe
 
-    build.convert(config.load(recipe, ConvertRecipe, overrides or ()))
+    prepare.convert(config.load(recipe, ConvertRecipe, overrides or ()))
 
 
 @app.command()
 def fit(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fit a closed-form codec (patch PCA, PCA of features) to images."""
-    from sfd_scale import build
+    from sfd_scale import prepare
     from sfd_scale.recipe import FitRecipe
 
-    build.fit(config.load(recipe, FitRecipe, overrides or ()))
+    prepare.fit(config.load(recipe, FitRecipe, overrides or ()))
 
 
 @app.command()
@@ -224,6 +224,46 @@ def doctor() -> None:
             f"[{style}]{finding.level:>7}[/]  {escape(f'{finding.subject}: {finding.text}')}", soft_wrap=True
         )
     sys.exit(1 if any(finding.level == "error" for finding in found) else 0)
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    checkpoint: Annotated[Path, typer.Option(help="A run folder, a checkpoint of one, or a file of `sfd export`.")],
+    samples: Annotated[int, typer.Option(help="How many samples of the data.")] = 2048,
+) -> None:
+    """Does a checkpoint belong to the data of a recipe? Its loss by the clock, beside what training recorded."""
+    from sfd_scale.probe import probe
+    from sfd_scale.recipe import TrainRecipe
+
+    found = probe(config.load(recipe, TrainRecipe, overrides or ()), checkpoint, samples)
+    rich.print(found.table())
+    if found.recorded_stats_hash not in (None, found.stats_hash):
+        typer.echo(f"statistics of the data {found.stats_hash}, of the checkpoint {found.recorded_stats_hash}")
+    verdict = {
+        True: "belongs to this data",
+        False: "DOES NOT BELONG to this data",
+        None: "records nothing to compare with",
+    }
+    typer.echo(f"{checkpoint}: {verdict[found.belongs]}")
+    sys.exit(1 if found.belongs is False else 0)
+
+
+@app.command("check-features")
+def check_features(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    samples: Annotated[int, typer.Option(help="How many samples of the data.")] = 2048,
+) -> None:
+    """How close `data.features=decoded` is on the data of a training recipe: cosine to the true features."""
+    from sfd_scale.probe import decoded_cosine
+    from sfd_scale.recipe import TrainRecipe
+
+    mean, low = decoded_cosine(config.load(recipe, TrainRecipe, overrides or ()), samples)
+    typer.echo(f"cosine of decoded to true features: {mean:.4f} over all tokens, 1st percentile {low:.4f}")
 
 
 @app.command("check-data")

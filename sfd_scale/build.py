@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -16,13 +17,10 @@ from torch import nn
 from sfd_scale import config, distributed, logs
 from sfd_scale.accelerators import bf16_products, measured_flops, peak_flops
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
-from sfd_scale.data.convert import convert as convert_files
-from sfd_scale.data.images import make_source
-from sfd_scale.data.reader import ImageReader, LatentReader
+from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.divergence import DivergenceWatch
 from sfd_scale.ema import EMA
-from sfd_scale.encode import encode as encode_images
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
@@ -46,14 +44,15 @@ from sfd_scale.objective import (
 from sfd_scale.optim import learning_rate
 from sfd_scale.portions import Portions, portions
 from sfd_scale.profiling import StepProfiler
-from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.recipe import TrainRecipe
 from sfd_scale.run_lock import run_lock
-from sfd_scale.tokenizers.config import make_composite, make_vision
-from sfd_scale.tokenizers.patch_pca import PatchPCA
+from sfd_scale.tokenizers.config import make_features, make_semantic
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
+from sfd_scale.tokenizers.targets import DecodedFeatures, OnlineFeatures
 from sfd_scale.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+Reader = LatentReader | ImageReader | FeatureReader
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -81,6 +80,13 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
     own = identity(recipe, reader)
+
+    def check_state(state: Mapping[str, Any]) -> None:
+        allowed = recipe.data.allow_stats_mismatch and state["stats_hash"] != own["stats_hash"]
+        if allowed:
+            logger.warning("statistics %s, in the checkpoint %s", own["stats_hash"], state["stats_hash"])
+        _check_same({k: v for k, v in own.items() if not (allowed and k == "stats_hash")}, state, run, allow_foreign)
+
     model = make_model(recipe)
     checkpoints = CheckpointManager(run / "checkpoints", recipe.checkpoint)
     if recipe.init_from is not None and checkpoints.latest() is None:
@@ -89,7 +95,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     if recipe.train.replica_check_every is not None:
         require_replicas(engine.replicas())
     attention.activate(recipe.attention, engine.device)
-    objective = make_objective(recipe, engine.device)
+    objective = make_objective(recipe, reader, engine.device)
     facts = _facts(recipe, split, engine, reader)
     claim(run, recipe, source, facts, allow_foreign)
     metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
@@ -113,7 +119,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
         watch=DivergenceWatch(recipe.divergence, run),
         metrics=metrics,
         state=own,
-        check_state=lambda state: _check_same(own, state, run, allow_foreign),
+        check_state=check_state,
         before_step=before_step,
     )
     logs.summary(recipe.name, {**facts, "run folder": run})
@@ -165,17 +171,58 @@ def make_engine(model: nn.Module, recipe: TrainRecipe) -> Engine:
     return make_fsdp(model, recipe.optimizer, recipe.engine)
 
 
-def make_objective(recipe: TrainRecipe, device: torch.device) -> Objective:
+def make_objective(recipe: TrainRecipe, reader: Reader, device: torch.device) -> Objective:
     match recipe.objective, recipe.model:
         case SemanticFirstConfig() as settings, LightningDiTConfig() as model:
-            return SemanticFirstObjective(settings, recipe.latents, recipe.schedule, model.num_classes, recipe.seed)
+            assert isinstance(reader, LatentReader)
+            return SemanticFirstObjective(
+                settings, recipe.latents, recipe.schedule, model.num_classes, recipe.seed,
+                make_targets(recipe, reader, device),
+            )  # fmt: skip
         case SemanticVAELossConfig() as settings, SemanticVAEConfig() as model:
-            assert recipe.tokenizer.vision is not None
-            vision = make_vision(recipe.tokenizer.vision, device)
+            vision = None if isinstance(reader, FeatureReader) else make_features(recipe.tokenizer, device)
             return SemanticVAEObjective(settings, vision, model.bottleneck_dim, recipe.seed)
         case ClassificationConfig() as settings, _:
             return ClassificationObjective(settings, recipe.seed)
     raise AssertionError(recipe.objective)
+
+
+def make_targets(
+    recipe: TrainRecipe, reader: LatentReader, device: torch.device
+) -> OnlineFeatures | DecodedFeatures | None:
+    """What makes the alignment features; None where they are stored, or not needed.
+
+    Raises:
+        ValueError: if that is not what the data was encoded with, or the alignment head has another width.
+    """
+    assert isinstance(recipe.model, LightningDiTConfig)
+    if recipe.model.alignment is None:
+        return None
+    targets: OnlineFeatures | DecodedFeatures | None = None
+    if recipe.data.features == "online":
+        online = make_features(recipe.tokenizer, device)
+        _check_identities("vision", reader, online.identities)
+        targets = OnlineFeatures(online)
+    elif recipe.data.features == "decoded":
+        assert recipe.tokenizer.semantic is not None
+        semantic = make_semantic(recipe.tokenizer.semantic, device)
+        _check_identities("semantic", reader, {"semantic": semantic.identity})
+        targets = DecodedFeatures(semantic, recipe.latents, reader.stats)
+    dim = reader.feature_dim if targets is None else targets.dim
+    if dim is None:
+        raise ValueError(
+            f"data.features: shards, but {recipe.data.path} stores none; set data.features=decoded, or online where it "
+            "stores images, or encode with store.features=shards"
+        )
+    if dim != recipe.model.alignment.dim:
+        raise ValueError(f"model.alignment.dim: {recipe.model.alignment.dim}; the features have {dim} channels")
+    return targets
+
+
+def _check_identities(part: str, reader: LatentReader, own: Mapping[str, str]) -> None:
+    noted = reader.manifest.tokenizers.get(part)
+    if noted is not None and noted != own[part]:
+        raise ValueError(f"tokenizer.{part}: {own[part]}, but the data was encoded with {noted}; name that one")
 
 
 def make_meter(recipe: TrainRecipe, device: torch.device) -> Meter:
@@ -187,10 +234,12 @@ def make_meter(recipe: TrainRecipe, device: torch.device) -> Meter:
     return Meter(device=device, flops_per_sample=_flops(recipe), peak_flops=peak)
 
 
-def make_reader(recipe: TrainRecipe, split: Portions) -> LatentReader | ImageReader:
-    kind = LatentReader if isinstance(recipe.objective, SemanticFirstConfig) else ImageReader
+def make_reader(recipe: TrainRecipe, split: Portions) -> Reader:
+    data, kind = recipe.data, reader_kind(recipe)
+    if isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.alignment_weight == 0:
+        data = dataclasses.replace(data, features="none")  # what nobody looks at is not read
     reader = kind(
-        recipe.data,
+        data,
         seed=recipe.seed,
         global_batch=recipe.train.global_batch,
         micro_batch=split.micro_batch,
@@ -200,9 +249,19 @@ def make_reader(recipe: TrainRecipe, split: Portions) -> LatentReader | ImageRea
     classes = getattr(recipe.model, "num_classes", reader.num_classes)
     if reader.num_classes > classes:
         raise ValueError(f"model.num_classes: {classes}, but the data in {recipe.data.path} has {reader.num_classes}")
+    dim = getattr(recipe.model, "input_dim", None)
+    if isinstance(reader, FeatureReader) and reader.feature_dim != dim:
+        raise ValueError(f"model.input_dim: {dim}; the stored features have {reader.feature_dim}")
     if isinstance(reader, LatentReader) and reader.shape != recipe.latents.shape:
         raise ValueError(f"latents: {recipe.latents.shape}, but the data in {recipe.data.path} has {reader.shape}")
     return reader
+
+
+def reader_kind(recipe: TrainRecipe) -> type[Reader]:
+    if isinstance(recipe.objective, SemanticFirstConfig):
+        return LatentReader
+    stored = isinstance(recipe.objective, SemanticVAELossConfig) and recipe.data.features == "shards"
+    return FeatureReader if stored else ImageReader
 
 
 def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
@@ -214,7 +273,7 @@ def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
     return {**kept, "global_batch": recipe.train.global_batch, "precision": recipe.engine.precision}
 
 
-def identity(recipe: TrainRecipe, reader: LatentReader | ImageReader) -> dict[str, Any]:
+def identity(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
     """What every checkpoint records, and what a resumed run has to share with it."""
     return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
 
@@ -264,7 +323,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: LatentReader | ImageReader) -> dict[str, str]:
+def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader) -> dict[str, str]:
     """What a run is, in words for people: shown before its first step and kept in environment.json."""
     count = sum(parameter.numel() for parameter in _bare_parameters(recipe))
     size = getattr(recipe.model, "size", None)
@@ -307,37 +366,5 @@ def _flops(recipe: TrainRecipe) -> float:
     )
 
 
-def _stats_hash(reader: LatentReader | ImageReader) -> str | None:
+def _stats_hash(reader: Reader) -> str | None:
     return reader.stats.hash if isinstance(reader, LatentReader) else None
-
-
-# ------------------------------------------------------------------------------------------- data and codecs
-
-
-def encode(recipe: EncodeRecipe) -> None:
-    """Images to shards, on any number of ranks."""
-    distributed.init()
-    tokenizer = None
-    if recipe.store.latents != "none" or recipe.store.features != "none":
-        tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
-    encode_images(make_source(recipe.source), tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
-
-
-def convert(recipe: ConvertRecipe) -> None:
-    """The authors' feature files to shards, on any number of ranks."""
-    distributed.init()
-    convert_files(recipe.convert, recipe.out)
-
-
-def fit(recipe: FitRecipe) -> None:
-    """A closed-form codec from the first images of a source."""
-    source = make_source(recipe.source)
-    count = min(recipe.num_images, len(source))
-    batches = (
-        torch.stack([source[i][0] for i in range(start, min(start + recipe.batch, count))])
-        for start in range(0, count, recipe.batch)
-    )
-    codec = PatchPCA.fit(batches, recipe.codec)
-    recipe.out.parent.mkdir(parents=True, exist_ok=True)
-    codec.save(recipe.out)
-    logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.identity)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import distributed
-from sfd_scale.data.images import Source, UnreadableImage
+from sfd_scale.data.images import Source
+from sfd_scale.data.pixels import UnreadableImage
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, write_chunk
 from sfd_scale.latents import StatsAccumulator
 from sfd_scale.logs import progress
-from sfd_scale.tokenizers.composite import CompositeTokenizer
+from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +53,13 @@ class StoreConfig:
 
 
 def encode(
-    source: Source, tokenizer: CompositeTokenizer | None, store: StoreConfig, out: Path, recipe: Mapping[str, Any]
+    source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, recipe: Mapping[str, Any]
 ) -> Manifest:
     """Write shards, statistics and the manifest. Goes on where a start was cut off, and remakes shards that were lost;
     returns at once where nothing is missing.
 
     Args:
+        tokenizer: a composite one where latents are stored, else what makes the features, if these are.
         recipe: the resolved recipe as plain values, with a `store` entry; it is kept in the manifest.
 
     Raises:
@@ -76,10 +79,10 @@ def encode(
     with progress(len(source), f"encode {out.name}", "images") as bar:
         bar.skip(len(source) - todo)
         shown = 0
-        for chunk in claims:
-            stats = StatsAccumulator(tokenizer.layout.channels) if tokenizer and store.latents != "none" else None
-            note = ChunkNote([], stats)
-            write_chunk(out, chunk, columns, _rows(source, tokenizer, store, spans[chunk], note), note)
+        for chunk, batches in _claimed(source, claims, spans, store):
+            composite = tokenizer if isinstance(tokenizer, CompositeTokenizer) else None
+            note = ChunkNote([], None if composite is None else StatsAccumulator(composite.layout.channels))
+            write_chunk(out, chunk, columns, _rows(batches, tokenizer, store, note), note)
             taken = min(claims.taken * store.chunk, todo)  # by all ranks
             bar.advance(taken - shown)
             shown = taken
@@ -108,12 +111,12 @@ def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
     return manifest
 
 
-def _columns(source: Source, tokenizer: CompositeTokenizer | None, store: StoreConfig) -> dict[str, str]:
+def _columns(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig) -> dict[str, str]:
     columns = {"id": "int", "label": "int"}
     if store.image:
         columns["image"] = f"ndarray:uint8:3,{source.size},{source.size}"
     named: dict[str, str] = {}
-    if tokenizer is not None and store.latents != "none":
+    if isinstance(tokenizer, CompositeTokenizer):
         named["latents"] = encoding(store.dtype, tokenizer.layout.shape)
         if store.latents == "moments":
             named["logvar"] = named["latents"]
@@ -122,6 +125,7 @@ def _columns(source: Source, tokenizer: CompositeTokenizer | None, store: StoreC
             raise ValueError("store.features: shards, but tokenizer.vision is null; name a vision encoder")
         grid = tokenizer.vision.grid(source.size)
         named["features"] = encoding(store.dtype, (tokenizer.vision.dim, grid, grid))
+    assert (store.latents != "none") == isinstance(tokenizer, CompositeTokenizer)
     for suffix in ("", FLIPPED) if store.flip else ("",):
         columns |= {f"{name}{suffix}": form for name, form in named.items()}
     return columns
@@ -130,14 +134,10 @@ def _columns(source: Source, tokenizer: CompositeTokenizer | None, store: StoreC
 class _Images(Dataset[tuple[int, Tensor | str, int]]):
     """A source for worker processes: an unreadable image comes back as its message."""
 
-    def __init__(self, source: Source, ids: range) -> None:
-        self.source, self.ids = source, ids
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
-        index = self.ids[row]
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
         try:
             image, label = self.source[index]
         except UnreadableImage as error:
@@ -145,37 +145,81 @@ class _Images(Dataset[tuple[int, Tensor | str, int]]):
         return index, image, label
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Images (N, 3, H, W) uint8 that could be read, of those from `start` on, and messages for the others."""
+
+    start: int
+    ids: list[int]
+    labels: list[int]
+    images: Tensor
+    unreadable: list[str]
+
+    @classmethod
+    def of(cls, items: list[tuple[int, Tensor | str, int]]) -> _Batch:
+        images = [item for _, item, _ in items if isinstance(item, Tensor)]
+        whole = [(index, label) for index, item, label in items if isinstance(item, Tensor)]
+        return cls(
+            items[0][0], [index for index, _ in whole], [label for _, label in whole],
+            torch.stack(images) if images else torch.empty(0), [item for _, item, _ in items if isinstance(item, str)],
+        )  # fmt: skip
+
+
+class _Work(Sampler[list[int]]):
+    """The batches of the chunks that this rank claims, chunk by chunk."""
+
+    def __init__(self, claims: Claims, spans: list[range], batch: int) -> None:
+        self.claims, self.spans, self.batch = claims, spans, batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for chunk in self.claims:
+            ids = self.spans[chunk]
+            yield from (list(ids[start : start + self.batch]) for start in range(0, len(ids), self.batch))
+
+
+def _claimed(
+    source: Source, claims: Claims, spans: list[range], store: StoreConfig
+) -> Iterator[tuple[int, Iterator[_Batch]]]:
+    """Each chunk that this rank claims with its batches. Workers run on from chunk to chunk."""
+    loader = DataLoader(
+        _Images(source), batch_sampler=_Work(claims, spans, store.batch), num_workers=store.num_workers,
+        collate_fn=_Batch.of, generator=torch.Generator(),
+    )  # fmt: skip
+    batches = iter(loader)
+    for first in batches:
+        chunk = first.start // store.chunk
+        rest = -(-len(spans[chunk]) // store.batch) - 1
+        yield chunk, chain([first], islice(batches, rest))
+
+
 def _rows(
-    source: Source, tokenizer: CompositeTokenizer | None, store: StoreConfig, ids: range, note: ChunkNote
+    batches: Iterator[_Batch], tokenizer: FeatureTokenizer | None, store: StoreConfig, note: ChunkNote
 ) -> Iterator[dict[str, Any]]:
     """The rows of a chunk; fills the note."""
-    loader = DataLoader(
-        _Images(source, ids), store.batch, num_workers=store.num_workers, collate_fn=list, generator=torch.Generator()
-    )
-    for items in loader:
-        note.unreadable.extend(item for _, item, _ in items if isinstance(item, str))
-        whole = [(index, item, label) for index, item, label in items if isinstance(item, Tensor)]
-        if not whole:
+    for batch in batches:
+        note.unreadable.extend(batch.unreadable)
+        if not batch.ids:
             continue
-        images = torch.stack([image for _, image, _ in whole])
-        parts: dict[str, np.ndarray[Any, Any]] = {"image": images.numpy()} if store.image else {}
+        parts: dict[str, np.ndarray[Any, Any]] = {"image": batch.images.numpy()} if store.image else {}
         for suffix in ("", FLIPPED) if store.flip else ("",):
             if tokenizer is not None:
-                turned = images.flip(3) if suffix else images
+                turned = batch.images.flip(3) if suffix else batch.images
                 parts |= {f"{k}{suffix}": v for k, v in _encoded(tokenizer, store, turned, note.stats).items()}
-        for row, (index, _, label) in enumerate(whole):
+        for row, (index, label) in enumerate(zip(batch.ids, batch.labels, strict=True)):
             yield {"id": index, "label": label, **{name: values[row] for name, values in parts.items()}}
 
 
 def _encoded(
-    tokenizer: CompositeTokenizer, store: StoreConfig, images: Tensor, stats: StatsAccumulator | None
+    tokenizer: FeatureTokenizer, store: StoreConfig, images: Tensor, stats: StatsAccumulator | None
 ) -> dict[str, np.ndarray[Any, Any]]:
-    encoded = tokenizer.encode(images.to(distributed.device()))
+    images = images.to(distributed.device())
+    if not isinstance(tokenizer, CompositeTokenizer):
+        return {"features": stored(tokenizer.features(images), store.dtype)}
+    encoded = tokenizer.encode(images)
     parts: dict[str, Tensor] = {}
-    if store.latents != "none":
-        parts["latents"] = encoded.latents
-        if stats is not None:
-            stats.update(encoded.latents)
+    parts["latents"] = encoded.latents
+    if stats is not None:
+        stats.update(encoded.latents)
     if store.latents == "moments":
         if encoded.logvar is None:
             raise ValueError("store.latents: moments, but these codecs have no posterior variance; allowed: mean")

@@ -64,7 +64,8 @@ def export(
         logger.log(logging.WARNING if error > 0.05 else logging.INFO, text, out, ema_length, averaged, error)
         return checkpoint.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": weights})
     found = checkpoint_of(run, folder, step)
-    note = note_of(recipe, checkpoint.read_state(found)["step"], stats, tokenizers)
+    state = checkpoint.read_state(found)
+    note = note_of(recipe, state["step"], stats, tokenizers) | {"loss_by_clock": state.get("loss_by_clock")}
     path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, weights, found)
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale.torch_file import TorchFile
@@ -105,7 +105,7 @@ class LatentStats:
         return hashlib.sha256(both.numpy().tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        save_file({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}, str(path))
+        path.write_bytes(save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:
@@ -185,27 +185,45 @@ class StatsAccumulator:
 @dataclass(frozen=True)
 class LatentBatch:
     """Latents (N, C, H, W) float32 normalised; labels (N,) int64; keys (N, 2) int64 = (epoch, sample id) of every
-    row, which name its random draws; features (N, D, H, W) of the clean image, for alignment, or None."""
+    row, which name its random draws; features (N, D, H, W) of the clean image, for alignment, or None, in 16 bits as
+    stored; images (N, 3, H, W) uint8 where the features are to be made from them. All from the same flip."""
 
     latents: Tensor
     labels: Tensor
     keys: Tensor
     features: Tensor | None = None
+    images: Tensor | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
     def slice(self, start: int, stop: int) -> LatentBatch:
         """Rows start..stop-1, as views."""
-        features = None if self.features is None else self.features[start:stop]
-        return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features)
+        features, images = (part if part is None else part[start:stop] for part in (self.features, self.images))
+        return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images)
 
     def to(self, device: torch.device) -> LatentBatch:
         # The keys stay on the CPU: they seed CPU generators.
-        features = None if self.features is None else self.features.to(device, non_blocking=True)
-        return LatentBatch(
-            self.latents.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys, features
-        )
+        parts = (self.latents, self.labels, self.features, self.images)
+        latents, labels, features, images = (p if p is None else p.to(device, non_blocking=True) for p in parts)
+        assert latents is not None and labels is not None
+        return LatentBatch(latents, labels, self.keys, features, images)
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch: for semantic VAEs."""
+
+    features: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        features, labels = (part.to(device, non_blocking=True) for part in (self.features, self.labels))
+        return FeatureBatch(features, labels, self.keys)
 
 
 @dataclass(frozen=True)

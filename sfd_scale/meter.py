@@ -20,6 +20,7 @@ from sfd_scale import distributed
 from sfd_scale.objective import LossTerms
 
 CLOCK_BINS = 10
+ClockLosses = list[tuple[float | None, int]]  # mean loss and number of samples by tenths of the clock
 PERCENTILES = (50, 90, 99)
 
 
@@ -45,6 +46,7 @@ class Meter:
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
+        self.clock_losses: ClockLosses | None = None  # of the last read; checkpoints record them
         self.reset()
 
     def reset(self) -> None:
@@ -88,9 +90,11 @@ class Meter:
         sums = distributed.all_reduce_sum(torch.cat([part.to(self.device).flatten() for part in summed])).cpu()
         terms, clock, (distance, norm, samples, waited) = sums.split([len(names), 2 * CLOCK_BINS, 4])
         values: dict[str, float | None] = dict(zip(names, terms.tolist(), strict=True))
-        for index, (total, count) in enumerate(clock.view(2, -1).T.tolist()):
-            if count:
-                values[f"loss_by_clock/{index}"] = total / count
+        bins = clock.view(2, -1).T.tolist()
+        self.clock_losses = [(total / count if count else None, int(count)) for total, count in bins]
+        for index, (mean, _) in enumerate(self.clock_losses):
+            if mean is not None:
+                values[f"loss_by_clock/{index}"] = mean
         rate = samples.item() / elapsed
         values |= {
             "samples_per_s": rate, "samples_per_s_per_rank": rate / world, "data_wait_share": waited.item(),

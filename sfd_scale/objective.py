@@ -19,7 +19,7 @@ from sfd_scale import seeding
 from sfd_scale.diffusion import losses, path
 from sfd_scale.diffusion.losses import AlignmentMode
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule, logit_normal
-from sfd_scale.latents import ImageBatch, LatentBatch, LatentLayout
+from sfd_scale.latents import FeatureBatch, ImageBatch, LatentBatch, LatentLayout
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ class SemanticFirstObjective:
     """Flow matching of the composite latent with two clocks (arXiv 2512.04926).
 
     The model is called as model(x, t_texture, t_semantic, y) and returns (velocity, projected features or None).
+
+    Args:
+        features: makes the alignment features of a batch (N, D, H, W); None takes those that it brings.
     """
 
     def __init__(
@@ -94,9 +97,10 @@ class SemanticFirstObjective:
         schedule: SemanticFirstSchedule,
         num_classes: int,
         seed: int,
+        features: Callable[[LatentBatch], Tensor] | None = None,
     ) -> None:
         self.config, self.layout, self.schedule = config, layout, schedule
-        self.num_classes, self.seed = num_classes, seed
+        self.num_classes, self.seed, self.features = num_classes, seed, features
 
     def __call__(self, model: Callable[..., Any], batch: LatentBatch, /) -> LossTerms:
         return self.loss(model, batch, self.draw(batch))
@@ -127,7 +131,8 @@ class SemanticFirstObjective:
         per_sample = velocity + self.config.cosine_weight * cosine
         parts = {"velocity": velocity, **self._part_losses(predicted, target), "cosine": cosine}
         if self.config.alignment_weight > 0:
-            alignment = self._alignment(projected, batch.features)
+            features = batch.features if self.features is None else self.features(batch)
+            alignment = self._alignment(projected, features)
             per_sample = per_sample + self.config.alignment_weight * alignment
             parts["alignment"] = alignment
         total = per_sample.mean()
@@ -144,7 +149,7 @@ class SemanticFirstObjective:
         if features is None:
             raise ValueError(
                 "objective.alignment_weight: above 0, but the data holds no alignment features; encode it with "
-                "features, or set objective.alignment_weight to 0"
+                "store.features=shards, set data.features to online or decoded, or objective.alignment_weight to 0"
             )
         if projected is None:
             raise ValueError(
@@ -190,18 +195,25 @@ class SemanticVAEObjective:
     """
 
     def __init__(
-        self, config: SemanticVAELossConfig, vision_encoder: FeatureEncoder, latent_channels: int, seed: int
+        self, config: SemanticVAELossConfig, vision_encoder: FeatureEncoder | None, latent_channels: int, seed: int
     ) -> None:
         self.config, self.vision_encoder = config, vision_encoder
         self.latent_channels, self.seed = latent_channels, seed
 
-    def __call__(self, model: Callable[..., Any], batch: ImageBatch, /) -> LossTerms:
-        with torch.no_grad():
-            tokens = self.vision_encoder.features(batch.images).flatten(2).transpose(1, 2).float()  # (N, T, D)
+    def __call__(self, model: Callable[..., Any], batch: ImageBatch | FeatureBatch, /) -> LossTerms:
+        tokens = self.grid(batch).flatten(2).transpose(1, 2).float()  # (N, T, D)
         shape = (tokens.shape[1], self.latent_channels)
         noise = seeding.normal(self.seed, "posterior", sample_keys(batch.keys), shape, tokens.device)
         reconstruction, mean, logvar = model(tokens, noise)
         return self.loss(reconstruction.float(), tokens, mean.float(), logvar.float())
+
+    @torch.no_grad()
+    def grid(self, batch: ImageBatch | FeatureBatch) -> Tensor:
+        """The features of a batch (N, D, H, W): stored, or made from its images."""
+        if isinstance(batch, FeatureBatch):
+            return batch.features
+        assert self.vision_encoder is not None
+        return self.vision_encoder.features(batch.images)
 
     def loss(self, reconstruction: Tensor, tokens: Tensor, mean: Tensor, logvar: Tensor) -> LossTerms:
         """The loss of given outputs; shapes as above."""

@@ -36,6 +36,7 @@ from sfd_scale.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.profiling import ProfileConfig
 from sfd_scale.tokenizers.config import CompositeConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
+from sfd_scale.tokenizers.pca import FeaturePCAFitConfig
 from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
 from sfd_scale.trainer import TrainerConfig
 
@@ -96,8 +97,11 @@ class TrainRecipe:
             )
         if isinstance(self.objective, SemanticFirstConfig) and isinstance(self.model, LightningDiTConfig):
             self._check_diffusion(self.objective, self.model)
-        if isinstance(self.objective, SemanticVAELossConfig) and self.tokenizer.vision is None:
-            raise ValueError("tokenizer.vision: missing; a semantic VAE is trained on the features of a vision encoder")
+        if isinstance(self.objective, SemanticVAELossConfig):
+            if self.data.features not in ("shards", "online"):
+                raise ValueError(f"data.features: {self.data.features}, for a semantic VAE; allowed: shards, online")
+            if self.data.features == "online" and self.tokenizer.vision is None:
+                raise ValueError("tokenizer.vision: missing; data.features is online, which needs a vision encoder")
 
     def _check_diffusion(self, objective: SemanticFirstConfig, model: LightningDiTConfig) -> None:
         if objective.alignment_weight > 0 and model.alignment is None:
@@ -105,6 +109,14 @@ class TrainRecipe:
                 f"objective.alignment_weight: {objective.alignment_weight} with a model without alignment head; set "
                 "model.alignment, or objective.alignment_weight=0"
             )
+        if objective.alignment_weight > 0:
+            source, needed = self.data.features, {"online": "vision", "decoded": "semantic"}
+            if source == "none":
+                raise ValueError(
+                    "data.features: none, but objective.alignment_weight is above 0; allowed: shards, online, decoded"
+                )
+            if source in needed and getattr(self.tokenizer, needed[source]) is None:
+                raise ValueError(f"tokenizer.{needed[source]}: null; data.features={source} needs it")
         if objective.alignment_weight == 0 and model.alignment is not None:
             raise ValueError("model.alignment: an alignment head that nothing trains; set it to null")
         if not self.schedule.synchronous and self.latents.semantic_channels == 0:
@@ -139,15 +151,25 @@ class EncodeRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FitRecipe:
-    """A patch PCA, fitted in closed form to the first `num_images` of a source."""
+    """A codec in closed form, from the first `num_images` of a source: a PCA of patches, or of the features of
+    tokenizer.vision."""
 
     kind: Literal["fit"] = "fit"
     name: str
     source: SourceConfig
-    codec: PatchPCAFitConfig
+    codec: PatchPCAFitConfig | FeaturePCAFitConfig
     out: Path
+    tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     num_images: int = 4096
     batch: int = 256
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_images", 1), ("batch", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        if isinstance(self.codec, FeaturePCAFitConfig) and self.tokenizer.vision is None:
+            raise ValueError("tokenizer.vision: null; a PCA of features needs a vision encoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,13 @@ class Trainer:
 
     def save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")
-        state = {**self.state, "step": step, "divergence": self.watch.state(), "wandb_id": self.metrics.wandb_id}
+        state = {
+            **self.state,
+            "step": step,
+            "divergence": self.watch.state(),
+            "wandb_id": self.metrics.wandb_id,
+            "loss_by_clock": self.meter.clock_losses,
+        }
         self.checkpoints.save(step, self.engine, self.ema, state)
 
     def save_snapshot(self, step: int) -> None:

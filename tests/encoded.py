@@ -16,7 +16,7 @@ from sfd_scale.data.schema import Manifest
 from sfd_scale.encode import StoreConfig, encode
 from sfd_scale.latents import LatentLayout
 from sfd_scale.tokenizers.codec import Moments, from_uint8
-from sfd_scale.tokenizers.composite import CompositeTokenizer
+from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 from sfd_scale.tokenizers.pca import FeaturePCA
 
@@ -63,8 +63,11 @@ def digits(count: int) -> Digits:
 def encode_digits(out: Path, count: int = 40, source: Source | None = None, **store: Any) -> Manifest:
     """Encode digits in chunks of 8."""
     settings = StoreConfig(**{"chunk": 8, "batch": 4, **store})
-    latents = settings.latents != "none" or settings.features != "none"
-    codec = tokenizer(settings.latents == "moments") if latents else None
+    codec: FeatureTokenizer | None = None
+    if settings.latents != "none":
+        codec = tokenizer(settings.latents == "moments")
+    elif settings.features != "none":
+        codec = FeatureTokenizer(Pooled())
     recipe = {"name": "digits", "count": count, "store": dataclasses.asdict(settings)}
     return encode(digits(count) if source is None else source, codec, settings, out, recipe)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfd_scale.data import convert as module
 from sfd_scale.data.convert import ConvertConfig, convert
-from sfd_scale.data.reader import DataConfig, LatentReader
+from sfd_scale.data.reader import DataConfig, FeatureReader, LatentReader
 from sfd_scale.data.schema import restored
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.latents import LatentLayout, LatentStats
@@ -94,6 +94,14 @@ def test_the_reader_takes_them_with_the_authors_statistics(source: Path, tmp_pat
     for row in range(4):
         errors = [(batch.latents[row] - candidate[row]).abs().max() for candidate in candidates]
         assert min(errors) < 1e-6 < max(errors)
+    # The folder with their two files will do as well.
+    named = replace(data, stats=tmp_path)
+    again = next(LatentReader(named, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1).batches(0))
+    assert torch.equal(again.latents, batch.latents)
+    with pytest.raises(ValueError, match=r"data\.stats: .*absent; allowed: a stats\.safetensors, or a folder"):
+        LatentReader(
+            replace(data, stats=tmp_path / "absent"), seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1
+        )
     with pytest.raises(ValueError, match=r"stats: 1 files; allowed: latents_stats\.pt and latents_sv_stats\.pt"):
         config(source, stats=(parts[0],))
 
@@ -107,6 +115,20 @@ def test_a_part_of_the_columns(source: Path, tmp_path: Path) -> None:
         save_file(kept, source / f"latents_rank00_shard{number:03d}.safetensors")
     convert(config(source, features=False, flip=False, dtype="bfloat16"), tmp_path / "again")
     assert (tmp_path / "again" / "index.json").read_bytes() == (tmp_path / "out" / "index.json").read_bytes()
+
+
+def test_features_alone_for_a_semantic_vae(source: Path, tmp_path: Path) -> None:
+    for number, count in enumerate(COUNTS):
+        kept = {k: v for k, v in tensors(number, count).items() if not k.startswith("latents")}
+        save_file(kept, source / f"latents_rank00_shard{number:03d}.safetensors")
+    manifest = convert(config(source, latents=False), tmp_path / "out")
+    assert set(manifest.columns) == {"id", "label", "features", "features_flip"} and manifest.stats_hash is None
+    assert check_data(tmp_path / "out") == [] and manifest.num_samples == 12
+    data = DataConfig(path=tmp_path / "out", flip=False, shuffle=False)
+    reader = FeatureReader(data, seed=0, global_batch=12, micro_batch=12, rank=0, world_size=1)
+    assert torch.equal(next(reader.batches(0)).features, whole("feats_dino"))
+    with pytest.raises(ValueError, match="latents: false, with features false too"):
+        config(source, latents=False, features=False)
 
 
 def test_a_conversion_that_was_cut_off_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

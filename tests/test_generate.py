@@ -271,6 +271,7 @@ def test_a_guide_that_does_not_belong_is_refused() -> None:
     shifted = LatentStats(STATS.mean + 1, STATS.std)
     with pytest.raises(ValueError, match="hash of the latent statistics"):
         check_guide(loaded(), loaded(stats=shifted))
+    check_guide(loaded(), loaded(stats=shifted), allow_stats_mismatch=True)
     with pytest.raises(ValueError, match="latent layout"):
         check_guide(loaded(), loaded(layout=LatentLayout(texture_channels=2, semantic_channels=3, size=4)))
 

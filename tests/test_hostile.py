@@ -23,7 +23,7 @@ from eval import npz, sources
 from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.data import schema
-from sfd_scale.data.images import UnreadableImage, read_image
+from sfd_scale.data.pixels import UnreadableImage, read_image
 from sfd_scale.recipe import load_any
 from sfd_scale.torch_file import TorchFile, plain
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,10 @@ from sfd_scale.data.images import (
     Folder,
     FolderConfig,
     MDSConfig,
-    UnreadableImage,
-    centre_crop,
     make_source,
-    read_image,
 )
+from sfd_scale.data.pixels import UnreadableImage, centre_crop, read_image
+from sfd_scale.data.tars import TarConfig
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -49,6 +50,13 @@ def test_orientation_and_colour_modes(tmp_path: Path) -> None:
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     cmyk = read_image(tmp_path / "cmyk.jpg", 8)
     assert cmyk[0, 1, 1] > 230 and cmyk[1, 1, 1] < 25 and cmyk[:, 6, 6].max() < 25
+    Image.fromarray(pixels).convert("L").save(tmp_path / "grey.jpg", quality=95)
+    grey = read_image(tmp_path / "grey.jpg", 8)
+    assert grey.shape == (3, 8, 8) and torch.equal(grey[0], grey[1]) and abs(int(grey[0, 1, 1]) - 76) < 4
+    exif[0x0112] = 6  # a phone held upright: to be turned by 90° clockwise, so that the red half is on the right
+    Image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    phone = read_image(tmp_path / "phone.jpg", 8)
+    assert phone[0, 4, 7] > 230 and phone[0, 4, 0] < 25
     grey16 = np.full((8, 8), 128 * 256, np.uint16)
     Image.fromarray(grey16).save(tmp_path / "grey16.png")
     assert read_image(tmp_path / "grey16.png", 8).unique().tolist() == [128]
@@ -109,6 +117,66 @@ def test_what_is_no_class_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no image.*\.png"):
         Folder(FolderConfig(path=tmp_path))
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def png(seed: int) -> bytes:
+    out = io.BytesIO()
+    noise(20, 20, seed).save(out, "png")
+    return out.getvalue()
+
+
+def test_images_of_tar_files(tmp_path: Path) -> None:
+    """WebDataset's form with .cls members, and a file a class; the pixels are those of the same image files."""
+    (tmp_path / "plain").mkdir()
+    for seed in range(4):
+        (tmp_path / "plain" / f"{seed}.png").write_bytes(png(seed))
+    pixels = [read_image(tmp_path / "plain" / f"{seed}.png", 16) for seed in range(4)]
+    (tmp_path / "web").mkdir()
+    for number in range(2):
+        members = {}
+        for seed in (2 * number, 2 * number + 1):
+            members |= {f"a/{seed}.png": png(seed), f"a/{seed}.cls": str(7 - seed).encode(), f"a/{seed}.json": b"{}"}
+        tar_of(tmp_path / "web" / f"train-{number:03d}.tar", members)
+    web = make_source(TarConfig(path=tmp_path / "web", size=16))
+    assert len(web) == 4 and web.num_classes == 8 and [web[i][1] for i in range(4)] == [7, 6, 5, 4]
+    assert all(torch.equal(web[i][0], pixels[i]) for i in range(4))
+
+    (tmp_path / "classes").mkdir()
+    tar_of(tmp_path / "classes" / "n02.tar", {"x.JPEG.png": png(2), "y.png": png(3)})
+    tar_of(tmp_path / "classes" / "n01.tar", {"x.png": png(0)})
+    classes = make_source(TarConfig(path=tmp_path / "classes", size=16))
+    assert classes.num_classes == 2 and [classes[i][1] for i in range(3)] == [0, 1, 1]
+    assert torch.equal(classes[1][0], pixels[2])
+
+
+def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"source\.path: .*absent is no tar file, nor a folder"):
+        make_source(TarConfig(path=tmp_path / "absent"))
+    (tmp_path / "text.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"text\.tar: not a whole, uncompressed tar file"):
+        make_source(TarConfig(path=tmp_path / "text.tar"))
+    tar_of(tmp_path / "empty.tar", {"notes.txt": b"x"})
+    with pytest.raises(ValueError, match=r"empty\.tar: holds no image"):
+        make_source(TarConfig(path=tmp_path / "empty.tar"))
+    tar_of(tmp_path / "half.tar", {"0.png": png(0), "0.cls": b"1", "1.png": png(1)})
+    with pytest.raises(ValueError, match=r"half\.tar: 1\.png has no class"):
+        make_source(TarConfig(path=tmp_path / "half.tar"))
+    tar_of(tmp_path / "bad.tar", {"0.png": png(0), "1.png": b"", "2.png": png(1)})
+    source = make_source(TarConfig(path=tmp_path / "bad.tar", size=16))
+    with pytest.raises(UnreadableImage, match=r"bad\.tar: 1\.png: "):
+        source[1]
+    whole = (tmp_path / "bad.tar").read_bytes()
+    (tmp_path / "bad.tar").write_bytes(whole[:700])
+    with pytest.raises(UnreadableImage, match=r"bad\.tar: 0\.png: cut off"):
+        source[0]
 
 
 def test_images_come_back_from_shards(tmp_path: Path) -> None:

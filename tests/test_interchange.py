@@ -70,8 +70,8 @@ class TheirTraining:
 
     def steps(self, start: int, stop: int) -> None:
         recipe = self.recipe
-        objective = build.make_objective(recipe, CPU)
-        batches = build.make_reader(recipe, portions(recipe.train.global_batch, None, 1)).batches(start)
+        reader = build.make_reader(recipe, portions(recipe.train.global_batch, None, 1))
+        objective, batches = build.make_objective(recipe, reader, CPU), reader.batches(start)
         for _ in range(start, stop):
             loss = objective(self.model, next(batches)).total
             loss.backward()

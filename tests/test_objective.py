@@ -147,7 +147,7 @@ def test_only_the_total_carries_a_gradient() -> None:
 
 def test_missing_alignment_is_said_not_skipped() -> None:
     config = SemanticFirstConfig(alignment_weight=1.0)
-    with pytest.raises(ValueError, match="no alignment features; encode it with features"):
+    with pytest.raises(ValueError, match="no alignment features; encode it with store.features=shards"):
         objective(config)(still, latents(2))
     with pytest.raises(ValueError, match="no alignment head; set model.alignment"):
         objective(config)(still, latents(2, features=True))

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -293,6 +294,35 @@ def test_texture_vae_reads_each_kind_of_file(tmp_path: Path) -> None:
         assert moments.mean.shape == (2, 4, 8, 8) and moments.logvar is not None
         assert vae.decode(moments.mean).shape == images.shape and vae.decode(moments.mean).dtype == torch.uint8
     assert len(identities) == 1 and vae.downsample == 2
+
+
+def hub_cache(root: Path, repository: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository as the hub's own client keeps it, and the client offline."""
+    folder = root / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    for name, content in files.items():
+        path = folder / "snapshots" / ("0" * 40) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_texture_vae_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(AutoencoderKLConfig(weights=tmp_path, **SMALL_VAE))
+    model.save_pretrained(tmp_path / "folder")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    files["variants/ldm.safetensors"] = files["diffusion_pytorch_model.safetensors"]
+    hub_cache(tmp_path / "cache", "owner/vae", files, monkeypatch)
+    by_path = AutoencoderKLCodec.load(AutoencoderKLConfig(weights=tmp_path / "folder"))
+    for name in ("owner/vae", "owner/vae/variants/ldm.safetensors"):
+        assert AutoencoderKLCodec.load(AutoencoderKLConfig(hub=name, **SMALL_VAE)).identity == by_path.identity
+    with pytest.raises(ValueError, match=r"hub: owner/absent cannot be had .* name the path"):
+        AutoencoderKLCodec.load(AutoencoderKLConfig(hub="owner/absent"))
+    for wrong, message in (({}, "weights: needed"), ({"hub": "vae"}, "hub: 'vae'; allowed: owner/repository")):
+        with pytest.raises(ValueError, match=message):
+            AutoencoderKLConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_texture_vae_names_what_does_not_fit(tmp_path: Path) -> None:

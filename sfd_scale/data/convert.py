@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sfd_scale import distributed
+from sfd_scale.data.rows import LocalRows
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.shards import LocalRows
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, write_chunk
 from sfd_scale.latents import LatentLayout, LatentStats, StatsAccumulator
 from sfd_scale.logs import progress
@@ -30,8 +30,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What is taken over from the files of `source`; the rest is not read.
+    """What is taken over from the files of `source`; the rest is not read, and need not be there.
 
+    latents false keeps features alone, which a semantic VAE trains on.
     stats: the authors' latents_stats.pt and latents_sv_stats.pt, to be kept as stats_authors.safetensors, which
     `data.stats` can name: their weights were trained on latents normalised with these.
     tokenizers: what the latents were made with, as `sfd encode` notes it ({texture: identity of the codec, ...});
@@ -40,6 +41,7 @@ class ConvertConfig:
 
     source: Path
     stats: tuple[Path, ...] | None = None
+    latents: bool = True
     features: bool = True
     flip: bool = True
     feature_dim: int = 768
@@ -52,6 +54,8 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         if self.stats is not None and len(self.stats) != 2:
             raise ValueError(f"stats: {len(self.stats)} files; allowed: latents_stats.pt and latents_sv_stats.pt")
+        if not (self.latents or self.features):
+            raise ValueError("latents: false, with features false too; nothing is left to convert")
 
 
 def convert(config: ConvertConfig, out: Path) -> Manifest:
@@ -105,7 +109,8 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
 def _columns(config: ConvertConfig) -> dict[str, str]:
     columns = {"id": "int", "label": "int"}
     for suffix in ("", FLIPPED) if config.flip else ("",):
-        columns[f"latents{suffix}"] = encoding(config.dtype, config.layout.shape)
+        if config.latents:
+            columns[f"latents{suffix}"] = encoding(config.dtype, config.layout.shape)
         if config.features:
             grid = config.layout.size
             columns[f"features{suffix}"] = encoding(config.dtype, (config.feature_dim, grid, grid))
@@ -117,8 +122,9 @@ def _tensors(config: ConvertConfig) -> dict[str, tuple[int, ...]]:
     grid = (config.layout.size, config.layout.size)
     wanted: dict[str, tuple[int, ...]] = {"labels": ()}
     for suffix in ("", FLIPPED) if config.flip else ("",):
-        wanted[f"latents{suffix}"] = (config.layout.texture_channels, *grid)
-        wanted[f"latents_sv{suffix}"] = (config.layout.semantic_channels, *grid)
+        if config.latents:
+            wanted[f"latents{suffix}"] = (config.layout.texture_channels, *grid)
+            wanted[f"latents_sv{suffix}"] = (config.layout.semantic_channels, *grid)
         if config.features:
             wanted[f"feats_dino{suffix}"] = (config.feature_dim, *grid)
     return wanted
@@ -145,7 +151,7 @@ def _check_file(file: Path, config: ConvertConfig) -> int:
 
 
 def _convert_file(file: Path, start: int, config: ConvertConfig, out: Path, number: int) -> None:
-    note = ChunkNote([], StatsAccumulator(config.layout.channels))
+    note = ChunkNote([], StatsAccumulator(config.layout.channels) if config.latents else None)
     written = hashlib.sha256()
 
     def verify(folder: Path) -> None:
@@ -171,11 +177,11 @@ def _rows(
             )
         parts: dict[str, Array] = {}
         for suffix in ("", FLIPPED) if config.flip else ("",):
-            texture, semantic = (handle.get_tensor(f"{name}{suffix}").float() for name in ("latents", "latents_sv"))
-            latents = config.layout.join(texture, semantic)
             if note.stats is not None:
+                texture, semantic = (handle.get_tensor(f"{name}{suffix}").float() for name in ("latents", "latents_sv"))
+                latents = config.layout.join(texture, semantic)
                 note.stats.update(latents)
-            parts[f"latents{suffix}"] = _named(file, latents, config.dtype)
+                parts[f"latents{suffix}"] = _named(file, latents, config.dtype)
             if config.features:
                 parts[f"features{suffix}"] = _named(file, handle.get_tensor(f"feats_dino{suffix}"), config.dtype)
     for row in range(len(labels)):

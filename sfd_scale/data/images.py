@@ -1,33 +1,22 @@
-"""Where images come from: a class folder, the quickstart's digits, or shards of our own.
+"""Where images come from: a class folder, tar files, the quickstart's digits, or shards of our own.
 
 A source is a sequence of ((3, H, W) uint8, class index).
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sfd_scale.data.pixels import SUFFIXES, read_image
 from sfd_scale.data.schema import Manifest
 from sfd_scale.data.shards import open_shards
 from sfd_scale.data.synthetic import NUM_CLASSES, Split, digit_image
-
-# Pillow would try every decoder it has on a file of any name; that of PostScript starts another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-# What Pillow's decoders let through for damaged files, besides its own errors.
-DAMAGE = (
-    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+from sfd_scale.data.tars import TarConfig, Tars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +51,7 @@ class MDSConfig:
     kind: Literal["mds"] = "mds"
 
 
-SourceConfig = DigitsConfig | FolderConfig | MDSConfig
-
-
-class UnreadableImage(ValueError):
-    """A file that is no whole image; the message names it."""
+SourceConfig = DigitsConfig | FolderConfig | TarConfig | MDSConfig
 
 
 class Source(Protocol):
@@ -108,9 +93,9 @@ class Folder:
             raise ValueError(f"source.path: {config.path} has no class folders")
         self.files: list[tuple[Path, int]] = []
         for label, folder in enumerate(classes):
-            own = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+            own = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
             if not own:
-                kinds = ", ".join(sorted(_SUFFIXES))
+                kinds = ", ".join(sorted(SUFFIXES))
                 raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")
             self.files += [(path, label) for path in own]
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
@@ -137,8 +122,8 @@ class Shards:
         return self._rows.num_samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self._rows[index]
-        return torch.from_numpy(row["image"].copy()), int(row["label"])
+        image, label = self._rows.gather([index], [["image"], ["label"]])
+        return torch.from_numpy(image[0]), int(label[0])
 
 
 def make_source(config: SourceConfig) -> Source:
@@ -147,39 +132,7 @@ def make_source(config: SourceConfig) -> Source:
             return Digits(config)
         case FolderConfig():
             return Folder(config)
+        case TarConfig():
+            return Tars(config)
         case MDSConfig():
             return Shards(config)
-
-
-def read_image(path: Path, size: int, upright: bool = True) -> Tensor:
-    """An image file as (3, size, size) uint8: turned by its EXIF tag, RGB, ADM centre crop.
-
-    Raises:
-        UnreadableImage: naming the file, if it is empty, cut off, no image, or too large to be honest.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            rgb = _eight_bits(turned).convert("RGB")
-    except DAMAGE as error:
-        raise UnreadableImage(f"{path}: {error}") from error
-    return torch.from_numpy(np.array(centre_crop(rgb, size))).permute(2, 0, 1).contiguous()
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow would clip it to white."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (arXiv 2105.05233): halve by boxes while the short side is at least twice `size`, resize it to `size`
-    bicubically, cut out the middle."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    wide = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(wide, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))

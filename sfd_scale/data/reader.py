@@ -6,24 +6,24 @@ G global batch · M micro-batch · N samples of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import seeding
-from sfd_scale.data.schema import FLIPPED, STATS, Manifest, index_sha256, read_index, restored
-from sfd_scale.data.shards import Rows, open_shards
-from sfd_scale.latents import ImageBatch, LatentBatch, LatentStats
+from sfd_scale.data.rows import Array
+from sfd_scale.data.schema import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
+from sfd_scale.data.shards import open_shards
+from sfd_scale.latents import FeatureBatch, ImageBatch, LatentBatch, LatentStats
 
 Key = tuple[int, int]  # (epoch, sample id)
 Ranges = tuple[tuple[int, int], ...]  # of steps: disjoint, rising, [start, stop) each
-B = TypeVar("B", LatentBatch, ImageBatch)
+B = TypeVar("B", LatentBatch, ImageBatch, FeatureBatch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,11 @@ class DataConfig:
     flip: train on the mirrored image as often as on the image itself. shuffle_block: samples that are mixed with each
     other, taken from whole shards in random order; larger mixes better, smaller reads more sequentially.
     num_workers: processes that read ahead; a remote wants several, as each waits for its own download.
+    stats: other statistics than those of the data: a file of ours, or a folder with the authors' latents_stats.pt and
+    latents_sv_stats.pt.
+    features: where vision features come from, if the objective needs them: `shards`, stored; `online`, the vision
+    encoder of the recipe on stored images; `decoded`, its semantic codec on the semantic latents.
+    allow_stats_mismatch: go on where the statistics of data and checkpoint, or data and manifest, differ.
     """
 
     path: Path
@@ -42,7 +47,9 @@ class DataConfig:
     shuffle: bool = True
     shuffle_block: int = 262_144
     num_workers: int = 0
-    stats: Path | None = None  # other statistics than those of the data, such as the authors', from `sfd convert`
+    stats: Path | None = None
+    features: Literal["none", "shards", "online", "decoded"] = "shards"
+    allow_stats_mismatch: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("shuffle_block", 1), ("num_workers", 0)):
@@ -83,12 +90,21 @@ class _Keys(Sampler[list[Key]]):
             step += 1
 
 
-class _Rows(Dataset[tuple[Key, dict[str, Any]]]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+class _Batches(Dataset[Any]):
+    """What the loader and its workers ask for: a whole micro-batch at once."""
 
-    def __getitem__(self, key: Key) -> tuple[Key, dict[str, Any]]:
-        return key, self.rows[key[1]]
+    def __init__(self, reader: _Reader[Any]) -> None:
+        self.reader = reader
+
+    def __getitem__(self, key: Key) -> Any:
+        return self.reader.batch([key])
+
+    def __getitems__(self, keys: list[Key]) -> Any:
+        return self.reader.batch(keys)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Reader(Generic[B]):
@@ -123,10 +139,19 @@ class _Reader(Generic[B]):
         return self.manifest.num_samples // self.global_batch
 
     @property
+    def feature_dim(self) -> int | None:
+        """Channels of the stored features, if there are any."""
+        form = self.manifest.columns.get("features")
+        return None if form is None else int(form.split(":")[2].split(",")[0])
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the order of samples; a resumed run must find the same."""
         shuffled = self.config.shuffle_block if self.config.shuffle else 0
-        return {"index_sha256": index_sha256(self.config.path), "flip": self.config.flip, "shuffle_block": shuffled}
+        return {
+            "index_sha256": index_sha256(self.config.path), "flip": self.config.flip, "shuffle_block": shuffled,
+            "features": self.config.features,
+        }  # fmt: skip
 
     def keys(self, step: int) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches of a global step. All ranks' micro-batches together are
@@ -141,10 +166,10 @@ class _Reader(Generic[B]):
         """Endless micro-batches from a global step on; global_batch / (micro_batch · world_size) make one step. The
         data of the steps `passed` is left out, that after it moves up."""
         loader: DataLoader[Any] = DataLoader(
-            _Rows(self.rows),
+            _Batches(self),
             batch_sampler=_Keys(self, first_step, passed),
             num_workers=self.config.num_workers,
-            collate_fn=self.collate,
+            collate_fn=_as_it_is,
             persistent_workers=self.config.num_workers > 0,
             generator=torch.Generator(),  # else the loader draws a seed that nobody uses from the global generator
         )
@@ -157,8 +182,21 @@ class _Reader(Generic[B]):
             self._orders = {epoch: epoch_order(self.seed, epoch, self.shard_sizes, self.config.shuffle_block)}
         return self._orders[epoch]
 
-    def collate(self, items: list[tuple[Key, dict[str, Any]]]) -> B:
+    def batch(self, keys: list[Key]) -> B:
         raise AssertionError("of the subclasses")
+
+    def _gather(self, keys: list[Key], *columns: Sequence[str]) -> tuple[Tensor, list[Array]]:
+        """Labels (N,), and for each of `columns` the values of the column that it names for each sample."""
+        labels, *values = self.rows.gather([index for _, index in keys], [["label"] * len(keys), *columns])
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise ValueError(
+                f"{self.config.path}: labels from {labels.min()} to {labels.max()}, of {self.num_classes} classes; a "
+                "shard is damaged: `sfd check-data` names it"
+            )
+        return torch.from_numpy(labels), values
+
+    def _flips(self, keys: list[Key]) -> list[bool]:
+        return flips(self.seed, keys) if self.config.flip else [False] * len(keys)
 
     def _need(self, column: str, why: str) -> None:
         if column not in self.manifest.columns:
@@ -172,13 +210,17 @@ class ImageReader(_Reader[ImageBatch]):
         super().__init__(config, **portions)
         self._need("image", "encode it with store.image=true")
 
-    def collate(self, items: list[tuple[Key, dict[str, Any]]]) -> ImageBatch:
-        keys = [key for key, _ in items]
-        images = torch.from_numpy(np.stack([row["image"] for _, row in items]))
-        if self.config.flip:
-            mirrored = torch.tensor([flipped(self.seed, key) for key in keys])
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        return ImageBatch(images, _labels(items), torch.tensor(keys))
+    def batch(self, keys: list[Key]) -> ImageBatch:
+        labels, (pixels,) = self._gather(keys, ["image"] * len(keys))
+        images = mirrored(torch.from_numpy(pixels), self._flips(keys))
+        return ImageBatch(images, labels, torch.tensor(keys))
+
+
+def mirrored(images: Tensor, which: Sequence[bool]) -> Tensor:
+    """Images (N, C, H, W), those of `which` turned left to right."""
+    if not any(which):
+        return images
+    return torch.where(torch.tensor(which)[:, None, None, None], images.flip(3), images)
 
 
 class LatentReader(_Reader[LatentBatch]):
@@ -194,34 +236,74 @@ class LatentReader(_Reader[LatentBatch]):
         self._need("latents", "these shards hold images; encode them with a tokenizer")
         if config.flip:
             self._need(f"latents{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
-        self.stats = LatentStats.load(config.stats or config.path / STATS)
-        if config.stats is None and self.stats.hash != self.manifest.stats_hash:
-            raise ValueError(f"{config.path / STATS}: not the statistics of this data; encode it anew")
+        if config.features == "online":
+            self._need("image", "data.features: online; encode with store.image=true")
+        self.stats = read_stats(config.path / STATS if config.stats is None else config.stats)
+        if config.stats is None and self.stats.hash != self.manifest.stats_hash and not config.allow_stats_mismatch:
+            raise ValueError(
+                f"{config.path / STATS}: not the statistics of this data; encode it anew, or set "
+                "data.allow_stats_mismatch=true"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of a stored latent."""
         return tuple(int(n) for n in self.manifest.columns["latents"].split(":")[2].split(","))
 
-    def collate(self, items: list[tuple[Key, dict[str, Any]]]) -> LatentBatch:
-        keys = [key for key, _ in items]
-        suffixes = [FLIPPED if self.config.flip and flipped(self.seed, key) else "" for key in keys]
-        latents = self._column("latents", items, suffixes)
-        if "logvar" in self.manifest.columns:
-            std = (0.5 * self._column("logvar", items, suffixes)).exp()
+    def batch(self, keys: list[Key]) -> LatentBatch:
+        ends = [FLIPPED if flip else "" for flip in self._flips(keys)]
+        wanted = ["latents", "logvar", *(["features"] if self.config.features == "shards" else [])]
+        names = [name for name in wanted if name in self.manifest.columns]
+        columns = [[name + end for end in ends] for name in names]
+        if self.config.features == "online":
+            names, columns = [*names, "image"], [*columns, ["image"] * len(keys)]
+        labels, arrays = self._gather(keys, *columns)
+        values = dict(zip(names, arrays, strict=True))
+        latents = restored(values["latents"], self.manifest.dtype)
+        if "logvar" in values:
+            std = (0.5 * restored(values["logvar"], self.manifest.dtype)).exp()
             latents = latents + std * seeding.normal(self.seed, "posterior", keys, latents.shape[1:])
-        features = self._column("features", items, suffixes) if "features" in self.manifest.columns else None
-        return LatentBatch(self.stats.normalize(latents), _labels(items), torch.tensor(keys), features)
-
-    def _column(self, name: str, items: list[tuple[Key, dict[str, Any]]], suffixes: list[str]) -> Tensor:
-        arrays = [row[name + end] for (_, row), end in zip(items, suffixes, strict=True)]
-        return restored(arrays, self.manifest.dtype)
+        # In 16 bits as they are stored: half the bytes to move, and the loss widens them.
+        features = as_stored(values["features"], self.manifest.dtype) if "features" in values else None
+        images = mirrored(torch.from_numpy(values["image"]), [end != "" for end in ends]) if "image" in values else None
+        return LatentBatch(self.stats.normalize(latents), labels, torch.tensor(keys), features, images)
 
 
-def flipped(seed: int, key: Key) -> bool:
-    """Whether a sample is mirrored in an epoch."""
-    return bool(seeding.uniform(seed, "flip", [key])[0] < 0.5)
+class FeatureReader(_Reader[FeatureBatch]):
+    """Stored features and labels, for semantic VAEs.
+
+    Raises:
+        ValueError: if the shards hold no features, or lack the mirrored ones that `flip` asks for.
+    """
+
+    def __init__(self, config: DataConfig, **portions: int) -> None:
+        super().__init__(config, **portions)
+        self._need("features", "encode with store.features=shards, or set data.features=online")
+        if config.flip:
+            self._need(f"features{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
+
+    def batch(self, keys: list[Key]) -> FeatureBatch:
+        labels, (values,) = self._gather(keys, [f"features{FLIPPED if flip else ''}" for flip in self._flips(keys)])
+        return FeatureBatch(as_stored(values, self.manifest.dtype), labels, torch.tensor(keys))
 
 
-def _labels(items: list[tuple[Key, dict[str, Any]]]) -> Tensor:
-    return torch.tensor([int(row["label"]) for _, row in items])
+def read_stats(path: Path) -> LatentStats:
+    """Statistics from a file of ours, or from a folder with the authors' two.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    theirs = path / "latents_stats.pt", path / "latents_sv_stats.pt"
+    if all(file.is_file() for file in theirs):
+        return LatentStats.from_authors(*theirs)
+    if not path.is_file():
+        raise ValueError(
+            f"data.stats: {path}; allowed: a stats.safetensors, or a folder with latents_stats.pt and "
+            "latents_sv_stats.pt"
+        )
+    return LatentStats.load(path)
+
+
+def flips(seed: int, keys: list[Key]) -> list[bool]:
+    """Whether samples are mirrored in their epochs."""
+    return (seeding.uniform(seed, "flip", keys) < 0.5).tolist()

@@ -144,7 +144,12 @@ def stored(values: Tensor, dtype: StoredDtype) -> np.ndarray[Any, Any]:
     return (narrow if dtype == "float16" else narrow.view(torch.uint16)).numpy()
 
 
-def restored(arrays: list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
-    """The inverse of `stored` for one array a row: (N, *shape) float32."""
-    rows = torch.from_numpy(np.stack(arrays))
-    return (rows.view(torch.bfloat16) if dtype == "bfloat16" else rows).float()
+def as_stored(rows: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
+    """Rows of a column as the 16-bit tensor that was stored: (N, *shape)."""
+    values = torch.from_numpy(np.stack(rows) if isinstance(rows, list) else rows)
+    return values.view(torch.bfloat16) if dtype == "bfloat16" else values
+
+
+def restored(rows: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
+    """The inverse of `stored`: (N, *shape) float32."""
+    return as_stored(rows, dtype).float()

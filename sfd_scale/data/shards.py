@@ -1,78 +1,38 @@
-"""Opening shards with MosaicML streaming, and what the library does not check by itself."""
+"""Opening a folder of shards, local or remote, and what MosaicML streaming does not check by itself."""
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 
 from sfd_scale.data.cache import ShardCache, fetch_description
 from sfd_scale.data.mosaic import streaming
+from sfd_scale.data.rows import MEND, LocalRows, Rows, Shard
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256, read_index
 from sfd_scale.latents import LatentStats
 
 
-class Rows(Protocol):
-    """Random access to samples: `rows[i]` → {column: value}."""
-
-    num_samples: int
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-class LocalRows:
-    """The shards of a local folder, through the library's own shard readers.
-
-    Its StreamingDataset would take shared memory, lock files and a collective over all ranks: here any process may open
-    any number of folders, alone, and be killed without a trace.
-    """
-
-    def __init__(self, path: Path) -> None:
-        reader_from_json = streaming("streaming.base.format").reader_from_json
-
-        shards = read_index(path)["shards"]
-        self._shards = [reader_from_json(str(path), None, shard) for shard in shards]
-        self._ends = list(accumulate(shard["samples"] for shard in shards))
-        self.num_samples = self._ends[-1] if shards else 0
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.num_samples:
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        shard = self._shards[number]
-        return self._read(shard, index - self._ends[number] + shard.samples)
-
-    def _read(self, shard: Any, row: int) -> dict[str, Any]:
-        return _row(shard, row)
-
-
-def _row(shard: Any, row: int) -> dict[str, Any]:
-    try:
-        return shard[row]
-    except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        file = Path(shard.dirname, shard.raw_data.basename)
-        raise ValueError(
-            f"{file}: row {row} cannot be read ({error}); `sfd check-data` names what is damaged"
-        ) from error
-
-
 class CachedRows(LocalRows):
-    """The shards of a remote folder, each fetched when one of its samples is asked for."""
+    """The samples of a remote folder, each shard fetched when one of its samples is asked for."""
 
     def __init__(self, path: Path, remote: str, limit: str | None) -> None:
         super().__init__(path)
-        self._cache = ShardCache(path, remote, limit, max(shard.raw_data.bytes for shard in self._shards))
+        reader_from_json = streaming("streaming.base.format").reader_from_json
+        entries = read_index(path)["shards"]
+        self._entries = {entry["raw_data"]["basename"]: reader_from_json(str(path), None, entry) for entry in entries}
+        self._cache = ShardCache(path, remote, limit, max(shard.bytes for shard in self.shards))
+        if limit is not None:
+            self._limit = 1  # an open file that another process drops would keep its disk
 
-    def _read(self, shard: Any, row: int) -> dict[str, Any]:
+    def _opened(self, shard: Shard) -> int:
         while True:
             try:
-                return _row(shard, row)
+                return shard.open()
             except FileNotFoundError:  # not fetched yet, or dropped by another process
-                self._cache.fetch(shard)
+                self._cache.fetch(self._entries[shard.path.name])
 
 
 def open_shards(path: Path, remote: str | None = None, cache_limit: str | None = None) -> Rows:
@@ -109,7 +69,7 @@ def check_sizes(path: Path) -> None:
     for shard in read_index(path)["shards"]:
         problem = _size_problem(path, shard)
         if problem:
-            raise ValueError(f"{problem}; encode into this folder again: it keeps whole shards and remakes the others")
+            raise ValueError(f"{problem}; {MEND}")
 
 
 def _size_problem(path: Path, shard: dict[str, Any]) -> str | None:

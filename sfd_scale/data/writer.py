@@ -13,11 +13,12 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from sfd_scale import distributed
 from sfd_scale.data.mosaic import streaming
@@ -131,19 +132,29 @@ def write_chunk(
     final = _folder(out, chunk)
     partial = final.with_name(f"{final.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
+    with _disk(out):
+        try:
+            _write(partial, columns, rows, note)
+            if verify is not None:
+                verify(partial)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(final, ignore_errors=True)  # a chunk whose shards were lost
+    os.replace(partial, final)
+
+
+@contextmanager
+def _disk(out: Path) -> Iterator[None]:
+    """Says of a full disk what to do."""
     try:
-        _write(partial, columns, rows, note)
-        if verify is not None:
-            verify(partial)
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(
                 f"{out}: the disk is full; free some space and give the same command again: it goes on from here"
             ) from error
         raise
-    shutil.rmtree(final, ignore_errors=True)  # a chunk whose shards were lost
-    os.replace(partial, final)
 
 
 def _write(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote) -> None:
@@ -155,7 +166,8 @@ def _write(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str,
             for row in rows:
                 writer.write(dict(row))
     if note.stats is not None:
-        save_file(note.stats.state(), str(folder / STATS))
+        # Not save_file, which has an error of its own for a full disk.
+        (folder / STATS).write_bytes(save(note.stats.state()))
     write_json(folder / "note.json", note.unreadable)
 
 
@@ -170,7 +182,8 @@ def finish(out: Path, count: int, **fields: Any) -> Manifest:
         ValueError: if no sample was written.
     """
     if distributed.is_main():
-        _join(out, count, fields)
+        with _disk(out):
+            _join(out, count, fields)
     distributed.barrier()
     return Manifest.read(out)
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+Precision = Literal["fp32", "bf16"]
 DETERMINISTIC_LOGVAR = -30.0
 """The log-variance of a codec without one, where a tensor has to hold it: the lower bound of posteriors."""
 
@@ -90,6 +92,11 @@ class SemanticCodec(Protocol):
         ...
 
     def to(self, device: torch.device) -> Self: ...
+
+
+def computing(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Where encoders run: in float32, or with products in bfloat16 and weights, norms and sums as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def from_uint8(images: Tensor) -> Tensor:

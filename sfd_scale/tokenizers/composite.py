@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from sfd_scale.latents import LatentLayout
-from sfd_scale.tokenizers.codec import DETERMINISTIC_LOGVAR, Moments, SemanticCodec, TextureCodec, VisionEncoder
+from sfd_scale.tokenizers.codec import (
+    DETERMINISTIC_LOGVAR,
+    Moments,
+    Precision,
+    SemanticCodec,
+    TextureCodec,
+    VisionEncoder,
+    computing,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,26 @@ class Encoded:
     features: Tensor | None
 
 
-class CompositeTokenizer:
+class FeatureTokenizer:
+    """A vision encoder alone: features without latents."""
+
+    def __init__(self, vision: VisionEncoder | None, precision: Precision = "fp32") -> None:
+        self.vision, self.precision = vision, precision
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What was encoded with; for the manifest."""
+        return {} if self.vision is None else {"vision": self.vision.identity}
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 → (N, D, h, w) float32."""
+        assert self.vision is not None
+        with computing(self.precision, images.device):
+            return self.vision.features(images).float()
+
+
+class CompositeTokenizer(FeatureTokenizer):
     """Without semantic channels in the layout there is no semantic codec; a vision encoder alone gives features."""
 
     def __init__(
@@ -33,8 +60,10 @@ class CompositeTokenizer:
         vision: VisionEncoder | None,
         semantic: SemanticCodec | None,
         layout: LatentLayout,
+        precision: Precision = "fp32",
     ) -> None:
-        self.texture, self.vision, self.semantic, self.layout = texture, vision, semantic, layout
+        super().__init__(vision, precision)
+        self.texture, self.semantic, self.layout = texture, semantic, layout
         for part, codec, wanted in (
             ("texture", texture.channels, layout.texture_channels),
             ("semantic", 0 if semantic is None else semantic.channels, layout.semantic_channels),
@@ -80,11 +109,12 @@ class CompositeTokenizer:
         if images.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images are {tuple(images.shape[1:])}; allowed: (3, {size}, {size})")
-        texture = self.texture.encode(images)
-        features = None if self.vision is None else self.vision.features(images)
-        if self.semantic is None or features is None:
-            return Encoded(texture.mean, texture.logvar, features)
-        semantic = self.semantic.encode(features)
+        features = None if self.vision is None else self.features(images)
+        with computing(self.precision, images.device):
+            texture = _wide(self.texture.encode(images))
+            if self.semantic is None or features is None:
+                return Encoded(texture.mean, texture.logvar, features)
+            semantic = _wide(self.semantic.encode(features))
         latents = self.layout.join(texture.mean, semantic.mean)
         if texture.logvar is None and semantic.logvar is None:
             return Encoded(latents, None, features)
@@ -95,6 +125,10 @@ class CompositeTokenizer:
         """Latents (N, C, h, w), not normalised → images (N, 3, H, W) uint8; the semantic part is not needed."""
         texture, _ = self.layout.split(latents)
         return self.texture.decode(texture)
+
+
+def _wide(moments: Moments) -> Moments:
+    return Moments(moments.mean.float(), None if moments.logvar is None else moments.logvar.float())
 
 
 def _logvar(moments: Moments) -> Tensor:

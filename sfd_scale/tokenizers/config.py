@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from sfd_scale.latents import LatentLayout
-from sfd_scale.tokenizers.codec import SemanticCodec, TextureCodec, VisionEncoder
-from sfd_scale.tokenizers.composite import CompositeTokenizer
+from sfd_scale.tokenizers.codec import Precision, SemanticCodec, TextureCodec, VisionEncoder
+from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAConfig
 from sfd_scale.tokenizers.pca import FeaturePCA, FeaturePCAConfig
 from sfd_scale.tokenizers.semantic_vae import SemanticVAECodec, SemanticVAECodecConfig
@@ -23,11 +23,12 @@ SemanticConfig = SemanticVAECodecConfig | FeaturePCAConfig
 @dataclass(frozen=True, kw_only=True)
 class CompositeConfig:
     """A texture codec, and a vision encoder whose features a semantic codec compresses. Each may be left out where
-    nothing needs it."""
+    nothing needs it. precision: of encoding; decoding is in float32."""
 
     texture: TextureConfig | None = None
     vision: VisionConfig | None = None
     semantic: SemanticConfig | None = None
+    precision: Precision = "fp32"
 
 
 def make_texture(config: TextureConfig, device: torch.device) -> TextureCodec:
@@ -45,10 +46,17 @@ def make_semantic(config: SemanticConfig, device: torch.device) -> SemanticCodec
     return codec.to(device)
 
 
+def make_features(config: CompositeConfig, device: torch.device) -> FeatureTokenizer:
+    """The vision encoder alone, without codecs."""
+    if config.vision is None:
+        raise ValueError("tokenizer.vision: null; name a vision encoder")
+    return FeatureTokenizer(make_vision(config.vision, device), config.precision)
+
+
 def make_composite(config: CompositeConfig, layout: LatentLayout, device: torch.device) -> CompositeTokenizer:
     """Raises ValueError where the parts do not fit the layout or each other."""
     if config.texture is None:
         raise ValueError("tokenizer.texture: null; name a texture codec")
     vision = None if config.vision is None else make_vision(config.vision, device)
     semantic = None if config.semantic is None else make_semantic(config.semantic, device)
-    return CompositeTokenizer(make_texture(config.texture, device), vision, semantic, layout)
+    return CompositeTokenizer(make_texture(config.texture, device), vision, semantic, layout, config.precision)

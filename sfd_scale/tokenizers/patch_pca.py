@@ -53,14 +53,18 @@ def from_patches(patches: Tensor, side: int) -> Tensor:
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
+def patch_rows(images: Tensor, side: int) -> Tensor:
+    """(N, 3, H, W) uint8 → (N·h·w, 3·P·P) in [−1, 1]."""
+    return to_patches(from_uint8(images), side).flatten(0, 2)
+
+
 class PatchPCA(ComponentBuffers):
     """Decoding what was encoded is the best reconstruction that C numbers a patch allow linearly."""
 
     @classmethod
     def fit(cls, images: Iterable[Tensor], config: PatchPCAFitConfig) -> Self:
         """From batches of images (N, 3, H, W) uint8."""
-        rows = (to_patches(from_uint8(batch), config.patch).flatten(0, 2) for batch in images)
-        return cls(fit_components(rows, config.channels))
+        return cls(fit_components((patch_rows(batch, config.patch) for batch in images), config.channels))
 
     @classmethod
     def load(cls, config: PatchPCAConfig) -> Self:

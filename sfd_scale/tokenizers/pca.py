@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sfd_scale import distributed
 from sfd_scale.tokenizers.codec import Moments, identity, read_safetensors
 
 
@@ -27,24 +28,28 @@ class Components:
 
 
 class CovarianceAccumulator:
-    """Count, sum and outer products of rows, streamed in float64 around the mean of the first batch."""
+    """Count, mean and centred outer products of rows in one streaming pass, float64 (Chan, Golub and LeVeque, 1979)."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
-        self.shift: Tensor | None = None
-        self.total = torch.zeros(dim, dtype=torch.float64)
+        self.mean = torch.zeros(dim, dtype=torch.float64)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64)
 
-    def update(self, rows: Tensor) -> None:
-        """Add rows (R, D)."""
+    @classmethod
+    def of(cls, rows: Tensor) -> Self:
+        """Of rows (R, D) alone."""
         wide = rows.detach().double().cpu()
-        if self.shift is None:
-            # Differences from about the mean: squares of a large mean would cost digits.
-            self.shift = wide.mean(0)
-        wide = wide - self.shift
-        self.count += len(wide)
-        self.total += wide.sum(0)
-        self.outer += wide.T @ wide
+        new = cls(wide.shape[1])
+        new.count, new.mean = len(wide), wide.mean(0)
+        centred = wide - new.mean  # squares of a large mean would cost digits
+        new.outer = centred.T @ centred
+        return new
+
+    def merge(self, other: CovarianceAccumulator) -> None:
+        total, delta = self.count + other.count, other.mean - self.mean
+        self.mean = self.mean + delta * (other.count / total)
+        self.outer += other.outer + delta.outer(delta) * (self.count * other.count / total)
+        self.count = total
 
     def components(self, number: int) -> Components:
         """The strongest `number` eigenvectors of the covariance; their largest entry is positive, to fix the sign.
@@ -52,28 +57,52 @@ class CovarianceAccumulator:
         Raises:
             ValueError: if there are fewer rows or columns than components.
         """
-        dim = len(self.total)
-        if not 1 <= number <= dim or self.count <= number or self.shift is None:
+        dim = len(self.mean)
+        if not 1 <= number <= dim or self.count <= number:
             raise ValueError(
                 f"channels: {number}; allowed: 1 to {dim}, from more rows than that; there are {self.count}"
             )
-        mean = self.total / self.count
-        values, vectors = torch.linalg.eigh(self.outer / self.count - mean.outer(mean))
+        values, vectors = torch.linalg.eigh(self.outer / self.count)
         directions = vectors.flip(1)[:, :number].T  # (C, D)
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         variance = values.flip(0)[:number].clamp(min=0)
-        return Components((mean + self.shift).float(), (directions * largest.sign()).float(), variance.float())
+        return Components(self.mean.float(), (directions * largest.sign()).float(), variance.float())
 
 
 def fit_components(batches: Iterable[Tensor], number: int) -> Components:
-    """Principal components of rows that come in batches (R, D)."""
-    accumulator: CovarianceAccumulator | None = None
-    for rows in batches:
-        accumulator = accumulator or CovarianceAccumulator(rows.shape[1])
-        accumulator.update(rows)
-    if accumulator is None:
+    """Principal components of rows that come in batches (R, D), in this process alone."""
+    total: CovarianceAccumulator | None = None
+    for part in map(CovarianceAccumulator.of, batches):
+        if total is None:
+            total = part
+        else:
+            total.merge(part)
+    if total is None:
         raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
-    return accumulator.components(number)
+    return total.components(number)
+
+
+def fit_in_order(own: Iterable[Tensor], count: int, number: int) -> Components:
+    """Principal components of rows in `count` batches, of which this rank has every world_size-th, from its rank on.
+
+    Merged on rank 0 batch after batch in their order, so that the bits do not depend on the number of ranks. Only the
+    sums travel, (D, D) a batch.
+    """
+    batches, found = iter(own), None
+    total: CovarianceAccumulator | None = None
+    for first in range(0, count, distributed.world_size()):
+        part = CovarianceAccumulator.of(next(batches)) if first + distributed.rank() < count else None
+        for other in distributed.all_gather_object(part):
+            if total is None:
+                total = other
+            elif other is not None and distributed.is_main():
+                total.merge(other)
+    if distributed.is_main():
+        if total is None:
+            raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
+        found = total.components(number)
+    components: Components = distributed.broadcast_object(found)
+    return components
 
 
 class ComponentBuffers(nn.Module):
@@ -94,8 +123,9 @@ class ComponentBuffers(nn.Module):
         return len(self.directions)
 
     def project(self, rows: Tensor) -> Tensor:
-        """(..., D) → (..., C)."""
-        return (rows.float() - self.mean) @ self.directions.T
+        """(..., D) → (..., C), in float32 under any precision: it costs nothing beside the encoder."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows.float() - self.mean) @ self.directions.T
 
     def restore(self, latents: Tensor) -> Tensor:
         """(..., C) → (..., D), the nearest point of the components' span."""
@@ -120,6 +150,23 @@ def load_components(path: Path, what: str) -> Components:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeaturePCAFitConfig:
+    """The strongest `channels` components of the features of a vision encoder; ReDi takes 8."""
+
+    kind: Literal["pca"] = "pca"
+    channels: int = 8
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"channels: {self.channels}; allowed: 1 and up")
+
+
+def feature_rows(features: Tensor) -> Tensor:
+    """(N, D, h, w) → (N·h·w, D)."""
+    return features.movedim(1, -1).flatten(0, -2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturePCAConfig:
     """Weights are a safetensors file that FeaturePCA.save wrote."""
 
@@ -133,7 +180,7 @@ class FeaturePCA(ComponentBuffers):
     @classmethod
     def fit(cls, features: Iterable[Tensor], channels: int = 8) -> Self:
         """From batches of features (N, D, h, w)."""
-        return cls(fit_components((batch.movedim(1, -1).flatten(0, -2) for batch in features), channels))
+        return cls(fit_components(map(feature_rows, features), channels))
 
     @classmethod
     def load(cls, config: FeaturePCAConfig) -> Self:

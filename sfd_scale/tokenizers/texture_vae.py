@@ -24,19 +24,25 @@ _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """`weights` is a diffusers folder, which has its own settings, or a file for the shape that is set here.
+    """`weights` is a diffusers folder, which has its own settings, or a file for the shape that is set here; or `hub`
+    names either on the Hugging Face hub, as owner/repository or owner/repository/file.
 
     Each level but the first halves the grid; the last has attention after its residual blocks.
     """
 
     kind: Literal["autoencoder_kl"] = "autoencoder_kl"
-    weights: Path
+    weights: Path | None = None
+    hub: str | None = None
     width: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     latent_channels: int = 32
 
     def __post_init__(self) -> None:
+        if (self.weights is None) == (self.hub is None):
+            raise ValueError("weights: needed, a path; or hub, a name on the hub; and not both")
+        if self.hub is not None and self.hub.count("/") < 1:
+            raise ValueError(f"hub: {self.hub!r}; allowed: owner/repository, or owner/repository/file")
         for name in ("width", "res_blocks", "latent_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
@@ -60,18 +66,20 @@ class AutoencoderKLCodec:
         """Build the model and load its weights, all of them.
 
         Raises:
-            ValueError: that names the file, if it cannot be read or does not fit.
+            ValueError: that names the file, if it cannot be had or read, or does not fit.
         """
-        if config.weights.is_dir():
-            return cls(_from_folder(config.weights))
-        state = read_weights(config.weights, _PARTS)
+        weights = _from_hub(config.hub) if config.hub is not None else config.weights
+        assert weights is not None
+        if weights.is_dir():
+            return cls(_from_folder(weights))
+        state = read_weights(weights, _PARTS)
         model = build(config)
         try:
             if any(name.startswith("encoder.down.") for name in state):
                 state = from_ldm(state, model.state_dict())
             model.load_state_dict(state)
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"weights: {config.weights} do not fit tokenizer.texture: {error}") from error
+            raise ValueError(f"weights: {weights} do not fit tokenizer.texture: {error}") from error
         return cls(model)
 
     def to(self, device: torch.device) -> Self:
@@ -88,6 +96,20 @@ class AutoencoderKLCodec:
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) → (N, 3, H, W) uint8."""
         return to_uint8(self.model.decode(latents.float()).sample)
+
+
+def _from_hub(name: str) -> Path:
+    """A file of the hub, or the folder of a repository with what diffusers needs of it, in the hub's own cache."""
+    import huggingface_hub
+
+    owner, repository, *file = name.split("/")
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", "/".join(file)))
+        wanted = ["config.json", "diffusion_pytorch_model.safetensors"]
+        return Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"hub: {name} cannot be had ({error}); download it elsewhere and name the path") from error
 
 
 def _from_folder(folder: Path) -> Any:

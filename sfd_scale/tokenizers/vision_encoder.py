@@ -23,7 +23,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2Config:
-    """`weights`: a safetensors or torch file of timm or of the DINOv2 authors; none takes timm's from the hub."""
+    """`weights`: a safetensors or torch file of timm or of the DINOv2 authors. Without, they come from the hub: timm's
+    for the name of a model, or those of `model: hf-hub:owner/repository`."""
 
     kind: Literal["dinov2"] = "dinov2"
     model: str = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -58,8 +59,10 @@ class DINOv2:
         side = config.image_size * 14 // 16
         try:
             model = timm.create_model(config.model, pretrained=config.weights is None, img_size=side, num_classes=0)
-        except RuntimeError as error:
-            raise ValueError(f"model: {config.model}: {error}") from error
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ValueError(
+                f"model: {config.model}: {error}; without vision.weights, weights are downloaded from the hub"
+            ) from error
         if config.weights is not None:
             try:
                 model.load_state_dict(checkpoint_filter_fn(read_weights(config.weights), model))

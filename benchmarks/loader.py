@@ -1,0 +1,188 @@
+"""Loading latents: our shards and reader beside the loader form of the authors' release, on the same samples.
+
+The peer is that form written anew: safetensors shards of 1,000 images with float32 latents and float16 alignment
+features of both flips, and a map-style data set that opens the file for each item. Ours are made from these by
+`sfd convert`, with features and without, so all hold the same samples. Cold: the files are dropped from the page cache
+before the pass, so that the disk decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Options
+from sfd_scale.data.convert import ConvertConfig, convert
+from sfd_scale.data.reader import DataConfig, LatentReader
+from sfd_scale.latents import LatentStats
+
+BATCH, SHARD, SAMPLES = 32, 1000, 2000
+WORKERS = (0, 1, 2)
+THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES = "theirs", "theirs+features", "ours", "ours+features"
+# What is compared, ours, theirs, and the bar on the ratio.
+PAIRS = (
+    ("latents, the default form", OURS, THEIRS_FEATURES, "their form, with features", 2.0),
+    ("latents", OURS, THEIRS, "their form", 1.0),
+    ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "their form, with features", 1.0),
+)
+LIMIT = 100_000  # bytes an image in the default form
+Batches = Iterator[Any]
+
+
+def write_theirs(folder: Path, samples: int) -> None:
+    """Feature files of random numbers: neither form compresses."""
+    folder.mkdir(parents=True)
+    for number, start in enumerate(range(0, samples, SHARD)):
+        count, draw = min(SHARD, samples - start), torch.Generator().manual_seed(number)
+        tensors = {"labels": torch.randint(0, 1000, (count,), generator=draw)}
+        for suffix in ("", "_flip"):
+            tensors[f"latents{suffix}"] = torch.randn(count, 32, 16, 16, generator=draw)
+            tensors[f"latents_sv{suffix}"] = torch.randn(count, 16, 16, 16, generator=draw)
+            tensors[f"feats_dino{suffix}"] = torch.randn(count, 768, 16, 16, generator=draw).half()
+        save_file(tensors, folder / f"latents_rank00_shard{number:03d}.safetensors")
+
+
+class Theirs(Dataset[dict[str, Tensor]]):
+    """One item, one opened file; the flip by the global generator."""
+
+    def __init__(self, folder: Path, stats: LatentStats, features: bool) -> None:
+        self.stats, self.features = stats, features
+        self.items: list[tuple[str, int]] = []
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as handle:
+                self.items += [(str(file), row) for row in range(handle.get_slice("labels").get_shape()[0])]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        file, row = self.items[index]
+        suffix = "_flip" if torch.rand(()).item() < 0.5 else ""
+        with safe_open(file, framework="pt") as handle:
+            parts = [handle.get_slice(f"{name}{suffix}")[row : row + 1] for name in ("latents", "latents_sv")]
+            item = {"latents": self.stats.normalize(torch.cat(parts, 1))[0]}
+            item["labels"] = handle.get_slice("labels")[row : row + 1][0]
+            if self.features:
+                item["features"] = handle.get_slice(f"feats_dino{suffix}")[row : row + 1][0]
+        return item
+
+
+def theirs(folder: Path, stats: LatentStats, features: bool, workers: int) -> Batches:
+    """Endless batches."""
+    data = Theirs(folder, stats, features)
+    loader = DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    while True:
+        yield from loader
+
+
+def ours(folder: Path, workers: int) -> Batches:
+    """Endless batches."""
+    config = DataConfig(path=folder, num_workers=workers)
+    return LatentReader(config, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1).batches(0)
+
+
+def drop_from_cache(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def take(batches: Batches, count: int) -> None:
+    for _ in range(count):
+        next(batches)
+
+
+class Folders:
+    """The same samples in the three forms, and a loader of each contender."""
+
+    def __init__(self, root: Path, samples: int) -> None:
+        self.root, self.samples = root, samples
+        write_theirs(root / "theirs", samples)
+        for name, features in ((OURS, False), (OURS_FEATURES, True)):
+            convert(ConvertConfig(source=root / "theirs", features=features), root / name)
+        os.sync()  # only what is on the disk can be dropped from the page cache
+        self.stats = LatentStats.load(root / OURS / "stats.safetensors")
+
+    def folder(self, name: str) -> Path:
+        return self.root / ("theirs" if name in (THEIRS, THEIRS_FEATURES) else name)
+
+    def start(self, name: str, workers: int) -> Batches:
+        if name in (THEIRS, THEIRS_FEATURES):
+            return theirs(self.folder(name), self.stats, name == THEIRS_FEATURES, workers)
+        return ours(self.folder(name), workers)
+
+    def bytes_an_image(self, name: str) -> float:
+        files = (file for file in self.folder(name).rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in files) / self.samples
+
+    def warm(self, workers: int, repeats: int) -> dict[str, list[float]]:
+        """Seconds of a pass over all samples; workers are running and read ahead between the turns, for all alike."""
+        streams = {name: self.start(name, workers) for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        count = self.samples // BATCH
+        return harness.race({n: functools.partial(take, s, count) for n, s in streams.items()}, repeats)
+
+    def cold(self, workers: int, repeats: int) -> dict[str, list[float]]:
+        """Seconds of a first pass, with the start of the workers."""
+        seconds: dict[str, list[float]] = {name: [] for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        for _ in range(repeats):
+            for name, own in seconds.items():
+                drop_from_cache(self.folder(name))
+                started = time.perf_counter()
+                take(self.start(name, workers), self.samples // BATCH)
+                own.append(time.perf_counter() - started)
+        return seconds
+
+
+def run(options: Options) -> list[Figure]:
+    """Loading latents: samples a second and bytes an image, beside the authors' form."""
+    torch.set_num_threads(1)  # as in a worker process; with more, one form would wait for a loaded core, the other not
+    samples = 128 if options.quick else SAMPLES
+    repeats = options.repeats or (2 if options.quick else 7)
+    figures = []
+    with tempfile.TemporaryDirectory() as root:
+        folders = Folders(Path(root), samples)
+        passes: Sequence[tuple[str, Callable[[int, int], dict[str, list[float]]]]] = (
+            ("warm", folders.warm),
+            ("cold", folders.cold),
+        )
+        for cache, measure in passes:
+            for workers in WORKERS:
+                seconds = measure(workers, repeats)
+                for form, own, other, against, bar in PAIRS:
+                    figures.append(
+                        harness.compare(
+                            f"{form}, {cache}, {workers} workers",
+                            seconds,
+                            ours=own,
+                            peer=other,
+                            against=against,
+                            work=samples // BATCH * BATCH,
+                            unit="samples/s",
+                            bar=bar,
+                        )  # fmt: skip
+                    )
+        size = folders.bytes_an_image(OURS)
+        for against, peer, limit in (("their form", folders.bytes_an_image(THEIRS), None), ("the limit", LIMIT, 1.0)):
+            what = "the default form on disk"
+            figures.append(
+                harness.measured(what, ours=size, peer=float(peer), against=against, unit="bytes/image", bar=limit)
+            )
+    return figures
+
+
+if __name__ == "__main__":
+    harness.main("loader", run)
