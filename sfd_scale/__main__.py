@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rich
+import rich.console
 import typer
 from rich.markup import escape
 
@@ -197,7 +198,8 @@ def recipes() -> None:
     """List the recipes that a command can be given by name."""
     from sfd_scale.recipe import summary_table
 
-    rich.print(summary_table())
+    # As wide as it needs to be: a row stays a line, in a narrow terminal and in a pipe to grep.
+    rich.console.Console(width=240).print(summary_table())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

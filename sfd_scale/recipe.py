@@ -217,7 +217,8 @@ def harness(module: str) -> Any:
 
 def summary_table() -> Table:
     """The complete recipes with model, engine, global batch, and the number they are to reach."""
-    table = Table(Column("recipe", no_wrap=True), "kind", "model", "engine", "global batch", "published")
+    names = ("recipe", "kind", "model", "engine", "global batch", "published")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     for name in config.recipe_names():
         if config.kind_of(name) is None:
             continue
