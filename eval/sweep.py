@@ -18,8 +18,9 @@ from eval import generate
 from eval.chunks import config_hash, write_atomically
 from eval.features import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe
-from eval.reference import load_reference
-from eval.score import score
+from eval.reference import Reference, load_reference
+from eval.score import Results, read_results, score
+from eval.weights import file_sha256
 from sfd_scale import config, distributed
 
 logger = logging.getLogger(__name__)
@@ -99,10 +100,12 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
     for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
         if distributed.is_main():
             logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
-        # The batch that `auto` finds for the first cell is that of all.
-        own = generate.with_kept_batch(cell.recipe, folder, *folders)
-        generate.generate(own, folder, generate.prepare(own, device, extractor, load))
-        results = score(cell.recipe, folder, folder / "results.json", extractor, reference)
+        results = distributed.broadcast_object(_done(cell.recipe, folder, extractor, reference))
+        if results is None:
+            # The batch that `auto` finds for the first cell is that of all.
+            own = generate.with_kept_batch(cell.recipe, folder, *folders)
+            generate.generate(own, folder, generate.prepare(own, device, extractor, load))
+            results = score(cell.recipe, folder, folder / "results.json", extractor, reference)
         rows.append(
             {"settings": cell.settings, "scores": results["scores"], "nfe": results["nfe"], "folder": str(folder)}
         )
@@ -111,6 +114,24 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
     if distributed.is_main():
         _show(rows, note)
     return rows
+
+
+def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference: Reference) -> Results | None:
+    """The results of a cell that an earlier start finished, if recipe, weights, features and reference are the same."""
+    if not (folder / "results.json").is_file():
+        return None
+    results = read_results(folder)
+    samples = results["samples"]
+    files = [
+        (path, samples[name]) for name, path in (("checkpoint", recipe.checkpoint), ("guide", recipe.guide)) if path
+    ]
+    same = (
+        results["recipe_digest"] == config.digest(recipe)
+        and all(path.is_file() and file_sha256(path) == used["sha256"] for path, used in files)
+        and samples["extractor"] == extractor.identity
+        and results["reference"]["data"] == reference.provenance["data"]
+    )
+    return results if same else None
 
 
 def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:

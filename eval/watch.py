@@ -39,16 +39,18 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
     while True:
         steps = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
         todo = distributed.broadcast_object([s for s in steps if not _results(out, s).is_file()])
-        for step in todo:
-            _evaluate(recipe, run, out, step)
+        if todo:
+            # One, then look again: the run may have removed the others meanwhile.
+            _evaluate(recipe, run, out, todo[0])
             if distributed.is_main():
                 write_atomically(out / "results.jsonl", table(out).encode())
         if distributed.is_main() and not in_use(run):
             logs.log_scores(run, training.wandb)
-        if once or (not todo and steps and steps[-1] >= training.train.steps):
+        if todo:
+            continue
+        if once or (steps and steps[-1] >= training.train.steps):
             return
-        if not todo:
-            time.sleep(interval)
+        time.sleep(interval)
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -316,9 +316,9 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
     rows = json.loads((tmp_path / "s" / "sweep.json").read_text())["done"]
     assert [list(row["settings"].values()) for row in rows] == [["1.5", "1"], ["1.5", "2"], ["3.0", "1"], ["3.0", "2"]]
     assert rows[0]["scores"]["fid"] != rows[1]["scores"]["fid"] and [row["nfe"] for row in rows] == [1, 2, 1, 2]
-    made = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("chunk-*")}
-    assert len(made) == 12 and run(*words).exit_code == 0
-    assert made == {file: file.stat().st_mtime_ns for file in (tmp_path / "s").rglob("chunk-*")}
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "s" / "cells").rglob("*.*")}
+    assert len(list((tmp_path / "s").rglob("chunk-*"))) == 12 and run(*words).exit_code == 0
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "s" / "cells").rglob("*.*")}
     # The same noise in every cell, so that comparing two is paired.
     a, b = rows[0]["folder"], rows[1]["folder"]
     assert run("compare", a, b, "--out", tmp_path / "c.json", "--rounds", 50).exit_code == 0
