@@ -140,7 +140,7 @@ class MetricsWriter:
             return
         kept = [
             line
-            for line in self.path.read_text(encoding="utf-8").splitlines()
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             if _step_of(line, default=step + 1) <= step
         ]
         self._file.close()

@@ -186,6 +186,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         self.checkpoints.check_space(self.engine, self.ema)
         if latest is None:
+            self.metrics.truncate(0)  # what a start that ended before its first checkpoint has written
             if self.watch.config.rolls_back:
                 self.save(0)  # something to go back to
             return 0
