@@ -93,6 +93,8 @@ class ShardCache:
 
     def _drop(self, keep: Path, limit: int) -> None:
         with locked(self.path, "drop"):
+            if not keep.exists():  # another process had no room for it
+                return
             cached = sorted((p for p in self.path.glob("*.mds") if p != keep), key=lambda p: p.stat().st_mtime_ns)
             total = keep.stat().st_size + sum(p.stat().st_size for p in cached)
             for file in cached:
