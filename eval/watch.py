@@ -55,9 +55,14 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
 
 def saved_steps(run: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
-    return sorted(
-        int(checkpoint.read_state(file.parent)["step"]) for file in (run / "checkpoints").glob("step-*/COMMIT")
-    )
+    found = []
+    for commit in (run / "checkpoints").glob("step-*/COMMIT"):
+        try:
+            found.append(int(checkpoint.read_state(commit.parent)["step"]))
+        except (ValueError, OSError):
+            if commit.is_file():
+                raise
+    return sorted(found)  # without those that a training has pruned meanwhile
 
 
 def _results(out: Path, step: int) -> Path:
@@ -85,10 +90,19 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
 def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
     folder = out / f"step-{step:08d}"
     weights = folder / "model.safetensors"
+    gone = None
     if distributed.is_main() and not weights.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        exports.export(run, weights, step=step)
-    distributed.barrier()
+        try:
+            exports.export(run, weights, step=step)
+        except (ValueError, OSError) as error:
+            if step in saved_steps(run):
+                raise
+            gone = str(error)  # the training has pruned it meanwhile
+    gone = distributed.broadcast_object(gone)
+    if gone is not None:
+        logger.warning("step %d is left out, as its checkpoint was removed while it was read: %s", step, gone)
+        return
     device = distributed.device()
     own = dataclasses.replace(recipe, checkpoint=weights)
     own = generate.with_kept_batch(own, folder, *sorted(out.glob("step-*")))

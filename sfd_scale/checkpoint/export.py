@@ -22,6 +22,7 @@ from sfd_scale.checkpoint.folder import (
     checkpoint_hash,
     committed,
     damage,
+    one_error,
     parts_of,
     read_metadata,
     read_state,
@@ -68,7 +69,7 @@ def load_part(path: Path, part: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
     if not tensors:
         raise ValueError(f"{path}: holds no {part!r}; it holds {', '.join(parts_of(path))}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_error(f"{path} cannot be read"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
         load(tensors, storage_reader=Reader(path), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -17,11 +17,13 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -133,6 +135,20 @@ def damage(folder: Path, share: slice) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         return str(error)
     return None
+
+
+@contextmanager
+def one_error(what: str) -> Iterator[None]:
+    """torch's error for a save or load on several ranks is no Exception, which code that goes on after errors misses.
+
+    Raises:
+        CheckpointError: with the first rank's cause, on all ranks.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -193,7 +192,8 @@ class CheckpointManager:
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
-                save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+                with files.one_error(final.name):
+                    save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             own = partial.glob(f"__{distributed.rank()}_*.distcp")
             return {path.name: _fingerprint(path) for path in own}
 
@@ -281,7 +281,8 @@ class CheckpointManager:
         staged = stage(engine.fragments(), parts, pinned=False, own=False)
         tensors = {name: s.rows for name, s in staged.items()}
         group = self._checkpoint_group()
-        load(tensors, storage_reader=files.Reader(path), process_group=group, no_dist=group is None)
+        with files.one_error(f"{path} cannot be read"):
+            load(tensors, storage_reader=files.Reader(path), process_group=group, no_dist=group is None)
         with torch.no_grad():
             for s in staged.values():
                 s.source.copy_(s.flat)
@@ -356,7 +357,7 @@ def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str)
     failure = None
     try:
         result = work()
-    except (Exception, CheckpointException) as error:
+    except Exception as error:
         # Every rank must hear of it, or the others would wait for this one.
         failure = f"{type(error).__name__}: {error}"
         logger.exception("%s", what)
