@@ -33,7 +33,7 @@ def settings(data: Path, steps: int = 12, every: int = 4, **changed: Any) -> dic
         "latents": dataclasses.asdict(LAYOUT),
         "model": {"kind": "lightningdit", "depth": 1, "width": 16, "heads": 2, "patch_size": 4, "num_classes": 10},
         "objective": {"kind": "semantic_first", "alignment_weight": 0.0}, "optimizer": {"lr": 0.01},
-        "train": {"steps": steps, "global_batch": BATCH, "log_every": 1, "timeout_s": 30.0},
+        "train": {"steps": steps, "global_batch": BATCH, "log_every": 1, "timeout_s": 120.0},
         "checkpoint": {"every": every}, "wandb": {"mode": "disabled"}, **changed,
     }  # fmt: skip
 

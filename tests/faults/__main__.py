@@ -82,9 +82,6 @@ def main() -> int:
     lost = total - sum(result.survived for result in results.values())
     seconds = time.monotonic() - begun
     typer.echo(f"{'all':<28} {total:>6} {total - lost:>9} {lost:>5}   seed {options.seed}, {seconds:.0f} s")
-    for name, result in results.items():
-        for problem in result.problems:
-            typer.echo(f"\n{name}: {problem}")
     return 1 if lost else 0
 
 
@@ -113,6 +110,8 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Result]:
 
 def _say(name: str, result: Result) -> None:
     typer.echo(f"{name}: {'nothing was done' if not result.times else 'survived' if result.survived else 'LOST'}")
+    for problem in result.problems:
+        typer.echo(f"  {problem}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import small_run
 
-from faults.jobs import Job, Result, send
+from faults.jobs import Forked, Job, Result, send
+from faults.network import cable
 from faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
 
 # ------------------------------------------------------------------------------------------------- kills
@@ -80,17 +81,18 @@ def terminated(work: Training, draw: random.Random) -> Result:
 def stopped(work: Training, draw: random.Random) -> Result:
     """SIGSTOP of one rank: the others give up after the timeout and name it."""
     out = work.fresh("stopped")
-    job = work.start(out, overrides=["train.timeout_s=4"])
+    job = work.start(out, overrides=["train.timeout_s=10"])
     _until(job, out, 4)
     number = draw.randrange(2)
     victim = job.ranks()[number]
     send(victim, signal.SIGSTOP)
-    others = [process for process in job.ranks() if process.pid != victim.pid]
-    waited = psutil.wait_procs(others, timeout=60)
+    deadline = time.monotonic() + 180
+    while job.running() and len(job.ranks()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    late = "the others waited on" if len(job.ranks()) > 1 else None
     send(victim, signal.SIGKILL)
     job.wait()
     named = f"rank {number}" in job.output() and "last heard of" in job.output()
-    late = "the others waited on" if waited[1] else None
     return Result.of(
         late, None if named else f"rank {number} was not named: {job.output()[-1500:]}", work.finished(out)
     )
@@ -132,7 +134,7 @@ def damaged(work: Training, draw: random.Random, harm: str) -> Result:
     """The newest checkpoint is damaged between two starts: it is named, skipped and kept; the one before is used."""
     out = work.fresh("damaged")
     job = work.start(out)
-    _until(job, out, 2 * EVERY + 2)
+    _until(job, out, 3 * EVERY + 1)
     job.kill_all()
     job.wait()
     found = work.committed(out)
@@ -219,6 +221,32 @@ def two_runs(work: Training, draw: random.Random) -> Result:
     )
 
 
+def network_cut(work: Training, draw: random.Random, seconds: float | None) -> Result:
+    """Each rank on a host of its own. The cable is cut: for seconds, and the run goes on; for good, and both ranks give
+    up after the timeout and say so, and the next start goes on."""
+    out = work.fresh("cut")
+    inner = command("train", str(work.recipe), "--run", str(out), f"train.timeout_s={60 if seconds else 6}")
+    with cable() as link:
+
+        def on_its_host() -> None:
+            link.enter()
+            inner()
+
+        job = Forked(on_its_host, work.log, environment=link.environment)
+        _until(job, out, 3)
+        link.cut()
+        if seconds:
+            time.sleep(seconds)
+            link.mend()
+        code = job.wait()
+    text = job.output()
+    if seconds:
+        return Result.of(f"ended with {code}: {text[-1500:]}" if code else work.difference(out))
+    said = "waits in" in text and ("last heard of" in text or "the store of the process group is gone" in text)
+    problem = None if code and said else f"ended with {code} and said {text[-1500:]}"
+    return Result.of(problem, work.finished(out))
+
+
 def clock_set_back(work: Training, draw: random.Random) -> Result:
     """The clock that Python reads jumps back by a day in every rank, in the middle of the run."""
     out = work.fresh("clock")
@@ -229,8 +257,6 @@ def clock_set_back(work: Training, draw: random.Random) -> Result:
         jump = begun + 0.4 * work.seconds
         time.time = lambda: real() - (86_400 if time.monotonic() > jump else 0)  # type: ignore[assignment]
         inner()
-
-    from faults.jobs import Forked
 
     code = Forked(shifted, work.log).wait()
     return Result.of(f"ended with {code}: {work.log.read_text()[-800:]}" if code else work.difference(out))
@@ -275,6 +301,33 @@ def reader_beside_saves(work: Training, draw: random.Random) -> Result:
     )
 
 
+def two_readers(work: Encoding, draw: random.Random) -> Result:
+    """Two processes read all of a remote through one cache that is too small for it, and a third is killed at it."""
+    from sfd_scale.data.shards import check_data, open_shards
+
+    cache, remote = work.fresh("cache"), work.reference
+    limit = int(4.5 * max(file.stat().st_size for file in remote.glob("*.mds")))
+
+    def read(seed: int) -> None:
+        rows = open_shards(cache, remote=str(remote), cache_limit=str(limit))
+        order = random.Random(seed).sample(range(rows.num_samples), rows.num_samples)
+        if [rows[index]["id"] for index in order] != order:
+            raise ValueError("wrong rows")
+
+    jobs = [Forked(lambda seed=seed: read(seed), work.log, ranks=1) for seed in draw.sample(range(1000), 3)]  # type: ignore[misc]
+    while not list(cache.glob("*.mds")) and jobs[2].running():
+        time.sleep(0.001)
+    jobs[2].kill_all()
+    jobs[2].wait()
+    codes = [job.wait() for job in jobs[:2]]
+    size = sum(file.stat().st_size for file in cache.glob("*.mds"))
+    return Result.of(
+        f"readers ended with {codes}: {work.log.read_text()[-800:]}" if any(codes) else None,
+        f"the cache holds {size} bytes of {limit}" if size > limit else None,
+        *(line for line in check_data(cache) if "missing" not in line),
+    )
+
+
 # ------------------------------------------------------------------------------------------------ the list
 
 Case = Callable[[random.Random], Result]
@@ -295,7 +348,10 @@ def cases(place: Path) -> tuple[list[Work], dict[str, Case]]:
         "shard removed": lambda draw: bad_shard(train, draw, "removed"),
         "shard cut": lambda draw: bad_shard(train, draw, "cut"),
         "two runs, one folder": lambda draw: two_runs(train, draw),
+        "two readers, one cache": lambda draw: two_readers(encode, draw),
         "a reader beside saves": lambda draw: reader_beside_saves(train, draw),
+        "network cut for seconds": lambda draw: network_cut(train, draw, 3.0),
+        "network cut for good": lambda draw: network_cut(train, draw, None),
         "clock set back": lambda draw: clock_set_back(train, draw),
         "W&B unreachable": lambda draw: wandb_unreachable(train, draw),
     }

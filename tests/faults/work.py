@@ -148,7 +148,7 @@ class Generation(Work):
         def work() -> None:
             from sfd_scale import distributed
 
-            distributed.init(20.0)
+            distributed.init(120.0)
             try:
                 generate.generate(settings, out, eval_tiny.job(settings))
             except (ValueError, OSError) as error:
