@@ -72,7 +72,12 @@ def fit(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint of it; for .pt an export too.")],
-    out: Annotated[Path, typer.Option(help="The file to write: .safetensors, or .pt in the authors' format.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write: .safetensors, or .pt in the authors' format.")
+    ] = None,
+    hub_folder: Annotated[
+        Path | None, typer.Option(help="In its place, a folder for the Hugging Face hub, with a model card.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="ema or params.")] = "ema",
     step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
     initial: Annotated[
@@ -86,14 +91,19 @@ def export(
 
     A name that ends in .pt gives a file for the authors' code: both sets of weights and Adam's moments.
     """
-    from sfd_scale import exports, interchange
+    from sfd_scale import exports, hub, interchange
 
-    if out.suffix == ".pt":
+    which = {"weights": weights, "step": step, "initial": initial, "ema_length": ema_length}
+    if (out is None) == (hub_folder is None):
+        raise ValueError("--out: a file to write, or --hub-folder in its place; give one of the two")
+    if hub_folder is not None:
+        hub.write_folder(run, hub_folder, **which)
+    elif out is not None and out.suffix == ".pt":
         if weights != "ema" or initial or ema_length is not None:
             raise ValueError("--weights, --initial, --ema-length: not for .pt, which holds what the run has")
         interchange.export_authors(run, out, step)
-        return
-    exports.export(run, out, weights=weights, step=step, initial=initial, ema_length=ema_length)
+    elif out is not None:
+        exports.export(run, out, **which)  # type: ignore[arg-type]
 
 
 @app.command("import")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,9 +27,10 @@ from sfd_scale.objective import SemanticFirstConfig
 from sfd_scale.portions import portions
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.sample import Sampler
-from sfd_scale.tokenizers.config import make_texture
+from sfd_scale.tokenizers.config import TextureConfig, make_texture
 
 logger = logging.getLogger(__name__)
+TEXTURE = "texture.safetensors"  # the texture codec's weights in a folder for the hub
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
 
 
@@ -66,6 +68,7 @@ def export(
     found = checkpoint_of(run, folder, step)
     state = checkpoint.read_state(found)
     note = note_of(recipe, state["step"], stats, tokenizers) | {"loss_by_clock": state.get("loss_by_clock")}
+    note["weights"] = weights
     path = checkpoint.export(found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, weights, found)
     return path
@@ -154,7 +157,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     missing = [name for name in missing if name not in dict(model.named_buffers())]
     if missing or unexpected:
         raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
-    texture = make_texture(recipe.tokenizer.texture, device)
+    texture = make_texture(_codec_beside(path, recipe.tokenizer.texture), device)
     if texture.identity not in note["tokenizers"].values():
         raise ValueError(
             f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}"
@@ -195,6 +198,14 @@ def read_note(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its note on the run is damaged: {error}") from error
     _require(note, path, {"recipe": dict})
     return note
+
+
+def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
+    """The codec of a folder for the hub, where the file that the recipe names is not on this machine. Its identity is
+    checked like any other's."""
+    beside = path.with_name(TEXTURE)
+    missing = not texture.weights.exists() and beside.is_file()
+    return dataclasses.replace(texture, weights=beside) if missing else texture
 
 
 def _require(note: Any, path: Path, needed: Mapping[str, type]) -> None:

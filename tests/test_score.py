@@ -342,7 +342,7 @@ def test_cells_that_do_not_share_noise_are_said_to(recipe: Path) -> None:
 
 
 def test_a_checkpoint_whose_weights_have_another_layout(tmp_path: Path, exported: Path) -> None:
-    weights, note = checkpoint.load_weights(exported), exports._export_note(exported)
+    weights, note = checkpoint.load_weights(exported), exports.read_note(exported)
     note["recipe"]["latents"]["semantic_channels"] = 2
     other = tmp_path / "other.safetensors"
     checkpoint.save_weights(weights, other, {exports.EXPORT_KEY: json.dumps(note)})

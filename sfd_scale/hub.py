@@ -1,0 +1,167 @@
+"""A folder ready for the Hugging Face hub: weights, recipe, statistics, texture codec, scores and a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sfd_scale import config, exports
+from sfd_scale.latents import LatentStats
+from sfd_scale.models.lightningdit import LightningDiTConfig
+from sfd_scale.recipe import TrainRecipe
+
+logger = logging.getLogger(__name__)
+WEIGHTS, CARD = "model.safetensors", "README.md"
+_SCORES = {"fid": "FID", "sfid": "sFID", "is_mean": "Inception Score", "precision": "Precision", "recall": "Recall"}
+_CITATION = """@article{sfd2025,
+  title  = {Semantic-First Diffusion},
+  note   = {arXiv:2512.04926},
+  year   = {2025}
+}"""
+
+
+def write_folder(run: Path, folder: Path, **which: Any) -> Path:
+    """Export the weights of a run into `folder`, with all that others need to draw images from them.
+
+    Args:
+        which: the arguments of `exports.export` that choose the weights.
+
+    Raises:
+        ValueError: see `exports.export`; or where `folder` holds other files than those of an earlier call.
+    """
+    own = (WEIGHTS, CARD, "recipe.yaml", "config.json", "stats.safetensors", "texture.safetensors", "results.json")
+    if folder.exists() and (other := sorted({file.name for file in folder.iterdir()} - {*own, "samples.png", ".git"})):
+        raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
+    weights = exports.export(run, folder / WEIGHTS, **which)
+    note = exports.read_note(weights)
+    recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    if "stats" in note:
+        stats = {name: torch.tensor(note["stats"][name], dtype=torch.float64) for name in ("mean", "std")}
+        LatentStats(**stats).save(folder / "stats.safetensors")
+    texture = recipe.tokenizer.texture
+    if texture is not None and texture.weights.is_file():
+        shutil.copyfile(texture.weights, folder / exports.TEXTURE)
+    # The hub counts downloads of a file of this name.
+    (folder / "config.json").write_text(json.dumps(_config(recipe, note), indent=1) + "\n", encoding="utf-8")
+    # `watch` scores the plain average: its numbers are not those of other weights of the step.
+    plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
+    results = _results(run, note["step"]) if plain else None
+    if results is not None:
+        shutil.copyfile(results, folder / "results.json")
+        if (grid := results.with_name("grid.png")).is_file():
+            shutil.copyfile(grid, folder / "samples.png")
+    (folder / CARD).write_text(_card(recipe, note, folder), encoding="utf-8")
+    logger.info("%s: ready for `hf upload`", folder)
+    return folder
+
+
+def _config(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, Any]:
+    model = config.to_dict(recipe.model)
+    return {"library_name": "sfd-scale", "model_type": recipe.model.kind, **model, "step": note["step"]}
+
+
+def _results(run: Path, step: int) -> Path | None:
+    """The results.json that `python -m eval watch` wrote for the step."""
+    folder = run.parent.parent if run.name.startswith("step-") else run
+    file = folder / "evaluations" / f"step-{step:08d}" / "results.json"
+    return file if file.is_file() else None
+
+
+def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
+    results_file = folder / "results.json"
+    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else None
+    head: dict[str, Any] = {
+        "library_name": "sfd-scale",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion", "flow-matching", "semantic-first-diffusion", "class-conditional", recipe.model.kind],
+    }
+    if results is not None:
+        head["model-index"] = [{"name": recipe.name, "results": [_index_entry(results)]}]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {recipe.name}",
+        "Class-conditional image generation by Semantic-First Diffusion "
+        "([arXiv 2512.04926](https://arxiv.org/abs/2512.04926)), trained with sfd-scale.",
+        "![samples](samples.png)" if (folder / "samples.png").is_file() else "",
+        "## Use\n\nIn this folder, with sfd-scale installed:\n\n"
+        f"    sfd sample {WEIGHTS} --out samples.png\n"
+        f"    python -m eval generate RECIPE --checkpoint {WEIGHTS} --out samples",
+        _table("## Model and training", _training(recipe, note)),
+        "" if results is None else _table("## Scores", _scored(results)),
+        "## Files\n\n"
+        f"`{WEIGHTS}` holds the weights in float32 by the authors' names and, in its metadata, the recipe, the "
+        "statistics of the latents and the identities of the tokenizers. `recipe.yaml`, `stats.safetensors` "
+        "(mean and std, float64) and `config.json` say the same in plain files."
+        + (f" `{exports.TEXTURE}` is the texture codec." if (folder / exports.TEXTURE).is_file() else ""),
+        "## Limits\n\nThe images are of the classes and of the kind of images that the model was trained on, with "
+        "their biases. Scores are comparable under the same extractor, reference, sampler and number of samples only.",
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
+    layout, step = recipe.latents, int(note["step"])
+    model: str = recipe.model.kind
+    if isinstance(recipe.model, LightningDiTConfig):
+        depth, width, heads = recipe.model.dimensions
+        model = f"{model}, depth {depth}, width {width}, {heads} heads"
+    rows = {
+        "Model": model,
+        "Latent": f"{layout.texture_channels} texture + {layout.semantic_channels} semantic channels, "
+        f"{layout.size} × {layout.size}",
+        "Lead of semantics": f"delta_t {recipe.schedule.delta_t:g}",
+        "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
+        "Optimizer": f"AdamW, learning rate {recipe.optimizer.lr:g}, betas {recipe.optimizer.betas}",
+        "Weights": _weights(recipe, note),
+        "Recipe": f"`recipe.yaml`, digest `{note['recipe_digest'][:16]}`",
+    }
+    if "stats_hash" in note:
+        rows["Latent statistics"] = f"`{note['stats_hash'][:16]}`"
+        rows |= {f"Tokenizer, {name}": f"`{identity}`" for name, identity in note["tokenizers"].items()}
+    return rows
+
+
+def _weights(recipe: TrainRecipe, note: Mapping[str, Any]) -> str:
+    if "ema_length" in note:
+        return f"averaged, sigma_rel {note['ema_length']:g}"
+    if note["step"] == 0:
+        return "untrained"
+    return f"averaged, decay {recipe.ema.decay:g}" if note["weights"] == "ema" else "of the last step, not averaged"
+
+
+def _scored(results: Mapping[str, Any]) -> dict[str, str]:
+    samples = results["samples"]
+    how = f"{samples['sampler']['kind']}, NFE {results['nfe']:.0f}, guidance {samples['guidance']['kind']}"
+    known = {title: results["scores"][key] for key, title in _SCORES.items() if results["scores"][key] is not None}
+    return {
+        **{title: f"{value:.4g}" for title, value in known.items()},
+        "Samples": f"{results['count']:,}", "Sampling": how, "Extractor": f"`{samples['extractor']}`",
+    }  # fmt: skip
+
+
+def _index_entry(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The hub's own form of scores, which it shows beside the card."""
+    metrics = [
+        {"type": key, "name": title, "value": float(f"{results['scores'][key]:.6g}")}
+        for key, title in _SCORES.items()
+        if results["scores"][key] is not None
+    ]
+    data = str(results["reference"]["data"])
+    return {
+        "task": {"type": "unconditional-image-generation"},
+        "dataset": {"name": data, "type": data},
+        "metrics": metrics,
+    }
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    return "\n".join([title, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
