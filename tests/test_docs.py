@@ -153,7 +153,7 @@ def test_make_targets_and_named_files_exist(page: Path) -> None:
     for line in lines(page):
         if line.text.startswith("make "):
             assert line.text.split()[1] in targets, f"{line}: no such target"
-    for name in re.findall(r"`((?:launchers|recipes|tests|eval|sfd_scale|benchmarks)/[\w./-]+)`", text):
+    for name in re.findall(r"`((?:launchers|recipes|tests|eval|sfd_scale|benchmarks)/[\w/-]*(?:\.\w+|/))`", text):
         assert (ROOT / name).exists(), f"{page.name}: {name} does not exist"
 
 
