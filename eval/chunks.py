@@ -126,6 +126,11 @@ class ChunkFolder:
         text = json.dumps(json.loads(json.dumps(config, default=str)), indent=1, sort_keys=True)
         write_atomically(file, f"{text}\n".encode())
 
+    def tidy(self) -> None:
+        """Remove what killed writers have left; when all chunks are there, and nobody writes."""
+        for leftover in (self.path / "chunks").glob(".chunk-*.safetensors"):
+            leftover.unlink(missing_ok=True)
+
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         write_atomically(self.file(chunk), save(data, {"made_on": made_on()}))
@@ -264,6 +269,8 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     left = folder.missing()
     if left:
         raise ValueError(f"{folder.path}: {len(left)} of {folder.count} chunks are missing; give the command again")
+    if distributed.is_main():
+        folder.tidy()
     # No rank may leave, and rank 0 may not close the store, while another still asks.
     distributed.barrier()
     return rows
