@@ -9,6 +9,7 @@ steer the changes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import resource
@@ -240,19 +241,24 @@ def run(name: str, seconds: float, seed: int) -> tuple[Counter[str], dict[str, i
 
 
 def with_coverage(name: str, arguments: list[str]) -> None:
-    """Coverage steers the changes; ends at the first finding. Needs `pip install atheris`."""
+    """Coverage of our own code steers the changes; ends at the first finding. Needs `pip install atheris`."""
     import atheris
 
-    target, folder = TARGETS[name], Path(tempfile.mkdtemp())
+    # Imported again, with the counters in.
+    for module in [m for m in sys.modules if m.split(".")[0] in ("sfd_scale", "eval", "faults")]:
+        del sys.modules[module]
+    with atheris.instrument_imports(include=["sfd_scale", "eval"], enable_loader_override=False):
+        counted = importlib.import_module("faults.fuzz")
+    target, folder, corpus = counted.TARGETS[name], Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
     target.write(folder)
+    (corpus / "good").write_bytes((folder / target.file).read_bytes())
 
     def one(data: bytes) -> None:
         outcome = attempt(target, folder, data)
         if outcome not in ("read", "refused"):
             raise RuntimeError(outcome)
 
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], *arguments], one)
+    atheris.Setup([sys.argv[0], *arguments, str(corpus)], one)
     atheris.Fuzz()
 
 
