@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from sfd_scale import network
 from sfd_scale.accelerators import has_bf16
 from sfd_scale.engines import build_ops
+from sfd_scale.launch.agent import gpu_count
 from sfd_scale.models import attention
 
 GIB = 2**30
@@ -70,8 +71,7 @@ def _version(needed: Requirement) -> Finding:
 
 
 def accelerator() -> Iterator[Finding]:
-    cards = Path("/proc/driver/nvidia/gpus")
-    present = len(list(cards.iterdir())) if cards.is_dir() else 0
+    present = gpu_count()
     if not torch.cuda.is_available():
         if present:
             cause = f"{present} GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them"

@@ -36,8 +36,7 @@ def probe(recipe: str | None, overrides: list[str], log_folder: str, towards: st
     found: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0], "recipe": None}
     found["packages"] = {name: importlib.metadata.version(name) for name in COMPARED}
     found["shared"] = Path(log_folder).is_dir()
-    gpus = Path("/proc/driver/nvidia/gpus")
-    found["gpus"] = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    found["gpus"] = gpu_count()
     try:
         if recipe is not None:
             found["recipe"] = config.digest(config.tree(recipe, overrides))
@@ -47,6 +46,12 @@ def probe(recipe: str | None, overrides: list[str], log_folder: str, towards: st
     except ValueError as error:
         found["problem"] = str(error)
     return found
+
+
+def gpu_count() -> int:
+    """GPUs of this host, without loading CUDA; some containers show them only as devices."""
+    listed = Path("/proc/driver/nvidia/gpus")
+    return max(len(list(listed.iterdir())) if listed.is_dir() else 0, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
 def ranks(launch: str, node: int | None = None) -> list[psutil.Process]:

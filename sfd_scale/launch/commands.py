@@ -127,7 +127,7 @@ def _launch(command: Sequence[str], environment: dict[str, str], folder: Path, r
 def _deepspeed(work: Work, environment: dict[str, str], folder: Path) -> Launch:
     if environment.get("HOSTFILE"):
         return _deepspeed_hosts(work, environment, folder)
-    ranks = number(environment, "RANKS", 1) if _on_cpu(environment) or environment.get("RANKS") else _gpus()
+    ranks = number(environment, "RANKS", 1) if _on_cpu(environment) or environment.get("RANKS") else _gpus(environment)
     work.check_world_size(ranks)
     options = ["--num_gpus", str(ranks)]
     if visible := environment.get("CUDA_VISIBLE_DEVICES", ""):
@@ -214,10 +214,9 @@ def _on_cpu(environment: Mapping[str, str]) -> bool:
     return environment.get("DS_ACCELERATOR") == "cpu"
 
 
-def _gpus() -> int:
-    gpus = Path("/proc/driver/nvidia/gpus")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    found = len(visible.split(",")) if visible else len(list(gpus.iterdir())) if gpus.is_dir() else 0
+def _gpus(environment: Mapping[str, str]) -> int:
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    found = len(visible.split(",")) if visible else agent.gpu_count()
     if found == 0:
         raise ValueError("RANKS: no GPU here to count; set RANKS, and DS_ACCELERATOR=cpu to train on the CPU")
     return found
@@ -227,7 +226,7 @@ def _gpus() -> int:
 
 
 def _torchrun(work: Work, environment: dict[str, str], folder: Path) -> Launch:
-    ranks = number(environment, "RANKS", 1) if environment.get("RANKS") else _gpus()
+    ranks = number(environment, "RANKS", 1) if environment.get("RANKS") else _gpus(environment)
     rendezvous, nodes = environment.get("RENDEZVOUS") or "static", environment.get("NODES") or "1"
     if rendezvous == "static":
         count = number(environment, "NODES", 1)
