@@ -109,7 +109,7 @@ class Watchdog:
                 logger.debug("watchdog: no store", exc_info=True)
             step, operation, since = self._at
             waited = time.monotonic() - since
-            if operation in ("start", "checkpoint") or self._done.is_set():
+            if operation == "start" or operation.endswith("checkpoint") or self._done.is_set():
                 continue
             if waited > self.timeout_s / 2 and not self._warned:
                 self._warned = True

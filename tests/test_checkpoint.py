@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import pickle
+import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +22,15 @@ from safetensors import safe_open
 from tiny import OPTIMIZER, TinyModel, batch
 from torch import Tensor, nn
 
-from sfd_scale.checkpoint import CheckpointConfig, CheckpointError, CheckpointManager, export, folder, load_weights
+from sfd_scale.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    CheckpointManager,
+    export,
+    folder,
+    load_weights,
+    start_weights,
+)
 from sfd_scale.checkpoint.boxes import boxes, stage, state_parts
 from sfd_scale.checkpoint.manager import files
 from sfd_scale.ema import EMA, EMAConfig
@@ -205,6 +217,111 @@ def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path: Path, mon
 def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
     saved(tmp_path, 7, keep_last=2, keep_every=3)
     assert names(tmp_path) == [f"step-0000000{i}" for i in (3, 6, 7)]
+
+
+def test_wall_clock_saves_beside_those_that_are_kept_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("sfd_scale.checkpoint.manager.time", SimpleNamespace(monotonic=lambda: now[0]))
+    checkpoints = manager(tmp_path, every=None, every_s=1800, keep_last=1, keep_every=4)
+    engine, ema = started()
+    assert [step for step in range(1, 9) if checkpoints.due(step)] == [4, 8]
+    assert not checkpoints.overdue()
+    for step in (3, 4, 5, 6):
+        now[0] += 1801
+        assert checkpoints.overdue()
+        checkpoints.save(step, engine, ema, {})
+        assert not checkpoints.overdue(), "counted from the last save"
+    assert names(tmp_path) == ["step-00000004", "step-00000006"]
+
+
+def test_saving_and_standing_still_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = CheckpointManager._write
+
+    def slow(self: CheckpointManager, *args: Any) -> None:
+        time.sleep(0.5)
+        write(self, *args)
+
+    monkeypatch.setattr(CheckpointManager, "_write", slow)
+    engine, ema = started()
+    behind, before = manager(tmp_path / "a", background=True), manager(tmp_path / "b", background=False)
+    for checkpoints in (behind, before):
+        assert checkpoints.timings() == {}
+        checkpoints.save(1, engine, ema, {})
+        checkpoints.wait()
+    one, other = behind.timings(), before.timings()
+    assert one["checkpoint_save_s"] > one["checkpoint_stall_s"] + 0.4 > 0.4, "training went on while it was written"
+    assert other["checkpoint_save_s"] == other["checkpoint_stall_s"] > 0.4
+    assert behind.timings() == {}, "said once"
+    # A save that has to wait for the one before stands still for it.
+    behind.save(2, engine, ema, {})
+    behind.save(3, engine, ema, {})
+    behind.wait()
+    assert behind.timings()["checkpoint_stall_s"] > 0.2
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = manager(tmp_path / "run")
+    engine, ema = started()
+    elements = sum(param.numel() for param in engine.model.parameters())
+    needed = 4 * 4 * elements  # weights, two moments, one average, in fp32
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    checkpoints.check_space(engine, ema)
+    assert "has" not in caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    checkpoints.check_space(engine, ema)
+    assert f"the next checkpoint needs {needed / 1e6:.2f} MB and {tmp_path} has" in caplog.text
+    assert not (tmp_path / "run").exists(), "warned before anything is written"
+
+
+def test_a_full_disk_leaves_no_rest_and_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, engine, ema = saved(tmp_path)
+
+    def full(*args: Any, **options: Any) -> None:
+        (tmp_path / "step-00000002.tmp" / "__0_0.distcp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sfd_scale.checkpoint.manager.save", full)
+    with pytest.raises(CheckpointError, match="step-00000002: writing tensors failed on rank 0: .*No space left"):
+        checkpoints.save(2, engine, ema, {})
+    assert names(tmp_path) == ["step-00000001"] and checkpoints.latest() == tmp_path / "step-00000001"
+
+
+# ------------------------------------------------------------------------------- a start from other weights
+
+
+@pytest.mark.parametrize("weights", ["ema", "params"])
+@pytest.mark.parametrize("source", ["run", "checkpoint", "file"])
+def test_a_start_takes_the_weights_that_are_named_and_nothing_else(tmp_path: Path, weights: Any, source: str) -> None:
+    _, engine, ema = saved(tmp_path / "checkpoints", 3)
+    path = {
+        "run": tmp_path,
+        "checkpoint": tmp_path / "checkpoints" / "step-00000003",
+        "file": tmp_path / "w.safetensors",
+    }
+    if source == "file":
+        export(path["checkpoint"], path["file"], weights)
+    model = TinyModel(seed=5)
+    model.load_state_dict(start_weights(path[source], weights, model), strict=False)
+    expected = ema.tensors if weights == "ema" else [f.param for f in engine.fragments()]
+    assert all(torch.equal(p.view(-1), e) for p, e in zip(model.parameters(), expected, strict=True))
+    other, other_ema = started(model)
+    assert other.optimizer_steps == 0 and not any(f.exp_avg.any() for f in other.fragments())
+    assert all(torch.equal(a, e) for a, e in zip(other_ema.tensors, expected, strict=True)), "the average starts there"
+
+
+def test_a_start_from_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "checkpoints")
+    export(tmp_path / "checkpoints" / "step-00000001", tmp_path / "ema.safetensors", "ema")
+    with pytest.raises(ValueError, match="holds the weights 'ema', not 'params'; set init_from.weights=ema"):
+        start_weights(tmp_path / "ema.safetensors", "params", TinyModel())
+    with pytest.raises(ValueError, match=r"another model: blocks\.0\.down\.bias: \(37,\) in the checkpoint, \(38,\)"):
+        start_weights(tmp_path, "ema", TinyModel(width=38))
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        start_weights(tmp_path / "empty", "ema", TinyModel())
 
 
 # -------------------------------------------------------------------------------------- damaged and foreign

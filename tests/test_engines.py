@@ -30,6 +30,8 @@ FP32 = {
     "zero2": Spec("deepspeed", {"zero_stage": 2}, 2),
     # Parameters above 100 elements are sharded between uses; the smaller ones stay whole.
     "zero3": Spec("deepspeed", {"zero_stage": 3, "persistent_elements": 100}),
+    # ZeRO++: backward gathers from a second copy of the weights; on two ranks of one node, all of them.
+    "zero3 hpZ": Spec("deepspeed", {"zero_stage": 3, "persistent_elements": 0, "hpz_partition_size": 2}, 2),
     "zero1 accumulated, checkpointed": Spec("deepspeed", {"zero_stage": 1, "activation_checkpointing": "block"}, 2),
     "zero3 accumulated, checkpointed": Spec(
         "deepspeed", {"zero_stage": 3, "persistent_elements": 0, "activation_checkpointing": "block"}, 4
@@ -231,6 +233,19 @@ def test_ranks_with_different_weights_are_refused() -> None:
 def test_deepspeed_settings_that_contradict_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=field):
         DeepSpeedConfig(**options)
+
+
+def test_deepspeed_knows_every_key_that_we_give_and_refuses_others() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    stage3 = {"zero_stage": 3, "offload_optimizer": True, "offload_params": True, "hpz_partition_size": 4}
+    for options in ({"zero_stage": 1}, {"zero_stage": 2, "overlap_comm": True}, stage3):
+        given = deepspeed_json(DeepSpeedConfig(**options))["zero_optimization"]
+        known = DeepSpeedZeroConfig(**given).model_dump()
+        assert known["stage"] == options["zero_stage"]
+        assert known["zero_hpz_partition_size"] == options.get("hpz_partition_size", 1)
+    with pytest.raises(ValueError, match="zero_hpz_size"):
+        DeepSpeedZeroConfig(**given, zero_hpz_size=2)
 
 
 def test_fsdp_settings_that_contradict_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Whole commands under the deepspeed launcher: two ranks, a kill, and a resume that changes nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,3 +81,39 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(images: Path, tmp_path:
     assert foreign.returncode == 2
     assert "recipe.seed: 7, in the checkpoint 0" in foreign.stderr
     assert (killed / "recipe.yaml").read_text() == recipe
+
+
+def ranks_of(run: Path) -> dict[str, int]:
+    """The processes that train in this folder: RANK → process id."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        if str(run) in (process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                rank = process.environ().get("RANK")
+                if rank is not None:
+                    found[rank] = process.pid
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("target", ["one rank", "launcher"])
+def test_a_stop_request_to_anyone_saves_one_step_on_all_ranks(
+    images: Path, tmp_path: Path, launcher: str, target: str
+) -> None:
+    run = tmp_path / "run"
+    settings = ["train.steps=100000", "train.global_batch=32", "train.log_every=1", "checkpoint.every=100000"]
+    command = [str(ROOT / f"launchers/{launcher}.sh"), "train", "quickstart/vision", *settings, f"data.path={images}"]
+    process = subprocess.Popen(
+        [*command, "wandb.mode=disabled", "--run", str(run)], cwd=ROOT, env=environment(), start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while last_step(run) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    ranks = ranks_of(run)
+    assert set(ranks) == {"0", "1"} and process.poll() is None
+    os.kill(ranks["1"] if target == "one rank" else process.pid, signal.SIGTERM)
+    assert process.wait(timeout=200) == 75
+    saved = sorted(path.parent.name for path in (run / "checkpoints").glob("step-*/COMMIT"))
+    assert saved == [f"step-{last_step(run):08d}"], "the last step of all, and that one only"
+    assert ranks_of(run) == {}, "nobody is left behind"

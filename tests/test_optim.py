@@ -27,6 +27,14 @@ def test_falling_rates_end_at_their_final_share() -> None:
     assert cosine[-1] == pytest.approx(0.2)
 
 
+def test_wsd_is_constant_until_the_decay_of_its_last_steps() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=4, final=0.5)
+    assert rates(schedule, 10) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0]
+    # Prolonged, the stable part is the same: its checkpoints serve any length of training.
+    assert rates(schedule, 20)[:6] == rates(schedule, 10)[:6]
+    assert rates(ScheduleConfig(kind="wsd", warmup_steps=3, decay_steps=50), 5)[-1] == 0.0
+
+
 def test_rate_stays_at_the_end_when_a_run_goes_past_its_total() -> None:
     assert learning_rate(1.0, ScheduleConfig(kind="linear", final=0.25), 99, 10) == 0.25
     assert learning_rate(1.0, ScheduleConfig(kind="cosine", warmup_steps=10), 10, 10) == 1.0
@@ -93,6 +101,7 @@ def test_step_count_decides_the_bias_correction() -> None:
         (AdamWConfig, "weight_decay", -0.1),
         (ScheduleConfig, "warmup_steps", -1),
         (ScheduleConfig, "final", 0.5),
+        (ScheduleConfig, "decay_steps", 5),
     ],
 )
 def test_impossible_settings_are_refused_by_name(cls: Any, field: str, value: Any) -> None:

@@ -147,6 +147,8 @@ def test_the_authors_runs_have_their_settings() -> None:
         ("model.alignment=null", "objective.alignment_weight: 1.0 with a model without alignment head"),
         ("objective.kind=semantic_vae", "objective.semantic_weight: unknown key|model.kind"),
         ("engine.kind=ddp", "engine.kind: 'ddp'; allowed: deepspeed, fsdp"),
+        ("engine.zero_stage=2", "engine.zero_stage: unknown key"),
+        ("engine.shard_sizes=2", "engine.shard_sizes: unknown key"),
         ("schedule.delta_t=1.5", "schedule.delta_t: 1.5; allowed"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -357,6 +358,10 @@ def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str)
     failure = None
     try:
         result = work()
+    except CheckpointException as error:
+        # torch's, no Exception, and on all ranks already: each says what is its own.
+        own = error.failures.get(distributed.rank())
+        failure = f"{type(own[0]).__name__}: {own[0]}" if own else None
     except Exception as error:
         # Every rank must hear of it, or the others would wait for this one.
         failure = f"{type(error).__name__}: {error}"

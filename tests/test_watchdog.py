@@ -1,0 +1,87 @@
+"""A hang gets a name, and a run folder one job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, run_ranks
+
+from sfd_scale import distributed
+from sfd_scale.run_lock import run_lock
+from sfd_scale.watchdog import CollectiveError, Watchdog
+
+TIMEOUT_S = 4.0
+
+
+def _one_rank_is_late() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    try:
+        with Watchdog(TIMEOUT_S, interval_s=0.2) as watchdog:
+            watchdog.enter(11, "waiting for data")
+            if distributed.rank() == 1:
+                time.sleep(TIMEOUT_S + 3)
+                return ""
+            watchdog.enter(11, "optimizer step")
+            dist.all_reduce(torch.ones(1), group=group)
+    except CollectiveError as error:
+        return str(error)
+    raise AssertionError("the collective did not time out")
+
+
+def test_a_timeout_names_the_operation_the_rank_that_is_missing_and_where_it_is() -> None:
+    said, _ = run_ranks(_one_rank_is_late, 2, timeout=400)
+    assert "rank 0 waits in 'optimizer step' of step 11" in said
+    assert "for rank 1 on " in said and "in 'waiting for data' of step 11" in said
+    assert "imed out" in said, "the library's own words stay in the message"
+
+
+def _hang_without_a_timeout() -> None:
+    with Watchdog(0.5, interval_s=0.1) as watchdog:
+        watchdog.enter(3, "forward and backward")
+        time.sleep(1000)  # as a rank that spins in shared memory
+
+
+def test_a_hang_that_no_collective_ends_is_ended() -> None:
+    with pytest.raises(RankError, match="exit codes of the ranks"):
+        run_ranks(_hang_without_a_timeout, 2, timeout=400)
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="^mine$"), Watchdog(10.0) as watchdog:
+        watchdog.enter(0, "metrics")
+        raise RuntimeError("mine")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sfd_scale.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_run_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, env=environment
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    in_use = f"run is in use by process {holder.pid} on .*give another --run"
+    with pytest.raises(ValueError, match=in_use), run_lock(tmp_path / "run"):
+        raise AssertionError
+    holder.kill()  # not an orderly end
+    holder.wait()
+    with run_lock(tmp_path / "run"):
+        pass
+    with run_lock(tmp_path / "run"):
+        pass
