@@ -12,7 +12,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,18 @@ class Folders:
         count = self.samples // BATCH
         return harness.race({n: functools.partial(take, s, count) for n, s in streams.items()}, repeats)
 
+    def processor(self, repeats: int) -> dict[str, list[float]]:
+        """Processor seconds of a warm pass in one process: what other load on the machine hardly changes."""
+        streams = {name: self.start(name, 0) for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        seconds: dict[str, list[float]] = {name: [] for name in streams}
+        for number in range(1 + repeats):
+            for name, stream in streams.items():
+                started = time.process_time()
+                take(stream, self.samples // BATCH)
+                if number:  # the first pass fills the page cache
+                    seconds[name].append(time.process_time() - started)
+        return seconds
+
     def cold(self, workers: int, repeats: int) -> dict[str, list[float]]:
         """Seconds of a first pass, with the start of the workers."""
         seconds: dict[str, list[float]] = {name: [] for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
@@ -155,26 +167,26 @@ def run(options: Options) -> list[Figure]:
     figures = []
     with tempfile.TemporaryDirectory() as root:
         folders = Folders(Path(root), samples)
-        passes: Sequence[tuple[str, Callable[[int, int], dict[str, list[float]]]]] = (
-            ("warm", folders.warm),
-            ("cold", folders.cold),
-        )
-        for cache, measure in passes:
-            for workers in WORKERS:
-                seconds = measure(workers, repeats)
-                for form, own, other, against, bar in PAIRS:
-                    figures.append(
-                        harness.compare(
-                            f"{form}, {cache}, {workers} workers",
-                            seconds,
-                            ours=own,
-                            peer=other,
-                            against=against,
-                            work=samples // BATCH * BATCH,
-                            unit="samples/s",
-                            bar=bar,
-                        )  # fmt: skip
-                    )
+        passes: list[tuple[str, str, dict[str, list[float]]]] = [
+            ("processor time", "samples/cpu-s", folders.processor(repeats))
+        ]
+        for workers in WORKERS:
+            passes.append((f"warm, {workers} workers", "samples/s", folders.warm(workers, repeats)))
+            passes.append((f"cold, {workers} workers", "samples/s", folders.cold(workers, repeats)))
+        for how, unit, seconds in passes:
+            for form, own, other, against, bar in PAIRS:
+                figures.append(
+                    harness.compare(
+                        f"{form}, {how}",
+                        seconds,
+                        ours=own,
+                        peer=other,
+                        against=against,
+                        work=samples // BATCH * BATCH,
+                        unit=unit,
+                        bar=bar,
+                    )  # fmt: skip
+                )
         size = folders.bytes_an_image(OURS)
         for against, peer, limit in (("their form", folders.bytes_an_image(THEIRS), None), ("the limit", LIMIT, 1.0)):
             what = "the default form on disk"
