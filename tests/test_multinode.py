@@ -71,6 +71,7 @@ def alone(images: Path, run: Path, *more: str) -> dict[int, float]:
     return losses(run)
 
 
+@pytest.mark.full
 def test_two_hosts_train_as_one_process_does(trio: Network, images: Path, tmp_path: Path) -> None:
     hostfile = trio.hostfile(tmp_path / "hosts", count=2)
     code, out = finish(start(trio, hostfile, images, tmp_path / "run"))
@@ -81,7 +82,8 @@ def test_two_hosts_train_as_one_process_does(trio: Network, images: Path, tmp_pa
     assert "rank 1 of 2 on node-b" in (tmp_path / "run/logs/rank-1.log").read_text()
 
 
-def test_what_is_wrong_with_a_host_is_told_before_anything_starts(trio: Network, images: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_host_is_told_before_anything_starts(trio: Network, tmp_path: Path) -> None:
+    images = tmp_path / "not read"
     hostfile = trio.hostfile(tmp_path / "hosts", count=2)
     # A recipe, and a run folder, that only the first host has.
     own = trio.private / "own.yaml"
