@@ -225,10 +225,16 @@ def summary_table() -> Table:
         loaded = load_any(name)
         row = ["", "", ""]
         if isinstance(loaded, TrainRecipe):
-            size = getattr(loaded.model, "size", None)
-            row = [f"{loaded.model.kind}{f' {size}' if size else ''}", _engine(loaded), str(loaded.train.global_batch)]
+            row = [_model(loaded), _engine(loaded), str(loaded.train.global_batch)]
         table.add_row(name, loaded.kind, *row, getattr(loaded, "published", None) or "")
     return table
+
+
+def _model(recipe: TrainRecipe) -> str:
+    model = recipe.model
+    if isinstance(model, LightningDiTConfig) and model.size is not None:
+        return f"{model.kind} {model.size}/{model.patch_size}"
+    return model.kind
 
 
 def _engine(recipe: TrainRecipe) -> str:

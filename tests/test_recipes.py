@@ -1,5 +1,6 @@
 """Every recipe loads; the named models have the published sizes; mistakes are named."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_the_table_names_model_engine_batch_and_number() -> None:
     columns = {str(column.header): list(column.cells) for column in table.columns}
     row = columns["recipe"].index("train/sfd_xxl_zero2")
     assert [columns[name][row] for name in ("model", "engine", "global batch")] == [
-        "lightningdit XXL", "deepspeed 2", "256",
+        "lightningdit XXL/1", "deepspeed 2", "256",
     ]  # fmt: skip
     assert columns["published"][row].startswith("FID 2.38")
     assert set(columns["recipe"]) == set(COMPLETE)
@@ -112,9 +113,11 @@ def test_an_ablation_changes_what_it_is_named_for() -> None:
         assert found == wanted, name
         assert recipe.run == Path("runs", name) and recipe.name == name
         # The latents of its data are those of the encode recipe, by the same tokenizer.
-        encode = load_any(f"data/encode_{recipe.data.path.name}")
-        assert (encode.latents, encode.tokenizer, encode.out) == (latents, recipe.tokenizer, recipe.data.path), name
-        assert (encode.store.features == "shards") or not head
+        made_by = f"data/encode_{recipe.data.path.name}"
+        encode = load_any(f"{made_by}_features" if f"{made_by}_features" in COMPLETE else made_by)
+        tokenizer = dataclasses.replace(encode.tokenizer, precision=recipe.tokenizer.precision)
+        assert (encode.latents, tokenizer, encode.out) == (latents, recipe.tokenizer, recipe.data.path), name
+        assert (encode.store.features == "shards" and recipe.data.features == "shards") or not head
 
 
 def test_the_ablations_of_one_table_differ_in_nothing_else() -> None:
