@@ -38,7 +38,7 @@ def environment(**more: str) -> dict[str, str]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "images"
     command = [sys.executable, "-m", "sfd_scale", "encode", "quickstart/images", "source.num_images=96", f"out={out}"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=600)
     return out
 
 
