@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-SUITE: tuple[str, ...] = ("loader",)
+SUITE = ("train_step", "sampling", "ema_optimizer", "attention", "checkpoint", "loader", "metrics")
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 

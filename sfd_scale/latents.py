@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale.torch_file import TorchFile
@@ -105,11 +103,15 @@ class LatentStats:
         return hashlib.sha256(both.numpy().tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
+        from safetensors.torch import save  # the models need torch alone
+
         path.write_bytes(save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:
         """Raises ValueError for a file that holds anything else, or is damaged."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(str(path), framework="pt") as file:
                 return cls(file.get_tensor("mean"), file.get_tensor("std"))

@@ -11,8 +11,6 @@ import socket
 import sys
 from collections.abc import MutableMapping
 
-import psutil
-
 # Any port will do: connecting a UDP socket sends nothing, it only asks for the route.
 _PORT = 9
 
@@ -53,6 +51,8 @@ def source_address(peer: str) -> str:
 
 def interface_of(address: str) -> str | None:
     """The interface of this host that has the address, or None."""
+    import psutil  # a GPU machine without the other packages measures speed with this room
+
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.split("%")[0] == address for entry in entries):
             return name

@@ -7,6 +7,7 @@ release weights, run outside the checkpointed and compiled region.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -62,6 +63,41 @@ def prepare_blocks(
         if compiled:
             forward = torch.compile(forward)
         object.__setattr__(block, "forward", forward)
+
+
+# Products that float8 takes: those of every token. The condition's and the ends' are small, and less tolerant.
+_FLOAT8 = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "mlp.fc1", "mlp.fc2")
+
+
+def float8_missing(device: torch.device) -> str | None:
+    """Why float8 products cannot run on this device, or None."""
+    if importlib.util.find_spec("torchao") is None:
+        return "it needs the package torchao"
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return "it needs a GPU of compute capability 8.9 or newer"
+    return None
+
+
+def use_float8(model: nn.Module, device: torch.device) -> None:
+    """Replace the linear layers of attention and MLP by torchao's float8 ones, scaled by rows; their weights stay.
+
+    Raises:
+        ValueError: where float8 cannot run, with the reason.
+    """
+    reason = float8_missing(device)
+    if reason is not None:
+        raise ValueError(f"engine.float8: true, but {reason}; set it to false")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def taken(module: nn.Module, name: str) -> bool:
+        # The kernels need both sides in multiples of 16.
+        return name.endswith(_FLOAT8) and isinstance(module, nn.Linear) and not any(n % 16 for n in module.weight.shape)
+
+    for block in blocks_of(model):
+        config = Float8LinearConfig.from_recipe_name("rowwise")
+        convert_to_float8_training(block, config=config, module_filter_fn=taken)
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

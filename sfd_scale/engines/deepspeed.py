@@ -305,7 +305,6 @@ def _client_optimizer(model: nn.Module, optimizer: AdamWConfig, config: DeepSpee
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles on first use
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    fused = distributed.device().type == "cuda"
     if config.zero_stage == 0:
-        return _WholeAdamW(groups, config.grad_clip, fused=fused, **options)
-    return torch.optim.AdamW(groups, fused=fused, **options)
+        return _WholeAdamW(groups, config.grad_clip, fused=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale import distributed
-from sfd_scale.engines.blocks import blocks_of, prepare_blocks
+from sfd_scale.engines.blocks import blocks_of, prepare_blocks, use_float8
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
@@ -38,11 +38,14 @@ class FSDPConfig(EngineConfig):
     shard_size: int | None = None  # of hybrid; None: the ranks of one node
     reshard_after_forward: bool = True  # free a block's weights between forward and backward: less memory, more traffic
     cpu_offload: bool = False  # weights, gradients and moments in host memory
+    float8: bool = False  # products of attention and MLP in float8 (torchao); GPUs from compute capability 8.9 on
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shard_size is not None and (self.sharding != "hybrid" or self.shard_size < 1):
             raise ValueError(f"shard_size: {self.shard_size}; allowed: 1 and up, with sharding hybrid only")
+        if self.float8 and (self.precision != "bf16" or not self.compile):
+            raise ValueError("float8: true; allowed with precision bf16 and compile true, without which it is slower")
 
 
 def make_fsdp(model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> FSDPEngine:
@@ -73,6 +76,8 @@ class FSDPEngine:
         check_replicas(model)
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        if config.float8:
+            use_float8(model, self.device)
         prepare_blocks(model, config.activation_checkpointing, config.compile)
         self.mesh = _mesh(config, self.device)
         on_gpu = self.device.type == "cuda"
@@ -90,7 +95,7 @@ class FSDPEngine:
         self._params = dict(model.named_parameters())
         self.optimizer = torch.optim.AdamW(
             param_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-            fused=on_gpu and not config.cpu_offload,
+            fused=True,  # one pass over memory, on the CPU too
         )  # fmt: skip
         create_state(self.optimizer, list(self._params.values()))
         self._fragments = self._make_fragments()
@@ -144,6 +149,7 @@ class FSDPEngine:
             "engine": f"fsdp2-{self.config.sharding}",
             "mesh": dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
             "precision": self.config.precision,
+            "float8": self.config.float8,
             "reduce_dtype": "fp32",
             "optimizer": type(self.optimizer).__name__,
             **describe_fragments(self._fragments),

@@ -1,0 +1,76 @@
+"""Checkpoints of LightningDiT-S/1: how long training stands still, a whole save, a load; against torch.save of all."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Options
+from benchmarks.peer import Peer, PeerTraining
+from benchmarks.train_step import our_model, randomize
+from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.checkpoint.manager import CheckpointConfig
+from sfd_scale.ema import EMA, EMAConfig
+from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
+from sfd_scale.optim import AdamWConfig
+
+
+def run(options: Options) -> list[Figure]:
+    """Checkpoints/s: training held up, saved and checked, loaded; the authors save by torch.save from rank 0."""
+    depth = 1 if options.quick else None
+    model, theirs = our_model("S", depth), Peer("S", depth=depth)
+    randomize(model, theirs)
+    engine = make_fsdp(model, AdamWConfig(), FSDPConfig(sharding="replicate", precision="fp32"))
+    ema, training = EMA(engine.fragments(), EMAConfig()), PeerTraining(theirs, "fp32")
+    for parameter in theirs.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    training.optimizer.step()
+    repeats, steps = options.repeats or (1 if options.quick else 5), itertools.count(1)
+    with tempfile.TemporaryDirectory() as folder:
+        manager = CheckpointManager(Path(folder), CheckpointConfig(keep_last=1))
+        file = Path(folder) / "peer.pt"
+
+        def peer() -> None:
+            state: dict[str, Any] = {"model": theirs.state_dict(), "ema": training.ema.state_dict()}
+            torch.save({**state, "opt": training.optimizer.state_dict()}, file)
+
+        def whole() -> None:
+            manager.save(next(steps), engine, ema, {})
+            manager.wait()
+
+        saved = harness.race({"ours": whole, "peer": peer}, repeats)
+        held = {"ours": [_held(manager, next(steps), engine, ema) for _ in range(repeats)], "peer": saved["peer"]}
+        latest = manager.latest()
+        assert latest is not None
+        loaded = harness.race(
+            {
+                "ours": lambda: manager.load(latest, engine, ema),
+                "peer": lambda: torch.load(file, weights_only=True),
+            },
+            repeats,
+        )
+    engine.close()
+    return [
+        harness.compare(f"S/1 checkpoint, {what}", seconds, against=against, work=1, unit="1/s")
+        for what, seconds, against in (
+            ("training held up", held, "torch.save of model, ema, opt"),
+            ("written and checked", saved, "torch.save of model, ema, opt"),
+            ("loaded into the engine", loaded, "torch.load, into no model yet"),
+        )
+    ]
+
+
+def _held(manager: CheckpointManager, step: int, engine: Any, ema: EMA) -> float:
+    """Seconds that a save in the background holds training up."""
+    seconds = harness.race({"it": lambda: manager.save(step, engine, ema, {})}, 1, warmup=0)["it"][0]
+    manager.wait()
+    return seconds
+
+
+if __name__ == "__main__":
+    harness.main("checkpoint", run)

@@ -1,0 +1,343 @@
+"""What one GPU does with the real sizes: `python -m benchmarks.gpu check` and `python -m benchmarks.gpu bench`.
+
+Needs torch, numpy and this checkout; torch-fidelity for the Inception figure and torchao for float8, whose lines say so
+where they are missing. `--device cpu` runs the same code on the CPU, with size S and small batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.util
+import io
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import harness
+from benchmarks import peer as baseline
+from benchmarks.harness import Figure
+from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
+from benchmarks.train_step import LAYOUT, batch_of, our_model, our_step, randomize
+from sfd_scale.accelerators import bf16_products, peak_flops
+from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
+from sfd_scale.diffusion.samplers import EulerConfig, sample
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.engines.blocks import float8_missing, prepare_blocks
+from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.models import attention
+from sfd_scale.models.attention import AttentionBackend
+from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
+
+TOLERANCE = 2e-2
+Checkpointing = Literal["none", "selective", "block"]
+# The issue of 50,000 guided images: Euler with 100 steps, the guide a B.
+EULER_STEPS, GUIDE = 100, "B"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run. On the CPU: size S of `depth` blocks, to see that it works."""
+
+    device: torch.device
+    sizes: tuple[str, ...]
+    depth: int | None
+    micro_batches: tuple[int, ...]
+    sampling_batches: tuple[int, ...]
+    inception_batch: int
+    repeats: int
+
+
+def plan(device: torch.device, quick: bool) -> Plan:
+    if device.type == "cuda":
+        return Plan(device, ("XXL", "XL"), None, (16, 32, 64, 128), (64, 128, 256, 512), 256, 5)
+    return Plan(device, ("S",), 1 if quick else None, (1,) if quick else (2, 8), (1,) if quick else (2, 8), 2, 1)
+
+
+# ------------------------------------------------------------------------------------------------------- check
+
+
+def check(device: torch.device) -> list[str]:
+    """Attention and blocks on this device against float32 products; returns what is beyond its tolerance."""
+    failed = []
+    for backend in get_args(AttentionBackend):
+        try:
+            chosen = attention.activate(backend, device)
+        except ValueError as error:
+            print(f"attention {backend}: {error}")
+            continue
+        for head_dim in (64, 72):
+            kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
+            worst = attention_error(device, head_dim)
+            verdict = "ok" if worst <= TOLERANCE else "FAILED"
+            print(f"attention {backend} ({chosen}), head of {head_dim}: {kernel}, worst error {worst:.1e}: {verdict}")
+            failed += [f"attention {backend}, head of {head_dim}"] if worst > TOLERANCE else []
+    attention.activate("auto", device)
+    worst = compiled_error(device)
+    verdict = "ok" if worst <= TOLERANCE else "FAILED"
+    print(f"block in bf16, compiled against eager, with gradients: worst error {worst:.1e}: {verdict}")
+    return failed + (["compiled block"] if worst > TOLERANCE else [])
+
+
+def attention_error(device: torch.device, head_dim: int) -> float:
+    """The largest error of output and gradients of bf16 attention, each relative to the largest value there is."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 4, 256, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
+    mine = [t.clone().requires_grad_() for t in (q, k, v)]
+    with bf16_products(device):
+        out = functional.scaled_dot_product_attention(mine[0], mine[1], mine[2])
+        out.backward(upstream)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    scores = (exact[0] @ exact[1].transpose(-2, -1)) / math.sqrt(head_dim)
+    reference = scores.softmax(-1) @ exact[2]
+    reference.backward(upstream.double())
+    pairs = [(out.detach(), reference.detach()), *((a.grad, b.grad) for a, b in zip(mine, exact, strict=True))]
+    return max(_relative(a, b) for a, b in pairs)
+
+
+def compiled_error(device: torch.device) -> float:
+    """The largest difference of a compiled S block from the same block eager, in bf16, over the largest value."""
+    model = our_model("S", 1, alignment=False)
+    randomize(model)
+    model = model.to(device, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *LAYOUT.shape, generator=generator).to(device)
+    t, y = torch.tensor([0.2, 0.8], device=device), torch.tensor([1, NULL_LABEL], device=device)
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        with bf16_products(device):
+            out = model(x, t, t, y)[0]
+            out.square().mean().backward()
+        return [out.detach(), *(p.grad for p in model.blocks.parameters() if p.grad is not None)]
+
+    eager = run()
+    prepare_blocks(model, "none", compiled=True)
+    return max(_relative(a, b) for a, b in zip(run(), eager, strict=True))
+
+
+def _relative(value: Any, reference: Any) -> float:
+    return float((value.double() - reference.double()).abs().max() / reference.double().abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------- bench
+
+
+def bench(chosen: Plan) -> Iterator[Figure]:
+    """Training, sampling and features; each figure as soon as it is measured."""
+    attention.activate("auto", chosen.device)
+    for size in chosen.sizes:
+        yield from _training(chosen, size)
+    for size in chosen.sizes[:1]:
+        yield from _sampling(chosen, size)
+    yield from _inception(chosen)
+
+
+def _training(chosen: Plan, size: str) -> Iterator[Figure]:
+    for count in chosen.micro_batches:
+        peer = _rate(chosen, count, functools.partial(_peer_training, chosen, size, count))
+        name = f"{size}/1 bf16 training, micro-batch {count}"
+        for label, settings in _training_settings(chosen.device):
+            make = functools.partial(our_step, size, count, settings, chosen.depth)
+            rate = _rate(chosen, count, make)
+            yield _figure(f"{name}, {label}", rate, peer, "samples/s", utilisation(chosen, size, rate))
+
+
+def _training_settings(device: torch.device) -> Iterator[tuple[str, FSDPConfig]]:
+    base = FSDPConfig(sharding="replicate", compile=True)
+    for mode in get_args(Checkpointing):
+        yield f"checkpointing {mode}", dataclasses.replace(base, activation_checkpointing=mode)
+    yield "eager", dataclasses.replace(base, compile=False)
+    reason = float8_missing(device)
+    if reason is None:
+        yield "float8", dataclasses.replace(base, float8=True)
+    else:
+        print(f"float8: {reason}")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Units a second and the largest memory; None where memory did not suffice."""
+
+    value: float | None
+    memory_gib: float | None
+
+
+def _rate(chosen: Plan, work: float, make: Callable[[], Callable[[], object]]) -> Rate:
+    """The median rate of what `make` makes, `work` units a call, out of memory included."""
+    gc.collect()
+    on_gpu = chosen.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        seconds = harness.race(
+            {"it": make()}, chosen.repeats, warmup=2, synchronize=torch.cuda.synchronize if on_gpu else None
+        )["it"]
+    except torch.OutOfMemoryError:
+        return Rate(None, None)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return Rate(work / sorted(seconds)[len(seconds) // 2], memory)
+
+
+def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
+    """Model FLOP utilisation of training at this rate, where the device's peak is known."""
+    peak = peak_flops(chosen.device)
+    if rate.value is None or not math.isfinite(peak):
+        return ""
+    config = LightningDiTConfig(size=size, alignment=our_model(size, 2).config.alignment)  # type: ignore[arg-type]
+    flops = flops_per_sample(config, in_channels=LAYOUT.channels, input_size=LAYOUT.size, training=True)
+    return f", MFU {rate.value * flops / peak:.1%}"
+
+
+def _figure(what: str, rate: Rate, peer: Rate, unit: str, note: str = "") -> Figure:
+    memory = "" if rate.memory_gib is None else f", {rate.memory_gib:.1f} GiB"
+    if rate.value is None:
+        memory = ", out of memory"
+    ours, theirs = rate.value or math.nan, peer.value or math.nan
+    figure = harness.measured(
+        f"{what}{note}{memory}", ours=ours, peer=theirs, against="authors' arithmetic", unit=unit, better="higher"
+    )
+    print("  ".join(harness.row(figure)), flush=True)
+    return figure
+
+
+def _peer_training(chosen: Plan, size: str, count: int) -> Callable[[], object]:
+    model = Peer(size, depth=chosen.depth, compiled=True)
+    randomize(model)
+    batch = batch_of(count).to(chosen.device)
+    precision: baseline.Precision = "bf16" if chosen.device.type == "cuda" else "fp32"
+    training = PeerTraining(model.to(chosen.device), precision)
+    features = batch.features
+    assert features is not None
+    return lambda: training.step(batch.latents, features, batch.labels)
+
+
+def _sampling(chosen: Plan, size: str) -> Iterator[Figure]:
+    for count in chosen.sampling_batches:
+        for name, guidance in (("no guidance", NoGuidance()), ("AutoGuidance", AutoGuidance())):
+            peer = _images(chosen, count, _peer_sampling(chosen, size, count, guidance))
+            for compiled in (True, False):
+                rate = _images(chosen, count, _our_sampling(chosen, size, count, guidance, compiled))
+                label = f"{size}/1 bf16 sampling, {name}, Euler {EULER_STEPS}, batch {count}"
+                note = "" if rate.value is None else f", 50,000 in {50_000 / rate.value / 60:.0f} min"
+                yield _figure(f"{label}, {'compiled' if compiled else 'eager'}", rate, peer, "images/s", note)
+
+
+def _images(chosen: Plan, count: int, make: Callable[[], Callable[[], object]]) -> Rate:
+    """Images/s from calls of two steps: every step costs the same."""
+    return _rate(chosen, count * 2 / EULER_STEPS, make)
+
+
+def _our_sampling(
+    chosen: Plan, size: str, count: int, guidance: GuidanceConfig, compiled: bool
+) -> Callable[[], Callable[[], object]]:
+    def make() -> Callable[[], object]:
+        models = [our_model(name, chosen.depth, alignment=False) for name in (size, _guide(chosen))]
+        for model in models:
+            randomize(model)
+            model.to(chosen.device, torch.bfloat16).eval()
+            if compiled:
+                prepare_blocks(model, "none", compiled=True)
+        velocity = guided(models[0], guidance, LAYOUT, guide=models[1] if isinstance(guidance, AutoGuidance) else None)
+        noise, labels = _start(chosen, count)
+
+        def run() -> Tensor:
+            with bf16_products(chosen.device):
+                return sample(velocity, noise, labels, SemanticFirstSchedule(), LAYOUT, EulerConfig(num_steps=2)).x
+
+        return run
+
+    return make
+
+
+def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig) -> Callable[[], Callable[[], object]]:
+    def make() -> Callable[[], object]:
+        models = [Peer(name, depth=chosen.depth, compiled=True) for name in (size, _guide(chosen))]
+        for model in models:
+            randomize(model)
+            model.to(chosen.device).eval()
+        noise, labels = _start(chosen, count)
+        guide = models[1] if isinstance(guidance, AutoGuidance) else None
+        field = baseline.field(models[0], labels, guide)
+        return lambda: baseline.euler(field, noise, 2)
+
+    return make
+
+
+def _guide(chosen: Plan) -> str:
+    return GUIDE if chosen.device.type == "cuda" else "S"
+
+
+def _start(chosen: Plan, count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(count, *LAYOUT.shape, generator=generator)
+    return noise.to(chosen.device), torch.randint(NULL_LABEL, (count,), generator=generator).to(chosen.device)
+
+
+def _inception(chosen: Plan) -> Iterator[Figure]:
+    if importlib.util.find_spec("torch_fidelity") is None:
+        print("Inception features: needs the package torch-fidelity")
+        return
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):  # type: ignore[misc]
+        """Of random weights, on which the speed does not depend: no file is needed."""
+
+        def load_state_dict(self, state: object, *args: object, **options: object) -> None:  # type: ignore[override]
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    layers = ["2048", "logits_unbiased"]
+    network = Unloaded("inception-v3-compat", layers, feature_extractor_weights_path=nothing).to(chosen.device).eval()
+    images = torch.zeros(chosen.inception_batch, 3, 256, 256, dtype=torch.uint8, device=chosen.device)
+
+    @torch.no_grad()
+    def features() -> object:
+        return network(images)
+
+    rate = _rate(chosen, chosen.inception_batch, lambda: features)
+    yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """1 if a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "bench"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="one block, batch 1: to see that it works")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of gpu.json")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here; give --device cpu to run it with size S on the CPU")
+    print(f"{device}: {harness.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d', time.gmtime())}")
+    if options.what == "check":
+        failed = check(device)
+        print(f"failed: {', '.join(failed)}" if failed else "all within tolerance")
+        return 1 if failed else 0
+    state = {"machine": harness.machine(), "versions": harness.versions(), "quick": options.quick}
+    figures = list(bench(plan(device, options.quick)))
+    print(harness.markdown(figures))
+    command = f"python -m benchmarks.gpu bench --device {device.type}"
+    print(f"written to {harness.write('gpu', command, figures, state, options.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Sampling with LightningDiT-S/1, batch 4: ours beside the authors' arithmetic, and solvers beside their default.
+
+Their sampling is float32 whatever is asked for; ours is bf16 where the machine has it. The weights are random, so the
+field is one for the solvers to follow, not one that draws images.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness
+from benchmarks import peer as baseline
+from benchmarks.harness import Figure, Options
+from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
+from benchmarks.train_step import CPU, LAYOUT, our_model, randomize
+from sfd_scale.accelerators import bf16_products, has_bf16
+from sfd_scale.diffusion.adaptive import Tolerance, integrate
+from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, Velocity, guided
+from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config, RK4Config, SamplerConfig, sample
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.engines.blocks import prepare_blocks
+from sfd_scale.models.lightningdit import LightningDiT
+
+SCHEDULE = SemanticFirstSchedule(delta_t=DELTA_T)
+GUIDANCE = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
+GUIDE_DEPTH = 6
+SOLVERS: dict[str, SamplerConfig] = {
+    "Euler, 50 steps": EulerConfig(num_steps=50),
+    "Euler to the jumps, 20 steps": EulerConfig(num_steps=20, jump=True),
+    "Euler to the jumps, 50 steps": EulerConfig(num_steps=50, jump=True),
+    "Heun to the jumps, 6 steps": Heun2Config(num_steps=6, jump=True),
+    "Heun to the jumps, 10 steps": Heun2Config(num_steps=10, jump=True),
+    "Heun to the jumps, 20 steps": Heun2Config(num_steps=20, jump=True),
+    "RK4 to the jumps, 5 steps": RK4Config(num_steps=5, jump=True),
+    "dopri5 to the jumps": Dopri5Config(jump=True),
+    "dopri5 to the jumps, rtol 1e-2": Dopri5Config(jump=True, rtol=1e-2, atol=1e-5),
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both sides with the same weights; `guide` is shallower."""
+
+    ours: LightningDiT
+    guide: LightningDiT
+    theirs: Peer
+    their_guide: Peer
+    precision: str
+
+
+def make_models(depth: int | None, compiled: bool) -> Models:
+    """Ours without the alignment head and in bf16 where the CPU has it; theirs as they ship it, float32."""
+    ours, guide = our_model("S", depth, alignment=False), our_model("S", depth or GUIDE_DEPTH, alignment=False)
+    theirs = Peer("S", depth=depth, compiled=compiled)
+    their_guide = Peer("S", depth=depth or GUIDE_DEPTH, compiled=compiled)
+    for own, other in ((ours, theirs), (guide, their_guide)):
+        randomize(own)
+        other.load_state_dict(own.state_dict(), strict=False)  # which lacks their alignment head
+        other.eval()
+        own.eval().to(torch.bfloat16 if has_bf16(CPU) else torch.float32)
+        if compiled:
+            prepare_blocks(own, "none", compiled=True)
+    return Models(ours, guide, theirs, their_guide, "bf16" if has_bf16(CPU) else "fp32")
+
+
+def our_sampling(velocity: Velocity, noise: Tensor, labels: Tensor, config: SamplerConfig) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with bf16_products(CPU):
+            return sample(velocity, noise, labels, SCHEDULE, LAYOUT, config).x
+
+    return run
+
+
+def their_default(models: Models, noise: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """dopri5 with one error norm over the batch, stepping across the jumps and beyond the end: (x, evaluations)."""
+
+    @torch.no_grad()
+    def run() -> tuple[Tensor, Tensor]:
+        field = baseline.field(models.theirs, labels)
+        tolerance = Tolerance(1e-3, 1e-6, per_sample=False)
+        return integrate(
+            lambda x, g, y: field(g[0], x), noise, labels, SCHEDULE.end, [], tolerance, stop_at_end=False
+        )  # fmt: skip
+
+    return run
+
+
+def run(options: Options) -> list[Figure]:
+    """Sampling: equal Euler steps without guidance and with AutoGuidance, then solvers against dopri5."""
+    depth, batch, steps = (1, 2, 2) if options.quick else (None, 4, 4)
+    repeats = options.repeats or (1 if options.quick else 5)
+    models = make_models(depth, compiled=not options.quick)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(batch, *LAYOUT.shape, generator=generator)
+    labels = torch.randint(NULL_LABEL, (batch,), generator=generator)
+    config, figures = EulerConfig(num_steps=steps), []
+    for kind, guidance in (("no guidance", NoGuidance()), ("AutoGuidance", GUIDANCE)):
+        guide, their_guide = (None, None) if kind == "no guidance" else (models.guide, models.their_guide)
+        ours = our_sampling(guided(models.ours, guidance, LAYOUT, guide=guide), noise, labels, config)
+        field = baseline.field(models.theirs, labels, their_guide)
+        contenders = {"ours": ours, "peer": lambda field=field: baseline.euler(field, noise, steps)}  # type: ignore[misc]
+        figures.append(
+            harness.compare(
+                f"S/1 Euler, {kind}, {models.precision}, batch {batch}",
+                harness.race(contenders, repeats),
+                against="authors' arithmetic, fp32, compiled",
+                work=batch * steps,
+                unit="evaluations/s",
+                bar=1.8,
+            )  # fmt: skip
+        )
+    return figures + _solvers(models, noise[:2], labels[:2], 1 if options.quick else min(repeats, 3))
+
+
+def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> list[Figure]:
+    """Each solver's speed over that of the authors' default, with the evaluations and error of both in its name.
+
+    The bar is on the fastest one whose error is no larger than the default's.
+    """
+    velocity = guided(models.ours, NoGuidance(), LAYOUT)
+    with torch.no_grad():
+        exact = guided(models.theirs, NoGuidance(), LAYOUT)
+        fine = sample(exact, noise, labels, SCHEDULE, LAYOUT, RK4Config(num_steps=40, jump=True)).x
+    default = their_default(models, noise, labels)
+    x, evaluations = default()
+    limit = _error(x, fine)
+    against = f"dopri5 as the authors run it: {int(evaluations.max())} evaluations, error {limit:.1e}"
+    errors, found = {}, {}
+    contenders: dict[str, Callable[[], object]] = {"peer": default}
+    for name, config in SOLVERS.items():
+        with bf16_products(CPU):
+            result = sample(velocity, noise, labels, SCHEDULE, LAYOUT, config)
+        errors[name] = _error(result.x, fine)
+        found[name] = f"{name}: {result.nfe.double().mean():.0f} evaluations, error {errors[name]:.1e}"
+        contenders[name] = our_sampling(velocity, noise, labels, config)
+    seconds = harness.race(contenders, repeats, warmup=0)
+    as_good = [name for name in SOLVERS if errors[name] <= limit]
+    fastest = min(as_good, key=lambda name: statistics.median(seconds[name]), default=None)
+    return [
+        harness.compare(
+            found[name],
+            seconds,
+            ours=name,
+            against=against,
+            work=len(noise),
+            unit="images/s",
+            bar=4.0 if name == fastest else None,
+        )  # fmt: skip
+        for name in SOLVERS
+    ]
+
+
+def _error(x: Tensor, fine: Tensor) -> float:
+    """Distance to the fine reference, relative to its length."""
+    return float((x - fine).norm() / fine.norm())
+
+
+if __name__ == "__main__":
+    harness.main("sampling", run)

@@ -1,0 +1,151 @@
+"""One optimizer step of LightningDiT-S/1, batch 8, with its EMA: ours beside the authors' arithmetic.
+
+Ours is what the trainer does in a step: the objective with its keyed draws, the FSDP2 engine on one rank, AdamW, EMA.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Options
+from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
+from sfd_scale.accelerators import bf16_products, has_bf16
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.ema import EMA, EMAConfig
+from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
+from sfd_scale.latents import LatentBatch, LatentLayout
+from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig
+from sfd_scale.objective import SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.optim import AdamWConfig
+
+CPU = torch.device("cpu")
+LAYOUT = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size=SIDE)
+
+
+def batch_of(count: int) -> LatentBatch:
+    """Random latents, features and labels of the sizes of ImageNet 256x256."""
+    generator = torch.Generator().manual_seed(0)
+    return LatentBatch(
+        latents=torch.randn(count, *LAYOUT.shape, generator=generator),
+        labels=torch.randint(NULL_LABEL, (count,), generator=generator),
+        keys=torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], dim=1),
+        features=torch.randn(count, 768, SIDE, SIDE, generator=generator),
+    )
+
+
+def our_model(size: str, depth: int | None = None, alignment: bool = True) -> LightningDiT:
+    layers, width, heads = SIZES[size]
+    head = AlignmentConfig(depth=min(2, depth or layers)) if alignment else None
+    config = LightningDiTConfig(depth=depth or layers, width=width, heads=heads, alignment=head)
+    return LightningDiT(config, in_channels=TEXTURE + SEMANTIC, input_size=SIDE, two_clocks=True)
+
+
+def randomize(*models: nn.Module) -> None:
+    """Fill every parameter with small random numbers, the same in each model: a fresh one gives zero everywhere."""
+    for model in models:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            spread = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
+            spread = min(spread, 0.05) if "adaLN" in name or name.startswith("final_layer.linear") else spread
+            offset = 1.0 if "norm" in name and parameter.ndim == 1 else 0.0
+            parameter.data.normal_(offset, spread, generator=generator)
+
+
+def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> Callable[[], object]:
+    """Draws, loss, backward, optimizer step and EMA, as the trainer does them, ready to be called for a loss each."""
+    model = our_model(size, depth)
+    randomize(model)
+    engine = make_fsdp(model, AdamWConfig(), settings)
+    schedule = SemanticFirstSchedule(delta_t=DELTA_T)
+    objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, schedule, NULL_LABEL, seed=0)
+    ema, steps, batch = EMA(engine.fragments(), EMAConfig()), itertools.count(), batch_of(count)
+
+    def step() -> Tensor:
+        with bf16_products(engine.device):
+            losses = objective(engine.model, batch.to(engine.device))
+            engine.backward(losses.total, last=True)
+            engine.step(1e-4)
+            ema.update(next(steps))
+        return losses.total.detach()
+
+    return step
+
+
+def peer_step(size: str, count: int, precision: Precision, compiled: bool, depth: int | None) -> Callable[[], object]:
+    model = Peer(size, depth=depth, compiled=compiled)
+    randomize(model)
+    training, batch = PeerTraining(model, precision), batch_of(count)
+    features = batch.features
+    assert features is not None
+    return lambda: training.step(batch.latents, features, batch.labels)
+
+
+def _ours(size: str, count: int, precision: Precision, depth: int | None) -> Callable[[], object]:
+    return our_step(size, count, FSDPConfig(sharding="replicate", precision=precision, compile=True), depth)
+
+
+def _one_of(side: str, size: str, count: int, precision: Precision, depth: int | None, threads: int) -> None:
+    """Three compiled steps of one side, for its memory."""
+    torch.set_num_threads(threads)
+    step = peer_step(size, count, precision, True, depth) if side == "peer" else _ours(size, count, precision, depth)
+    for _ in range(3):
+        step()
+
+
+def run(options: Options) -> list[Figure]:
+    """Training step: samples/s and peak memory, fp32 and bf16, against the authors' arithmetic."""
+    depth, count = (1, 2) if options.quick else (None, 8)
+    repeats = options.repeats or (1 if options.quick else 5)
+    figures = _raced("S/1", "fp32", depth, count, repeats, bars=(1.0, 1.0))
+    if has_bf16(CPU):
+        figures += _raced("S/1", "bf16", depth, count, repeats, bars=(1.15, 1.4))
+    else:
+        # Without bf16 instructions the authors' step takes scalar products, 1.3 GFLOP/s: minutes for the whole model.
+        figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), bars=(1.15, 1.4))
+    sides = ("ours", "peer")
+    ours, peer = (harness.peak_memory(_one_of, side, "S", count, "fp32", depth, options.threads) for side in sides)
+    figures.append(
+        harness.measured(
+            f"S/1 fp32 step, batch {count}, peak memory",
+            ours=ours / 2**30,
+            peer=peer / 2**30,
+            against="authors' arithmetic, compiled",
+            unit="GiB",
+            bar=1.0,
+        )  # fmt: skip
+    )
+    return figures
+
+
+def _raced(
+    name: str, precision: Precision, depth: int | None, count: int, repeats: int, bars: tuple[float, float]
+) -> list[Figure]:
+    contenders = {
+        "ours": _ours("S", count, precision, depth),
+        "compiled": peer_step("S", count, precision, True, depth),
+        "eager": peer_step("S", count, precision, False, depth),
+    }
+    seconds = harness.race(contenders, repeats, warmup=2)
+    return [
+        harness.compare(
+            f"{name} {precision} step, batch {count}",
+            seconds,
+            peer=peer,
+            against=f"authors' arithmetic, {peer}",
+            work=count,
+            unit="samples/s",
+            bar=bar,
+        )  # fmt: skip
+        for peer, bar in zip(("compiled", "eager"), bars, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    harness.main("train_step", run)
