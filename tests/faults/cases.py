@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -360,7 +359,3 @@ def cases(place: Path) -> tuple[list[Work], dict[str, Case]]:
 
 def _damaged(train: Training, harm: str) -> Case:
     return lambda draw: damaged(train, draw, harm)
-
-
-def dumps(results: dict[str, Result]) -> str:
-    return json.dumps({name: vars(result) for name, result in results.items()}, indent=1)
