@@ -158,6 +158,8 @@ def test_make_targets_and_named_files_exist(page: Path) -> None:
 
 
 def test_pages_are_in_the_navigation_and_exist() -> None:
-    named = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    entries = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    named = set(entries)
+    assert len(named) == len(entries)
     assert all((ROOT / "docs" / name).is_file() for name in named)
     assert {"index.md", "quickstart.md", "training.md", "architecture.md", "troubleshooting.md"} <= named
