@@ -27,16 +27,16 @@ def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
 
 def test_shapes() -> None:
     features = made(SmallConvNetConfig())(images(2, 32))
-    assert features.grid.shape == (2, 96, 8, 8) and SmallConvNetConfig().grid == 8
-    assert features.pooled.shape == (2, 128)
+    assert features.grid.shape == (2, 128, 4, 4) and SmallConvNetConfig().grid == 4
+    assert torch.equal(features.pooled, features.grid.mean((2, 3)))
     assert features.logits.shape == (2, 10)
 
 
 def test_features_have_unit_scale_at_each_position_and_do_not_depend_on_the_batch() -> None:
     model, batch = made(SMALL), images(3, 16)
     whole = model(batch)
-    torch.testing.assert_close(whole.grid.mean(1), torch.zeros(3, 4, 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(whole.grid.var(1, correction=0), torch.ones(3, 4, 4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(whole.grid.mean(1), torch.zeros(3, 2, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.grid.var(1, correction=0), torch.ones(3, 2, 2), atol=1e-3, rtol=0)
     for both, alone in zip(whole, model(batch[1:2]), strict=True):
         torch.testing.assert_close(both[1:2], alone)
     assert torch.equal(model.train()(batch).logits, model.eval()(batch).logits)
@@ -90,7 +90,7 @@ def test_settings_follow_from_the_weights() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"widths": (8,)}, "widths: "), ({"widths": (8, 9)}, "widths: "), ({"num_classes": 1}, "num_classes: 1"),
+    [({"widths": ()}, "widths: "), ({"widths": (8, 9)}, "widths: "), ({"num_classes": 1}, "num_classes: 1"),
      ({"image_size": 20}, "image_size: 20")],
 )  # fmt: skip
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:

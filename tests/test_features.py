@@ -274,8 +274,8 @@ def test_convnet(convnet: ConvNetConfig) -> None:
         direct = net(pixels)
     assert torch.equal(found.pool, direct.pooled) and found.logits is not None
     assert torch.equal(found.logits, direct.logits)
-    assert found.spatial is not None and found.spatial.shape == (3, 8 * 8 * 7)
-    assert found.spatial[2, (6 * 8 + 1) * 7 + 4] == direct.grid[2, 4, 6, 1]
+    assert found.spatial is not None and found.spatial.shape == (3, 4 * 4 * 7)
+    assert found.spatial[2, (2 * 4 + 1) * 7 + 4] == direct.grid[2, 4, 2, 1]
     assert extractor.identity == identify(convnet) and "sfd-convnet" in extractor.identity
     with pytest.raises(ValueError, match="trained on images of 32 pixels"):
         extractor(images(1, size=64))

@@ -1,6 +1,6 @@
 """A small image classifier; its grid of features serves as vision encoder, its pooled features as extractor.
 
-N batch · H, W image · h, w feature grid · D grid channels · P pooled channels · K classes.
+N batch · H, W image · h, w feature grid · D channels · K classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GROUPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SmallConvNetConfig:
-    """Each stage halves the image; the last but one makes the feature grid, the last the pooled features."""
+    """Each stage halves the image; the last makes the feature grid, whose mean over positions is classified."""
 
     kind: Literal["convnet"] = "convnet"
     widths: tuple[int, ...] = (32, 96, 128)
@@ -28,8 +28,8 @@ class SmallConvNetConfig:
     image_size: int = 32
 
     def __post_init__(self) -> None:
-        if len(self.widths) < 2 or any(width < 1 or width % _GROUPS for width in self.widths):
-            raise ValueError(f"widths: {self.widths}; allowed: two or more multiples of {_GROUPS}")
+        if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
+            raise ValueError(f"widths: {self.widths}; allowed: one or more multiples of {_GROUPS}")
         if self.num_classes < 2:
             raise ValueError(f"num_classes: {self.num_classes}; allowed: 2 and up")
         step = 2 ** len(self.widths)
@@ -39,11 +39,11 @@ class SmallConvNetConfig:
     @property
     def grid(self) -> int:
         """Side of the feature grid."""
-        return self.image_size // 2 ** (len(self.widths) - 1)
+        return self.image_size // 2 ** len(self.widths)
 
 
 class ConvFeatures(NamedTuple):
-    """grid (N, D, h, w), each position normed over D; pooled (N, P); logits (N, K). All float32."""
+    """grid (N, D, h, w), each position normed over D; pooled (N, D), its mean; logits (N, K). All float32."""
 
     grid: Tensor
     pooled: Tensor
@@ -65,7 +65,11 @@ class Stage(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Groups are normed, not batches, so that a sample's features do not depend on its batch."""
+    """Groups are normed, not batches, so that a sample's features do not depend on its batch.
+
+    The classifier is linear in the mean of the grid, so that every position has to show the class (class activation
+    maps, arXiv 1512.04150), as the patch tokens of a vision transformer do.
+    """
 
     def __init__(self, config: SmallConvNetConfig) -> None:
         super().__init__()
@@ -76,13 +80,12 @@ class SmallConvNet(nn.Module):
     def forward(self, images: Tensor) -> ConvFeatures:
         """(N, 3, H, W) uint8 → features and logits."""
         x = (images.float() / 127.5 - 1).to(self.classifier.weight.dtype)
-        for stage in self.blocks[:-1]:
+        for stage in self.blocks:
             x = stage(x)
         # Unit scale at each position, as the normed patch tokens of DINOv2 have.
         grid = functional.layer_norm(x.float().movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
-        x = functional.silu(self.blocks[-1](grid.to(x.dtype)))
-        pooled = x.mean(dim=(2, 3))  # (N, P)
-        return ConvFeatures(grid, pooled.float(), self.classifier(pooled).float())
+        pooled = grid.mean(dim=(2, 3))  # (N, D)
+        return ConvFeatures(grid, pooled, self.classifier(pooled.to(x.dtype)).float())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

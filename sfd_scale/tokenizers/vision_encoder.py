@@ -110,7 +110,7 @@ class ConvNetEncoder:
 
     def __init__(self, model: SmallConvNet) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.dim = model.config.widths[-2]
+        self.dim = model.config.widths[-1]
         self.identity = identity("convnet", model.state_dict())
 
     @classmethod
@@ -128,7 +128,7 @@ class ConvNetEncoder:
         return self
 
     def grid(self, image_size: int) -> int:
-        return image_size // 2 ** (len(self.model.config.widths) - 1)
+        return image_size // 2 ** len(self.model.config.widths)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
