@@ -1,9 +1,9 @@
-# quickstart · test · check: each makes .venv if it is missing.
+# quickstart · test · check · bench · faults · docs: each makes .venv if it is missing.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-full check lint types layers lock clean
+.PHONY: quickstart test test-full check lint types layers docs supply bench faults lock clean
 
 quickstart: .venv/.ops
 	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/quickstart.sh
@@ -14,8 +14,8 @@ test: .venv/.ops
 test-full: .venv/.ops
 	$(BIN)/python -m pytest -m "not gpu"
 
-# The one check command: format, lint, types, layers.
-check: .venv/.installed lint types layers
+# The one check command: format, lint, types, layers, docs, advisories and licences of what is installed.
+check: .venv/.installed lint types layers docs supply
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -26,6 +26,19 @@ types: .venv/.installed
 
 layers: .venv/.installed
 	$(BIN)/lint-imports
+
+docs: .venv/.installed
+	$(BIN)/mkdocs build --quiet --strict
+
+supply: .venv/.installed
+	$(BIN)/python .ci/supply_chain.py
+
+# Every speed figure beside its peer (docs/performance.md), and every fault with 100 kills (docs/reliability.md).
+bench: .venv/.ops
+	$(BIN)/python -m benchmarks
+
+faults: .venv/.ops
+	PYTHONPATH=.:tests $(BIN)/python -m faults
 
 # requirements.lock is the tested set, with hashes; `make lock` resolves it anew from pyproject.toml.
 .venv/.installed: pyproject.toml requirements.lock
