@@ -204,7 +204,7 @@ def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
     """The codec of a folder for the hub, where the file that the recipe names is not on this machine. Its identity is
     checked like any other's."""
     beside = path.with_name(TEXTURE)
-    missing = not texture.weights.exists() and beside.is_file()
+    missing = texture.weights is not None and not texture.weights.exists() and beside.is_file()
     return dataclasses.replace(texture, weights=beside) if missing else texture
 
 

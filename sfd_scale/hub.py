@@ -47,7 +47,7 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
         stats = {name: torch.tensor(note["stats"][name], dtype=torch.float64) for name in ("mean", "std")}
         LatentStats(**stats).save(folder / "stats.safetensors")
     texture = recipe.tokenizer.texture
-    if texture is not None and texture.weights.is_file():
+    if texture is not None and texture.weights is not None and texture.weights.is_file():
         shutil.copyfile(texture.weights, folder / exports.TEXTURE)
     # The hub counts downloads of a file of this name.
     (folder / "config.json").write_text(json.dumps(_config(recipe, note), indent=1) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ def encode(out: Path) -> Path:
     return out
 
 
-def settings(data: Path, steps: int = 12, every: int = 4, **changed: Any) -> dict[str, Any]:
+def settings(data: Path, /, steps: int = 12, every: int = 4, **changed: Any) -> dict[str, Any]:
     """A recipe as plain data; `changed` replaces whole keys."""
     return {
         "kind": "train", "name": "small", "data": {"path": str(data)}, "engine": FSDP,
@@ -38,11 +38,11 @@ def settings(data: Path, steps: int = 12, every: int = 4, **changed: Any) -> dic
     }  # fmt: skip
 
 
-def recipe(data: Path, **changed: Any) -> TrainRecipe:
+def recipe(data: Path, /, **changed: Any) -> TrainRecipe:
     return config.from_dict(TrainRecipe, settings(data, **changed))
 
 
-def write_recipe(path: Path, data: Path, **changed: Any) -> Path:
+def write_recipe(path: Path, data: Path, /, **changed: Any) -> Path:
     path.write_text(yaml.safe_dump(settings(data, **changed)))
     return path
 

@@ -101,8 +101,8 @@ class Poisoned(LatentReader):
 
     key, factor = (0, 0), math.nan
 
-    def collate(self, items: list[Any]) -> Any:
-        batch = super().collate(items)
+    def batch(self, keys: list[Any]) -> Any:
+        batch = super().batch(keys)
         batch.latents[(batch.keys == torch.tensor(self.key)).all(1)] *= self.factor
         return batch
 
@@ -115,8 +115,7 @@ class Passing(LatentReader):
     def batches(self, first_step: int, passed: Any = ()) -> Iterator[Any]:
         steps = [step for step in range(first_step, 100) if step not in self.left_out]
         for step in steps:
-            for keys in self.keys(step):
-                yield self.collate([(key, self.rows[key[1]]) for key in keys])
+            yield from map(self.batch, self.keys(step))
 
 
 def drills(root: str, data: str, key: tuple[int, int], deepspeed: bool = False) -> dict[str, Any]:

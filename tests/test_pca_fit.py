@@ -58,7 +58,7 @@ def test_the_bits_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     plain = PatchPCA.fit([images], PatchPCAFitConfig(patch=4, channels=6)).state_dict()
     assert (load_file(tmp_path / "patches-one.safetensors")["directions"] - plain["directions"]).abs().max() < 1e-4
     codec = FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "features-one.safetensors"))
-    assert (codec.channels, codec.dim) == (5, 16)
+    assert (codec.channels, codec.dim) == (5, 24)
 
 
 def test_a_stream_is_merged_as_one_pass_would() -> None:

@@ -169,7 +169,12 @@ def _read_checkpoint(folder: Path) -> None:
 
 
 def _export(folder: Path) -> None:
-    note = {"recipe": config.to_dict(load_any("quickstart/sfd")), "step": 1, "recipe_digest": "d", "tokenizers": {}}
+    recipe = load_any("quickstart/sfd")
+    channels = recipe.latents.channels
+    note = {
+        "recipe": config.to_dict(recipe), "step": 1, "recipe_digest": "d", "tokenizers": {}, "stats_hash": "h",
+        "stats": {"mean": [0.0] * channels, "std": [1.0] * channels},
+    }  # fmt: skip
     save_file({"w": torch.ones(3)}, folder / "x.safetensors", metadata={exports.EXPORT_KEY: json.dumps(note)})
 
 
