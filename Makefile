@@ -9,7 +9,7 @@ quickstart: .venv/.ops
 	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/quickstart.sh
 
 test: .venv/.ops
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: .venv/.ops
 	$(BIN)/python -m pytest -m "not gpu"
@@ -28,7 +28,7 @@ layers: .venv/.installed
 	$(BIN)/lint-imports
 
 docs: .venv/.installed
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 supply: .venv/.installed
 	$(BIN)/python .ci/supply_chain.py

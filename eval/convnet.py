@@ -27,7 +27,7 @@ LAYERS: _Layers = {"pooled": _POOLED, "spatial": _SPATIAL, "logits": _LOGITS}
 
 
 class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """pooled (N, P), spatial (N, h·w·7) from the first 7 channels of the grid, h and w 8 or the grid's side, logits (N, K)."""
+    """pooled (N, D), spatial (N, h·w·7) from the first 7 channels of the grid, logits (N, K)."""
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any

@@ -62,7 +62,7 @@ def check(spec: Spec, ranks: int, found: list[dict[str, int]]) -> None:
         assert getattr(plan, part) == pytest.approx(fullest, rel=0.05), (spec, ranks, part)
 
 
-@pytest.mark.parametrize("ranks", [2, *[pytest.param(n, marks=pytest.mark.full) for n in (1, 4)]])
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 4)])
 def test_the_engines_hold_what_is_planned(ranks: int) -> None:
     hybrid = [Spec("fsdp", {"sharding": "hybrid", "shard_size": 2, "precision": "bf16"})] if ranks == 4 else []
     specs = [*ENGINES, *hybrid]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sfd_scale import build, config
+from sfd_scale import build, config, distributed
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.models.lightningdit import LightningDiTConfig
@@ -43,6 +43,7 @@ def test_every_model_is_built_on_meta(name: str) -> None:
 @pytest.fixture
 def eight_ranks() -> Iterator[None]:
     """A process group of eight ranks that talks to nobody."""
+    distributed.shutdown()  # the group of one that an engine made in this process earlier
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     yield
     dist.destroy_process_group()

@@ -403,7 +403,7 @@ def test_dinov2_preprocessing() -> None:
 
 
 def convnet(path: Path) -> ConvNetEncoderConfig:
-    model = SmallConvNet(SmallConvNetConfig(widths=(8, 16, 24)))
+    model = SmallConvNet(SmallConvNetConfig(widths=(8, 16)))
     model.init_weights(0)
     save_file(model.state_dict(), path)
     return ConvNetEncoderConfig(weights=path)
@@ -412,7 +412,7 @@ def convnet(path: Path) -> ConvNetEncoderConfig:
 def test_convnet_encoder(tmp_path: Path) -> None:
     encoder = ConvNetEncoder.load(convnet(tmp_path / "net.safetensors"))
     images = smooth_images(2)
-    assert (encoder.dim, encoder.grid(32)) == (24, 4)
+    assert (encoder.dim, encoder.grid(32)) == (16, 8)
     assert torch.equal(encoder.features(images), encoder.model(images).grid)
     assert not encoder.features(images).requires_grad
     damaged = load_file(tmp_path / "net.safetensors") | {"extra": torch.zeros(1)}
