@@ -128,6 +128,8 @@ def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
         nonlocal made
         if distributed.rank() == dying and made == after:
             os._exit(9)
+        if distributed.rank() != dying:
+            time.sleep(0.5)  # the other must get chunks enough to die at
         commit(self, chunk, tensors)
         made += 1
 

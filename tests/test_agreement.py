@@ -15,6 +15,7 @@ SOME = [
 ]  # fmt: skip
 
 
+@pytest.mark.full
 def test_engines_agree_on_a_run_of_the_real_model(tmp_path: Path) -> None:
     plain = reference(STEPS)
     run_ranks(run_cells, 2, str(tmp_path), SOME, STEPS, timeout=900)

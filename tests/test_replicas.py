@@ -80,6 +80,7 @@ ZERO: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 def test_a_flipped_bit_on_one_of_two_ranks_is_found() -> None:
     check(run_ranks(corrupt, 2, FSDP, timeout=300)[0], "ranks 0, 1 from each other, without a majority,")
 

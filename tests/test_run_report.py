@@ -112,7 +112,7 @@ def test_the_page_says_what_a_recipe_changes(tmp_path: Path) -> None:
     for key, inherited, value, by in (
         ("optimizer.lr", "0.002", "0.001", "the command line"),
         ("train.micro_batch", "None", "8", "the command line"),
-        ("model.width", "–", "192", "quickstart/sfd"),
+        ("model.width", "–", "128", "quickstart/sfd"),
     ):
         cells = f'<td>{key}</td><td class="left wrap">{inherited}</td><td class="left wrap">{value}</td>'
         assert f'{cells}<td class="left">{by}</td>' in text
