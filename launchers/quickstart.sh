@@ -17,16 +17,18 @@ beside sfd encode quickstart/images
 beside sfd encode quickstart/reference
 joined
 # The vision encoder whose features are the semantics, and the features that score: a classifier of its own.
-ranks train quickstart/vision
-ranks train quickstart/classifier
+# Small models take one process each; the diffusion model below takes two ranks of the deepspeed launcher.
+beside sfd train quickstart/vision
+beside sfd train quickstart/classifier
+joined
 beside sfd export "$RUN/vision" --out "$RUN/vision.safetensors"
 beside sfd export "$RUN/classifier" --out "$RUN/classifier.safetensors"
 joined
 # Tokenizers: a SemVAE over the encoder's features, and a closed-form texture codec.
-ranks train quickstart/semvae
-beside sfd export "$RUN/semvae" --out "$RUN/semvae.safetensors"
+beside sfd train quickstart/semvae
 beside sfd fit quickstart/texture
 joined
+step sfd export "$RUN/semvae" --out "$RUN/semvae.safetensors"
 # Composite latents.
 step sfd encode quickstart/latents
 # Semantic-first diffusion: two ranks, ZeRO-1, bf16.
@@ -34,13 +36,14 @@ ranks train quickstart/sfd
 beside sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
 beside sfd export "$RUN/sfd" --initial --out "$RUN/sfd_untrained.safetensors"
 joined
-# Generate on two ranks and score, untrained and trained.
-for name in sfd_untrained sfd; do
-  ranks --module eval generate quickstart/eval "checkpoint=$RUN/$name.safetensors" --out "$RUN/samples_$name"
-done
-for name in sfd_untrained sfd; do
-  beside python -m eval score quickstart/eval --samples "$RUN/samples_$name" --out "$RUN/samples_$name/results.json"
-done
+# Generate on two ranks and score; beside the score, the untrained weights in one process.
+ranks --module eval generate quickstart/eval "checkpoint=$RUN/sfd.safetensors" --out "$RUN/samples_sfd"
+untrained() {
+  python -m eval generate quickstart/eval "checkpoint=$RUN/sfd_untrained.safetensors" --out "$RUN/samples_sfd_untrained"
+  python -m eval score quickstart/eval --samples "$RUN/samples_sfd_untrained"
+}
+beside untrained
+beside python -m eval score quickstart/eval --samples "$RUN/samples_sfd"
 joined
 step python -m eval report --result "$RUN/samples_sfd/results.json" --result "$RUN/samples_sfd_untrained/results.json" \
   --run "$RUN/sfd" --out "$RUN/report"
