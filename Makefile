@@ -1,9 +1,9 @@
-# quickstart · test · check · bench · faults · docs: each makes .venv if it is missing.
+# quickstart · test · check · bench · faults · docs: each makes .venv if it is missing. gpu-check · gpu-bench take none.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-full check lint types layers docs supply bench faults lock clean
+.PHONY: quickstart test test-full check lint types layers docs supply bench gpu-check gpu-bench faults lock clean
 
 quickstart: .venv/.ops
 	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/quickstart.sh
@@ -37,6 +37,15 @@ supply: .venv/.installed
 bench: .venv/.ops
 	$(BIN)/python -m benchmarks
 
+# On a GPU machine, by the python that is active: they need torch, numpy and this checkout. `make gpu-bench DEVICE=cpu
+# QUICK=1` runs the same code small on a CPU.
+DEVICE ?= cuda
+gpu-check:
+	python -m benchmarks.gpu check --device $(DEVICE)
+
+gpu-bench:
+	python -m benchmarks.gpu bench --device $(DEVICE) $(if $(QUICK),--quick)
+
 faults: .venv/.ops
 	PYTHONPATH=.:tests $(BIN)/python -m faults
 
@@ -44,7 +53,7 @@ faults: .venv/.ops
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --no-deps -e .
 	touch $@
 

@@ -1,6 +1,7 @@
-"""`python -m benchmarks`: every benchmark, each in a process of its own, and one table with the bars.
+"""`python -m benchmarks`: every benchmark, each in a process of its own, and one table of the bars.
 
-Its table is written into docs/performance.md, between the two marks there; `--quick` writes none.
+The results go into benchmarks/results/cpu.json, each beside its machine and date; names measure only those anew.
+`--page` writes the tables of that file into docs/performance.md, between its two marks, and measures nothing.
 """
 
 from __future__ import annotations
@@ -8,56 +9,101 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import harness
 
-SUITE = ("train_step", "sampling", "ema_optimizer", "attention", "checkpoint", "loader", "metrics")
+SUITE = (
+    "train_step", "sampling", "ema_optimizer", "attention", "checkpoint", "loader", "metrics", "startup",
+)  # fmt: skip
+FILE = "cpu.json"
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
 START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 
 
 def main() -> int:
     """1 if a benchmark failed to run; a bar that is missed is printed, not an error."""
-    parser = harness.parser(__doc__)
+    parser = harness.parser(__doc__ or "")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)}; default: all")
+    parser.add_argument("--page", action="store_true", help="write the tables of the results into the docs")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(SUITE)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}; allowed: {', '.join(SUITE)}")
-    chosen = harness.options(arguments)
-    out = Path(tempfile.mkdtemp(prefix="benchmarks-")) if chosen.quick else chosen.out
-    command = [f"--threads={chosen.threads}", f"--out={out}"]
-    command += ["--quick"] if chosen.quick else []
-    command += [f"--repeats={chosen.repeats}"] if chosen.repeats else []
-    command += [f"--authors={chosen.authors}"] if chosen.authors else []
-    failed, figures = [], []
-    for name in arguments.names or SUITE:
-        print(f"\n## {name}", flush=True)
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *command], check=False).returncode:
-            failed.append(name)
-        else:
-            figures += harness.read(out / f"{name}.json")
-    print(f"\n{harness.markdown(figures)}")
-    if not chosen.quick and not arguments.names and not failed:
-        insert(DOCS, harness.markdown(figures))
+    try:
+        chosen = harness.options(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    results = (chosen.out or harness.RESULTS) / FILE
+    if arguments.page:
+        if not results.is_file():
+            parser.error(f"{results} is not there; run `python -m benchmarks` first")
+        insert(DOCS, page(harness.sections(results)))
+        return 0
+    started = time.monotonic()
+    new, failed = measure(arguments.names or SUITE, chosen)
+    figures = [figure for section in new for figure in harness.figures_of(section)]
+    print(f"\n## Bars\n\n{harness.markdown([figure for figure in figures if figure.bar is not None])}")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+    if not chosen.quick:
+        harness.merge(results, new, SUITE)
+        print(f"written to {results}; `python -m benchmarks --page` puts it into {DOCS.name}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def insert(page: Path, table: str) -> None:
-    """Put the table between the marks of a page.
+def measure(names: Sequence[str], chosen: harness.Options) -> tuple[list[dict[str, Any]], list[str]]:
+    """What each benchmark wrote, and the names of those that failed."""
+    new, failed = [], []
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as out:
+        command = [f"--threads={chosen.threads}", f"--out={out}"]
+        command += ["--quick"] if chosen.quick else []
+        command += [f"--repeats={chosen.repeats}"] if chosen.repeats else []
+        command += [f"--authors={chosen.authors}"] if chosen.authors else []
+        for name in names:
+            print(f"\n## {name}\n", flush=True)
+            if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *command], check=False).returncode:
+                failed.append(name)
+            else:
+                new.append(harness.read(Path(out) / f"{name}.json"))
+    return new, failed
+
+
+def page(sections: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of results: the bars, then what each benchmark found besides, with machine and date."""
+    barred = [figure for section in sections for figure in harness.figures_of(section) if figure.bar is not None]
+    parts = [f"**The bars.**\n\n{harness.markdown(barred)}"]
+    for section in sections:
+        others = [figure for figure in harness.figures_of(section) if figure.bar is None]
+        about = f"`{section['command']}`, {section['date']}, {section['seconds']:.0f} s: {_machine(section)}."
+        parts.append(f"{about}\n\n{harness.markdown(others)}" if others else about)
+    return "\n\n".join(parts)
+
+
+def _machine(section: Mapping[str, Any]) -> str:
+    machine, versions = section["machine"], section["versions"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores ({machine['instructions']}), {machine['memory_gib']} GiB, "
+        f"{section['threads']} threads, load {machine['load_average']:.1f} at the start, torch {versions['torch']}"
+    )
+
+
+def insert(path: Path, text: str) -> None:
+    """Put a text between the marks of a page.
 
     Raises:
         ValueError: if the page has not both marks, once each.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} needs the lines {START} and {END}, once each")
-    before, _, rest = text.partition(START)
+    old = path.read_text(encoding="utf-8")
+    if old.count(START) != 1 or old.count(END) != 1:
+        raise ValueError(f"{path} needs the lines {START} and {END}, once each")
+    before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

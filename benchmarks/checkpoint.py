@@ -30,7 +30,7 @@ def run(options: Options) -> list[Figure]:
     for parameter in theirs.parameters():
         parameter.grad = torch.zeros_like(parameter)
     training.optimizer.step()
-    repeats, steps = options.repeats or (1 if options.quick else 5), itertools.count(1)
+    repeats, steps = options.repeats or (1 if options.quick else 4), itertools.count(1)
     with tempfile.TemporaryDirectory() as folder:
         manager = CheckpointManager(Path(folder), CheckpointConfig(keep_last=1))
         file = Path(folder) / "peer.pt"

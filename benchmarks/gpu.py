@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib.util
 import io
+import itertools
 import math
 import sys
 import time
@@ -22,7 +23,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks import peer as baseline
@@ -70,18 +70,17 @@ def plan(device: torch.device, quick: bool) -> Plan:
 def check(device: torch.device) -> list[str]:
     """Attention and blocks on this device against float32 products; returns what is beyond its tolerance."""
     failed = []
-    for backend in get_args(AttentionBackend):
+    for backend, head_dim in itertools.product(get_args(AttentionBackend), (64, 72)):
         try:
-            chosen = attention.activate(backend, device)
+            chosen = attention.activate(backend, device, head_dim)
         except ValueError as error:
-            print(f"attention {backend}: {error}")
+            print(f"head of {head_dim}: {error}")
             continue
-        for head_dim in (64, 72):
-            kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
-            worst = attention_error(device, head_dim)
-            verdict = "ok" if worst <= TOLERANCE else "FAILED"
-            print(f"attention {backend} ({chosen}), head of {head_dim}: {kernel}, worst error {worst:.1e}: {verdict}")
-            failed += [f"attention {backend}, head of {head_dim}"] if worst > TOLERANCE else []
+        kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
+        worst = attention_error(device, head_dim)
+        verdict = "ok" if worst <= TOLERANCE else "FAILED"
+        print(f"head of {head_dim}: attention {backend} ({chosen}): {kernel}, worst error {worst:.1e}: {verdict}")
+        failed += [f"attention {backend}, head of {head_dim}"] if worst > TOLERANCE else []
     attention.activate("auto", device)
     worst = compiled_error(device)
     verdict = "ok" if worst <= TOLERANCE else "FAILED"
@@ -95,7 +94,7 @@ def attention_error(device: torch.device, head_dim: int) -> float:
     q, k, v, upstream = (torch.randn(2, 4, 256, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
     with bf16_products(device):
-        out = functional.scaled_dot_product_attention(mine[0], mine[1], mine[2])
+        out = attention.attend(mine[0], mine[1], mine[2])
         out.backward(upstream)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     scores = (exact[0] @ exact[1].transpose(-2, -1)) / math.sqrt(head_dim)
@@ -321,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("check", "bench"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="one block, batch 1: to see that it works")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of gpu.json")
+    parser.add_argument("--out", type=Path, help="folder of gpu.json; by default the results, of a GPU only")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -335,7 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
     figures = list(bench(plan(device, options.quick)))
     print(harness.markdown(figures))
     command = f"python -m benchmarks.gpu bench --device {device.type}"
-    print(f"written to {harness.write('gpu', command, figures, state, options.out)}")
+    out = options.out or (harness.RESULTS if device.type == "cuda" else None)
+    if out is not None:
+        print(f"written to {harness.write('gpu', command, figures, state, out)}")
     return 0
 
 

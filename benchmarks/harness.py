@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,15 +33,15 @@ class Options:
 
     repeats: timed runs of each contender; None: the benchmark's own choice.
     quick: small models and few repeats, to see that a benchmark works; its figures mean nothing.
-    authors: a checkout of the authors' code, run as the peer where a benchmark can.
-    out: the folder of NAME.json.
+    authors: a checkout of the authors' code, run as one more peer where a benchmark can.
+    out: the folder of NAME.json; None: the figures are printed only.
     """
 
     repeats: int | None = None
     threads: int = 1
     quick: bool = False
     authors: Path | None = None
-    out: Path = RESULTS
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,19 @@ def compare(
     ours: str = "ours",
     peer: str = "peer",
     against: str,
-    work: float,
+    work: float | None,
     unit: str,
     bar: float | None = None,
 ) -> Figure:
-    """The figure of two contenders of one race: median rates, `work` units a call, and the ratios round by round."""
+    """The figure of two contenders of one race: median rates, `work` units a call, and the ratios round by round.
+
+    Without `work` the two values are the median seconds themselves.
+    """
     ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer], strict=True)]
     low, high = _quartiles(ratios)
-    rate, peer_rate = (work / statistics.median(seconds[name]) for name in (ours, peer))
-    return Figure(what, against, unit, rate, peer_rate, statistics.median(ratios), low, high, bar)
+    medians = [statistics.median(seconds[name]) for name in (ours, peer)]
+    own, theirs = medians if work is None else [work / median for median in medians]
+    return Figure(what, against, unit, own, theirs, statistics.median(ratios), low, high, bar)
 
 
 def measured(
@@ -198,10 +203,27 @@ def write(name: str, command: str, figures: Sequence[Figure], state: Mapping[str
     return path
 
 
-def read(path: Path) -> list[Figure]:
-    """The figures of a file that `write` wrote."""
-    lines = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    return [Figure(**{key: value for key, value in line.items() if key != "met"}) for line in lines]
+def read(path: Path) -> dict[str, Any]:
+    """What `write` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sections(path: Path) -> list[dict[str, Any]]:
+    """What `write` wrote for each benchmark, out of a file of several; empty where there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.is_file() else []
+
+
+def merge(path: Path, new: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
+    """Put the results of benchmarks into a file of several, in the place of their older ones."""
+    found = {section["benchmark"]: section for section in [*sections(path), *new]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"benchmarks": [found[name] for name in order if name in found]}, indent=1)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def figures_of(section: Mapping[str, Any]) -> list[Figure]:
+    """The figures of what `write` wrote."""
+    return [Figure(**{key: value for key, value in line.items() if key != "met"}) for line in section["figures"]]
 
 
 HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "bar", "")
@@ -210,7 +232,7 @@ HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "ba
 def row(figure: Figure) -> tuple[str, ...]:
     """The cells of a figure under HEADINGS."""
     bar = "" if figure.bar is None else f"{figure.bar:g}"
-    met = {None: "", True: "met", False: "MISSED"}[figure.met]
+    met = {None: "", True: "met", False: "not met"}[figure.met]
     ratio, spread = f"{figure.ratio:.2f}", f"{figure.low:.2f} to {figure.high:.2f}"
     return (
         figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, spread, bar, met,
@@ -236,8 +258,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     out.add_argument("--threads", type=int, default=cores, help="threads of torch (default: one a core)")
     out.add_argument("--quick", action="store_true", help="tiny, to see that it works; the figures mean nothing")
-    out.add_argument("--authors", type=Path, help="a checkout of the authors' code, run as the peer where it fits")
-    out.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON result")
+    out.add_argument("--authors", type=Path, help="a checkout of the authors' code, run as one more peer")
+    out.add_argument("--out", type=Path, help="folder for NAME.json; without, the figures are printed only")
     return out
 
 
@@ -251,10 +273,18 @@ def options(arguments: argparse.Namespace) -> Options:
 
 
 def main(name: str, run: Benchmark) -> None:
-    """`python -m benchmarks.NAME`: run, print the table, write NAME.json."""
-    chosen = options(parser(run.__doc__ or name).parse_args())
+    """`python -m benchmarks.NAME`: run, print the tables, write NAME.json where asked to."""
+    try:
+        _main(name, run, options(parser(run.__doc__ or name).parse_args()))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def _main(name: str, run: Benchmark, chosen: Options) -> None:
     state = {"machine": machine(), "versions": versions(), "threads": chosen.threads, "quick": chosen.quick}
+    started = time.monotonic()
     figures = run(chosen)
+    state["seconds"] = round(time.monotonic() - started, 1)
     print(markdown(figures))
-    path = write(name, f"python -m benchmarks.{name}", figures, state, chosen.out)
-    print(f"written to {path}")
+    if chosen.out is not None:
+        print(f"written to {write(name, f'python -m benchmarks.{name}', figures, state, chosen.out)}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
+from benchmarks.authors import batches
 from benchmarks.harness import Figure, Options
 from sfd_scale.data.convert import ConvertConfig, convert
 from sfd_scale.data.reader import DataConfig, LatentReader
@@ -31,12 +32,14 @@ from sfd_scale.latents import LatentStats
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)
 THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES = "theirs", "theirs+features", "ours", "ours+features"
+AUTHORS = "authors"  # their own data set, where a checkout is given; it reads the features
 # What is compared, ours, theirs, and the bar on the ratio.
 PAIRS = (
     ("latents, the default form", OURS, THEIRS_FEATURES, "their form, with features", 2.0),
     ("latents", OURS, THEIRS, "their form", 1.0),
     ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "their form, with features", 1.0),
 )
+AUTHORS_PAIRS = tuple((what, own, AUTHORS, "the authors' code", bar) for what, own, _, _, bar in (PAIRS[0], PAIRS[2]))
 LIMIT = 100_000  # bytes an image in the default form
 Batches = Iterator[Any]
 
@@ -109,8 +112,9 @@ def take(batches: Batches, count: int) -> None:
 class Folders:
     """The same samples in the three forms, and a loader of each contender."""
 
-    def __init__(self, root: Path, samples: int) -> None:
-        self.root, self.samples = root, samples
+    def __init__(self, root: Path, samples: int, authors: Path | None = None) -> None:
+        self.root, self.samples, self.authors = root, samples, authors
+        self.names = [THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES] + ([AUTHORS] if authors is not None else [])
         write_theirs(root / "theirs", samples)
         for name, features in ((OURS, False), (OURS_FEATURES, True)):
             convert(ConvertConfig(source=root / "theirs", features=features), root / name)
@@ -118,9 +122,12 @@ class Folders:
         self.stats = LatentStats.load(root / OURS / "stats.safetensors")
 
     def folder(self, name: str) -> Path:
-        return self.root / ("theirs" if name in (THEIRS, THEIRS_FEATURES) else name)
+        return self.root / ("theirs" if name in (THEIRS, THEIRS_FEATURES, AUTHORS) else name)
 
     def start(self, name: str, workers: int) -> Batches:
+        if name == AUTHORS:
+            assert self.authors is not None
+            return batches(self.authors, self.folder(name), BATCH, workers)
         if name in (THEIRS, THEIRS_FEATURES):
             return theirs(self.folder(name), self.stats, name == THEIRS_FEATURES, workers)
         return ours(self.folder(name), workers)
@@ -131,13 +138,13 @@ class Folders:
 
     def warm(self, workers: int, repeats: int) -> dict[str, list[float]]:
         """Seconds of a pass over all samples; workers are running and read ahead between the turns, for all alike."""
-        streams = {name: self.start(name, workers) for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        streams = {name: self.start(name, workers) for name in self.names}
         count = self.samples // BATCH
         return harness.race({n: functools.partial(take, s, count) for n, s in streams.items()}, repeats)
 
     def processor(self, repeats: int) -> dict[str, list[float]]:
         """Processor seconds of a warm pass in one process: what other load on the machine hardly changes."""
-        streams = {name: self.start(name, 0) for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        streams = {name: self.start(name, 0) for name in self.names}
         seconds: dict[str, list[float]] = {name: [] for name in streams}
         for number in range(1 + repeats):
             for name, stream in streams.items():
@@ -149,7 +156,7 @@ class Folders:
 
     def cold(self, workers: int, repeats: int) -> dict[str, list[float]]:
         """Seconds of a first pass, with the start of the workers."""
-        seconds: dict[str, list[float]] = {name: [] for name in (THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES)}
+        seconds: dict[str, list[float]] = {name: [] for name in self.names}
         for _ in range(repeats):
             for name, own in seconds.items():
                 drop_from_cache(self.folder(name))
@@ -163,18 +170,18 @@ def run(options: Options) -> list[Figure]:
     """Loading latents: samples a second and bytes an image, beside the authors' form."""
     torch.set_num_threads(1)  # as in a worker process; with more, one form would wait for a loaded core, the other not
     samples = 128 if options.quick else SAMPLES
-    repeats = options.repeats or (2 if options.quick else 7)
+    repeats = options.repeats or (2 if options.quick else 4)
     figures = []
     with tempfile.TemporaryDirectory() as root:
-        folders = Folders(Path(root), samples)
+        folders = Folders(Path(root), samples, options.authors)
         passes: list[tuple[str, str, dict[str, list[float]]]] = [
             ("processor time", "samples/cpu-s", folders.processor(repeats))
         ]
         for workers in WORKERS:
             passes.append((f"warm, {workers} workers", "samples/s", folders.warm(workers, repeats)))
-            passes.append((f"cold, {workers} workers", "samples/s", folders.cold(workers, repeats)))
+            passes.append((f"cold, {workers} workers", "samples/s", folders.cold(workers, min(repeats, 2))))
         for how, unit, seconds in passes:
-            for form, own, other, against, bar in PAIRS:
+            for form, own, other, against, bar in PAIRS + (AUTHORS_PAIRS if options.authors is not None else ()):
                 figures.append(
                     harness.compare(
                         f"{form}, {how}",

@@ -63,14 +63,14 @@ def by_files(folder: Path, batch: Tensor) -> Tensor:
 
 
 def handover(options: Options) -> Figure:
-    count = 32 if options.quick else 256
+    count = 32 if options.quick else 128
     batch = images(count, 256, seed=0)
     with tempfile.TemporaryDirectory() as name:
         ours, theirs = Path(name, "ours"), Path(name, "theirs")
         theirs.mkdir()
         assert torch.equal(by_files(theirs, batch), in_process(ours, batch, 0))
         contenders = {"ours": lambda: in_process(ours, batch, 0), "peer": lambda: by_files(theirs, batch)}
-        seconds = harness.race(contenders, options.repeats or 5)
+        seconds = harness.race(contenders, options.repeats or 4)
     return harness.compare(
         "images to the extractor, 256x256", seconds, against="PNG, read again, .npz", work=count, unit="images/s"
     )
@@ -94,7 +94,7 @@ def stack_npz(path: str, count: int) -> None:
 
 
 def memory(options: Options) -> Figure:
-    count = 128 if options.quick else 4096
+    count = 128 if options.quick else 2048
     with tempfile.TemporaryDirectory() as name:
         ours, theirs = (
             harness.peak_memory(write, str(Path(name, f"{write.__name__}.npz")), count) / 2**30
@@ -153,7 +153,7 @@ def neighbours(options: Options) -> Figure:
         )
         found["peer"] = (result["precision"], result["recall"])
 
-    seconds = harness.race({"ours": ours, "peer": peer}, options.repeats or 3, warmup=1)
+    seconds = harness.race({"ours": ours, "peer": peer}, options.repeats or 3, warmup=0)
     assert np.allclose(found["ours"], found["peer"], atol=2e-3), found
     return harness.compare(
         f"precision and recall, {count:,} by {others:,}", seconds, against="torch-fidelity", work=1, unit="1/s"

@@ -174,21 +174,26 @@ class Peer(nn.Module):
         return self.final_layer(tokens, c).transpose(1, 2).unflatten(2, (SIDE, SIDE)), projected
 
 
+Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""(model, latents (N, C, 16, 16), features (N, 768, 16, 16), labels (N,)) → the loss, its draws included."""
+
+
 class PeerTraining:
     """The authors' training step on one device: autocast, AdamW and EMA tensor by tensor, the loss read each step."""
 
-    def __init__(self, model: Peer, precision: Precision, lr: float = 1e-4, decay: float = 0.9999) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Precision, lr: float = 1e-4, decay: float = 0.9999, loss: Loss | None = None
+    ) -> None:
         self.model, self.precision, self.decay = model.train(), precision, decay
+        self.loss = _drawn_loss if loss is None else loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.999))
         self.ema = average_of(model)
         self.device = next(model.parameters()).device
 
     def step(self, latents: Tensor, features: Tensor, labels: Tensor) -> float:
         """latents (N, C, 16, 16), features (N, 768, 16, 16), labels (N,) → the loss."""
-        labels = torch.where(torch.rand(len(labels), device=self.device) < 0.1, NULL_LABEL, labels)
-        noise, u = torch.randn_like(latents), torch.sigmoid(torch.randn(len(latents), device=self.device))
         with autocast(self.device, self.precision):
-            loss = peer_loss(self.model, latents, features, labels, noise, u)
+            loss = self.loss(self.model, latents, features, labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -198,6 +203,12 @@ class PeerTraining:
 
 def autocast(device: torch.device, precision: Precision) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def _drawn_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    labels = torch.where(torch.rand(len(labels), device=labels.device) < 0.1, NULL_LABEL, labels)
+    noise, u = torch.randn_like(latents), torch.sigmoid(torch.randn(len(latents), device=latents.device))
+    return peer_loss(model, latents, features, labels, noise, u)
 
 
 def peer_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
@@ -233,7 +244,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for name, parameter in model.named_parameters():
         averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
     averaged_buffers = dict(average.named_buffers())
-    averaged_buffers["pos_embed"].mul_(decay).add_(dict(model.named_buffers())["pos_embed"], alpha=1 - decay)
+    if "pos_embed" in averaged_buffers:  # a parameter of the authors' model, and so averaged with the others
+        averaged_buffers["pos_embed"].mul_(decay).add_(dict(model.named_buffers())["pos_embed"], alpha=1 - decay)
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import authors as theirs
 from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
-from sfd_scale.accelerators import bf16_products, has_bf16
+from sfd_scale.accelerators import bf16_products, has_bf16, measured_flops
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.ema import EMA, EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.latents import LatentBatch, LatentLayout
 from sfd_scale.models.alignment import AlignmentConfig
-from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, flops_per_sample
 from sfd_scale.objective import SemanticFirstConfig, SemanticFirstObjective
 from sfd_scale.optim import AdamWConfig
 
@@ -92,10 +96,10 @@ def _ours(size: str, count: int, precision: Precision, depth: int | None) -> Cal
 
 
 def _one_of(side: str, size: str, count: int, precision: Precision, depth: int | None, threads: int) -> None:
-    """Three compiled steps of one side, for its memory."""
+    """Two compiled steps of one side, for its memory."""
     torch.set_num_threads(threads)
     step = peer_step(size, count, precision, True, depth) if side == "peer" else _ours(size, count, precision, depth)
-    for _ in range(3):
+    for _ in range(2):
         step()
 
 
@@ -103,12 +107,14 @@ def run(options: Options) -> list[Figure]:
     """Training step: samples/s and peak memory, fp32 and bf16, against the authors' arithmetic."""
     depth, count = (1, 2) if options.quick else (None, 8)
     repeats = options.repeats or (1 if options.quick else 5)
-    figures = _raced("S/1", "fp32", depth, count, repeats, bars=(1.0, 1.0))
+    authors = options.authors
+    figures, seconds = _raced("S/1", "fp32", depth, count, repeats, bars=(1.0, 1.0), authors=authors)
+    figures += _roofline(seconds, depth, count)
     if has_bf16(CPU):
-        figures += _raced("S/1", "bf16", depth, count, repeats, bars=(1.15, 1.4))
+        figures += _raced("S/1", "bf16", depth, count, repeats, bars=(1.15, 1.4), authors=authors)[0]
     else:
         # Without bf16 instructions the authors' step takes scalar products, 1.3 GFLOP/s: minutes for the whole model.
-        figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), bars=(1.15, 1.4))
+        figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), bars=(1.15, 1.4))[0]
     sides = ("ours", "peer")
     ours, peer = (harness.peak_memory(_one_of, side, "S", count, "fp32", depth, options.threads) for side in sides)
     figures.append(
@@ -125,26 +131,74 @@ def run(options: Options) -> list[Figure]:
 
 
 def _raced(
-    name: str, precision: Precision, depth: int | None, count: int, repeats: int, bars: tuple[float, float]
-) -> list[Figure]:
+    name: str, precision: Precision, depth: int | None, count: int, repeats: int, bars: tuple[float, float],
+    warmup: int = 1, authors: Path | None = None,
+) -> tuple[list[Figure], dict[str, list[float]]]:  # fmt: skip
     contenders = {
         "ours": _ours("S", count, precision, depth),
         "compiled": peer_step("S", count, precision, True, depth),
         "eager": peer_step("S", count, precision, False, depth),
     }
-    seconds = harness.race(contenders, repeats, warmup=2)
-    return [
+    against: dict[str, tuple[str, float | None]] = {
+        side: (f"authors' arithmetic, {side}", bar) for side, bar in zip(("compiled", "eager"), bars, strict=True)
+    }
+    if authors is not None:
+        batch = batch_of(count)
+        assert batch.features is not None
+        contenders["authors"] = theirs.training_step(
+            authors, "S", precision, batch.latents, batch.features, batch.labels, depth
+        )
+        against["authors"] = ("the authors' code", bars[0])
+    seconds = harness.race(contenders, repeats, warmup=warmup)
+    figures = [
         harness.compare(
             f"{name} {precision} step, batch {count}",
             seconds,
-            peer=peer,
-            against=f"authors' arithmetic, {peer}",
+            peer=side,
+            against=told,
             work=count,
             unit="samples/s",
             bar=bar,
         )  # fmt: skip
-        for peer, bar in zip(("compiled", "eager"), bars, strict=True)
+        for side, (told, bar) in against.items()
     ]
+    return figures, seconds
+
+
+# AdamW reads weight, gradient and both moments and writes three of them; EMA reads two numbers and writes one.
+UPDATE_BYTES = 4 * (4 + 3 + 2 + 1)
+
+
+def _roofline(seconds: dict[str, list[float]], depth: int | None, count: int) -> list[Figure]:
+    """Each side's step beside the least that it can take: its products at the measured peak, and the update of the
+    weights at the measured bandwidth. The ratio is the share of that bound."""
+    model = our_model("S", depth)
+    flops = count * flops_per_sample(model.config, in_channels=LAYOUT.channels, input_size=SIDE, training=True)
+    moved = UPDATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    peak, bandwidth = measured_flops(CPU, torch.float32), _bandwidth()
+    bound = flops / peak + moved / bandwidth
+    told = (
+        f"bound: {flops / 1e9:.0f} GFLOP at {peak / 1e9:.0f} GFLOP/s and {moved / 1e9:.2f} GB at "
+        f"{bandwidth / 1e9:.1f} GB/s"
+    )
+    return [
+        harness.measured(
+            f"S/1 fp32 step, batch {count}, {side}", ours=statistics.median(seconds[key]), peer=bound, against=told,
+            unit="s",
+        )
+        for key, side in (("ours", "ours"), ("compiled", "authors' arithmetic, compiled"))
+    ]  # fmt: skip
+
+
+def _bandwidth() -> float:
+    """Bytes/s of a sum of two arrays into a third, 64 MiB each; the best of several."""
+    left, right, out = (torch.ones(1 << 24) for _ in range(3))
+    best = math.inf
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.add(left, right, out=out)
+        best = min(best, time.perf_counter() - started)
+    return 3 * 4 * left.numel() / best
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from eval.recipe import EvalRecipe
-from sfd_scale import config, distributed
-from sfd_scale.__main__ import run
+from sfd_scale import distributed
+from sfd_scale.__main__ import checked, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -30,7 +30,7 @@ def _load(
     recipe: str, overrides: list[str] | None, checkpoint: Path | None = None, guide: Path | None = None
 ) -> EvalRecipe:
     given = [f"{key}={value}" for key, value in (("checkpoint", checkpoint), ("guide", guide)) if value is not None]
-    return config.load(recipe, EvalRecipe, [*(overrides or []), *given])
+    return checked(recipe, EvalRecipe, [*(overrides or []), *given])
 
 
 @app.command()
@@ -38,9 +38,9 @@ def generate(
     recipe: Recipe, out: Out, overrides: Overrides = None, checkpoint: Checkpoint = None, guide: Guide = None
 ) -> None:
     """Draw the images and keep their features. A second start continues, on any number of ranks."""
+    loaded = _load(recipe, overrides, checkpoint, guide)
     from eval.generate import generate as run
 
-    loaded = _load(recipe, overrides, checkpoint, guide)
     distributed.init(TIMEOUT_S)
     run(loaded, out)
 
@@ -51,11 +51,18 @@ def score(
     samples: Annotated[Path, typer.Option(help="A folder of `generate`, an .npz, or a folder of images.")],
     out: Annotated[Path | None, typer.Option(help="results.json; beside the samples by default.")] = None,
     overrides: Overrides = None,
+    *,
+    compat: Annotated[
+        Literal["adm"] | None, typer.Option(help="adm: its evaluator's matrix root and float16 distances.")
+    ] = None,
+    prc_fp16: Annotated[bool, typer.Option("--prc-fp16", help="Only its float16 distances.")] = False,
 ) -> None:
     """Score samples against the recipe's reference: FID, sFID, IS, precision, recall, KID."""
+    like_adm = ["metrics.frechet=sqrtm"] if compat == "adm" else []
+    like_adm += ["metrics.distances=float16"] if compat == "adm" or prc_fp16 else []
+    loaded = _load(recipe, [*(overrides or []), *like_adm])
     from eval.score import score as run
 
-    loaded = _load(recipe, overrides)
     distributed.init(TIMEOUT_S)
     default = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
     results = run(loaded, samples, default if out is None else out)

@@ -189,14 +189,18 @@ def _inception(features: FeatureSet, reference: Reference, settings: dict[str, A
 
 def _precision(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
     assert reference.features is not None
-    radii = neighbours.radii(reference.features, settings["neighbours"])
-    return share_influence(neighbours.within(features.pool, reference.features, radii))
+    return share_influence(_inside(features.pool, reference.features, settings))
 
 
 def _recall(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
     assert reference.features is not None
-    radii = neighbours.radii(features.pool, settings["neighbours"])
-    return share_influence(neighbours.within(reference.features, features.pool, radii))
+    return share_influence(_inside(reference.features, features.pool, settings))
+
+
+def _inside(rows: Tensor, centres: Tensor, settings: dict[str, Any]) -> Tensor:
+    distances = settings.get("distances", "float32")  # results of an older release do not say
+    radii = neighbours.radii(centres, settings["neighbours"], distances)
+    return neighbours.within(rows, centres, radii, distances)
 
 
 # ------------------------------------------------------------------------------------------------- two results

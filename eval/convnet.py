@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any, TypedDict
 
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from sfd_scale.exports import EXPORT_KEY
 from sfd_scale.tokenizers.vision_encoder import ConvNetEncoder, ConvNetEncoderConfig
 
 NAME = "sfd-convnet"
@@ -35,7 +39,9 @@ class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
         super().__init__(name, features_list)
         if feature_extractor_weights_path is None:
             raise ValueError("extractor.weights: missing; a convnet extractor needs an exported classifier")
-        config = ConvNetEncoderConfig(weights=Path(feature_extractor_weights_path))
+        weights = Path(feature_extractor_weights_path)
+        config = ConvNetEncoderConfig(weights=weights)
+        config = dataclasses.replace(config, image_size=trained_size(weights) or config.image_size)
         encoder = ConvNetEncoder.load(config)
         self.model, self.image_size = encoder.model, config.image_size
         side = min(8, encoder.grid(config.image_size))
@@ -69,6 +75,14 @@ class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
     @staticmethod
     def get_dummy_input_for_compile() -> None:
         return None
+
+
+def trained_size(weights: Path) -> int | None:
+    """Side of the images, as `sfd export` noted it in the file; None where it did not."""
+    with safe_open(str(weights), framework="pt") as file:
+        note = json.loads((file.metadata() or {}).get(EXPORT_KEY, "{}"))
+    size: int | None = note.get("recipe", {}).get("model", {}).get("image_size")
+    return size
 
 
 def register() -> str:

@@ -110,6 +110,27 @@ def score_curves(runs: Mapping[str, list[Row]], titles: Mapping[str, str]) -> by
     return _png(figure)
 
 
+def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: str, xlabel: str) -> bytes:
+    """Means over seeds as lines, with a band of one standard deviation and a dot for each seed: a PNG.
+
+    Args:
+        curves: by label, points (x, a value for each seed).
+    """
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    axes = _axes(figure, title, (1, 1, 1))
+    for colour, points in zip(itertools.cycle(COLOURS), curves.values(), strict=False):
+        xs, means = [x for x, _ in points], [float(np.mean(values)) for _, values in points]
+        deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for _, values in points]
+        axes.plot(xs, means, color=colour, linewidth=1.6)
+        low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        for x, values in points:
+            axes.plot([x] * len(values), values, "o", markersize=3, color=colour)
+    axes.set_xlabel(xlabel, fontsize=8, color="#404550")
+    _legend(figure, list(curves))
+    return _png(figure)
+
+
 def smoothed(values: list[float], share: float = 0.04) -> list[float]:
     """A running mean of the finite values over about `share` of the points, centred and shorter at the ends."""
     if not values:

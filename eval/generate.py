@@ -68,7 +68,8 @@ def prepare(
         )
     if recipe.cuda_graphs:
         check_graphs(device)
-    kernel = attention.activate(recipe.attention, device)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    kernel = attention.activate(recipe.attention, device, dtype=dtype)
     loaded = load(recipe.checkpoint, recipe.precision, recipe.compile, device)
     guide = None if recipe.guide is None else load(recipe.guide, recipe.precision, recipe.compile, device)
     labels = labels_of(recipe, loaded.num_classes)

@@ -51,7 +51,7 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
         raise ValueError("reference: null; allowed: kind npz, folder, flat, mds or digits, with its path")
     given = _statistics(recipe)
     has_images = not isinstance(recipe.reference, NpzSource) or "arr_0" in npz.keys(recipe.reference.path)
-    images = open_images(recipe.reference) if has_images else None
+    images = open_images(recipe.reference, recipe.cache) if has_images else None
     determined = {
         "kind": "reference",
         "format": 1,

@@ -26,6 +26,7 @@ from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
 from eval.sources import NpzSource, open_images, source_for
 from sfd_scale import config, distributed
+from sfd_scale.logs import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -95,7 +96,7 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
                 f"{samples}: holds {', '.join(stored)} beside the images; ADM's evaluator would take these for the "
                 "samples' statistics and never look at the images. Remove them, or give the file as the reference"
             )
-    return extract(open_images(source), extractor, recipe.extractor_batch, recipe.cache)
+    return extract(open_images(source, recipe.cache), extractor, recipe.extractor_batch, recipe.cache)
 
 
 def score_features(
@@ -110,12 +111,16 @@ def score_features(
     scores: dict[str, float | None] = dict.fromkeys(SCORES)
     if reference.features is not None:
         pool = _rows(folder, "pool").to(device)
-        found = precision_recall(pool, reference.features.to(device), settings.neighbours)
+        found = precision_recall(pool, reference.features.to(device), settings.neighbours, settings.distances)
         scores["precision"], scores["recall"] = found
         del pool
     tasks = _tasks(settings, folder, reference, device)
     rank, world = distributed.rank(), distributed.world_size()
-    mine = [task() for task in tasks[rank::world]]
+    mine = []
+    with progress(len(tasks[rank::world]), "scores", "scores") as bar:
+        for task in tasks[rank::world]:
+            mine.append(task())
+            bar.advance(last=", ".join(mine[-1]))
     for share in distributed.all_gather_object(mine):
         for part in share:
             scores.update(part)
@@ -133,7 +138,7 @@ def _tasks(
 
         def task() -> dict[str, float]:
             own = metrics.moments(_rows(folder, name).to(device)) if summed is None else summed.to(device)
-            return {key: metrics.frechet_distance(own, real.to(device))}
+            return {key: metrics.frechet_distance(own, real.to(device), settings.frechet)}
 
         return task
 

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eval.chunks import write_atomically
 from eval.npz import NpzImages
 from eval.weights import file_sha256
-from sfd_scale import config
+from sfd_scale import config, distributed
 from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
 from sfd_scale.data.pixels import DAMAGE, FORMATS
+from sfd_scale.logs import MB, progress
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -54,8 +56,11 @@ class Images:
     identity: str
 
 
-def open_images(source: SourceConfig) -> Images:
-    """Open a source.
+def open_images(source: SourceConfig, cache: Path | None = None) -> Images:
+    """Open a source. Every rank has to call this.
+
+    Args:
+        cache: where the hashes of folders are kept, so that a second start need not read all files.
 
     Raises:
         ValueError: for files that do not exist or hold no uint8 images, and for images of several sizes.
@@ -66,7 +71,7 @@ def open_images(source: SourceConfig) -> Images:
             file = NpzImages(source.path)
             return Images(len(file), file.rows, f"npz:{file_sha256(source.path)}")
         case FlatSource():
-            return _open_flat(source)
+            return _open_flat(source, cache)
     opened = make_source(source)
     if len(opened) == 0:
         raise ValueError(f"{_describe(source)}: no images in it")
@@ -75,7 +80,7 @@ def open_images(source: SourceConfig) -> Images:
         images, labels = zip(*(opened[number] for number in numbers), strict=True)
         return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
-    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source)}")
+    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, cache)}")
 
 
 def source_for(path: Path) -> SourceConfig:
@@ -97,7 +102,7 @@ def source_for(path: Path) -> SourceConfig:
     raise ValueError(f"{path}: allowed: an .npz, a folder of images or shards, or a folder of `eval generate`")
 
 
-def _open_flat(source: FlatSource) -> Images:
+def _open_flat(source: FlatSource, cache: Path | None) -> Images:
     _must_exist(source.path)
     files = sorted(file for file in source.path.iterdir() if _is_image(file))
     if not files:
@@ -111,7 +116,7 @@ def _open_flat(source: FlatSource) -> Images:
                 raise ValueError(f"{files[number]}: {tuple(image.shape[1:])} pixels, the first image has {tuple(size)}")
         return torch.stack(images), None if labels is None else labels[numbers.start : numbers.stop]
 
-    return Images(len(files), rows, f"flat:{_data_hash(source)}")
+    return Images(len(files), rows, f"flat:{_data_hash(source, cache)}")
 
 
 def _read(path: Path) -> Tensor:
@@ -152,20 +157,46 @@ def _describe(source: Any) -> str:
     return json.dumps(config.to_dict(source), sort_keys=True)
 
 
-def _data_hash(source: Any) -> str:
-    """SHA-256 over the settings, and over what is below the source's path: the shards' manifest and indices, or names,
-    sizes and times of image files (to read them all takes as long as to score them)."""
-    digest = hashlib.sha256(_describe(source).encode())
-    path = getattr(source, "path", None)
+def _data_hash(source: Any, cache: Path | None) -> str:
+    """SHA-256 over the settings and over the content of what is at the source's path, wherever that is: the shards'
+    manifest and indices, which hold the shards' hashes, or all files."""
+    settings = config.to_dict(source)
+    path = settings.pop("path", None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     if path is None:
         return digest.hexdigest()
+    path = Path(path)
     _must_exist(path)
     indices = sorted([*path.rglob("index.json"), *path.glob("manifest.json")])
     for file in indices:
         digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
     if not indices:
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                status = file.stat()
-                digest.update(f"{file.relative_to(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        # One rank reads: the folder is as large as its images.
+        digest.update(distributed.broadcast_object(_files_hash(path, cache) if distributed.is_main() else "").encode())
+    return digest.hexdigest()
+
+
+def _files_hash(path: Path, cache: Path | None) -> str:
+    """SHA-256 over the names and bytes of all files below, or of the file; kept in the cache for as long as names,
+    sizes and times are the same."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    listing, sizes = hashlib.sha256(), list[int]()
+    for file in files:
+        status = file.stat()
+        listing.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        sizes.append(status.st_size)
+    known = None if cache is None else cache / f"content-{listing.hexdigest()[:32]}.txt"
+    if known is not None and known.is_file():
+        return known.read_text(encoding="utf-8")
+    digest = hashlib.sha256()
+    with progress(sum(sizes) // MB, f"hash {path}", "MB") as bar:
+        for file, size in zip(files, sizes, strict=True):
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
+            digest.update(f"{name.as_posix()}\0{size}\n".encode())
+            with file.open("rb") as stream:
+                while piece := stream.read(1 << 20):
+                    digest.update(piece)
+                    bar.advance_bytes(len(piece))
+    if known is not None:
+        write_atomically(known, digest.hexdigest().encode())
     return digest.hexdigest()

@@ -26,8 +26,9 @@ _FREE = ("checkpoint", "name", "outputs", "cache", "published")  # these change 
 def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
     """Evaluate every checkpoint of `run` that has no results yet, oldest first, until the run's last step.
 
-    Writes `out`/step-XXXXXXXX/results.json and, of all of them, `out`/results.jsonl. In the run folder's evaluations/
-    the scores go to the W&B run of the training too: by the training itself while it runs, else from here.
+    Each step has a folder in `out`, such as step-00001000, with its results.json; `out`/results.jsonl has all of them.
+    In the run folder's evaluations/ the scores go to the W&B run of the training too: by the training itself while it
+    runs, else from here.
 
     Raises:
         ValueError: if `run` is no run folder, or `out` has results of other settings.

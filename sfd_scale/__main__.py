@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import rich
 import rich.console
@@ -14,6 +16,7 @@ import typer
 from rich.markup import escape
 
 from sfd_scale import config, distributed, logs
+from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
 from sfd_scale.signals import REQUEUE_EXIT_CODE
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -22,6 +25,22 @@ Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`)
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
 ]
+
+
+T = TypeVar("T")
+
+
+def checked(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T:
+    """The typed recipe of a command; where a launcher asks for no more than whether it is valid, the end of it."""
+    try:
+        loaded = config.load(recipe, cls, overrides or ())
+    except config.ConfigError:
+        if CHECKED in os.environ:
+            time.sleep(CHECK_WAIT_S)  # the launcher says it, and ends this
+        raise
+    if CHECK_ONLY in os.environ:
+        raise typer.Exit
+    return loaded
 
 
 @app.command()
@@ -34,10 +53,11 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. The same command on the same run folder resumes."""
-    from sfd_scale import build
     from sfd_scale.recipe import TrainRecipe
 
-    loaded = config.load(recipe, TrainRecipe, overrides or ())
+    loaded = checked(recipe, TrainRecipe, overrides)
+    from sfd_scale import build
+
     if not build.train(loaded, run or loaded.run, allow_foreign, source=recipe):
         sys.exit(REQUEUE_EXIT_CODE)
 
@@ -45,28 +65,34 @@ def train(
 @app.command()
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Encode images to shards (pixels, composite latents, features). A second start continues the first."""
-    from sfd_scale import prepare
     from sfd_scale.recipe import EncodeRecipe
 
-    prepare.encode(config.load(recipe, EncodeRecipe, overrides or ()))
+    loaded = checked(recipe, EncodeRecipe, overrides)
+    from sfd_scale import prepare
+
+    prepare.encode(loaded)
 
 
 @app.command()
 def convert(recipe: Recipe, overrides: Overrides = None) -> None:
     """Convert the authors' feature files (safetensors) to shards, verified by count and checksum."""
-    from sfd_scale import prepare
     from sfd_scale.recipe import ConvertRecipe
 
-    prepare.convert(config.load(recipe, ConvertRecipe, overrides or ()))
+    loaded = checked(recipe, ConvertRecipe, overrides)
+    from sfd_scale import prepare
+
+    prepare.convert(loaded)
 
 
 @app.command()
 def fit(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fit a closed-form codec (patch PCA, PCA of features) to images."""
-    from sfd_scale import prepare
     from sfd_scale.recipe import FitRecipe
 
-    prepare.fit(config.load(recipe, FitRecipe, overrides or ()))
+    loaded = checked(recipe, FitRecipe, overrides)
+    from sfd_scale import prepare
+
+    prepare.fit(loaded)
 
 
 @app.command()
@@ -161,6 +187,34 @@ def report(
     from sfd_scale.recipe import harness
 
     harness("run_report").write(runs, out, title)
+
+
+@app.command()
+def study(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A cell, such as sfd or 'lead*/seed0', or a sweep; several times for more.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes beside each other, with the cores shared out.")] = 1,
+    report: Annotated[bool, typer.Option("--report", help="Only figures and tables, of what is there.")] = False,
+) -> None:
+    """Run a grid of small trainings and show how they compare. A second start does what is missing."""
+    from sfd_scale.recipe import harness
+
+    module = harness("study")
+    loaded = module.Study(config.load(recipe, module.StudyRecipe, overrides or ()))
+    if not report and jobs > 1:
+        patterns = [word for pattern in only or () for word in ("--only", pattern)]
+        code = module.run_beside(
+            [sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs
+        )
+        if code:
+            sys.exit(code)
+    elif not report and not module.run(loaded, only or ()):
+        sys.exit(REQUEUE_EXIT_CODE)
+    missing = module.report(loaded)
+    typer.echo(f"missing: {', '.join(missing) or 'nothing'}; figures and tables: {loaded.recipe.out}/report")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a device can do: its peak throughput, and bf16 on CPUs that have no instructions for it."""
+"""What a device can do: its peak throughput, bf16 where a CPU has no instructions for it; values on their way back."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / best
 
 
+class HostCopy:
+    """A scalar on its way to the host: `item` waits for this copy, not for what the device was given after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._copied = value.detach(), None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(self._value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def item(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value.item()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -96,6 +112,12 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def same_products() -> contextlib.AbstractContextManager[Any]:
+    """What makes products elsewhere take the way that they take here: autograd calls back without function modes."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return Float32Products() if any(isinstance(mode, Float32Products) for mode in modes) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

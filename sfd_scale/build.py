@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.divergence import DivergenceWatch
 from sfd_scale.ema import EMA
+from sfd_scale.engines.costs import held
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.footprint import Footprint, trace
 from sfd_scale.engines.fsdp import make_fsdp
 from sfd_scale.engines.replicas import require_replicas
 from sfd_scale.hangs import HangRecorder
+from sfd_scale.identity import check_same, check_state, trajectory, written_trajectory
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
 from sfd_scale.meter import Meter
@@ -81,11 +85,8 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     reader = make_reader(recipe, split)
     own = identity(recipe, reader)
 
-    def check_state(state: Mapping[str, Any]) -> None:
-        allowed = recipe.data.allow_stats_mismatch and state["stats_hash"] != own["stats_hash"]
-        if allowed:
-            logger.warning("statistics %s, in the checkpoint %s", own["stats_hash"], state["stats_hash"])
-        _check_same({k: v for k, v in own.items() if not (allowed and k == "stats_hash")}, state, run, allow_foreign)
+    def check(state: Mapping[str, Any]) -> None:
+        check_state(own, state, run, allow_foreign=allow_foreign, any_stats=recipe.data.allow_stats_mismatch)
 
     model = make_model(recipe)
     checkpoints = CheckpointManager(run / "checkpoints", recipe.checkpoint)
@@ -94,7 +95,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     engine = make_engine(model, recipe)
     if recipe.train.replica_check_every is not None:
         require_replicas(engine.replicas())
-    attention.activate(recipe.attention, engine.device)
+    attention.activate(recipe.attention, engine.device, *_head(recipe))
     objective = make_objective(recipe, reader, engine.device)
     facts = _facts(recipe, split, engine, reader)
     claim(run, recipe, source, facts, allow_foreign)
@@ -119,7 +120,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
         watch=DivergenceWatch(recipe.divergence, run),
         metrics=metrics,
         state=own,
-        check_state=check_state,
+        check_state=check,
         before_step=before_step,
     )
     logs.summary(recipe.name, {**facts, "run folder": run})
@@ -247,7 +248,8 @@ def make_reader(recipe: TrainRecipe, split: Portions) -> Reader:
         world_size=distributed.world_size(),
     )
     classes = getattr(recipe.model, "num_classes", reader.num_classes)
-    if reader.num_classes > classes:
+    own_classes = isinstance(recipe.objective, ClassificationConfig) and recipe.objective.pretext != "none"
+    if reader.num_classes > classes and not own_classes:
         raise ValueError(f"model.num_classes: {classes}, but the data in {recipe.data.path} has {reader.num_classes}")
     dim = getattr(recipe.model, "input_dim", None)
     if isinstance(reader, FeatureReader) and reader.feature_dim != dim:
@@ -264,32 +266,9 @@ def reader_kind(recipe: TrainRecipe) -> type[Reader]:
     return FeatureReader if stored else ImageReader
 
 
-def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
-    """The settings that decide the loss curve, which a resumed run may not change. Engine, portions, logging,
-    retention and where things are may change."""
-    settings = config.to_dict(recipe)
-    decisive = ("seed", "model", "objective", "latents", "schedule", "optimizer", "lr", "ema")
-    kept = {key: settings[key] for key in decisive}
-    return {**kept, "global_batch": recipe.train.global_batch, "precision": recipe.engine.precision}
-
-
 def identity(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
     """What every checkpoint records, and what a resumed run has to share with it."""
     return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
-
-
-def _check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow: bool = False) -> None:
-    flat_own, flat_stored = config.flatten(own), config.flatten({k: stored[k] for k in own if k in stored})
-    names = sorted({*flat_own, *flat_stored})
-    different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
-    if different:
-        listed = "; ".join(f"{n}: {flat_own.get(n)!r}, in the checkpoint {flat_stored.get(n)!r}" for n in different)
-        if not allow:
-            raise ValueError(
-                f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe, or "
-                "--allow-foreign to go on with this one"
-            )
-        logger.warning("%s goes on under another recipe: %s", run, listed)
 
 
 def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
@@ -299,8 +278,8 @@ def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str
         ValueError: if its checkpoints are of another recipe, whose files are left as they are.
     """
     if any((run / "checkpoints").glob("step-*/COMMIT")):
-        stored = config.load(run / "recipe.yaml", TrainRecipe)
-        _check_same({"recipe": trajectory(recipe)}, {"recipe": trajectory(stored)}, run, allow_foreign)
+        stored = written_trajectory(run / "recipe.yaml")
+        check_same({"recipe": trajectory(recipe)}, {"recipe": stored}, run, allow_foreign)
     distributed.barrier()
     if distributed.is_main():
         (run / "recipe.yaml").write_text(config.with_source(config.to_yaml(recipe), source), encoding="utf-8")
@@ -342,15 +321,59 @@ def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader)
         "data": f"{recipe.data.path}, {samples:,} samples, {config.digest(reader.fingerprint)[:12]}",
     }
     if isinstance(recipe.model, LightningDiTConfig):
-        _, width, heads = recipe.model.dimensions
-        dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-        facts["attention"] = f"{recipe.attention}: {attention.kernel_name(engine.device, dtype, width // heads)}"
+        head_dim, dtype = _head(recipe)
+        assert head_dim is not None
+        facts["attention"] = f"{recipe.attention}: {attention.kernel_name(engine.device, dtype, head_dim)}"
+        if distributed.is_main():
+            facts["planned memory"] = planned_memory(recipe, split, activations=engine.device.type == "cuda")
     return facts
+
+
+def planned_memory(recipe: TrainRecipe, split: Portions, activations: bool) -> str:
+    """Of the fullest rank, as `sfd plan` has it; without activations where memory is not what ends a run."""
+    planned = held(
+        footprint(recipe, activations), recipe.engine, ranks=split.world_size,
+        ranks_per_node=distributed.local_world_size(), micro_batch=split.micro_batch, accumulation=split.accumulation,
+    )  # fmt: skip
+    total, state, more, host = (
+        f"{size / 2**30:.2f} GiB" for size in (planned.total, planned.state, planned.activations, planned.host)
+    )
+    text = f"{total} a rank: weights, gradients, moments, EMA and buffers {state}, activations {more}"
+    if not activations:
+        text = f"{state} a rank, without activations"
+    return f"{text}; in host memory {host}" if planned.host else text
+
+
+def _head(recipe: TrainRecipe) -> tuple[int | None, torch.dtype]:
+    """What the choice of an attention kernel needs: features of a head where the model says them, dtype of products."""
+    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    if not isinstance(recipe.model, LightningDiTConfig):
+        return None, dtype
+    _, width, heads = recipe.model.dimensions
+    return width // heads, dtype
 
 
 def _bare_parameters(recipe: TrainRecipe) -> list[nn.Parameter]:
     with torch.device("meta"):
         return list(bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+
+
+def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
+    """The footprint of a recipe's model in the precision of its engine; `activations` takes a second or two.
+
+    Raises:
+        ValueError: for a recipe whose model is no diffusion transformer.
+    """
+    settings, layout = recipe.model, recipe.latents
+    if not isinstance(settings, LightningDiTConfig):
+        raise ValueError(f"model.kind: {settings.kind!r}; allowed for a plan: lightningdit")
+
+    def forward(model: nn.Module, samples: int) -> Any:
+        x, t = torch.zeros(samples, *layout.shape), torch.zeros(samples)
+        return model(x, t, t, torch.zeros(samples, dtype=torch.long))
+
+    make = partial(bare_model, settings, layout, recipe.schedule)
+    return trace(make, forward if activations else None, _flops(recipe), recipe.engine.precision)
 
 
 def _flops(recipe: TrainRecipe) -> float:

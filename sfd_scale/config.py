@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import io
 import json
 import re
 import types
@@ -63,19 +65,40 @@ def _parent(name: object, child: Path) -> Path:
     return beside if beside.is_file() and beside != child else find(name)
 
 
-def _read(path: Path, trail: tuple[Path, ...] = ()) -> tuple[DictConfig, dict[str, str]]:
-    """The merged tree of a file and its parents, and which file set each dotted leaf."""
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """A recipe's file and those that it extends, as they are now: what a merged tree is a pure function of."""
+
+    path: Path
+    text: str
+    parents: tuple[_File, ...]
+
+
+def _file(path: Path, trail: tuple[Path, ...] = ()) -> _File:
     if path.resolve() in trail:
         raise ConfigError(f"extends: {path} extends itself")
-    own = _own(path)
-    parents = own.pop("extends", [])
+    text = _text(path)
+    parents = _own(path, text).get("extends", [])
     if not isinstance(parents, str | ListConfig | list):
         raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
+    names = [parents] if isinstance(parents, str) else parents
+    return _File(path, text, tuple(_file(_parent(name, path), (*trail, path.resolve())) for name in names))
+
+
+# Hundreds of recipes extend a few parents. A changed file is another key.
+@functools.lru_cache(maxsize=512)
+def _read(file: _File) -> tuple[DictConfig, Mapping[str, str]]:
+    """The merged tree of a file and its parents, and which file set each dotted leaf. Shared: not to be changed."""
+    (tree, origin), own = _inherited(file), _own(file.path, file.text).copy()
+    own.pop("extends", None)
+    return _merge(tree, own), {**origin, **{key: str(file.path) for key in _leaves(own)}}
+
+
+def _inherited(file: _File) -> tuple[DictConfig, Mapping[str, str]]:
     tree, origin = OmegaConf.create({}), dict[str, str]()
-    for name in [parents] if isinstance(parents, str) else parents:
-        parent, parent_origin = _read(_parent(name, path), (*trail, path.resolve()))
+    for parent, parent_origin in map(_read, file.parents):
         tree, origin = _merge(tree, parent), {**origin, **parent_origin}
-    return _merge(tree, own), {**origin, **{key: str(path) for key in _leaves(own)}}
+    return tree, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +117,11 @@ def lineage(source: str | Path, cls: type[Any]) -> Lineage:
     Raises:
         ConfigError: if it cannot be found or is not valid any more.
     """
-    path = find(source)
-    own = _own(path)
+    file = _file(find(source))
+    own = _own(file.path, file.text).copy()
     parents = own.pop("extends", [])
     names = [parents] if isinstance(parents, str) else [str(name) for name in parents]
-    inherited = OmegaConf.create({})
-    for name in names:
-        inherited = _merge(inherited, _read(_parent(name, path), (path.resolve(),))[0])
-    return Lineage(names, _flat(inherited), _flat(own), flatten(to_dict(load(source, cls))))
+    return Lineage(names, _flat(_inherited(file)[0]), _flat(own), flatten(to_dict(load(source, cls))))
 
 
 def _flat(tree: DictConfig) -> dict[str, Any]:
@@ -115,11 +135,19 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
 
 
-def _own(path: Path) -> DictConfig:
-    """What a file itself sets."""
+def _text(path: Path) -> str:
     try:
-        _check_size(path)
-        own = OmegaConf.load(path)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+
+
+def _own(path: Path, text: str) -> DictConfig:
+    """What a file itself sets. Shared: not to be changed."""
+    try:
+        own = _parse(text)
     # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
@@ -128,11 +156,15 @@ def _own(path: Path) -> DictConfig:
     return own
 
 
-def _check_size(path: Path) -> None:
-    """Refuse a file that would not stay small once it is read, and one that asks for a secret of the environment."""
-    if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
-    text = path.read_text(encoding="utf-8")
+@functools.lru_cache(maxsize=512)
+def _parse(text: str) -> Any:
+    _check_size(text)
+    # As it reads a file; OmegaConf.create would take a bare text for a key.
+    return OmegaConf.load(io.StringIO(text))
+
+
+def _check_size(text: str) -> None:
+    """Refuse a text that would not stay small once it is read, and one that asks for a secret of the environment."""
     if _SECRET.search(text):
         raise ValueError(
             "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and to the "
@@ -154,11 +186,15 @@ def _check_size(path: Path) -> None:
 
 
 def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
-    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply."""
-    base = base.copy()
-    _drop_replaced(base, top)
-    merged = OmegaConf.merge(base, top)
-    assert isinstance(merged, DictConfig)
+    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply.
+
+    Changes neither; where one is empty, it is the other itself.
+    """
+    if not base or not top:
+        return base or top
+    merged = base.copy()
+    _drop_replaced(merged, top)
+    merged.merge_with(top)
     return merged
 
 
@@ -195,7 +231,8 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
 
     Raises ConfigError that starts with the dotted key and says the value, what is allowed and the file.
     """
-    tree, origin = _read(find(source))
+    file = _file(find(source))
+    tree, origin = _read(file)
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override has the form dotted.key=value")
@@ -203,9 +240,9 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         command = OmegaConf.from_dotlist(list(overrides))
         merged = OmegaConf.to_container(_merge(tree, command), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{find(source)}: {error}") from error
-    origin.update(dict.fromkeys(_leaves(command), _COMMAND_LINE))
-    return _Reader(origin, str(find(source))).value(cls, merged, "")
+        raise ConfigError(f"{file.path}: {error}") from error
+    origin = {**origin, **dict.fromkeys(_leaves(command), _COMMAND_LINE)}
+    return _Reader(origin, str(file.path)).value(cls, merged, "")
 
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
@@ -215,7 +252,7 @@ def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
 
 def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe after `extends` and overrides as plain data, without defaults and unchecked: what a launcher reads."""
-    merged = _merge(_read(find(source))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
+    merged = _merge(_read(_file(find(source)))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
     plain = OmegaConf.to_container(merged)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -224,6 +261,36 @@ def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:
     """`cls` from plain nested data (as `to_dict` writes it), with the same checks as a recipe."""
     return _Reader({}, source).value(cls, dict(data), "")
+
+
+def with_defaults(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data as `to_dict` wrote it, perhaps in another release, with `cls`'s defaults for what it lacks.
+
+    Nothing is checked, and unknown keys stay: it is for comparing.
+    """
+    hints, filled = get_type_hints(cls), dict(data)
+    for field in dataclasses.fields(cls):
+        if field.name in data:
+            filled[field.name] = _filled(hints[field.name], data[field.name])
+        elif field.default is not dataclasses.MISSING:
+            filled[field.name] = to_dict(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            filled[field.name] = to_dict(field.default_factory())
+    return filled
+
+
+def _filled(kind: Any, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    classes: list[type[Any]] = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
+    found = classes[0] if len(classes) == 1 else _by_kind(classes).get(value.get("kind"))
+    return value if found is None else with_defaults(found, value)
+
+
+def _by_kind(options: Iterable[Any]) -> dict[Any, Any]:
+    """The dataclasses of a union, by their `kind`."""
+    return {get_args(get_type_hints(o)["kind"])[0]: o for o in options if dataclasses.is_dataclass(o)}
 
 
 def to_dict(config: Any) -> Any:
@@ -261,7 +328,7 @@ def digest(config: Any) -> str:
 class _Reader:
     """Turns plain data into typed values, naming key and file on the way."""
 
-    origin: dict[str, str]
+    origin: Mapping[str, str]
     source: str
 
     def fail(self, key: str, message: str) -> ConfigError:
@@ -318,7 +385,7 @@ class _Reader:
                 if type(value) is option or literal or (option is Path and isinstance(value, str)):
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
-        by_kind = {get_args(get_type_hints(o)["kind"])[0]: o for o in rest if dataclasses.is_dataclass(o)}
+        by_kind = _by_kind(rest)
         if "kind" not in value or value["kind"] not in by_kind:
             raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
         return self.dataclass(by_kind[value["kind"]], value, key)

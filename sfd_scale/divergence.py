@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale import distributed
+from sfd_scale.accelerators import HostCopy
 from sfd_scale.data.reader import Ranges, data_step
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.objective import LossTerms
@@ -109,8 +110,7 @@ class DivergenceWatch:
     def _begin(self) -> None:
         self._sum: Tensor | None = None
         self._parts: list[tuple[Tensor, Tensor | None]] = []
-        self._loss: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._loss: HostCopy | None = None
 
     # -------------------------------------------------------------------------------------------- see
 
@@ -128,21 +128,12 @@ class DivergenceWatch:
         mean = distributed.all_reduce_mean(self._sum / len(self._parts))
         self._limit = spike_limit(self._losses, self.config.spike_z) if self._full else math.inf
         allowed = math.inf if self.config.spike == "log" else self._limit
-        self._fetch(mean)
+        self._loss = HostCopy(mean)  # it has arrived by the time the engine's step has read its norm
         return losses.total * torch.where(mean.isfinite() & (mean <= allowed), 1.0, math.nan)
 
     @property
     def _full(self) -> bool:
         return len(self._losses) == self.config.window
-
-    def _fetch(self, mean: Tensor) -> None:
-        """Start the copy to the host; it has ended by the time the engine's step has read its norm."""
-        if mean.device.type != "cuda":
-            self._loss = mean
-            return
-        self._loss = torch.empty((), pin_memory=True).copy_(mean, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
 
     # ------------------------------------------------------------------------------------------ judge
 
@@ -153,8 +144,6 @@ class DivergenceWatch:
             DivergenceError: where the policy is to stop, or too many steps in a row were dropped.
         """
         assert self._loss is not None
-        if self._copied is not None:
-            self._copied.synchronize()
         loss, parts = self._loss.item(), self._parts
         reason, policy = self._reason(loss, result.applied)
         self._begin()
@@ -234,7 +223,7 @@ class DivergenceWatch:
         start = max(data_step(to, self.passed), stop - self.config.rollback_data)
         self.passed = joined([*self.passed, (start, stop)])
         self._suspect, self._in_row = (to, step), 0
-        self._losses = deque(state["losses"], maxlen=self.config.window)
+        self._losses = deque(state.get("losses", ()), maxlen=self.config.window)
         logger.warning("back at step %d; the data of steps %d to %d is passed over", to, start + 1, stop)
 
     # ------------------------------------------------------------------------------------------- state
@@ -251,7 +240,8 @@ class DivergenceWatch:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run that wrote `state`."""
+        """Go on as the run that wrote `state`; what an older release did not write there stays as at the start."""
+        state = {**self.state(), **state}
         self.skipped, self.spikes, self.rollbacks = (int(state[name]) for name in self.counts())
         self._in_row = int(state["in_row"])
         self._losses = deque(state["losses"], maxlen=self.config.window)

@@ -60,7 +60,11 @@ class LatentLayout:
     def spread(self, texture: Tensor | float, semantic: Tensor | float, like: Tensor) -> Tensor:
         """One value a part (a number, a 0-d tensor or (N,)) on every channel: (N or 1, C, 1, 1), with the dtype and
         device of `like`."""
-        parts = [torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1, 1) for v in (texture, semantic)]
+        # A number is filled in on the device: a copy of it would make the host wait.
+        parts = [
+            v.to(like).reshape(-1, 1) if isinstance(v, Tensor) else like.new_full((1, 1), v)
+            for v in (texture, semantic)
+        ]
         rows = max(part.shape[0] for part in parts)
         wide = [
             part.expand(rows, count)

@@ -56,12 +56,16 @@ def summary(title: str, facts: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+MB = 1_000_000
+
+
 class Bar:
     """Progress of one piece of work; see `progress`."""
 
     def __init__(self, total: int, description: str, unit: str, bar: Progress | None) -> None:
         self.total, self.description, self.unit, self.bar = total, description, unit, bar
         self.done, self.resumed, self.started, self.printed = 0, 0, time.monotonic(), time.monotonic()
+        self.bytes = 0
         self.task = None if bar is None else bar.add_task(description, total=total, fields="")
 
     def skip(self, n: int) -> None:
@@ -69,6 +73,12 @@ class Bar:
         self.done, self.resumed = self.done + n, self.resumed + n
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done)
+
+    def advance_bytes(self, n: int) -> None:
+        """For work whose unit is MB, done in pieces of any size."""
+        before, self.bytes = self.bytes // MB, self.bytes + n
+        if self.bytes // MB > before:
+            self.advance(self.bytes // MB - before)
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         self.done += n

@@ -111,8 +111,8 @@ class SemanticFirstObjective:
         noise = seeding.normal(self.seed, "noise", keys, batch.latents.shape[1:], device)
         u = logit_normal(seeding.normal(self.seed, "time", keys, ()))
         dropped = seeding.uniform(self.seed, "label_drop", keys) < self.config.label_dropout
-        labels = batch.labels.masked_fill(dropped.to(device), self.num_classes)
-        return FlowDraw(noise, self.schedule.time_from_uniform(u).to(device), labels)
+        labels = batch.labels.masked_fill(dropped.to(device, non_blocking=True), self.num_classes)
+        return FlowDraw(noise, self.schedule.time_from_uniform(u).to(device, non_blocking=True), labels)
 
     def loss(self, model: Callable[..., Any], batch: LatentBatch, draw: FlowDraw) -> LossTerms:
         """The loss for given draws; float32 whatever the model computes in.
@@ -234,11 +234,19 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- classification
 
 
+ROTATIONS = 4  # quarter turns: the classes of the pretext task
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig:
-    """Cross entropy; each training image is moved by up to `translate` pixels along both axes."""
+    """Cross entropy; each training image is moved by up to `translate` pixels along both axes.
+
+    pretext: `rotation` turns each image by 0, 90, 180 or 270 degrees, and the turn is the class (arXiv 1803.07728):
+        features without the labels of the data. The model has 4 classes then.
+    """
 
     kind: Literal["classification"] = "classification"
+    pretext: Literal["none", "rotation"] = "none"
     label_smoothing: float = 0.1
     translate: int = 0
 
@@ -259,10 +267,19 @@ class ClassificationObjective:
         self.config, self.seed = config, seed
 
     def __call__(self, model: Callable[..., Any], batch: ImageBatch, /) -> LossTerms:
-        logits = model(self.augment(batch)).logits.float()
-        total = functional.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
-        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
+        images, labels = self.augment(batch), batch.labels
+        if self.config.pretext == "rotation":
+            images, labels = self.rotate(images, batch.keys)
+        logits = model(images).logits.float()
+        total = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return LossTerms(total, {"loss": total.detach(), "accuracy": accuracy})
+
+    def rotate(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Square images, each turned counterclockwise by quarter turns of its own draw, and these (N,) in 0 .. 3."""
+        turns = (ROTATIONS * seeding.uniform(self.seed, "rotation", sample_keys(keys))).long()
+        turned = [image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)]
+        return torch.stack(turned), turns.to(images.device)
 
     def augment(self, batch: ImageBatch) -> Tensor:
         """The images moved by whole pixels, their edges repeated: (N, 3, H, W) uint8."""

@@ -114,6 +114,15 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"] = step
 
 
+def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
+    """A step of torch's fused AdamW, which leaves weights, moments and counts as they are where `norm` is not finite.
+
+    The kernel decides it on the device, by the flag that loss scaling uses: the host need not know yet.
+    """
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -7,45 +7,21 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
-from torch import nn
 
 from sfd_scale import planner
 from sfd_scale.accelerators import peak_of
-from sfd_scale.build import bare_model
+from sfd_scale.build import footprint
 from sfd_scale.config import digest, load
 from sfd_scale.data.schema import Manifest, read_index
 from sfd_scale.engines.costs import engine_name
-from sfd_scale.engines.footprint import Footprint, trace
-from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
+from sfd_scale.engines.footprint import Footprint
+from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 
 IMAGENET = 1_281_167  # images of the training set
 _STORED = 2  # bytes of a latent or a feature in the shards
-
-
-def footprint(recipe: TrainRecipe) -> Footprint:
-    """The footprint of a recipe's model in the precision of its engine.
-
-    Raises:
-        ValueError: for a recipe whose model is no diffusion transformer.
-    """
-    settings, layout = recipe.model, recipe.latents
-    if not isinstance(settings, LightningDiTConfig):
-        raise ValueError(f"model.kind: {settings.kind!r}; allowed for a plan: lightningdit")
-
-    def forward(model: nn.Module, samples: int) -> Any:
-        x, t = torch.zeros(samples, *layout.shape), torch.zeros(samples)
-        return model(x, t, t, torch.zeros(samples, dtype=torch.long))
-
-    flops = flops_per_sample(
-        settings, in_channels=layout.channels, input_size=layout.size, training=True,
-        two_clocks=not recipe.schedule.synchronous,
-    )  # fmt: skip
-    return trace(lambda: bare_model(settings, layout, recipe.schedule), forward, flops, recipe.engine.precision)
 
 
 def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:

@@ -49,9 +49,7 @@ def fit(recipe: FitRecipe) -> None:
     images = _images(source, batches[distributed.rank() :: distributed.world_size()], recipe.num_workers)
     codec: PatchPCA | FeaturePCA
     if isinstance(recipe.codec, PatchPCAFitConfig):
-        patch = recipe.codec.patch
-        rows = (patch_rows(batch, patch) for batch in images)
-        codec = PatchPCA(fit_in_order(rows, len(batches), recipe.codec.channels))
+        codec = _fit_patches(recipe.codec, images, len(batches), recipe)
     else:
         vision = make_features(recipe.tokenizer, distributed.device())
         rows = (feature_rows(vision.features(batch.to(distributed.device()))) for batch in images)
@@ -60,6 +58,28 @@ def fit(recipe: FitRecipe) -> None:
         codec.save(recipe.out)
         logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.identity)
     distributed.barrier()
+
+
+def _fit_patches(settings: PatchPCAFitConfig, images: Iterator[Tensor], count: int, recipe: FitRecipe) -> PatchPCA:
+    patch, channels, alignment = settings.patch, settings.channels, settings.alignment
+    if alignment == 0:
+        return PatchPCA(fit_in_order((patch_rows(batch, patch) for batch in images), count, channels))
+    device = distributed.device()
+    vision = make_features(recipe.tokenizer, device)
+
+    def rows(batch: Tensor) -> Tensor:
+        pixels, features = patch_rows(batch, patch), feature_rows(vision.features(batch.to(device))).cpu()
+        if len(pixels) != len(features):
+            sides = batch.shape[2] // patch, round((len(features) / len(batch)) ** 0.5)
+            raise ValueError(
+                f"codec.patch: {patch} makes a grid of {sides[0]}; allowed: {sides[1]}, as of the features"
+            )
+        return torch.cat([pixels, features], 1)
+
+    inputs = 3 * patch**2
+    return PatchPCA(
+        fit_in_order(map(rows, images), count, channels, lambda total: total.aligned(channels, inputs, alignment))
+    )
 
 
 class _Pixels(torch.utils.data.Dataset[Tensor]):

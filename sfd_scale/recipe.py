@@ -31,7 +31,7 @@ from sfd_scale.meter import MeterConfig
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.models.convnet import SmallConvNetConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
-from sfd_scale.objective import ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
+from sfd_scale.objective import ROTATIONS, ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
 from sfd_scale.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.profiling import ProfileConfig
 from sfd_scale.tokenizers.config import CompositeConfig
@@ -97,6 +97,10 @@ class TrainRecipe:
             )
         if isinstance(self.objective, SemanticFirstConfig) and isinstance(self.model, LightningDiTConfig):
             self._check_diffusion(self.objective, self.model)
+        if isinstance(self.objective, ClassificationConfig) and isinstance(self.model, SmallConvNetConfig):
+            turns = self.model.num_classes
+            if self.objective.pretext == "rotation" and turns != ROTATIONS:
+                raise ValueError(f"model.num_classes: {turns}; allowed: {ROTATIONS} with objective.pretext rotation")
         if isinstance(self.objective, SemanticVAELossConfig):
             if self.data.features not in ("shards", "online"):
                 raise ValueError(f"data.features: {self.data.features}, for a semantic VAE; allowed: shards, online")
@@ -168,8 +172,10 @@ class FitRecipe:
         for name, least in (("num_images", 1), ("batch", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
-        if isinstance(self.codec, FeaturePCAFitConfig) and self.tokenizer.vision is None:
+        if self.tokenizer.vision is None and isinstance(self.codec, FeaturePCAFitConfig):
             raise ValueError("tokenizer.vision: null; a PCA of features needs a vision encoder")
+        if self.tokenizer.vision is None and isinstance(self.codec, PatchPCAFitConfig) and self.codec.alignment:
+            raise ValueError("tokenizer.vision: null; codec.alignment above 0 needs a vision encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +202,10 @@ def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
     kind = config.kind_of(name, overrides)
     if kind == ABOVE:
         return config.load(name, harness("recipe").EvalRecipe, overrides)
+    if kind == "study":
+        return config.load(name, harness("study").StudyRecipe, overrides)
     if kind not in _KINDS:
-        raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE])}")
+        raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE, 'study'])}")
     return config.load(name, _KINDS[kind], overrides)
 
 

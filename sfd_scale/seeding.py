@@ -30,7 +30,8 @@ def normal(
     seed: int, stream: str, keys: Sequence[Key], shape: Sequence[int], device: torch.device | None = None
 ) -> Tensor:
     """Standard normal rows, one generator a key: (N, *shape) float32."""
-    out = torch.empty(len(keys), *shape)
+    pinned = device is not None and device.type == "cuda"  # else the copy would wait for what the device has to do
+    out = torch.empty(len(keys), *shape, pin_memory=pinned)
     for row, key in zip(out, keys, strict=True):
         torch.randn(tuple(shape), generator=generator(seed, stream, *key), out=row)
     return out if device is None else out.to(device, non_blocking=True)

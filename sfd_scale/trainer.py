@@ -143,7 +143,7 @@ class Trainer:
                 "set engine.grad_clip"
             )
         state = self.checkpoints.load(to, self.engine, self.ema)
-        self.watch.rolled_back(step, int(state["step"]), state["divergence"])
+        self.watch.rolled_back(step, int(state["step"]), state.get("divergence", {}))
         self.checkpoints.set_aside(after=int(state["step"]))
         self.metrics.truncate(int(state["step"]))
         self.meter.reset()
@@ -192,7 +192,7 @@ class Trainer:
             return 0
         self.check_state(self.checkpoints.read_state(latest))
         state = self.checkpoints.load(latest, self.engine, self.ema)
-        self.watch.load(state["divergence"])
+        self.watch.load(state.get("divergence", {}))
         self.metrics.truncate(int(state["step"]))
         logger.info("resumed from %s", latest)
         return int(state["step"])

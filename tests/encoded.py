@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.data.images import Digits, DigitsConfig, Source
+from sfd_scale.data.images import DigitsConfig, Drawn, Source
 from sfd_scale.data.schema import Manifest
 from sfd_scale.encode import StoreConfig, encode
 from sfd_scale.latents import LatentLayout
@@ -49,15 +49,15 @@ class Blurred(PatchPCA):
 
 @functools.cache
 def tokenizer(variance: bool = False) -> CompositeTokenizer:
-    images = torch.stack([Digits(DigitsConfig())[i][0] for i in range(64)])
+    images = torch.stack([Drawn(DigitsConfig())[i][0] for i in range(64)])
     codec = Blurred if variance else PatchPCA
     texture = codec.fit([images], PatchPCAFitConfig(patch=4, channels=6))
     semantic = FeaturePCA.fit([Pooled().features(images)], channels=3)
     return CompositeTokenizer(texture, Pooled(), semantic, LAYOUT)
 
 
-def digits(count: int) -> Digits:
-    return Digits(DigitsConfig(num_images=count, seed=3))
+def digits(count: int) -> Drawn:
+    return Drawn(DigitsConfig(num_images=count, seed=3))
 
 
 def encode_digits(out: Path, count: int = 40, source: Source | None = None, **store: Any) -> Manifest:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sfd_scale.accelerators import Float32Products
+from sfd_scale.engines.blocks import prepare_blocks
 
 torch.manual_seed(0)
 A, B, BIAS = torch.randn(7, 33), torch.randn(5, 33), torch.randn(5)
@@ -48,3 +51,19 @@ def test_products_of_other_types_are_left_alone() -> None:
         assert torch.equal(functional.linear(A, B), A @ B.T)
         assert (A.double() @ B.double().T).dtype == torch.float64
     assert (A.bfloat16() @ B.bfloat16().T).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_what_is_computed_again_takes_the_same_products(mode: Literal["block", "selective"]) -> None:
+    """With activation checkpointing autograd calls the block again, outside the mode: it used to fail there."""
+    gradients = {}
+    for checkpointing in ("none", mode):
+        model = nn.Module()
+        model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(33, 33), nn.Tanh()).bfloat16()])
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.linspace(-0.3, 0.3, parameter.numel()).view_as(parameter))
+        prepare_blocks(model, checkpointing, compiled=False)
+        with Float32Products():
+            model.blocks[0](A.bfloat16()).float().square().sum().backward()
+        gradients[checkpointing] = [parameter.grad for parameter in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))  # type: ignore[arg-type]

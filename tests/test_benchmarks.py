@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as suite
-from benchmarks import harness
+from benchmarks import harness, startup
 
 SECONDS = {"ours": [1.0, 2.0, 4.0], "peer": [2.0, 2.0, 12.0]}
 
@@ -35,7 +36,28 @@ def test_figures_come_back_from_their_file(tmp_path: Path) -> None:
     figures = [harness.compare("step", SECONDS, against="it", work=8, unit="samples/s")]
     path = harness.write("step", "python -m benchmarks.step", figures, {"machine": harness.machine()}, tmp_path)
     assert path == tmp_path / "step.json"
-    assert harness.read(path) == figures
+    assert harness.figures_of(harness.read(path)) == figures
+
+
+def test_a_new_result_takes_the_place_of_its_older_one(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "cpu.json"
+    assert harness.sections(file) == []
+    for name, date in (("loader", 1), ("step", 1), ("step", 2)):
+        harness.merge(file, [{"benchmark": name, "date": date}], order=("step", "loader"))
+    assert harness.sections(file) == [{"benchmark": "step", "date": 2}, {"benchmark": "loader", "date": 1}]
+
+
+def test_the_page_has_the_bars_first_and_says_where_each_figure_is_from(tmp_path: Path) -> None:
+    barred = harness.compare("step", SECONDS, against="it", work=8, unit="samples/s", bar=2.5)
+    other = harness.measured("memory", ours=2, peer=3, against="it", unit="GiB")
+    state = {"machine": harness.machine(), "versions": harness.versions(), "threads": 2, "seconds": 1.0}
+    section = harness.read(harness.write("step", "python -m benchmarks.step", [barred, other], state, tmp_path))
+    lines = suite.page([section]).splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert ["step", "it", "samples/s", "4", "4", "2.00", "1.50 to 2.50", "2.5", "not met"] in table
+    assert table.index(["memory", "it", "GiB", "2", "3", "1.50", "1.50 to 1.50", "", ""]) > 2
+    source = next(line for line in lines if line.startswith("`python -m benchmarks.step`"))
+    assert section["date"] in source and section["machine"]["cpu"] in source and "2 threads" in source
 
 
 def _allocate(count: int) -> None:
@@ -45,6 +67,31 @@ def _allocate(count: int) -> None:
 def test_peak_memory_is_that_of_the_process() -> None:
     small, large = harness.peak_memory(_allocate, 1), harness.peak_memory(_allocate, 400_000_000)
     assert 300_000_000 < large - small < 900_000_000
+
+
+def test_the_parts_of_a_start_are_medians_of_what_lies_between_the_stamps() -> None:
+    stamps = ((1.0, 3.0, 9.0), (2.0, 8.0, 9.0), (4.0, 5.0, 9.0))
+    runs = [dict(zip(("rank", "imports", "step"), times, strict=True)) for times in stamps]
+    assert startup.told(runs, {"rank": "launcher", "imports": "imports", "step": "first step"}) == (
+        "launcher 2.0, imports 2.0, first step 4.0"
+    )
+
+
+def test_a_part_that_never_came_is_told(tmp_path: Path) -> None:
+    program = "import json, os; json.dump({'rank': 2e9}, open(os.environ['SFD_STAMPS'], 'w'))"
+    with pytest.raises(RuntimeError, match="never came to: step"):
+        startup._timed([sys.executable, "-c", program], tmp_path / "a", {"rank": "", "step": ""}, {})
+    with pytest.raises(RuntimeError, match="ended with 3:\\nno such thing"):
+        startup._timed(
+            [sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], tmp_path / "b", {}, {}
+        )
+
+
+@pytest.mark.full
+def test_both_starts_come_to_a_step() -> None:
+    limit, ratio = startup.run(harness.Options(quick=True))
+    assert limit.ours == ratio.ours > ratio.peer > 0
+    assert "model and engine" in ratio.what and "model and DDP" in ratio.against
 
 
 def test_the_table_is_put_between_the_marks(tmp_path: Path) -> None:

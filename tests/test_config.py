@@ -68,6 +68,22 @@ def test_extends_merges_and_later_wins(tmp_path: Path) -> None:
     assert config.digest(root) != config.digest(load(tmp_path))
 
 
+def test_a_parent_is_read_once_stays_as_it_is_and_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="name: x\noptim: {lr: 1e-3}\nengine: {kind: zero, stage: 3}\n",
+        child="extends: base\noptim: {lr: 2e-4}\nengine: {kind: fsdp}\n",
+        other="extends: base\nsteps: 7\n",
+    )
+    config._parse.cache_clear()
+    for _ in range(2):
+        assert load(tmp_path, "child", "optim.fused=true").optim == Optim(lr=2e-4, fused=True)
+        assert load(tmp_path, "other") == Root(name="x", steps=7, engine=Zero(stage=3), optim=Optim(lr=1e-3))
+    assert config._parse.cache_info().misses == 3
+    write(tmp_path, base="name: y\n")
+    assert load(tmp_path, "other") == Root(name="y", steps=7)
+
+
 def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
     write(tmp_path, base="name: x\nengine: {kind: zero, stage: 3}\n", child="extends: base\nengine: {kind: fsdp}\n")
     assert load(tmp_path).engine == Fsdp()

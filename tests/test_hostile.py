@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faults.fuzz import TARGETS, Allowed, mutated
+from faults.fuzz import TARGETS, Allowed, Target, mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -40,21 +40,26 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+def read_or_refused(target: Target, folder: Path, changed: bytes) -> None:
+    """The parser meets `changed` in place of its file, and ends well or in an error of the user's kind."""
+    file = folder / target.file
+    good = file.read_bytes()
+    try:
+        file.write_bytes(changed)
+        target.read(folder)
+    except Allowed as error:
+        assert str(error)
+    finally:
+        file.write_bytes(good)
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_changed_bytes_are_read_or_refused(name: str, corpora: dict[str, Path], data: st.DataObject) -> None:
     target, folder = TARGETS[name], corpora[name]
-    file = folder / target.file
-    good = file.read_bytes()
-    try:
-        file.write_bytes(mutated(good, data.draw(st.integers(0, 2**32)), target.tokens))
-        try:
-            target.read(folder)
-        except Allowed as error:
-            assert str(error)
-    finally:
-        file.write_bytes(good)
+    good = (folder / target.file).read_bytes()
+    read_or_refused(target, folder, mutated(good, data.draw(st.integers(0, 2**32)), target.tokens))
 
 
 json_values = st.recursive(
@@ -71,9 +76,7 @@ def test_any_value_anywhere_in_a_json_file_is_read_or_refused(
     name: str, corpora: dict[str, Path], data: st.DataObject
 ) -> None:
     target, folder = TARGETS[name], corpora[name]
-    file = folder / target.file
-    good = file.read_bytes()
-    tree = json.loads(good)
+    tree = json.loads((folder / target.file).read_bytes())
     node, path = tree, []
     while isinstance(node, dict | list) and node and (not path or data.draw(st.booleans())):
         key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
@@ -81,14 +84,7 @@ def test_any_value_anywhere_in_a_json_file_is_read_or_refused(
         node = node[key]
     owner, key = path[-1]
     owner[key] = data.draw(json_values)
-    try:
-        file.write_text(json.dumps(tree))
-        try:
-            target.read(folder)
-        except Allowed as error:
-            assert str(error)
-    finally:
-        file.write_bytes(good)
+    read_or_refused(target, folder, json.dumps(tree).encode())
 
 
 # ------------------------------------------------------------------------------------------- crafted files

@@ -120,3 +120,36 @@ def test_a_stop_request_to_anyone_saves_one_step_on_all_ranks(
     saved = sorted(path.parent.name for path in (run / "checkpoints").glob("step-*/COMMIT"))
     assert saved == [f"step-{last_step(run):08d}"], "the last step of all, and that one only"
     assert ranks_of(run) == {}, "nobody is left behind"
+
+
+def said(launcher: str, *words: str) -> tuple[int, list[str]]:
+    """Exit code of a launch, and all the lines that a user sees of it."""
+    run = subprocess.run(
+        [str(ROOT / f"launchers/{launcher}.sh"), *words], cwd=ROOT, env=environment(), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    return run.returncode, [line for line in (run.stdout + run.stderr).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "sentence"),
+    [
+        (
+            "deepspeed", ["train", "quickstart/sfd", "engine.offload_optimizer=true", "engine.zero_stage=0"],
+            "engine.zero_stage: 0; allowed with precision bf16: 1, 2, 3.",
+        ),
+        (
+            "torchrun", ["--module", "eval", "generate", "quickstart/eval", "guidance.kind=autoguidance"],
+            "guide: null, with guidance kind autoguidance; allowed: an exported checkpoint",
+        ),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_is_one_sentence(
+    tmp_path: Path, launcher: str, words: list[str], sentence: str
+) -> None:
+    out = tmp_path / "out"
+    code, lines = said(launcher, *words, "--out" if "eval" in words else "--run", str(out))
+    assert code == 2 and len(lines) == 1, lines
+    assert lines[0].startswith(f"error: {sentence}") and "(set in " in lines[0]
+    assert all(json.loads(path.read_text())["state"] == "running" for path in out.rglob("rank-*.json")), "ended, mute"
+    assert ranks_of(out) == {}

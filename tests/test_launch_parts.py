@@ -1,12 +1,17 @@
 """The parts of the launchers: hostfiles, exported variables, commands, rank files, exit codes, addresses."""
 
+import base64
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -166,6 +171,41 @@ def test_auto_takes_torchrun_where_something_starts_one_command_a_node() -> None
     assert commands.choose({"SLURM_JOB_NUM_NODES": "4"}) == "torchrun"
     assert commands.choose({"PET_NNODES": "2"}) == "torchrun"
     assert commands.choose({"NODES": "2", "HOSTFILE": "hosts"}) == "deepspeed"
+
+
+def read_by_deepspeed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Namespace, list[Any]]:
+    """What DeepSpeed's launcher of one host makes of its command: options, and each host's name and slots."""
+    from deepspeed.launcher import launch
+
+    monkeypatch.setattr(sys, "argv", list(command[command.index("deepspeed.launcher.launch") :]))
+    options = launch.parse_args()
+    return options, list(json.loads(base64.urlsafe_b64decode(options.world_info)).items())
+
+
+def test_one_host_gets_the_gpus_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"PATH": os.environ["PATH"], "RANKS": "2", "LOG_FOLDER": str(tmp_path), "MASTER_PORT": "29512"}
+    work = commands.Work("eval", ("generate", "quickstart/eval", "--out", "x y"))
+    for visible, slots in (("", [0, 1]), ("3,5,6", [3, 5])):
+        made = commands.make_launch("deepspeed", work, {**given, "CUDA_VISIBLE_DEVICES": visible})
+        options, hosts = read_by_deepspeed(made.command, monkeypatch)
+        assert (hosts, made.world_size, options.master_port) == ([("localhost", slots)], 2, 29512)
+        assert options.no_local_rank and not options.module
+        assert [options.training_script, *options.training_script_args] == [agent.RANK_FILE, "eval", *work.arguments]
+    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES: '3'; allowed with RANKS=2: numbers of 2 GPUs"):
+        commands.make_launch("deepspeed", work, {**given, "CUDA_VISIBLE_DEVICES": "3"})
+
+
+def test_a_host_that_is_started_without_ssh_knows_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        **CPU, "HOSTFILE": str(write(tmp_path, "b slots=3\na slots=3\n")), "NO_SSH": "1", "NODE_RANK": "1",
+        "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29512", "LOG_FOLDER": str(tmp_path),
+    }  # fmt: skip
+    work = commands.Work("sfd_scale", ("train", "quickstart/vision", "train.global_batch=120"))
+    made = commands.make_launch("deepspeed", work, given)
+    options, hosts = read_by_deepspeed(made.command, monkeypatch)
+    assert hosts == [("b", [0, 1, 2]), ("a", [0, 1, 2])]
+    assert (options.node_rank, options.master_addr, options.master_port) == (1, "192.0.2.1", 29512)
+    assert (made.node, made.world_size) == (1, 6)
 
 
 def test_elastic_torchrun_is_told_who_hosts_the_rendezvous_and_by_which_address() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_arrays import arrays, golden_model
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfd_scale.models import attention
@@ -211,6 +215,65 @@ def test_a_kernel_that_cannot_run_is_refused(backend: attention.AttentionBackend
         attention.activate(backend, CPU)
     with pytest.raises(ValueError, match="attention: 'flash9'; allowed: auto"):
         attention.assert_supported("flash9", CPU)  # type: ignore[arg-type]
+
+
+ALL = ("flash2", "flash3", "flash4")
+
+
+@pytest.mark.parametrize(
+    ("found", "capability", "head_dim", "dtype", "expected"),
+    [
+        (ALL, (9, 0), 72, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (ALL, (10, 0), 64, torch.bfloat16, ["flash4", "flash2", "sdpa"]),  # no flash-attention 3 on Blackwell
+        (ALL, (12, 0), 64, torch.float16, ["flash2", "sdpa"]),
+        (ALL, (8, 6), 64, torch.bfloat16, ["flash2", "sdpa"]),
+        (ALL, (7, 5), 64, torch.float16, ["sdpa"]),
+        (ALL, None, 64, torch.bfloat16, ["sdpa"]),  # no CUDA device
+        (ALL, (9, 0), 64, torch.float32, ["sdpa"]),
+        (ALL, (9, 0), 192, torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # too large a head for 4
+        (ALL, (9, 0), 264, torch.bfloat16, ["sdpa"]),
+        (ALL, (9, 0), 20, torch.bfloat16, ["sdpa"]),  # no multiple of 8
+        (ALL, (9, 0), None, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (("flash2",), (9, 0), 64, torch.bfloat16, ["flash2", "sdpa"]),
+        (("flash4",), (9, 0), 64, torch.bfloat16, ["flash4", "sdpa"]),
+        ((), (9, 0), 64, torch.bfloat16, ["sdpa"]),
+    ],
+)
+def test_what_auto_tries(
+    found: tuple[str, ...], capability: tuple[int, int] | None, head_dim: int | None, dtype: torch.dtype,
+    expected: list[str],
+) -> None:  # fmt: skip
+    able, reasons = attention.candidates(found, capability, head_dim, dtype)
+    assert able == expected
+    assert len(able) + len(reasons) == 4  # each kernel is either tried, or said why not
+
+
+def test_a_namespace_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention 4 installs `flash_attn/cute` alone: that is not flash-attention 2."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    assert attention.installed() == {"flash4"}
+    del sys.modules["flash_attn"]  # looking for its submodule imported it
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert attention.installed() == {"flash2", "flash4"}
+    del sys.modules["flash_attn"]
+
+
+def test_the_package_is_called_in_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention 2 takes (N, T, A, F), SDPA (N, A, T, F): the same function of the same tensors."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("ntaf,nsaf->nats", q, k).float().div(q.shape[-1] ** 0.5).softmax(-1)
+        return torch.einsum("nats,nsaf->ntaf", weights, v.float()).to(q.dtype)
+
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    monkeypatch.setattr(attention, "_flash2", flash_attn_func)
+    torch.testing.assert_close(attention.attend(q, k, v).float(), expected, rtol=2e-2, atol=2e-2)
+    monkeypatch.setattr(attention, "_flash2", None)
+    torch.testing.assert_close(attention.attend(q, k, v).float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_auto_says_why_it_takes_another_kernel(caplog: pytest.LogCaptureFixture) -> None:

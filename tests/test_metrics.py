@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval import metrics, neighbours
 from eval.metrics import MetricsConfig, Moments, MomentSums, frechet_distance, inception_score, moments
-from eval.neighbours import precision_recall
+from eval.neighbours import half_distances, precision_recall, squared_distances
 from sfd_scale.sample import balanced_labels
 
 
@@ -61,6 +62,25 @@ def test_frechet_with_dead_features_and_few_samples() -> None:
     assert distance(a, b) == pytest.approx(scipy_distance(a, b), abs=1e-8)
     few = features(30, 64, 3, shift=0.1)
     assert distance(few, b) == pytest.approx(scipy_distance(few, b), abs=1e-3)
+
+
+def test_frechet_by_the_matrix_root_of_adm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = features(400, 32, 0), features(300, 32, 1, shift=0.2)
+    theirs = frechet_distance(moments(a), moments(b), "sqrtm")
+    assert theirs == pytest.approx(scipy_distance(a, b), abs=1e-12)
+    assert theirs == pytest.approx(distance(a, b), abs=1e-8)
+    real, calls = scipy.linalg.sqrtm, []
+
+    def first_fails(product: Any) -> Any:
+        calls.append(product)
+        return real(product) if len(calls) > 1 else np.full_like(product, np.nan)
+
+    monkeypatch.setattr(scipy.linalg, "sqrtm", first_fails)
+    assert frechet_distance(moments(a), moments(b), "sqrtm") == pytest.approx(theirs, abs=1e-3)
+    assert "1e-6 is added" in caplog.text and np.abs(calls[1] - calls[0]).max() > 1e-7
+    monkeypatch.setattr(scipy.linalg, "sqrtm", lambda product: real(product) + 1j)
+    with pytest.raises(ValueError, match=r"metrics\.frechet: sqrtm; .* imaginary parts up to 1; allowed: svd"):
+        frechet_distance(moments(a), moments(b), "sqrtm")
 
 
 def test_frechet_of_gaussians_in_closed_form() -> None:
@@ -166,6 +186,26 @@ def test_precision_recall_equals_torch_fidelity(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(neighbours, "ROWS", 64)
     monkeypatch.setattr(neighbours, "COLUMNS", 50)
     assert precision_recall(samples, reference, k=3) == found
+
+
+def half_by_numpy(a: Tensor, b: Tensor) -> np.ndarray[Any, Any]:
+    """ADM's |u|² − 2·u·v + |v|² with each operation in float16."""
+    u, v = a.numpy().astype(np.float16), b.numpy().astype(np.float16)
+    norms = [np.square(x).astype(np.float64).sum(1).astype(np.float16) for x in (u, v)]
+    product = (u.astype(np.float64) @ v.astype(np.float64).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * product + norms[1], np.float16(0)).astype(np.float32)
+
+
+def test_float16_distances_are_those_of_adm_and_raise_both_scores() -> None:
+    # Squared distances about 1,000, as those of Inception features: float16 has steps of 0.5 to 1 there.
+    samples, reference = 3.0 * features(1500, 128, 0), 3.0 * features(800, 128, 1)
+    found, exact = half_distances(samples, reference), squared_distances(samples, reference)
+    assert (found != torch.from_numpy(half_by_numpy(samples, reference))).float().mean() < 0.02
+    assert 0.1 < (found - exact).abs().mean() < 1.0
+    coarse, fine = precision_recall(samples, reference, 3, "float16"), precision_recall(samples, reference, 3)
+    assert 0.001 < coarse.precision - fine.precision < 0.01 and 0.001 < coarse.recall - fine.recall < 0.01
+    # What overflows is taken in float32, as there.
+    assert torch.equal(half_distances(200 * samples, reference), squared_distances(200 * samples, reference))
 
 
 def test_precision_recall_swap() -> None:

@@ -7,7 +7,16 @@ import pytest
 import torch
 from tiny import TinyModel
 
-from sfd_scale.optim import AdamWConfig, ScheduleConfig, create_state, learning_rate, param_groups, set_lr, set_step
+from sfd_scale.optim import (
+    AdamWConfig,
+    ScheduleConfig,
+    create_state,
+    learning_rate,
+    param_groups,
+    set_lr,
+    set_step,
+    step_if_finite,
+)
 
 
 def rates(schedule: ScheduleConfig, total: int) -> list[float]:
@@ -107,3 +116,21 @@ def test_step_count_decides_the_bias_correction() -> None:
 def test_impossible_settings_are_refused_by_name(cls: Any, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
         cls(**{field: value})
+
+
+@pytest.mark.parametrize("norm", [1.0, math.inf, math.nan])
+def test_a_step_of_a_norm_that_is_not_finite_changes_nothing(norm: float) -> None:
+    """Decided by the kernel: weights, moments and count of a dropped step are those before it, bit for bit."""
+    plain, judged = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    optimizers = [torch.optim.AdamW([p], lr=0.1, weight_decay=0.1, fused=True) for p in (plain, judged)]
+    for number in range(3):
+        plain.grad, judged.grad = (torch.full((7,), number + 1.0) for _ in range(2))
+        if number == 1:
+            judged.grad.mul_(norm)
+        if number != 1 or math.isfinite(norm):
+            optimizers[0].step()
+        step_if_finite(optimizers[1], judged.grad.norm())
+    assert torch.equal(plain, judged)
+    states = [optimizer.state[p] for optimizer, p in zip(optimizers, (plain, judged), strict=True)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert float(states[1]["step"]) == (3 if math.isfinite(norm) else 2)

@@ -14,7 +14,7 @@ from tiny import Spec
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sfd_scale import planner, plans
+from sfd_scale import build, planner, plans
 from sfd_scale.config import load
 from sfd_scale.engines.costs import AnyEngineConfig, held, sent, shard_group
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
@@ -210,6 +210,12 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
     assert made[0][1].sample_bytes == 48 * 16 * 16 * 2 * 2
     assert made[0][1].samples == plans.IMAGENET
     assert math.isclose(made[0][2].flops_per_step, 256 * made[0][1].footprint.flops)
+    # The summary of a run says the same.
+    recipe, _, plan = made[0]
+    total, state = (size / 2**30 for size in (plan.memory.total, plan.memory.state))
+    assert build.planned_memory(recipe, plan.split, activations=True).startswith(f"{total:.2f} GiB a rank")
+    assert build.planned_memory(recipe, plan.split, False) == f"{state:.2f} GiB a rank, without activations"
+    assert total > state + 1
     with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g"):
         plans.make([], [], [8], "h999", gpus_per_node=8, mfu=0.4, measured=None, samples=None)
     with pytest.raises(ValueError, match="allowed for a plan: lightningdit"):

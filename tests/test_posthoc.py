@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import WholeEngine, advance, manager
+from whole_engine import WholeEngine, advance, manager
 
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, reconstruct
 from sfd_scale.checkpoint.posthoc import coefficients, profile_product

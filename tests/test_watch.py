@@ -16,7 +16,7 @@ from eval import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
 from sfd_scale import build, checkpoint, config
-from sfd_scale.data.images import Digits, DigitsConfig
+from sfd_scale.data.images import DigitsConfig, Drawn
 from sfd_scale.logs import ScoreTable
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.recipe import TrainRecipe
@@ -54,7 +54,7 @@ def prepare(folder: Path) -> None:
     net = SmallConvNet(SmallConvNetConfig())
     net.init_weights(0)
     checkpoint.save_weights(net.state_dict(), folder / "classifier.safetensors", {})
-    digits = Digits(DigitsConfig(num_images=30))
+    digits = Drawn(DigitsConfig(num_images=30))
     images = torch.stack([digits[i][0] for i in range(30)])
     npz.write_images(folder / "reference.npz", [images], 30, (32, 32), torch.zeros(30, dtype=torch.int64))
     (folder / "train.yaml").write_text(TRAIN.format(folder=folder))

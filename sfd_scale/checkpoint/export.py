@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from sfd_scale.checkpoint.folder import (
     read_state,
     shapes,
 )
+from sfd_scale.logs import MB, progress
 
 Weights = Literal["ema", "params", "exp_avg", "exp_avg_sq"]
 _PART: dict[str, str] = {
@@ -61,18 +62,35 @@ def load_part(path: Path, part: str) -> dict[str, Tensor]:
         ValueError: where it is damaged, of a newer release, or has no such part.
     """
     read_state(path)
-    wrong = damage(path, slice(None))
+    prefix = f"{part}."
+    stored = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    with progress(stored // MB, f"check {path.name}", "MB") as bar:
+        wrong = damage(path, slice(None), bar.advance_bytes)
     if wrong:
         raise ValueError(f"{path}: damaged checkpoint: {wrong}")
-    prefix = f"{part}."
-    stored = shapes(read_metadata(path))
-    tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
+    named = shapes(read_metadata(path))
+    tensors: dict[str, Tensor] = {name: torch.empty(shape) for name, shape in named.items() if name.startswith(prefix)}
     if not tensors:
         raise ValueError(f"{path}: holds no {part!r}; it holds {', '.join(parts_of(path))}")
-    with warnings.catch_warnings(), one_error(f"{path} cannot be read"):
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-        load(tensors, storage_reader=Reader(path), no_dist=True)
+    with progress(sum(t.nbytes for t in tensors.values()) // MB, f"read {path.name}", "MB") as bar:
+        for group in _groups(tensors):
+            with warnings.catch_warnings(), one_error(f"{path} cannot be read"):
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # what no_dist asks for
+                load(group, storage_reader=Reader(path), no_dist=True)
+            bar.advance_bytes(sum(t.nbytes for t in group.values()))
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _groups(tensors: Mapping[str, Tensor], most: int = 1 << 29) -> Iterator[dict[str, Tensor]]:
+    """Tensors of about `most` bytes at a time, so that a bar can move between."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        group[name] = tensor
+        if sum(t.nbytes for t in group.values()) >= most:
+            yield group
+            group = {}
+    if group:
+        yield group
 
 
 def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, Tensor]:

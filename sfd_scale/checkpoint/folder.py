@@ -17,7 +17,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,15 @@ def committed(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: step_of(path) or 0)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """The hash of a file; `read` is told how many bytes of it were read since it was told last."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            if read is not None:
+                read(len(piece))
+    return digest.hexdigest()
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -121,8 +127,12 @@ def checksums(folder: Path) -> dict[str, dict[str, Any]]:
     return listing
 
 
-def damage(folder: Path, share: slice) -> str | None:
-    """What is wrong with the files `share` of a committed checkpoint; None where they are as they were written."""
+def damage(folder: Path, share: slice, read: Callable[[int], None] | None = None) -> str | None:
+    """What is wrong with the files `share` of a committed checkpoint; None where they are as they were written.
+
+    Args:
+        read: see `sha256`.
+    """
     try:
         for name, expected in sorted(checksums(folder).items())[share]:
             path = folder / name
@@ -130,7 +140,7 @@ def damage(folder: Path, share: slice) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-            if sha256(path) != expected["sha256"]:
+            if sha256(path, read) != expected["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         return str(error)

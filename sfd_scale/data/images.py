@@ -1,4 +1,4 @@
-"""Where images come from: a class folder, tar files, the quickstart's digits, or shards of our own.
+"""Where images come from: class folders, tar or Parquet files, digits, the study's scenes, or shards of our own.
 
 A source is a sequence of ((3, H, W) uint8, class index).
 """
@@ -12,7 +12,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.pixels import SUFFIXES, read_image
+from sfd_scale.data.scenes import SceneSplit, scene_image
 from sfd_scale.data.schema import Manifest
 from sfd_scale.data.shards import open_shards
 from sfd_scale.data.synthetic import NUM_CLASSES, Split, digit_image
@@ -27,6 +29,17 @@ class DigitsConfig:
     split: Split = "train"
     num_images: int = 8000
     size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """Scenes of several handwritten digits on structured grounds (sfd_scale.data.scenes)."""
+
+    kind: Literal["scenes"] = "scenes"
+    split: SceneSplit = "train"
+    num_images: int = 50_000
+    size: int = 64
     seed: int = 0
 
 
@@ -51,7 +64,7 @@ class MDSConfig:
     kind: Literal["mds"] = "mds"
 
 
-SourceConfig = DigitsConfig | FolderConfig | TarConfig | MDSConfig
+SourceConfig = DigitsConfig | ScenesConfig | FolderConfig | TarConfig | ParquetConfig | MDSConfig
 
 
 class Source(Protocol):
@@ -63,19 +76,22 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
-class Digits:
-    """See DigitsConfig."""
+class Drawn:
+    """Images that are drawn when they are asked for; see DigitsConfig and ScenesConfig."""
 
     num_classes = NUM_CLASSES
 
-    def __init__(self, config: DigitsConfig) -> None:
+    def __init__(self, config: DigitsConfig | ScenesConfig) -> None:
         self.config, self.size = config, config.size
 
     def __len__(self) -> int:
         return self.config.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return digit_image(self.config.seed, self.config.split, index, self.size)
+        config = self.config
+        if isinstance(config, DigitsConfig):
+            return digit_image(config.seed, config.split, index, config.size)
+        return scene_image(config.seed, config.split, index, config.size)
 
 
 class Folder:
@@ -128,11 +144,13 @@ class Shards:
 
 def make_source(config: SourceConfig) -> Source:
     match config:
-        case DigitsConfig():
-            return Digits(config)
+        case DigitsConfig() | ScenesConfig():
+            return Drawn(config)
         case FolderConfig():
             return Folder(config)
         case TarConfig():
             return Tars(config)
+        case ParquetConfig():
+            return ParquetImages(config)
         case MDSConfig():
             return Shards(config)

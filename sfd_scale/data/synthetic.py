@@ -22,16 +22,21 @@ _REFERENCE_SHARE = 5  # every fifth handwritten digit of a class is kept for ref
 
 
 @functools.cache
-def handwritten(split: Split) -> tuple[Tensor, ...]:
-    """The digits of a split, by class: ten tensors (n, 8, 8) in [0, 1]. The splits share no digit."""
+def digits_by_class() -> tuple[Tensor, ...]:
+    """All handwritten digits: ten tensors (n, 8, 8) in [0, 1]."""
     from sklearn.datasets import load_digits  # half a second to import, and needed here alone
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float() / 16.0
     labels = torch.from_numpy(bunch.target)
+    return tuple(images[labels == label] for label in range(NUM_CLASSES))
+
+
+@functools.cache
+def handwritten(split: Split) -> tuple[Tensor, ...]:
+    """The digits of a split, by class: ten tensors (n, 8, 8) in [0, 1]. The splits share no digit."""
     chosen = []
-    for label in range(NUM_CLASSES):
-        own = images[labels == label]
+    for own in digits_by_class():
         reference = torch.arange(len(own)) % _REFERENCE_SHARE == 0
         chosen.append(own[reference if split == "reference" else ~reference])
     return tuple(chosen)

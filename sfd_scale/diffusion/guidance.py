@@ -131,7 +131,10 @@ def interval_kinks(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> t
 
 def guides(config: GuidanceConfig, t: Clocks) -> bool:
     """Whether guidance changes the velocity at any of the times (N,)."""
-    return not isinstance(config, NoGuidance) and len(_acting(config, t)[1]) > 0
+    if isinstance(config, NoGuidance):
+        return False
+    rows = _acting(config, t)[1]
+    return rows is None or len(rows) > 0
 
 
 def _evaluate(model: FlowModel, x: Tensor, t: Clocks, y: Tensor) -> Tensor:
@@ -145,9 +148,9 @@ def _classifier_free(
     def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         acts, rows = _acting(config, t)
         # One batch: the conditional velocity of every sample, then the null-label one of those where it matters.
-        both = torch.cat([torch.arange(len(x), device=x.device), rows])
-        labels = torch.cat([y, torch.full_like(y[rows], null_label)])
-        v = _evaluate(model, x[both], Clocks(t.texture[both], t.semantic[both]), labels)
+        both, times, null = (_and_rows(part, rows) for part in (x, torch.stack([t.texture, t.semantic], 1), y))
+        null[len(x) :] = null_label
+        v = _evaluate(model, both, Clocks(times[:, 0], times[:, 1]), null)
         return _combine(v[: len(x)], v[len(x) :], rows, acts, config, layout)
 
     return velocity
@@ -157,33 +160,49 @@ def _autoguidance(model: FlowModel, config: AutoGuidance, layout: LatentLayout, 
     def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         acts, rows = _acting(config, t)
         good = _evaluate(model, x, t, y)
-        if len(rows) == 0:
+        if rows is None:
+            bad = _evaluate(guide, x, t, y)
+        elif len(rows) == 0:
             return good
-        bad = _evaluate(guide, x[rows], Clocks(t.texture[rows], t.semantic[rows]), y[rows])
+        else:
+            bad = _evaluate(guide, x[rows], Clocks(t.texture[rows], t.semantic[rows]), y[rows])
         return _combine(good, bad, rows, acts, config, layout)
 
     return velocity
 
 
-def _acting(config: _Scales, t: Clocks) -> tuple[Clocks, Tensor]:
-    """Where guidance changes each part's velocity ((N,) bool each), and the samples it changes at all (int64)."""
+def _and_rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """All values, and those of some samples once more."""
+    return torch.cat([values, values if rows is None else values[rows]])
+
+
+def _acting(config: _Scales, t: Clocks) -> tuple[Clocks, Tensor | None]:
+    """Where guidance changes each part's velocity ((N,) bool each), and the samples it changes at all (int64).
+
+    None stands for all samples, where no interval has a say: to look at the times, the host would wait for the device.
+    """
+    bounded = {part: config.interval_mode in (part, "both") for part in ("texture", "semantic")}
 
     def acts(part: str, time: Tensor, scale: float) -> Tensor:
         if scale == 1:
             return torch.zeros_like(time, dtype=torch.bool)
-        if config.interval_mode not in (part, "both"):
-            return torch.ones_like(time, dtype=torch.bool)
-        return time >= config.interval_start
+        return time >= config.interval_start if bounded[part] else torch.ones_like(time, dtype=torch.bool)
 
     both = Clocks(acts("texture", t.texture, config.scale_texture), acts("semantic", t.semantic, config.scale_semantic))
+    scales = (("texture", config.scale_texture), ("semantic", config.scale_semantic))
+    if any(scale != 1 and not bounded[part] for part, scale in scales):
+        return both, None
     return both, (both.texture | both.semantic).nonzero().flatten()
 
 
-def _combine(good: Tensor, bad: Tensor, rows: Tensor, acts: Clocks, config: _Scales, layout: LatentLayout) -> Tensor:
+def _combine(
+    good: Tensor, bad: Tensor, rows: Tensor | None, acts: Clocks, config: _Scales, layout: LatentLayout
+) -> Tensor:
     """bad + w·(good − bad) on the parts and samples where guidance acts, else good (arXiv 2207.12598, Eq. 6)."""
-    if len(rows) == 0:
+    if rows is not None and len(rows) == 0:
         return good
-    near = good[rows]
+    near, texture, semantic = (part if rows is None else part[rows] for part in (good, acts.texture, acts.semantic))
     scale = layout.spread(config.scale_texture, config.scale_semantic, like=near)
-    where = layout.spread(acts.texture[rows], acts.semantic[rows], like=near).bool()
-    return good.index_copy(0, rows, torch.where(where, bad + scale * (near - bad), near))
+    where = layout.spread(texture, semantic, like=near).bool()
+    mixed = torch.where(where, bad + scale * (near - bad), near)
+    return mixed if rows is None else good.index_copy(0, rows, mixed)

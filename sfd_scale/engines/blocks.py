@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from sfd_scale.accelerators import same_products
 
 # What the selective mode keeps, because computing it again costs the most: matrix products and attention.
 KEPT = frozenset(
@@ -56,7 +59,9 @@ def prepare_blocks(
         forward: Any = block.forward
         if checkpointing != "none":
             options: dict[str, Any] = {"use_reentrant": False, "determinism_check": "default" if check else "none"}
-            if checkpointing == "selective":
+            if not compiled:
+                options["context_fn"] = functools.partial(_contexts, checkpointing == "selective")
+            elif checkpointing == "selective":
                 options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
             # No dropout: every draw is keyed and happens in the objective, so no generator state needs to be kept.
             forward = functools.partial(checkpoint, forward, preserve_rng_state=False, **options)
@@ -100,5 +105,18 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
         convert_to_float8_training(block, config=config, module_filter_fn=taken)
 
 
+def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of forward, and of computing it again, where the way that its products took would be forgotten."""
+    first, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+    return first, _both(again, same_products())
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = op in KEPT or str(op).startswith("flash_attn._flash_attn_forward")  # there where that package is imported
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

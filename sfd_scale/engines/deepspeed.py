@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale import distributed
+from sfd_scale.accelerators import HostCopy
 from sfd_scale.engines.blocks import prepare_blocks
 from sfd_scale.engines.build_ops import use_own_builds
 from sfd_scale.engines.engine import (
@@ -131,11 +132,13 @@ class _WholeAdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in params if p.grad is not None])
-        self.result = StepResult(norm.item(), bool(norm.isfinite()))
-        if self.result.applied:
-            if self.grad_clip is not None:
-                clip_grads_with_norm_(params, self.grad_clip, norm)
-            super().step(closure)
+        fetched = HostCopy(norm)
+        if self.grad_clip is not None:
+            clip_grads_with_norm_(params, self.grad_clip, norm)
+        self.found_inf = (~norm.isfinite()).float()  # as optim.step_if_finite
+        super().step(closure)
+        value = fetched.item()
+        self.result = StepResult(value, math.isfinite(value))
 
 
 class DeepSpeedEngine:

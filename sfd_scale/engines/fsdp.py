@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale import distributed
+from sfd_scale.accelerators import HostCopy
 from sfd_scale.engines.blocks import blocks_of, prepare_blocks, use_float8
 from sfd_scale.engines.engine import (
     EngineConfig,
@@ -25,7 +26,7 @@ from sfd_scale.engines.engine import (
     ensure_group,
 )
 from sfd_scale.engines.replicas import Replicas
-from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
+from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +116,16 @@ class FSDPEngine:
         grads = [param.grad for param in self._params.values() if param.grad is not None]
         norm = get_total_norm(grads)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        value = norm.item()
-        applied = math.isfinite(value)
-        if applied:
-            if self.config.grad_clip is not None:
-                clip_grads_with_norm_(self._params.values(), self.config.grad_clip, norm)
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
-            self.optimizer_steps += 1
+        fetched = HostCopy(norm)
+        if self.config.grad_clip is not None:
+            clip_grads_with_norm_(self._params.values(), self.config.grad_clip, norm)
+        set_lr(self.optimizer, lr)
+        step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
+        # The device is at work on the update while the host waits for the norm.
+        value = fetched.item()
+        applied = math.isfinite(value)
+        self.optimizer_steps += applied
         return StepResult(value, applied)
 
     def fragments(self) -> list[Fragment]:

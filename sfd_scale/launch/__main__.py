@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sfd_scale.launch import status
+from sfd_scale.launch.check import RecipeCheck
 from sfd_scale.launch.commands import LAUNCHERS, Work, make_launch
 from sfd_scale.launch.supervisor import Supervisor
 
@@ -17,12 +18,19 @@ logger = logging.getLogger(__name__)
 def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
     """Start the ranks, pass stop requests on to them, and return the exit code: 0, 75 after a stop, 2 for a mistake."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [launch] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    environment = dict(os.environ)
+    check = RecipeCheck(module, arguments, environment)
     try:
-        made = make_launch(launcher, Work(module, tuple(arguments)), os.environ)
+        made = make_launch(launcher, Work(module, tuple(arguments)), environment)
+        if environment.get("HOSTFILE") and check.wait():
+            sys.stderr.write(check.sentence())
+            return status.USER_ERROR_EXIT_CODE
+        return Supervisor(made, check).run()
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return status.USER_ERROR_EXIT_CODE
-    return Supervisor(made).run()
+    finally:
+        check.close()
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ No training option lives here: what a rank runs is passed on as it was given.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import signal
@@ -129,14 +131,14 @@ def _deepspeed(work: Work, environment: dict[str, str], folder: Path) -> Launch:
         return _deepspeed_hosts(work, environment, folder)
     ranks = number(environment, "RANKS", 1) if _on_cpu(environment) or environment.get("RANKS") else _gpus(environment)
     work.check_world_size(ranks)
-    options = ["--num_gpus", str(ranks)]
+    slots = list(range(ranks))
     if visible := environment.get("CUDA_VISIBLE_DEVICES", ""):
-        # DeepSpeed ignores the variable where it is given a number of GPUs.
+        # DeepSpeed's launcher sets the variable of a rank from the slots that it is given.
         chosen = visible.split(",")
-        if len(chosen) < ranks:
-            raise ValueError(f"RANKS: {ranks}, but CUDA_VISIBLE_DEVICES={visible} shows {len(chosen)} GPUs")
-        options = ["--include", f"localhost:{','.join(chosen[:ranks])}"]
-    return _launch(_runner(environment, options, work.arguments, work.module), environment, folder, ranks)
+        if len(chosen) < ranks or not all(device.strip().isdigit() for device in chosen):
+            raise ValueError(f"CUDA_VISIBLE_DEVICES: {visible!r}; allowed with RANKS={ranks}: numbers of {ranks} GPUs")
+        slots = [int(device) for device in chosen[:ranks]]
+    return _launch(_one_host(environment, work, {"localhost": slots}), environment, folder, ranks)
 
 
 def _deepspeed_hosts(work: Work, environment: dict[str, str], folder: Path) -> Launch:
@@ -148,7 +150,7 @@ def _deepspeed_hosts(work: Work, environment: dict[str, str], folder: Path) -> L
     work.check_world_size(ranks)
     options = ["--hostfile", str(path), "--no_ssh_check"]
     if environment.get("NO_SSH"):
-        return _deepspeed_no_ssh(work, environment, folder, hosts, options)
+        return _deepspeed_no_ssh(work, environment, folder, hosts)
     if runner == "slurm":
         address = environment.get("MASTER_ADDR") or network.resolve(hosts[0].name)
     else:
@@ -171,19 +173,32 @@ def _deepspeed_hosts(work: Work, environment: dict[str, str], folder: Path) -> L
     return _launch(command, environment, folder, ranks, hosts=hosts, ssh=ssh)
 
 
-def _deepspeed_no_ssh(
-    work: Work, environment: dict[str, str], folder: Path, hosts: list[Host], options: list[str]
-) -> Launch:
+def _deepspeed_no_ssh(work: Work, environment: dict[str, str], folder: Path, hosts: list[Host]) -> Launch:
     """One command a node, without ssh: NODE_RANK says which line of the hostfile this is."""
     node, address = environment.get("NODE_RANK", ""), environment.get("MASTER_ADDR", "")
     if not node.isdigit() or int(node) >= len(hosts):
         raise ValueError(f"NODE_RANK: {node!r}; allowed with NO_SSH: 0 to {len(hosts) - 1}, the line of the hostfile")
     if not address or not environment.get("MASTER_PORT"):
         raise ValueError("MASTER_ADDR: with MASTER_PORT, both needed with NO_SSH: an address of the first host, a port")
-    options += ["--no_ssh", "--node_rank", node, "--master_addr", address]
-    ranks = sum(host.slots for host in hosts)
-    command = _runner(environment, options, work.arguments, work.module)
-    return _launch(command, environment, folder, ranks, node=int(node))
+    slots = {host.name: list(range(host.slots)) for host in hosts}
+    command = _one_host(environment, work, slots, ["--node_rank", node, "--master_addr", address])
+    return _launch(command, environment, folder, sum(map(len, slots.values())), node=int(node))
+
+
+def _one_host(
+    environment: dict[str, str], work: Work, slots: Mapping[str, Sequence[int]], options: Sequence[str] = ()
+) -> list[str]:
+    """DeepSpeed's launcher of one host. Its runner would only import DeepSpeed, for seconds, to start it.
+
+    Args:
+        slots: of each host, the numbers of its GPUs, or of its ranks on the CPU.
+    """
+    world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
+    return [
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", *options,
+        "--master_port", environment.setdefault("MASTER_PORT", str(_port(environment))),
+        "--no_local_rank", "--log_level", "warning", agent.RANK_FILE, work.module, *work.arguments,
+    ]  # fmt: skip
 
 
 def _runner(environment: dict[str, str], options: list[str], arguments: Sequence[str], module: str) -> list[str]:

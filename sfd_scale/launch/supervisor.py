@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from sfd_scale.launch import agent, status
+from sfd_scale.launch.check import RecipeCheck
 from sfd_scale.launch.hosts import Host, ask_each
 
 logger = logging.getLogger(__name__)
@@ -62,10 +64,14 @@ class Launch:
 
 
 class Supervisor:
-    """See the module; `run` returns the exit code."""
+    """See the module; `run` returns the exit code.
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
+    Args:
+        check: of the recipe; once it refuses, everything is ended, and all that is said is the sentence that says why.
+    """
+
+    def __init__(self, launch: Launch, check: RecipeCheck | None = None) -> None:
+        self.launch, self.check = launch, check
         self.requests: list[tuple[int, float]] = []
 
     def run(self) -> int:
@@ -75,6 +81,9 @@ class Supervisor:
         process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
         try:
             code = self._watch(process)
+            if self.check is not None and code != 0 and not self.stopping and self.check.wait():
+                sys.stderr.write(self.check.sentence())
+                return status.USER_ERROR_EXIT_CODE
             self._sweep()
         finally:
             for signum, handler in previous.items():
@@ -93,6 +102,8 @@ class Supervisor:
         asked, failed_at, killed_at = False, math.inf, math.inf
         while (code := process.poll()) is None:
             time.sleep(0.2)
+            if self.check is not None and self.check.refused:
+                self._end_at_once(process)
             now = time.monotonic()
             if self.stopping and not asked:
                 asked = True
@@ -110,6 +121,12 @@ class Supervisor:
             if now - killed_at > KILL_WAIT_S:
                 process.kill()
         return code
+
+    def _end_at_once(self, process: subprocess.Popen[bytes]) -> None:
+        """No rank has begun its work, and none shall: first what would start more of them."""
+        os.killpg(process.pid, signal.SIGKILL)
+        self.launch.signal_ranks(signal.SIGKILL)
+        process.wait()
 
     def _impatient(self) -> bool:
         """Whether it was asked again more than a second later, or the time for a save is over."""
@@ -134,11 +151,13 @@ class Supervisor:
         states = {rank.state for rank in self._ranks()}
         if states == {"done"}:
             return
-        while self.launch.signal_ranks(0):
-            if time.monotonic() - started > patience or (self.stopping and self._impatient()):
+        killed_at = math.inf
+        while self.launch.signal_ranks(0) and time.monotonic() - killed_at < KILL_WAIT_S:
+            late = time.monotonic() - started > patience or (self.stopping and self._impatient())
+            if late and killed_at == math.inf:
                 self.launch.signal_ranks(signal.SIGKILL)
-                return
-            time.sleep(0.5)
+                killed_at = time.monotonic()
+            time.sleep(0.1 if late else 0.5)  # a killed process is there for as long as its memory is given back
 
     def _report(self, code: int) -> int:
         ranks = self._ranks()

@@ -1,14 +1,18 @@
 """Scaled dot-product attention: one call, the kernel chosen once a process and named in the logs.
 
-PyTorch's SDPA dispatches to flash-attention 2 on CUDA by itself; flash-attention 3 and 4 register themselves as its
-implementation, so compile, activation checkpointing and the CPU all share this one code path.
+Flash-attention 3 and 4 register themselves as the flash kernel of PyTorch's SDPA, so compile, activation checkpointing
+and the CPU share one code path; flash-attention 2 is a function of its package, or the copy that PyTorch has.
 
 N batch · A heads · T tokens · F features of one head.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -22,9 +26,26 @@ from sfd_scale.models.rope import RotaryEmbedding2D
 logger = logging.getLogger(__name__)
 
 AttentionBackend = Literal["auto", "sdpa", "flash2", "flash3", "flash4", "math"]
-# Major compute capabilities, and names in torch.nn.attention.
-_CAPABILITIES: dict[str, tuple[int, ...]] = {"flash2": (8, 9, 10, 11, 12), "flash3": (9,), "flash4": (9, 10)}
-_PACKAGES: dict[str, Literal["FA3", "FA4"]] = {"flash3": "FA3", "flash4": "FA4"}
+FlashBackend = Literal["flash2", "flash3", "flash4"]
+
+
+@dataclass(frozen=True)
+class _Flash:
+    """What a flash kernel needs; `registered`: its name in torch.nn.attention."""
+
+    module: str
+    capabilities: tuple[int, ...]  # major ones
+    largest_head: int
+    registered: Literal["FA3", "FA4"] | None = None
+
+
+# In the order in which `auto` takes them.
+_FLASH: dict[FlashBackend, _Flash] = {
+    "flash3": _Flash("flash_attn_interface", (9,), 256, "FA3"),
+    "flash4": _Flash("flash_attn.cute", (9, 10), 128, "FA4"),
+    "flash2": _Flash("flash_attn", (8, 9, 10, 11, 12), 256),
+}
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Attention(nn.Module):
@@ -46,52 +67,111 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        out = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
 
 
-def _unsupported(backend: AttentionBackend, device: torch.device) -> str | None:
-    """Why a kernel asked for by name cannot run on a device, or None."""
-    if backend not in _CAPABILITIES:
-        return None
-    if device.type != "cuda":
+_flash2: Callable[..., Tensor] | None = None  # the package's function, where it was chosen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √F)·v by the kernel that was chosen, (N, A, T, F) each (arXiv 1706.03762, Eq. 1)."""
+    if _flash2 is None or q.dtype not in _HALF:
+        return functional.scaled_dot_product_attention(q, k, v)
+    return _flash2(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def installed() -> frozenset[FlashBackend]:
+    """The flash-attention packages of this Python."""
+    return frozenset(name for name, needs in _FLASH.items() if _is_module(needs.module))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    # flash-attention 4 alone makes `flash_attn` a namespace, which is not flash-attention 2.
+    return spec is not None and spec.origin is not None
+
+
+def unfit(
+    backend: FlashBackend,
+    found: Collection[str],
+    capability: tuple[int, int] | None,
+    head_dim: int | None,
+    dtype: torch.dtype,
+) -> str | None:
+    """Why a flash kernel cannot run, or None: of what is installed, compute capability (None: no CUDA device), features
+    of a head (None: not known) and dtype."""
+    needs = _FLASH[backend]
+    if capability is None:
         return "it needs a CUDA device"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major not in _CAPABILITIES[backend]:
-        return f"it needs a GPU of compute capability {_CAPABILITIES[backend]}, this one has {major}.{minor}"
+    if capability[0] not in needs.capabilities:
+        majors = " or ".join(f"{major}.x" for major in needs.capabilities)
+        return f"it needs a GPU of compute capability {majors}, this one has {capability[0]}.{capability[1]}"
+    if backend not in found:
+        return f"it needs the module {needs.module}"
+    if head_dim is not None and (head_dim > needs.largest_head or head_dim % 8):
+        return f"it takes heads of multiples of 8 up to {needs.largest_head}, not {head_dim}"
+    if dtype not in _HALF:
+        return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def candidates(
+    found: Collection[str], capability: tuple[int, int] | None, head_dim: int | None, dtype: torch.dtype
+) -> tuple[list[AttentionBackend], list[str]]:
+    """What `auto` tries, the best first and SDPA last, and why not the others; arguments as of `unfit`."""
+    able: list[AttentionBackend] = []
+    reasons: list[str] = []
+    for name in _FLASH:
+        reason = unfit(name, found, capability, head_dim, dtype)
+        if reason is None:
+            able.append(name)
+        else:
+            reasons.append(f"{name}: {reason}")
+    return [*able, "sdpa"], reasons
 
 
 def assert_supported(backend: AttentionBackend, device: torch.device) -> None:
     """Raises ValueError that says why `backend` cannot run on the device."""
     if backend not in get_args(AttentionBackend):
         raise ValueError(f"attention: {backend!r}; allowed: {', '.join(get_args(AttentionBackend))}")
-    reason = _unsupported(backend, device)
-    if reason is not None:
-        raise ValueError(f"attention: {backend} cannot run here ({reason}); allowed here: auto, sdpa, math")
+    if backend in _FLASH:
+        # By name flash2 needs no package: PyTorch has a copy.
+        reason = unfit(backend, {*installed(), "flash2"}, _capability(device), None, torch.bfloat16)
+        if reason is not None:
+            raise ValueError(f"attention: {backend} cannot run here ({reason}); allowed here: auto, sdpa, math")
 
 
-def activate(backend: AttentionBackend, device: torch.device) -> str:
-    """Choose the kernel behind SDPA for this process; returns the name of what was chosen.
+def activate(
+    backend: AttentionBackend, device: torch.device, head_dim: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Choose the kernel for this process; returns the name of what was chosen.
 
-    `auto` takes flash-attention 3 or 4 where the package is installed and the GPU fit, else SDPA's own choice, and
-    logs why. `flash2` is PyTorch's built-in kernel, `math` plain matrix products to compare with. SDPA still takes
-    plain products where a flash kernel cannot work at all (float32), so `kernel_name` says what really runs.
+    `auto` takes the first of `candidates` that loads, and logs why not those before it. `flash2` is the package's
+    kernel or PyTorch's copy, `math` plain matrix products to compare with. SDPA still takes plain products where a
+    flash kernel cannot work at all (float32), so `kernel_name` says what really runs.
+
+    Args:
+        head_dim: of the model that is to run, where it is known.
+        dtype: of its products.
 
     Raises:
         ValueError: if a kernel asked for by name cannot run here, with the reason.
     """
     assert_supported(backend, device)
-    if torch.nn.attention.current_flash_attention_impl() is not None:
-        torch.nn.attention.restore_flash_attention_impl()
-    chosen, reasons = "sdpa", []
-    for name in ("flash3", "flash4") if backend == "auto" else (backend,):
-        reason = _unsupported(name, device) or _register(name)
-        if reason is None:
-            chosen = name
+    _reset()
+    tried: list[AttentionBackend] = [backend]
+    reasons: list[str] = []
+    if backend == "auto":
+        tried, reasons = candidates(installed(), _capability(device), head_dim, dtype)
+    for chosen in tried:
+        failure = _load(chosen)
+        if failure is None:
             break
-        reasons.append(f"{name}: {reason}")
-    if reasons and backend != "auto":
+        reasons.append(f"{chosen}: {failure}")
+    else:
         raise ValueError(f"attention: {backend} cannot run here ({'; '.join(reasons)}); allowed here: auto, sdpa, math")
     if reasons:
         logger.info("attention: %s; %s", chosen, "; ".join(reasons))
@@ -102,13 +182,29 @@ def activate(backend: AttentionBackend, device: torch.device) -> str:
     return chosen
 
 
-def _register(backend: str) -> str | None:
-    """Make SDPA's flash kernel that of a package; the reason why not, or None."""
-    if backend not in _PACKAGES:
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _reset() -> None:
+    global _flash2
+    _flash2 = None
+    if torch.nn.attention.current_flash_attention_impl() is not None:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def _load(backend: AttentionBackend) -> str | None:
+    """Put a flash kernel in the place of the default; the reason why not, or None."""
+    global _flash2
+    needs = next((needs for name, needs in _FLASH.items() if name == backend), None)
+    if needs is None:
         return None
     try:
-        torch.nn.attention.activate_flash_attention_impl(_PACKAGES[backend])
-    except (ImportError, RuntimeError, ValueError) as error:
+        if needs.registered is not None:
+            torch.nn.attention.activate_flash_attention_impl(needs.registered)
+        elif _is_module(needs.module):
+            _flash2 = importlib.import_module(needs.module).flash_attn_func
+    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
         return str(error)
     return None
 
@@ -125,8 +221,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The operator that SDPA really runs for this device, dtype and head: found by running it once."""
+    """The operator that really runs for this device, dtype and head: found by running it once."""
     q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
     with _Recorder() as recorder, torch.no_grad():
-        functional.scaled_dot_product_attention(q, q, q)
+        attend(q, q, q)
     return ", ".join(dict.fromkeys(recorder.kernels)) or "math"

@@ -6,16 +6,17 @@ N batch · C latent channels · D feature channels · H, W image · h, w latent 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 Precision = Literal["fp32", "bf16"]
 DETERMINISTIC_LOGVAR = -30.0
 """The log-variance of a codec without one, where a tensor has to hold it: the lower bound of posteriors."""
@@ -123,6 +124,31 @@ def identity(kind: str, state: Mapping[str, Tensor], settings: str = "") -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return f"{kind}:{digest.hexdigest()}"
+
+
+class Frozen(Generic[M]):
+    """A trained network that is only called: without dropout, without gradients."""
+
+    def __init__(self, model: M) -> None:
+        self.model: M = model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> Self:
+        self.model.to(device)
+        return self
+
+
+def with_weights(make: Callable[[], M], state: Mapping[str, Tensor], path: Path) -> M:
+    """The model of `make` with all its weights, which are those of the file `path`.
+
+    Raises:
+        ValueError: that names the file, if they do not fit.
+    """
+    try:
+        model = make()
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"weights: {path}: {error}") from error
+    return model
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:

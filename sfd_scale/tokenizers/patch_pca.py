@@ -26,17 +26,24 @@ class PatchPCAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPCAFitConfig:
-    """`channels` of the 3·patch² numbers of a patch are kept."""
+    """`channels` of the 3·patch² numbers of a patch are kept.
+
+    alignment: above 0 the codes also predict the features of tokenizer.vision at the patch, which count so much beside
+        the pixels (`CovarianceAccumulator.aligned`).
+    """
 
     kind: Literal["patch_pca"] = "patch_pca"
     patch: int = 4
     channels: int = 16
+    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         if self.patch < 1:
             raise ValueError(f"patch: {self.patch}; allowed: 1 and up")
         if not 1 <= self.channels <= 3 * self.patch**2:
             raise ValueError(f"channels: {self.channels}; allowed: 1 to {3 * self.patch**2} with patch {self.patch}")
+        if not 0 <= self.alignment < float("inf"):
+            raise ValueError(f"alignment: {self.alignment}; allowed: 0 and up")
 
 
 def to_patches(images: Tensor, side: int) -> Tensor:
@@ -59,7 +66,8 @@ def patch_rows(images: Tensor, side: int) -> Tensor:
 
 
 class PatchPCA(ComponentBuffers):
-    """Decoding what was encoded is the best reconstruction that C numbers a patch allow linearly."""
+    """Decoding what was encoded is the best reconstruction that C numbers a patch allow linearly; of an aligned codec,
+    the best from codes that predict vision features too."""
 
     @classmethod
     def fit(cls, images: Iterable[Tensor], config: PatchPCAFitConfig) -> Self:

@@ -5,7 +5,7 @@ N batch · R rows · D feature channels · C components · h, w grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -20,11 +20,15 @@ from sfd_scale.tokenizers.codec import Moments, identity, read_safetensors
 
 @dataclass(frozen=True)
 class Components:
-    """mean (D,), directions (C, D) of unit length with the strongest first, variance (C,) along them; float32."""
+    """mean (D,), directions (C, D) of unit length with the strongest first, variance (C,) along them; float32.
+
+    restoring: (C, D), what turns latents back, where that is not the directions themselves.
+    """
 
     mean: Tensor
     directions: Tensor
     variance: Tensor
+    restoring: Tensor | None = None
 
 
 class CovarianceAccumulator:
@@ -68,6 +72,36 @@ class CovarianceAccumulator:
         variance = values.flip(0)[:number].clamp(min=0)
         return Components(self.mean.float(), (directions * largest.sign()).float(), variance.float())
 
+    def aligned(self, number: int, inputs: int, alignment: float) -> Components:
+        """Rows are [x (inputs), f]: the linear code z = E·x of `number` values that minimises the mean of
+        ‖x − D·z‖² + w·‖f − A·z‖² over E, D and A; x and f centred, w = alignment · var(x) / var(f), so that 1 counts
+        the features as much as the pixels (the balance of VA-VAE, arXiv 2501.01423, in closed form).
+
+        By reduced-rank regression (Izenman, 1975) of [x; √w·f] on x: the components of what x predicts of both.
+
+        Raises:
+            ValueError: if there are fewer rows or columns than components.
+        """
+        if not 1 <= number <= inputs or self.count <= number:
+            raise ValueError(
+                f"channels: {number}; allowed: 1 to {inputs}, from more rows than that; there are {self.count}"
+            )
+        covariance = self.outer / self.count
+        own, cross = covariance[:inputs, :inputs], covariance[inputs:, :inputs]  # (D, D), (F, D)
+        spread = covariance.diagonal()
+        weight = alignment * spread[:inputs].sum() / spread[inputs:].sum().clamp(min=1e-30)
+        predicts = cross @ torch.linalg.pinv(own, hermitian=True, rtol=1e-10) * weight.sqrt()  # √w·f from x: (F, D)
+        both = torch.cat([torch.eye(inputs, dtype=own.dtype), predicts])  # [x; √w·f] from x
+        _, vectors = torch.linalg.eigh(both @ own @ both.T)
+        outputs = vectors.flip(1)[:, :number].T  # (C, D + F)
+        largest = outputs.gather(1, outputs.abs().argmax(1, keepdim=True))
+        outputs = outputs * largest.sign()
+        encoder = outputs @ both  # (C, D)
+        variance = ((encoder @ own) * encoder).sum(1).clamp(min=0)
+        return Components(
+            self.mean[:inputs].float(), encoder.float(), variance.float(), outputs[:, :inputs].contiguous().float()
+        )
+
 
 def fit_components(batches: Iterable[Tensor], number: int) -> Components:
     """Principal components of rows that come in batches (R, D), in this process alone."""
@@ -82,11 +116,16 @@ def fit_components(batches: Iterable[Tensor], number: int) -> Components:
     return total.components(number)
 
 
-def fit_in_order(own: Iterable[Tensor], count: int, number: int) -> Components:
+def fit_in_order(
+    own: Iterable[Tensor], count: int, number: int, reduce: Callable[[CovarianceAccumulator], Components] | None = None
+) -> Components:
     """Principal components of rows in `count` batches, of which this rank has every world_size-th, from its rank on.
 
     Merged on rank 0 batch after batch in their order, so that the bits do not depend on the number of ranks. Only the
     sums travel, (D, D) a batch.
+
+    Args:
+        reduce: what the sums become, in place of their principal components.
     """
     batches, found = iter(own), None
     total: CovarianceAccumulator | None = None
@@ -100,7 +139,7 @@ def fit_in_order(own: Iterable[Tensor], count: int, number: int) -> Components:
     if distributed.is_main():
         if total is None:
             raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
-        found = total.components(number)
+        found = total.components(number) if reduce is None else reduce(total)
     components: Components = distributed.broadcast_object(found)
     return components
 
@@ -111,12 +150,14 @@ class ComponentBuffers(nn.Module):
     mean: Tensor
     directions: Tensor
     variance: Tensor
+    restoring: Tensor | None
 
     def __init__(self, components: Components) -> None:
         super().__init__()
         self.register_buffer("mean", components.mean)
         self.register_buffer("directions", components.directions)
         self.register_buffer("variance", components.variance)
+        self.register_buffer("restoring", components.restoring)
 
     @property
     def channels(self) -> int:
@@ -129,7 +170,7 @@ class ComponentBuffers(nn.Module):
 
     def restore(self, latents: Tensor) -> Tensor:
         """(..., C) → (..., D), the nearest point of the components' span."""
-        return latents.float() @ self.directions + self.mean
+        return latents.float() @ (self.directions if self.restoring is None else self.restoring) + self.mean
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +187,7 @@ def load_components(path: Path, what: str) -> Components:
     missing = {"mean", "directions", "variance"} - state.keys()
     if missing:
         raise ValueError(f"weights: {path} is no file of {what}: it lacks {', '.join(sorted(missing))}")
-    return Components(state["mean"], state["directions"], state["variance"])
+    return Components(state["mean"], state["directions"], state["variance"], state.get("restoring"))
 
 
 @dataclass(frozen=True, kw_only=True)

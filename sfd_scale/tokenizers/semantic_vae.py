@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfd_scale import seeding
 from sfd_scale.models.authors import read_weights
-from sfd_scale.tokenizers.codec import DETERMINISTIC_LOGVAR, Moments, identity
+from sfd_scale.tokenizers.codec import DETERMINISTIC_LOGVAR, Frozen, Moments, identity, with_weights
 
 _LOGVAR_BOUNDS = (DETERMINISTIC_LOGVAR, 20.0)
 
@@ -143,27 +143,18 @@ def config_of(state: Mapping[str, Tensor], heads: int) -> SemanticVAEConfig:
     )
 
 
-class SemanticVAECodec:
+class SemanticVAECodec(Frozen[SemanticVAE]):
     """A trained, frozen SemanticVAE on grids."""
 
     def __init__(self, model: SemanticVAE) -> None:
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.dim, self.channels = model.config.input_dim, model.config.bottleneck_dim
         self.identity = identity("semantic_vae", model.state_dict(), f"heads={model.config.heads}")
 
     @classmethod
     def load(cls, config: SemanticVAECodecConfig) -> Self:
         state = read_weights(config.weights)
-        try:
-            model = SemanticVAE(config_of(state, config.heads))
-            model.load_state_dict(state)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"weights: {config.weights}: {error}") from error
-        return cls(model)
-
-    def to(self, device: torch.device) -> Self:
-        self.model.to(device)
-        return self
+        return cls(with_weights(lambda: SemanticVAE(config_of(state, config.heads)), state, config.weights))
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Moments:

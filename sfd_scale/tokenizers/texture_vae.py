@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.models.authors import read_weights
-from sfd_scale.tokenizers.codec import Moments, from_uint8, identity, to_uint8
+from sfd_scale.tokenizers.codec import Frozen, Moments, from_uint8, identity, to_uint8
 
 # What belongs to the autoencoder in an LDM checkpoint, which also holds discriminators and frozen networks.
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -52,11 +52,11 @@ class AutoencoderKLConfig:
             raise ValueError(f"multipliers: {self.multipliers}; allowed: one or more whole numbers from 1")
 
 
-class AutoencoderKLCodec:
+class AutoencoderKLCodec(Frozen[Any]):
     """A trained, frozen AutoencoderKL. Latents are posterior means as they are, not scaled."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.channels: int = model.config.latent_channels
         self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
         self.identity = identity("autoencoder_kl", model.state_dict())
@@ -81,10 +81,6 @@ class AutoencoderKLCodec:
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"weights: {weights} do not fit tokenizer.texture: {error}") from error
         return cls(model)
-
-    def to(self, device: torch.device) -> Self:
-        self.model.to(device)
-        return self
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Moments:

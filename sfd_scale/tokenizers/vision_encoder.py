@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from sfd_scale.models.authors import read_weights
 from sfd_scale.models.convnet import SmallConvNet, config_of
-from sfd_scale.tokenizers.codec import identity, read_safetensors
+from sfd_scale.tokenizers.codec import Frozen, identity, read_safetensors, with_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,15 +36,14 @@ class DINOv2Config:
             raise ValueError(f"image_size: {self.image_size}; allowed: multiples of 16")
 
 
-class DINOv2:
+class DINOv2(Frozen[Any]):
     """Normed patch tokens (arXiv 2304.07193). A patch of 14 pixels covers 16 of the image, which is shrunk for it."""
 
     def __init__(self, model: Any, image_size: int) -> None:
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.image_size = image_size
         self.dim: int = model.embed_dim
         self.identity = identity("dinov2", model.state_dict())
-        self.device = torch.device("cpu")
 
     @classmethod
     def load(cls, config: DINOv2Config) -> Self:
@@ -69,11 +68,6 @@ class DINOv2:
             except RuntimeError as error:
                 raise ValueError(f"weights: {config.weights} are not those of {config.model}: {error}") from error
         return cls(model, config.image_size)
-
-    def to(self, device: torch.device) -> Self:
-        self.model.to(device)
-        self.device = device
-        return self
 
     def grid(self, image_size: int) -> int:
         return image_size // 16
@@ -105,27 +99,18 @@ class ConvNetEncoderConfig:
     image_size: int = 32
 
 
-class ConvNetEncoder:
+class ConvNetEncoder(Frozen[SmallConvNet]):
     """The feature grid of a SmallConvNet."""
 
     def __init__(self, model: SmallConvNet) -> None:
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model)
         self.dim = model.config.widths[-1]
         self.identity = identity("convnet", model.state_dict())
 
     @classmethod
     def load(cls, config: ConvNetEncoderConfig) -> Self:
         state = read_safetensors(config.weights, "a convnet")
-        try:
-            model = SmallConvNet(config_of(state, config.image_size))
-            model.load_state_dict(state)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"weights: {config.weights}: {error}") from error
-        return cls(model)
-
-    def to(self, device: torch.device) -> Self:
-        self.model.to(device)
-        return self
+        return cls(with_weights(lambda: SmallConvNet(config_of(state, config.image_size)), state, config.weights))
 
     def grid(self, image_size: int) -> int:
         return image_size // 2 ** len(self.model.config.widths)

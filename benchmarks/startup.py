@@ -1,0 +1,131 @@
+"""From the command to the first step: `launchers/deepspeed.sh train quickstart/sfd` on two ranks, part by part.
+
+The peer is the least that a start can be: torchrun, two ranks, a script that imports torch, wraps a model of one block
+of the authors' arithmetic in DDP and steps once. Both on the CPU, with operators compiled; the first start may find a
+cold page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import harness
+from benchmarks.harness import Figure, Options
+from benchmarks.peer import SEMANTIC, TEXTURE
+from sfd_scale.data.convert import ConvertConfig, convert
+from sfd_scale.latents import LatentLayout
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S, RANKS = 20, 2
+# Of the quickstart's latents.
+SIDE, FEATURES, CLASSES, SAMPLES = 4, 96, 10, 64
+# Stamps of benchmarks/startup_rank.py and startup_peer.py, in their order, and what has ended with each.
+OURS = {
+    "rank": "launcher", "imports": "imports", "group": "process group", "data": "data", "engine": "model and engine",
+    "metrics": "W&B", "step": "first step",
+}  # fmt: skip
+PEER = {
+    "rank": "launcher", "imports": "imports", "group": "process group", "engine": "model and DDP", "step": "first step",
+}  # fmt: skip
+Stamps = dict[str, float]
+
+
+def prepare(folder: Path) -> Path:
+    """Random samples in the form of the quickstart's latents."""
+    source, out = folder / "features", folder / "latents"
+    source.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            "labels": torch.randint(0, CLASSES, (SAMPLES,), generator=draw),
+            "latents": torch.randn(SAMPLES, TEXTURE, SIDE, SIDE, generator=draw),
+            "latents_sv": torch.randn(SAMPLES, SEMANTIC, SIDE, SIDE, generator=draw),
+            "feats_dino": torch.randn(SAMPLES, FEATURES, SIDE, SIDE, generator=draw).half(),
+        },
+        source / "latents_rank00_shard000.safetensors",
+    )
+    layout = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size=SIDE)
+    settings = ConvertConfig(
+        source=source, flip=False, feature_dim=FEATURES, num_classes=CLASSES, image_size=8 * SIDE, layout=layout
+    )
+    convert(settings, out)
+    return out
+
+
+def ours(data: Path, run: Path) -> Stamps:
+    """Seconds since the command at which rank 0 had done each part."""
+    command = [str(ROOT / "launchers" / "deepspeed.sh"), "--module", "benchmarks.startup_rank", "train"]
+    command += ["quickstart/sfd", f"data.path={data}", "train.steps=1", "--run", str(run)]
+    return _timed(command, run, OURS, {"DS_ACCELERATOR": "cpu", "RANKS": str(RANKS)})
+
+
+def peer(folder: Path) -> Stamps:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    return _timed([*command, "-m", "benchmarks.startup_peer"], folder, PEER, {})
+
+
+def _timed(command: list[str], folder: Path, parts: Mapping[str, str], more: Mapping[str, str]) -> Stamps:
+    folder.mkdir()
+    file, log = folder / "stamps.json", folder / "start.log"
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ, **more, "SFD_STAMPS": str(file), "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
+    started = time.time()
+    with log.open("w") as output:
+        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    if code or not file.is_file():
+        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-4000:]}")
+    stamps = {name: when - started for name, when in json.loads(file.read_text()).items()}
+    missing = [name for name in parts if name not in stamps]
+    if missing:
+        raise RuntimeError(f"{' '.join(command)} never came to: {', '.join(missing)}; it is called otherwise now")
+    return stamps
+
+
+def told(runs: list[Stamps], parts: Mapping[str, str]) -> str:
+    """The median seconds of each part."""
+    names, words = list(parts), []
+    for before, name in zip([None, *names], names, strict=False):
+        spent = statistics.median(run[name] - (run[before] if before else 0.0) for run in runs)
+        words.append(f"{parts[name]} {spent:.1f}")
+    return ", ".join(words)
+
+
+def run(options: Options) -> list[Figure]:
+    """Command to first step of the quickstart on two ranks, beside torchrun and DDP; the parts in seconds."""
+    repeats = options.repeats or (1 if options.quick else 3)
+    runs: dict[str, list[Stamps]] = {"ours": [], "peer": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = prepare(folder)
+        for number in range(repeats):
+            runs["ours"].append(ours(data, folder / f"ours{number}"))
+            runs["peer"].append(peer(folder / f"peer{number}"))
+    seconds = {side: [stamps["step"] for stamps in own] for side, own in runs.items()}
+    what = f"command to first step, {told(runs['ours'], OURS)}"
+    against = f"torchrun and DDP, {told(runs['peer'], PEER)}"
+    return [
+        harness.measured(
+            "command to first step", ours=statistics.median(seconds["ours"]), peer=LIMIT_S, against="the limit",
+            unit="s", bar=1.0,
+        ),
+        harness.compare(what, seconds, against=against, work=None, unit="s"),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    harness.main("startup", run)

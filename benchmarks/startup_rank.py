@@ -1,0 +1,52 @@
+"""One rank of the start-up benchmark: `sfd train` as it is, and when each part of its start was done.
+
+`launchers/deepspeed.sh --module benchmarks.startup_rank train RECIPE ...` runs it; rank 0 writes the file SFD_STAMPS.
+"""
+
+from __future__ import annotations
+
+import time
+
+_stamps = {"rank": time.time()}  # before any import that takes long
+
+# ruff: noqa: E402
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def _stamp_after(owner: Any, name: str, stamp: str) -> None:
+    """Note when the first call of a function has returned."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    @functools.wraps(function)
+    def stamped(*args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        _stamps.setdefault(stamp, time.time())
+        return out
+
+    setattr(owner, name, stamped)
+
+
+def main() -> None:
+    from sfd_scale import __main__, build, distributed
+    from sfd_scale.trainer import Trainer
+
+    _stamps["imports"] = time.time()
+    _stamp_after(distributed, "init", "group")
+    _stamp_after(build, "make_reader", "data")
+    _stamp_after(build, "make_engine", "engine")
+    _stamp_after(build, "MetricsWriter", "metrics")
+    _stamp_after(Trainer, "train_step", "step")
+    try:
+        __main__.main()
+    finally:
+        if os.environ["RANK"] == "0":
+            Path(os.environ["SFD_STAMPS"]).write_text(json.dumps(_stamps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Images in Parquet files, as the Hugging Face hub keeps data sets: encoded images and labels in columns."""
+
+from __future__ import annotations
+
+import bisect
+import io
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from sfd_scale.data.pixels import UnreadableImage, read_image
+
+SPLITS = frozenset({"train", "validation", "val", "test"})
+MOST_BYTES = 4 << 30  # of images in one row group, which is read as a whole
+_KEPT = 2  # row groups in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetConfig:
+    """A Parquet file, or a folder's files in the order of their names; needs pyarrow.
+
+    image: a column of encoded images, bytes or a struct with a field `bytes`. label: a column of class numbers from 0.
+    files: which files of the folder, such as `train-*.parquet`.
+    """
+
+    path: Path
+    kind: Literal["parquet"] = "parquet"
+    size: int = 256
+    upright: bool = True
+    image: str = "image"
+    label: str = "label"
+    files: str = "*.parquet"
+
+
+class _Group(NamedTuple):
+    """A row group: its file, number in that, and its first image, counted over all files and in its own."""
+
+    file: Path
+    number: int
+    first: int
+    first_in_file: int
+
+
+class ParquetImages:
+    """See ParquetConfig. Images are in the order of files and rows; only labels are read before they are asked for.
+
+    Raises:
+        ValueError: naming the file, if it is no Parquet file, or lacks the columns, or a label is no class.
+    """
+
+    def __init__(self, config: ParquetConfig) -> None:
+        self.config, self.size, self.upright = config, config.size, config.upright
+        self.groups: list[_Group] = []
+        self.labels: list[int] = []
+        for file in _files(config):
+            self._scan(file)
+        if not self.labels:
+            raise ValueError(f"source.path: the files in {config.path} hold no rows")
+        self.num_classes = max(self.labels) + 1
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = bisect.bisect_right(self.groups, index, key=lambda group: group.first) - 1
+        group = self.groups[at]
+        row = index - group.first
+        name = f"{group.file}, row {group.first_in_file + row}"
+        value = self._column(at, name)[row].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            raise UnreadableImage(f"{name}: no bytes of an image")
+        return read_image(io.BytesIO(content), self.size, self.upright, name), self.labels[index]
+
+    def _scan(self, file: Path) -> None:
+        """Take up a file: its row groups, from the footer, and its labels."""
+        pyarrow, parquet = _pyarrow()
+        try:
+            with parquet.ParquetFile(file) as opened:
+                self._check_columns(file, opened, pyarrow)
+                column = opened.read([self.config.label], use_threads=False).column(0)
+                counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
+        labels = column.to_pylist()
+        wrong = next((row for row, label in enumerate(labels) if label is None or label < 0), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{file}, row {wrong}: {self.config.label} {labels[wrong]} is no class; each needs a number from 0 up"
+            )
+        first = 0
+        for number, count in enumerate(counts):
+            if count:
+                self.groups.append(_Group(file, number, len(self.labels) + first, first))
+            first += count
+        self.labels += labels
+
+    def _check_columns(self, file: Path, opened: Any, pyarrow: Any) -> None:
+        schema, types = opened.schema_arrow, pyarrow.types
+        for key in ("image", "label"):
+            if getattr(self.config, key) not in schema.names:
+                raise ValueError(
+                    f"source.{key}: {getattr(self.config, key)!r} is no column of {file}; it has: "
+                    f"{', '.join(schema.names)}"
+                )
+        image, label = (schema.field(name).type for name in (self.config.image, self.config.label))
+        if types.is_struct(image) and image.get_field_index("bytes") >= 0:
+            image = image.field("bytes").type
+        if not (types.is_binary(image) or types.is_large_binary(image)):
+            raise ValueError(f"source.image: {file} has {image} there; allowed: binary, or a struct with binary bytes")
+        if not types.is_integer(label):
+            raise ValueError(f"source.label: {file} has {label} there; allowed: integers")
+
+    def _column(self, at: int, name: str) -> Any:
+        """The images of a row group; the last few are kept, for this process alone: forks share no open file."""
+        if self._process != os.getpid():
+            self._kept, self._process = OrderedDict(), os.getpid()
+        if at in self._kept:
+            self._kept.move_to_end(at)
+            return self._kept[at]
+        group = self.groups[at]
+        pyarrow, parquet = _pyarrow()
+        try:
+            with parquet.ParquetFile(group.file) as opened:
+                found = opened.metadata.row_group(group.number)
+                size = sum(
+                    column.total_uncompressed_size
+                    for column in map(found.column, range(found.num_columns))
+                    if column.path_in_schema.partition(".")[0] == self.config.image
+                )
+                if size > MOST_BYTES:
+                    raise ValueError(
+                        f"{group.file}: row group {group.number} has {size / 2**30:.1f} GiB of images, more than "
+                        f"{MOST_BYTES >> 30}; write it with fewer rows a group"
+                    )
+                column = opened.read_row_group(group.number, [self.config.image], use_threads=False).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UnreadableImage(f"{name}: {error}") from error
+        self._kept[at] = column
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return column
+
+
+def _files(config: ParquetConfig) -> list[Path]:
+    files = sorted(config.path.glob(config.files)) if config.path.is_dir() else [config.path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"source.path: {config.path} is no Parquet file, nor a folder with {config.files}")
+    splits = sorted({file.name.partition("-")[0] for file in files} & SPLITS)
+    if len(splits) > 1:
+        raise ValueError(
+            f"source.files: {config.files} takes files of {' and '.join(splits)}; name one, such as "
+            f"{splits[0]}-*.parquet"
+        )
+    return files
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("source.kind: parquet needs pyarrow; install sfd-scale[parquet]") from error
+    return pyarrow, parquet
