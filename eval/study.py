@@ -1,0 +1,361 @@
+"""`sfd study`: a grid of small trainings, each scored at a few steps, from one recipe.
+
+A study is made of the normal commands: it encodes, fits, trains and exports what its cells need, trains each cell in a
+run folder of its own, evaluates the cell's checkpoints there, and sweeps guidance on trained cells. What a step needs
+follows from the paths in its recipe. A step that is done leaves a stamp; a start does what has none, and several starts
+share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from eval import study_report
+from eval.chunks import write_atomically
+from eval.recipe import EvalRecipe
+from eval.sweep import sweep
+from eval.watch import watch
+from sfd_scale import build, config, exports, prepare
+from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe, load_any
+from sfd_scale.run_lock import run_lock
+
+logger = logging.getLogger(__name__)
+_POLL_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Settings to vary on a trained cell of the first seed, as `python -m eval sweep` takes them.
+
+    guide_step: the guide is this cell's own checkpoint of that step, less trained than the last.
+    """
+
+    cell: str
+    grid: str
+    guide_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecipe:
+    """Steps are words as on a command line: a recipe, then settings of it.
+
+    root, out: where the recipes put their files; below `root` they go to `out` in its place.
+    cell_settings: of every cell, before its own. evaluation: of every checkpoint of every cell.
+    convergence, lead, ablation, generality: the cells that the figures and tables show (arXiv 2512.04926: Fig. 1b,
+        Fig. 5, Table 3, Table 5); generality in pairs, without and with semantics first.
+    """
+
+    kind: Literal["study"] = "study"
+    name: str
+    root: Path
+    out: Path
+    prepare: dict[str, str]
+    cells: dict[str, str]
+    evaluation: str
+    cell_settings: str = ""
+    seeds: tuple[int, ...] = (0,)
+    sweeps: dict[str, SweepConfig] = field(default_factory=dict)
+    convergence: tuple[str, ...] = ()
+    lead: tuple[str, ...] = ()
+    ablation: tuple[str, ...] = ()
+    generality: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.cells or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("cells, seeds: allowed: one or more of each, and no seed twice")
+        pairs = {"generality": [name for pair in self.generality for name in pair]}
+        named = {**pairs, **{key: getattr(self, key) for key in ("convergence", "lead", "ablation")}}
+        named["sweeps"] = [settings.cell for settings in self.sweeps.values()]
+        for key, names in named.items():
+            for name in names:
+                if name not in self.cells:
+                    raise ValueError(f"{key}: {name}; allowed: names of cells, {', '.join(self.cells)}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work. `output` is the file or folder that others need; `work` returns False if asked to stop."""
+
+    key: str
+    digest: str
+    needs: frozenset[str]
+    output: Path
+    work: Callable[[], bool]
+
+
+class Study:
+    """The steps of a recipe, in the order in which they are best done: all cells of a seed, then the next."""
+
+    def __init__(self, recipe: StudyRecipe) -> None:
+        self.recipe = recipe
+        self.evaluation = self._load(recipe.evaluation, EvalRecipe)
+        self._cells = {name: self._load(self._words(name), TrainRecipe) for name in recipe.cells}
+        self.steps: dict[str, Step] = {}
+        prepared = {f"prepare/{name}": self._load(words) for name, words in recipe.prepare.items()}
+        self._makers = {str(_output(loaded)): key for key, loaded in prepared.items()}
+        for key, loaded in prepared.items():
+            work = _preparing(loaded)
+            self._add(key, [loaded], _output(loaded), work)
+        for seed in recipe.seeds:
+            for name in recipe.cells:
+                cell, folder = self.cell(name, seed), self.folder(name, seed)
+                self._add(f"cells/{name}/seed{seed}", [cell, self.evaluation], folder, self._training(cell, folder))
+        for name, settings in recipe.sweeps.items():
+            key = f"cells/{settings.cell}/seed{recipe.seeds[0]}"
+            work, folder = self._sweeping(name, settings), recipe.out / "sweeps" / name
+            self._add(f"sweeps/{name}", [self.evaluation, settings], folder, work, frozenset({key}))
+
+    def folder(self, name: str, seed: int) -> Path:
+        """The run folder of a cell."""
+        return self.recipe.out / "cells" / name / f"seed{seed}"
+
+    def cell(self, name: str, seed: int) -> TrainRecipe:
+        """The training recipe of a cell."""
+        return dataclasses.replace(self._cells[name], name=name, seed=seed, run=self.folder(name, seed))
+
+    def _words(self, name: str) -> str:
+        source, *own = self.recipe.cells[name].split()
+        return " ".join([source, *self.recipe.cell_settings.split(), *own])
+
+    def _load(self, words: str, kind: type | None = None) -> Any:
+        """A recipe with its settings and its paths below `out`."""
+        source, *overrides = words.split()
+        loaded = load_any(source, overrides) if kind is None else config.load(source, kind, overrides)
+        moved = _moved(config.to_dict(loaded), str(self.recipe.root), str(self.recipe.out))
+        return config.from_dict(type(loaded), moved, source)
+
+    def _add(
+        self, key: str, recipes: Sequence[Any], output: Path, work: Callable[[], bool],
+        needs: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        found = {self._makers[path] for path in _strings(config.to_dict(list(recipes))) if path in self._makers}
+        digest = config.digest([config.to_dict(recipe) for recipe in recipes])
+        self.steps[key] = Step(key, digest, frozenset(found - {key}) | needs, output, work)
+
+    def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
+        def work() -> bool:
+            if not build.train(cell, run, source=self.recipe.name):
+                return False
+            watch(self.evaluation, run, run / "evaluations", once=True)
+            return True
+
+        return work
+
+    def _sweeping(self, name: str, settings: SweepConfig) -> Callable[[], bool]:
+        def work() -> bool:
+            run, out = self.folder(settings.cell, self.recipe.seeds[0]), self.recipe.out / "sweeps" / name
+            chosen = f"checkpoint={exports.export(run, out / 'model.safetensors')}"
+            words = [chosen, *settings.grid.split()]
+            if settings.guide_step is not None:
+                guide = exports.export(run, out / "guide.safetensors", step=settings.guide_step)
+                words.append(f"guide={guide}")
+            resolved = out / "eval.yaml"
+            resolved.write_text(config.to_yaml(self.evaluation), encoding="utf-8")
+            sweep(str(resolved), words, out)
+            return True
+
+        return work
+
+    # ---------------------------------------------------------------------------------------------- state
+
+    def stamp(self, step: Step) -> Path:
+        return self.recipe.out / "steps" / f"{step.key.replace('/', '.')}.json"
+
+    def done(self, step: Step) -> bool:
+        """Raises ValueError: if the step was done by other settings."""
+        stamp = self.stamp(step)
+        if not stamp.is_file() or not step.output.exists():
+            return False
+        if json.loads(stamp.read_text(encoding="utf-8"))["digest"] != step.digest:
+            raise ValueError(
+                f"{stamp}: {step.key} was made by other settings; give another out=, or remove it and {step.output}"
+            )
+        return True
+
+    def chosen(self, only: Sequence[str]) -> list[Step]:
+        """The steps that match a pattern (all without any), and what they need, needs first.
+
+        Raises:
+            ValueError: for a pattern that matches nothing.
+        """
+        keys = [key for key in self.steps if not key.startswith("prepare/")]
+        for pattern in only:
+            if not any(_matches(key, pattern) for key in self.steps):
+                raise ValueError(f"--only: {pattern} matches none of {', '.join(self.steps)}")
+        if only:
+            keys = [key for key in self.steps if any(_matches(key, pattern) for pattern in only)]
+        ordered: dict[str, Step] = {}
+
+        def visit(key: str) -> None:
+            for need in (name for name in self.steps if name in self.steps[key].needs):
+                visit(need)
+            ordered.setdefault(key, self.steps[key])
+
+        for key in keys:
+            visit(key)
+        return list(ordered.values())
+
+
+def _matches(key: str, pattern: str) -> bool:
+    """`cells/sfd/seed0` by its name, `sfd/seed0`, or `sfd`, with wildcards."""
+    parts = key.split("/")
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (key, "/".join(parts[1:]), parts[1]))
+
+
+def _moved(value: Any, root: str, out: str) -> Any:
+    """Plain data with all paths below `root` below `out`."""
+    if isinstance(value, Mapping):
+        return {key: _moved(item, root, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, root, out) for item in value]
+    below = isinstance(value, str) and (value == root or value.startswith(f"{root}/"))
+    return f"{out}{value.removeprefix(root)}" if below else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _output(recipe: Any) -> Path:
+    """What others find of a step that prepares: its `out`, or the exported weights beside its run folder."""
+    return recipe.run.with_name(f"{recipe.run.name}.safetensors") if isinstance(recipe, TrainRecipe) else recipe.out
+
+
+def _preparing(recipe: Any) -> Callable[[], bool]:
+    def work() -> bool:
+        match recipe:
+            case EncodeRecipe():
+                prepare.encode(recipe)
+            case FitRecipe():
+                prepare.fit(recipe)
+            case TrainRecipe():
+                if not build.train(recipe, recipe.run):
+                    return False
+                exports.export(recipe.run, _output(recipe))
+            case _:
+                raise ValueError(f"prepare: {recipe.name} is of kind {recipe.kind}; allowed: encode, fit, train")
+        return True
+
+    return work
+
+
+# ------------------------------------------------------------------------------------------------- running
+
+
+def run(study: Study, only: Sequence[str] = ()) -> bool:
+    """Do what is missing, one step at a time, beside other processes that do the same; False if asked to stop."""
+    todo = study.chosen(only)
+    while True:
+        missing = [step for step in todo if not study.done(step)]
+        if not missing:
+            return True
+        open_needs = {step.key for step in missing}
+        ready = [step for step in missing if not step.needs & open_needs]
+        for step in ready:
+            with _claimed(study, step) as mine:
+                if mine and not study.done(step):
+                    if not _do(study, step, len(todo) - len(missing) + 1, len(todo)):
+                        return False
+                    break
+        else:
+            time.sleep(_POLL_S)  # all that can be done now is being done by others
+
+
+@contextmanager
+def _claimed(study: Study, step: Step) -> Iterator[bool]:
+    """Whether this process may do the step; the claim ends with the context, or with the process."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(study.recipe.out / "claims" / step.key.replace("/", ".")))
+        except ValueError:
+            yield False
+            return
+        yield True
+
+
+def _do(study: Study, step: Step, number: int, total: int) -> bool:
+    logger.info("step %d of %d: %s", number, total, step.key)
+    started = time.monotonic()
+    if not step.work():
+        return False
+    seconds = round(time.monotonic() - started, 1)
+    note = {"digest": step.digest, "seconds": seconds}
+    write_atomically(study.stamp(step), f"{json.dumps(note)}\n".encode())
+    logger.info("%s: done in %.1f s", step.key, seconds)
+    if step.key.startswith("cells/"):
+        report(study)
+    return True
+
+
+def run_beside(command: Sequence[str], jobs: int) -> int:
+    """The same command in `jobs` processes, a core each; returns the first exit code that is not 0.
+
+    A request to stop is passed on; a process that fails ends the others, which lose at most what is not checkpointed.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            worker.send_signal(signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
+            time.sleep(0.2)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        codes = [worker.wait() for worker in workers]
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return next((code for code in codes if code), 0)
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def results(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each scored step of each cell, from the run folders, and the cells that are not done."""
+    rows, missing = list[dict[str, Any]](), list[str]()
+    for seed in study.recipe.seeds:
+        for name in study.recipe.cells:
+            step = study.steps[f"cells/{name}/seed{seed}"]
+            cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / "results.jsonl"
+            if not study.done(step):
+                missing.append(f"{name}/seed{seed}")
+            lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+            facts = {"cell": name, "seed": seed, "delta_t": cell.schedule.delta_t}
+            rows += [{**facts, **json.loads(line), "name": name} for line in lines]
+    return rows, missing
+
+
+def report(study: Study) -> list[str]:
+    """Write results.jsonl, and figures and tables into report/; returns the cells that are missing."""
+    recipe = study.recipe
+    rows, missing = results(study)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    write_atomically(recipe.out / "results.jsonl", lines.encode())
+    shown = study_report.Shown(recipe.convergence, recipe.lead, recipe.ablation, recipe.generality)
+    sweeps = {name: recipe.out / "sweeps" / name / "sweep.md" for name in recipe.sweeps}
+    study_report.write(rows, missing, shown, sweeps, recipe.out / "report", title=recipe.name)
+    return missing
