@@ -91,14 +91,15 @@ def check(device: torch.device) -> list[str]:
 def attention_error(device: torch.device, head_dim: int) -> float:
     """The largest error of output and gradients of bf16 attention, each relative to the largest value there is."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, upstream = (torch.randn(2, 4, 256, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
+    q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
     with bf16_products(device):
         out = attention.attend(mine[0], mine[1], mine[2])
         out.backward(upstream)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    scores = (exact[0] @ exact[1].transpose(-2, -1)) / math.sqrt(head_dim)
-    reference = scores.softmax(-1) @ exact[2]
+    queries, keys, values = (t.transpose(1, 2) for t in exact)
+    scores = (queries @ keys.transpose(-2, -1)) / math.sqrt(head_dim)
+    reference = (scores.softmax(-1) @ values).transpose(1, 2)
     reference.backward(upstream.double())
     pairs = [(out.detach(), reference.detach()), *((a.grad, b.grad) for a, b in zip(mine, exact, strict=True))]
     return max(_relative(a, b) for a, b in pairs)

@@ -19,7 +19,7 @@ from benchmarks import peer as baseline
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
 from benchmarks.train_step import CPU, LAYOUT, our_model, randomize
-from sfd_scale.accelerators import bf16_products, has_bf16
+from sfd_scale.accelerators import bf16_products, fast_bf16
 from sfd_scale.diffusion.adaptive import Tolerance, integrate
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, Velocity, guided
 from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config, RK4Config, SamplerConfig, sample
@@ -55,7 +55,7 @@ class Models:
 
 
 def make_models(depth: int | None, compiled: bool) -> Models:
-    """Ours without the alignment head and in bf16 where the CPU has it; theirs as they ship it, float32."""
+    """Ours without the alignment head and in bf16 where the CPU is faster at it; theirs as they ship it, float32."""
     ours, guide = our_model("S", depth, alignment=False), our_model("S", depth or GUIDE_DEPTH, alignment=False)
     theirs = Peer("S", depth=depth, compiled=compiled)
     their_guide = Peer("S", depth=depth or GUIDE_DEPTH, compiled=compiled)
@@ -63,10 +63,10 @@ def make_models(depth: int | None, compiled: bool) -> Models:
         randomize(own)
         other.load_state_dict(own.state_dict(), strict=False)  # which lacks their alignment head
         other.eval()
-        own.eval().to(torch.bfloat16 if has_bf16(CPU) else torch.float32)
+        own.eval().to(torch.bfloat16 if fast_bf16(CPU) else torch.float32)
         if compiled:
             prepare_blocks(own, "none", compiled=True)
-    return Models(ours, guide, theirs, their_guide, "bf16" if has_bf16(CPU) else "fp32")
+    return Models(ours, guide, theirs, their_guide, "bf16" if fast_bf16(CPU) else "fp32")
 
 
 def our_sampling(velocity: Velocity, noise: Tensor, labels: Tensor, config: SamplerConfig) -> Callable[[], Tensor]:

@@ -262,14 +262,15 @@ def test_a_namespace_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_package_is_called_in_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attention 2 takes (N, T, A, F), SDPA (N, A, T, F): the same function of the same tensors."""
+    """flash-attention 2 takes (N, T, A, F) as we do, SDPA (N, A, T, F): the same function of the same tensors."""
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = torch.einsum("ntaf,nsaf->nats", q, k).float().div(q.shape[-1] ** 0.5).softmax(-1)
         return torch.einsum("nats,nsaf->ntaf", weights, v.float()).to(q.dtype)
 
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    wide = (part.float().transpose(1, 2) for part in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
     monkeypatch.setattr(attention, "_flash2", flash_attn_func)
     torch.testing.assert_close(attention.attend(q, k, v).float(), expected, rtol=2e-2, atol=2e-2)
     monkeypatch.setattr(attention, "_flash2", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,18 +82,10 @@ class FSDPEngine:
             use_float8(model, self.device)
         prepare_blocks(model, config.activation_checkpointing, config.compile)
         self.mesh = _mesh(config, self.device)
-        on_gpu = self.device.type == "cuda"
-        bf16 = torch.bfloat16 if config.precision == "bf16" else None
-        offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
-        # cast_forward_inputs would round the time of the diffusion path to bf16: an error of the loss 8 times larger.
-        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks_of(model):
-            fully_shard(
-                block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=config.reshard_after_forward,
-            )  # fmt: skip
-        self._root = fully_shard(model, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
-        self._model = model  # the same object, which fully_shard changed in place
+        # One rank, in the precision of the weights: nothing to gather, cast or reduce, and FSDP2 would copy it all.
+        alone = distributed.world_size() == 1 and config.precision == "fp32" and not config.cpu_offload
+        self._root = None if alone else self._shard(model)
+        self._model = model.to(self.device) if alone else model  # the same object, changed in place
         self._params = dict(model.named_parameters())
         self.optimizer = torch.optim.AdamW(
             param_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
@@ -102,14 +95,30 @@ class FSDPEngine:
         self._fragments = self._make_fragments()
         check_fragments(self._fragments, shapes)
 
+    def _shard(self, model: nn.Module) -> FSDPModule:
+        bf16 = torch.bfloat16 if self.config.precision == "bf16" else None
+        pinned = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.cpu_offload else OffloadPolicy()
+        # cast_forward_inputs would round the time of the diffusion path to bf16: an error of the loss 8 times larger.
+        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks_of(model):
+            fully_shard(
+                block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
+                reshard_after_forward=self.config.reshard_after_forward,
+            )  # fmt: skip
+        # The velocity is a view, to which nothing here writes.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        return fully_shard(model, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
+
     @property
     def model(self) -> nn.Module:
         return self._model
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # Gradients are kept whole, in fp32, until the last micro-batch: one reduction a step.
-        self._root.set_requires_gradient_sync(last)
-        self._root.set_is_last_backward(last)
+        if self._root is not None:
+            # Gradients are kept whole, in fp32, until the last micro-batch: one reduction a step.
+            self._root.set_requires_gradient_sync(last)
+            self._root.set_is_last_backward(last)
         loss.backward()
 
     def step(self, lr: float) -> StepResult:
@@ -164,8 +173,6 @@ class FSDPEngine:
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank("replicate") == 0
         fragments = []
         for name, param in self._params.items():
-            assert isinstance(param, DTensor)
-            assert param.placements[-1] == Shard(0) and all(p == Replicate() for p in param.placements[:-1]), name
             state = self.optimizer.state[param]
             local, exp_avg, exp_avg_sq = (_local(t) for t in (param, state["exp_avg"], state["exp_avg_sq"]))
             start = _rows_before(param) * math.prod(param.shape[1:])
@@ -175,15 +182,17 @@ class FSDPEngine:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a DTensor, as a flat view of the same memory."""
-    assert isinstance(tensor, DTensor)
-    local: Tensor = tensor.to_local().detach().view(-1)
+    """This rank's rows of a parameter, as a flat view of the same memory."""
+    local: Tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
     assert local.dtype == torch.float32
     return local
 
 
-def _rows_before(param: DTensor) -> int:
+def _rows_before(param: Tensor) -> int:
     """Rows on the ranks before this one: torch.chunk's split of dimension 0 over the shard mesh."""
+    if not isinstance(param, DTensor):
+        return 0
+    assert param.placements[-1] == Shard(0) and all(p == Replicate() for p in param.placements[:-1])
     mesh = param.device_mesh
     shards, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     return min(math.ceil(param.shape[0] / shards) * index, param.shape[0])

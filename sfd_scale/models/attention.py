@@ -62,22 +62,25 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, A, T, F)
-        q, k, v = qkv.unbind(0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, A, F)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
+        return self.proj(attend(q, k, v).flatten(2))  # (N, T, D)
 
 
 _flash2: Callable[..., Tensor] | None = None  # the package's function, where it was chosen
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √F)·v by the kernel that was chosen, (N, A, T, F) each (arXiv 1706.03762, Eq. 1)."""
-    if _flash2 is None or q.dtype not in _HALF:
-        return functional.scaled_dot_product_attention(q, k, v)
-    return _flash2(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    """softmax(q·kᵀ / √F)·v by the kernel that was chosen, (N, T, A, F) each (arXiv 1706.03762, Eq. 1).
+
+    Tokens before heads, as the projections have them: with heads first, SDPA's result would be copied back.
+    """
+    if _flash2 is not None and q.dtype in _HALF:
+        return _flash2(q, k, v)
+    heads_first = (part.transpose(1, 2) for part in (q, k, v))
+    return functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
 def installed() -> frozenset[FlashBackend]:
@@ -222,7 +225,7 @@ class _Recorder(TorchDispatchMode):
 
 def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The operator that really runs for this device, dtype and head: found by running it once."""
-    q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
+    q = torch.zeros(1, 16, 1, head_dim, device=device, dtype=dtype)
     with _Recorder() as recorder, torch.no_grad():
         attend(q, q, q)
     return ", ".join(dict.fromkeys(recorder.kernels)) or "math"

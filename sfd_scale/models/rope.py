@@ -1,6 +1,6 @@
 """Two-dimensional rotary position embedding (arXiv 2104.09864; over images as in EVA-02, arXiv 2303.11331).
 
-T tokens · F features of one head.
+T tokens · A heads · F features of one head.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RotaryEmbedding2D(FixedBuffers):
         self.freqs_sin.copy_(sin)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, A, T, F) → the same shape and dtype; computed in float32."""
+        """(N, T, A, F) → the same shape and dtype; computed in float32."""
         pairs = x.unflatten(-1, (-1, 2))
         turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-        return (x * self.freqs_cos + turned * self.freqs_sin).to(x.dtype)
+        return (x * self.freqs_cos[:, None] + turned * self.freqs_sin[:, None]).to(x.dtype)
