@@ -36,12 +36,10 @@ ranks train quickstart/sfd
 beside sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
 beside sfd export "$RUN/sfd" --initial --out "$RUN/sfd_untrained.safetensors"
 joined
-# Generate on two ranks and score; beside the score, the untrained weights in one process. Their velocity is zero, which
-# guidance leaves as it is, at twice the time.
+# Generate on two ranks and score; beside the score, the untrained weights by the same recipe in one process.
 ranks --module eval generate quickstart/eval "checkpoint=$RUN/sfd.safetensors" --out "$RUN/samples_sfd"
 untrained() {
-  python -m eval generate quickstart/eval "checkpoint=$RUN/sfd_untrained.safetensors" guidance.kind=none \
-    --out "$RUN/samples_sfd_untrained"
+  python -m eval generate quickstart/eval "checkpoint=$RUN/sfd_untrained.safetensors" --out "$RUN/samples_sfd_untrained"
   python -m eval score quickstart/eval --samples "$RUN/samples_sfd_untrained"
 }
 beside untrained
