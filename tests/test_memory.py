@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -37,6 +38,9 @@ def measured() -> dict[str, dict[str, float]]:
         gc.collect()
         count = sum(p.numel() for p in TinyModel(width=128).parameters())
         out[name] = {part: held / count for part, held in held_bytes(engine, ema).items()}
+        # Rows of parameters that this rank updates in part; ZeRO-2 keeps their gradients whole until the step.
+        cut = sum(math.prod(f.shape) - f.param.numel() for f in engine.fragments())
+        out[name]["cut"] = 4 * cut / count if name == "ZeRO-2" else 0.0
         engine.step(1e-3)
         engine.close()
         del engine, ema
@@ -51,7 +55,7 @@ def test_a_rank_holds_its_share(ranks: int) -> None:
         for name, (_, whole, divided) in PROMISED.items():
             held = result[name]
             # Padding, the data, and the small tensors of both libraries.
-            assert held["all"] == pytest.approx(whole + divided / ranks, rel=0.02), (name, held)
+            assert held["all"] == pytest.approx(whole + divided / ranks + held["cut"], rel=0.02), (name, held)
             assert held["masters"] == pytest.approx(4 / ranks, rel=0.02), (name, held)
             assert held["moments"] == pytest.approx(8 / ranks, rel=0.02), (name, held)
             assert held["averages"] == pytest.approx(4 / ranks, rel=0.02), (name, held)

@@ -86,8 +86,8 @@ def test_a_flipped_bit_on_one_of_two_ranks_is_found() -> None:
 
 
 @pytest.mark.full
-def test_every_engine_names_the_rank_of_three() -> None:
-    check(run_ranks(corrupt, 3, {**FSDP, **ZERO}, timeout=600)[0], "rank 2 from the others")
+def test_every_engine_names_the_rank_of_four() -> None:
+    check(run_ranks(corrupt, 4, {**FSDP, **ZERO}, timeout=600)[0], "rank 3 from the others")
 
 
 @pytest.mark.full
