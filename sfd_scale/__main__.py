@@ -19,14 +19,12 @@ from sfd_scale import config, distributed, logs
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
 from sfd_scale.signals import REQUEUE_EXIT_CODE
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=escape(__doc__))
 
 Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`) or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
 ]
-
-
 T = TypeVar("T")
 
 

@@ -60,6 +60,8 @@ class Plan:
     checkpoints: int
     data: int
     flops_per_step: float
+    peak_flops: float  # of a rank
+    mfu: float
     step_seconds: float
     sent_per_step: float  # bytes that a rank sends
     total_seconds: float
@@ -125,6 +127,8 @@ def plan(job: Job, device: Device, peak_flops: float, mfu: float = ASSUMED_MFU) 
         checkpoints=checkpoint * job.kept_checkpoints,
         data=job.sample_bytes * job.samples,
         flops_per_step=job.global_batch * job.footprint.flops,
+        peak_flops=peak_flops,
+        mfu=mfu,
         step_seconds=step,
         sent_per_step=sent(
             job.footprint,
@@ -155,7 +159,7 @@ def quantities(made: Plan, device: Device) -> list[tuple[str, str]]:
     rows += [("data", f"{made.data / 1e9:.1f} GB"), ("FLOPs a step", f"{made.flops_per_step:.3g}")]
     rows += [("sent a step by each rank", f"{made.sent_per_step / 1e9:.2f} GB")]
     rows += [
-        ("step", f"{made.step_seconds:.3f} s"),
+        ("step", f"{made.step_seconds:.3f} s at {made.mfu:.0%} of {made.peak_flops / 1e12:,.0f} TFLOP/s"),
         ("whole run", f"{made.days:.1f} days, {made.gpu_hours:,.0f} GPU-hours"),
     ]
     return rows

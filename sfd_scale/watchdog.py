@@ -55,6 +55,7 @@ class Watchdog:
             store = dist.distributed_c10d._get_default_store()
             # A connection of its own: the thread must not wait for what the main thread waits for.
             self._store = dist.PrefixStore("sfd_scale.watchdog", store.clone())  # type: ignore[attr-defined]
+            self._note()  # at once, so that a rank that stops in its first seconds has a host too
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self

@@ -79,8 +79,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if _flash2 is not None and q.dtype in _HALF:
         return _flash2(q, k, v)
-    heads_first = (part.transpose(1, 2) for part in (q, k, v))
-    return functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def installed() -> frozenset[FlashBackend]:
