@@ -283,17 +283,18 @@ def reader_beside_saves(work: Training, draw: random.Random) -> Result:
     """What `eval watch` does, over and over while checkpoints are saved and pruned: a checkpoint that it sees is whole,
     or gone altogether by the time it is read."""
     from sfd_scale.checkpoint import load_weights
+    from sfd_scale.checkpoint.folder import committed
 
     out, reads = work.fresh("watched"), 0
     job = work.start(out, overrides=["checkpoint.every=1", "checkpoint.keep_last=1"])
     while job.running():
-        for commit in sorted((out / "checkpoints").glob("step-*/COMMIT")):
+        for checkpoint in committed(out / "checkpoints") if (out / "checkpoints").is_dir() else []:
             try:
-                weights = load_weights(commit.parent)
+                weights = load_weights(checkpoint)
             except (ValueError, OSError) as error:
-                if commit.exists():
+                if (checkpoint / "COMMIT").exists():
                     job.kill_all()
-                    return Result.of(f"{commit.parent.name} is there and cannot be read: {error}")
+                    return Result.of(f"{checkpoint.name} is there and cannot be read: {error}")
                 continue
             reads += all(bool(tensor.isfinite().all()) for tensor in weights.values())
     left = sorted(path.name for path in (out / "checkpoints").iterdir())
