@@ -15,7 +15,7 @@ import rich.console
 import typer
 from rich.markup import escape
 
-from sfd_scale import config, distributed, logs
+from sfd_scale import config, distributed, logs, recipe_files
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
 from sfd_scale.signals import REQUEUE_EXIT_CODE
 
@@ -360,7 +360,7 @@ def run(command_line: typer.Typer) -> None:
 def main() -> None:
     """The console script `sfd`."""
     # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
-    sys.path.append(str(config.RECIPE_ROOT.parent))
+    sys.path.append(str(recipe_files.RECIPE_ROOT.parent))
     run(app)
 
 

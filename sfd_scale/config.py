@@ -1,104 +1,63 @@
-"""YAML + `extends` + dotted overrides → frozen dataclasses.
+"""Recipes → frozen dataclasses, and back to plain data.
 
-OmegaConf reads, merges and interpolates; this file adds what it lacks: `extends`, unions of dataclasses chosen by
-their `kind`, and errors that start with the dotted key and name the file that set it.
+OmegaConf interpolates and takes overrides; this file adds what it lacks: unions of dataclasses chosen by their `kind`,
+and errors that start with the dotted key and name the file that set it. `extends` is in recipe_files.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import hashlib
-import io
 import json
-import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sfd_scale import recipe_files
+from sfd_scale.recipe_files import ConfigError as ConfigError
+
 T = TypeVar("T")
-RECIPE_ROOT = Path(__file__).resolve().parents[1] / "recipes"
 _COMMAND_LINE = "the command line"
 _SOURCE = "# started as: "
-# A recipe has a few hundred values; aliases of aliases can make billions of a few lines.
-_MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
-_SECRET = re.compile(r"oc\.env\s*:\s*[^},]*(?:key|token|secret|passw|credential)", re.IGNORECASE)
 
 
-class ConfigError(ValueError):
-    """A recipe that cannot be used; the message starts with the dotted key, or with the file."""
+def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
+    """The recipe `source` with `key=value` overrides, as a checked `cls`.
+
+    Raises ConfigError that starts with the dotted key and says the value, what is allowed and the file.
+    """
+    file = recipe_files.read_file(recipe_files.find(source))
+    tree, origin = recipe_files.merged(file)
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"{override}: an override has the form dotted.key=value")
+    try:
+        command = OmegaConf.from_dotlist(list(overrides))
+        merged = OmegaConf.to_container(recipe_files.merge(tree, command), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file.path}: {error}") from error
+    origin = {**origin, **dict.fromkeys(recipe_files.leaves(command), _COMMAND_LINE)}
+    return _Reader(origin, str(file.path)).value(cls, merged, "")
 
 
-# ------------------------------------------------------------------------------------------------- files
+def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
+    """The `kind` key of a recipe, after `extends` and overrides; None for a part that other recipes extend."""
+    return tree(source, overrides).get("kind")
 
 
-def recipe_names() -> list[str]:
-    """Names of all recipes that can be given bare, such as `train/sfd_xl`."""
-    return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
-
-
-def find(name: str | Path) -> Path:
-    """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
-    given = Path(name)
-    for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
-        if candidate.is_file():
-            return candidate
-    # `recipes/train/x.yaml` typed outside the checkout still means the recipe of that name.
-    near = difflib.get_close_matches(
-        str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4
-    )
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; recipes are looked up in {RECIPE_ROOT}"
-    raise ConfigError(f"{name}: no such recipe or file{hint}")
-
-
-def _parent(name: object, child: Path) -> Path:
-    """The file that `extends: name` in `child` means; parents stay among the recipes or beside their child."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"extends: {name!r} in {child}; allowed: a recipe name, or a file in the same folder")
-    beside = child.parent / f"{name.removesuffix('.yaml')}.yaml"
-    return beside if beside.is_file() and beside != child else find(name)
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """A recipe's file and those that it extends, as they are now: what a merged tree is a pure function of."""
-
-    path: Path
-    text: str
-    parents: tuple[_File, ...]
-
-
-def _file(path: Path, trail: tuple[Path, ...] = ()) -> _File:
-    if path.resolve() in trail:
-        raise ConfigError(f"extends: {path} extends itself")
-    text = _text(path)
-    parents = _own(path, text).get("extends", [])
-    if not isinstance(parents, str | ListConfig | list):
-        raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
-    names = [parents] if isinstance(parents, str) else parents
-    return _File(path, text, tuple(_file(_parent(name, path), (*trail, path.resolve())) for name in names))
-
-
-# Hundreds of recipes extend a few parents. A changed file is another key.
-@functools.lru_cache(maxsize=512)
-def _read(file: _File) -> tuple[DictConfig, Mapping[str, str]]:
-    """The merged tree of a file and its parents, and which file set each dotted leaf. Shared: not to be changed."""
-    (tree, origin), own = _inherited(file), _own(file.path, file.text).copy()
-    own.pop("extends", None)
-    return _merge(tree, own), {**origin, **{key: str(file.path) for key in _leaves(own)}}
-
-
-def _inherited(file: _File) -> tuple[DictConfig, Mapping[str, str]]:
-    tree, origin = OmegaConf.create({}), dict[str, str]()
-    for parent, parent_origin in map(_read, file.parents):
-        tree, origin = _merge(tree, parent), {**origin, **parent_origin}
-    return tree, origin
+def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe after `extends` and overrides as plain data, without defaults and unchecked: what a launcher reads."""
+    own = recipe_files.merged(recipe_files.read_file(recipe_files.find(source)))[0]
+    command = OmegaConf.from_dotlist([o for o in overrides if "=" in o])
+    plain = OmegaConf.to_container(recipe_files.merge(own, command))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +76,9 @@ def lineage(source: str | Path, cls: type[Any]) -> Lineage:
     Raises:
         ConfigError: if it cannot be found or is not valid any more.
     """
-    file = _file(find(source))
-    own = _own(file.path, file.text).copy()
-    parents = own.pop("extends", [])
-    names = [parents] if isinstance(parents, str) else [str(name) for name in parents]
-    return Lineage(names, _flat(_inherited(file)[0]), _flat(own), flatten(to_dict(load(source, cls))))
+    file = recipe_files.read_file(recipe_files.find(source))
+    inherited, own = recipe_files.inherited(file)[0], recipe_files.own_settings(file)
+    return Lineage(list(file.extends), _flat(inherited), _flat(own), flatten(to_dict(load(source, cls))))
 
 
 def _flat(tree: DictConfig) -> dict[str, Any]:
@@ -133,129 +90,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping) or (prefix and not tree):
         return {prefix.removesuffix("."): tree}
     return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-
-
-def _own(path: Path, text: str) -> DictConfig:
-    """What a file itself sets. Shared: not to be changed."""
-    try:
-        own = _parse(text)
-    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
-    return own
-
-
-@functools.lru_cache(maxsize=512)
-def _parse(text: str) -> Any:
-    _check_size(text)
-    # As it reads a file; OmegaConf.create would take a bare text for a key.
-    return OmegaConf.load(io.StringIO(text))
-
-
-def _check_size(text: str) -> None:
-    """Refuse a text that would not stay small once it is read, and one that asks for a secret of the environment."""
-    if _SECRET.search(text):
-        raise ValueError(
-            "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and to the "
-            "checkpoints; libraries find their keys by themselves"
-        )
-    known: dict[int, int] = {}
-
-    def size(node: yaml.Node | None) -> int:
-        if node is None or isinstance(node, yaml.ScalarNode):
-            return 1
-        if id(node) not in known:
-            known[id(node)] = _MOST_NODES  # of a node inside itself
-            parts = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
-            known[id(node)] = 1 + sum(size(part) for part in parts)
-        return known[id(node)]
-
-    if size(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_NODES:
-        raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed")
-
-
-def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
-    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply.
-
-    Changes neither; where one is empty, it is the other itself.
-    """
-    if not base or not top:
-        return base or top
-    merged = base.copy()
-    _drop_replaced(merged, top)
-    merged.merge_with(top)
-    return merged
-
-
-def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
-    for key in list(top):
-        below = base._get_node(key) if key in base else None
-        above = top._get_node(key)
-        if (
-            not (isinstance(below, DictConfig) and isinstance(above, DictConfig))
-            or below._is_none()
-            or above._is_none()
-        ):
-            continue
-        if "kind" in above and "kind" in below and above.kind != below.kind:
-            base.pop(key)
-        else:
-            _drop_replaced(below, above)
-
-
-def _leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in tree:
-        node = tree._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            yield from _leaves(node, f"{prefix}{key!s}.")
-        else:
-            yield f"{prefix}{key!s}"
-
-
-# ------------------------------------------------------------------------------------------------- typed
-
-
-def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """The recipe `source` with `key=value` overrides, as a checked `cls`.
-
-    Raises ConfigError that starts with the dotted key and says the value, what is allowed and the file.
-    """
-    file = _file(find(source))
-    tree, origin = _read(file)
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"{override}: an override has the form dotted.key=value")
-    try:
-        command = OmegaConf.from_dotlist(list(overrides))
-        merged = OmegaConf.to_container(_merge(tree, command), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file.path}: {error}") from error
-    origin = {**origin, **dict.fromkeys(_leaves(command), _COMMAND_LINE)}
-    return _Reader(origin, str(file.path)).value(cls, merged, "")
-
-
-def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
-    """The `kind` key of a recipe, after `extends` and overrides; None for a part that other recipes extend."""
-    return tree(source, overrides).get("kind")
-
-
-def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe after `extends` and overrides as plain data, without defaults and unchecked: what a launcher reads."""
-    merged = _merge(_read(_file(find(source)))[0], OmegaConf.from_dotlist([o for o in overrides if "=" in o]))
-    plain = OmegaConf.to_container(merged)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rich.table import Column, Table
 
-from sfd_scale import config
+from sfd_scale import config, recipe_files
 from sfd_scale.checkpoint import CheckpointConfig
 from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.images import SourceConfig
@@ -227,7 +227,7 @@ def summary_table() -> Table:
     """The complete recipes with model, engine, global batch, and the number they are to reach."""
     names = ("recipe", "kind", "model", "engine", "global batch", "published")
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
-    for name in config.recipe_names():
+    for name in recipe_files.recipe_names():
         if config.kind_of(name) is None:
             continue
         loaded = load_any(name)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from sfd_scale import config
+from sfd_scale import config, recipe_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,11 @@ def test_a_parent_is_read_once_stays_as_it_is_and_is_read_again_when_it_changes(
         child="extends: base\noptim: {lr: 2e-4}\nengine: {kind: fsdp}\n",
         other="extends: base\nsteps: 7\n",
     )
-    config._parse.cache_clear()
+    recipe_files._parse.cache_clear()
     for _ in range(2):
         assert load(tmp_path, "child", "optim.fused=true").optim == Optim(lr=2e-4, fused=True)
         assert load(tmp_path, "other") == Root(name="x", steps=7, engine=Zero(stage=3), optim=Optim(lr=1e-3))
-    assert config._parse.cache_info().misses == 3
+    assert recipe_files._parse.cache_info().misses == 3
     write(tmp_path, base="name: y\n")
     assert load(tmp_path, "other") == Root(name="y", steps=7)
 

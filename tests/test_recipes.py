@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sfd_scale import build, config, distributed
+from sfd_scale import build, config, distributed, recipe_files
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.objective import SemanticFirstConfig
 from sfd_scale.recipe import TrainRecipe, load_any, summary_table
 
-COMPLETE = [name for name in config.recipe_names() if config.kind_of(name) is not None]
+COMPLETE = [name for name in recipe_files.recipe_names() if config.kind_of(name) is not None]
 TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 
 
@@ -25,7 +25,7 @@ TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 def test_every_recipe_loads_and_says_how_it_is_run_and_what_comes_of_it(name: str) -> None:
     recipe = load_any(name)
     assert config.from_dict(type(recipe), config.to_dict(recipe)) == recipe
-    text = config.find(name).read_text()
+    text = recipe_files.find(name).read_text()
     run, expect = (re.search(rf"^# {key}: (.+)$", text, re.M) for key in ("run", "expect"))
     assert text.startswith("# run: ") and run is not None and expect is not None
     assert name in run[1] or name.removeprefix("quickstart/") in run[1]
@@ -163,4 +163,4 @@ def test_settings_that_contradict_each_other_are_refused(override: str, words: s
 
 def test_an_unknown_recipe_proposes_the_nearest() -> None:
     with pytest.raises(config.ConfigError, match="did you mean train/sfd_xxl"):
-        config.find(Path("train/sfd_xxxl"))
+        recipe_files.find(Path("train/sfd_xxxl"))
