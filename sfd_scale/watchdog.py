@@ -13,14 +13,16 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from sfd_scale import distributed
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 OPERATIONS = ("waiting for data", "forward and backward", "optimizer step", "agreement", "metrics", "checkpoint")
 
 
@@ -46,6 +48,8 @@ class Watchdog:
         self._done, self._warned = threading.Event(), False
         self._thread: threading.Thread | None = None
         self._store: Any = None
+        self._asking: threading.Thread | None = None
+        self._answered = time.monotonic()
 
     def enter(self, step: int, operation: str) -> None:
         self._at = (step, operation, time.monotonic())
@@ -55,7 +59,7 @@ class Watchdog:
             store = dist.distributed_c10d._get_default_store()
             # A connection of its own: the thread must not wait for what the main thread waits for.
             self._store = dist.PrefixStore("sfd_scale.watchdog", store.clone())  # type: ignore[attr-defined]
-            self._note()  # at once, so that a rank that stops in its first seconds has a host too
+            self._tell()  # at once, so that a rank that stops in its first seconds has a host too
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -73,11 +77,51 @@ class Watchdog:
         step, operation, since = self._at
         own = f"rank {distributed.rank()} waits in {operation!r} of step {step} for {time.monotonic() - since:.0f} s"
         try:
-            self._note()
-            others = self._behind(step, operation)
+            self._ask(self._note)
+            others = self._ask(lambda: self._behind(step, operation))
+        except TimeoutError:
+            silent = time.monotonic() - self._answered
+            return (
+                f"{own}; the store of the process group does not answer: rank 0 or its launcher, which serves it, was "
+                f"last heard of {silent:.0f} s ago"
+            )
         except (dist.DistError, RuntimeError) as error:
             return f"{own}; the store of the process group is gone, and rank 0 or its launcher with it ({error})"
         return f"{own} for {others}" if others else f"{own}; no rank is behind it"
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """What the store answers. In a thread: whoever serves it may be the one that has stopped, and then a question
+        waits for ever.
+
+        Raises:
+            TimeoutError: if no answer has come after `interval_s`, or one is still being waited for.
+        """
+        if self._asking is not None and self._asking.is_alive():
+            raise TimeoutError
+        answers: list[T] = []
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                answers.append(question())
+            except (dist.DistError, RuntimeError) as error:
+                errors.append(error)
+
+        self._asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
+        self._asking.start()
+        self._asking.join(self.interval_s)
+        if errors:
+            raise errors[0]
+        if not answers:
+            raise TimeoutError
+        self._answered = time.monotonic()
+        return answers[0]
+
+    def _tell(self) -> None:
+        try:
+            self._ask(self._note)
+        except (dist.DistError, RuntimeError, TimeoutError):
+            logger.debug("watchdog: no store", exc_info=True)
 
     def _note(self) -> None:
         step, operation, since = self._at
@@ -104,10 +148,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval_s):
-            try:
-                self._note()
-            except (dist.DistError, RuntimeError):
-                logger.debug("watchdog: no store", exc_info=True)
+            self._tell()
             step, operation, since = self._at
             waited = time.monotonic() - since
             if operation == "start" or operation.endswith("checkpoint") or self._done.is_set():

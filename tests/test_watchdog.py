@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +43,44 @@ def test_a_timeout_names_the_operation_the_rank_that_is_missing_and_where_it_is(
     assert "rank 0 waits in 'optimizer step' of step 11" in said
     assert "for rank 1 on " in said and "in 'waiting for data' of step 11" in said
     assert "imed out" in said, "the library's own words stay in the message"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _the_rank_that_serves_the_store_stops() -> str:
+    processes = distributed.all_gather_object(os.getpid())
+    # As under a launcher: rank 0 serves the store, and all connect to it.
+    rank, port = distributed.rank(), distributed.broadcast_object(free_port())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    if rank == 0:
+        with Watchdog(TIMEOUT_S, interval_s=0.5) as watchdog:
+            watchdog.enter(11, "waiting for data")
+            dist.all_reduce(torch.ones(1), group=group)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return ""
+    try:
+        with Watchdog(TIMEOUT_S, interval_s=0.5) as watchdog:
+            watchdog.enter(11, "optimizer step")
+            dist.all_reduce(torch.ones(1), group=group)
+            time.sleep(1)
+            dist.all_reduce(torch.ones(1), group=group)
+    except CollectiveError as error:
+        return str(error)
+    finally:
+        os.kill(processes[0], signal.SIGCONT)
+    raise AssertionError("the collective did not time out")
+
+
+def test_a_rank_that_stops_and_serves_the_store_is_named_without_its_answer() -> None:
+    said = run_ranks(_the_rank_that_serves_the_store_stops, 2, timeout=400)[1]
+    assert "rank 1 waits in 'optimizer step' of step 11" in said
+    assert "does not answer: rank 0 or its launcher, which serves it, was last heard of " in said
 
 
 def _hang_without_a_timeout() -> None:
