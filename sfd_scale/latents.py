@@ -9,6 +9,7 @@ N batch · C channels (T texture + S semantic) · H, W latent grid · D feature 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,11 +210,16 @@ class LatentBatch:
         return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images)
 
     def to(self, device: torch.device) -> LatentBatch:
-        # The keys stay on the CPU: they seed CPU generators.
-        parts = (self.latents, self.labels, self.features, self.images)
-        latents, labels, features, images = (p if p is None else p.to(device, non_blocking=True) for p in parts)
-        assert latents is not None and labels is not None
-        return LatentBatch(latents, labels, self.keys, features, images)
+        return self._moved(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> LatentBatch:
+        """In page-locked memory, which a copy to a GPU leaves without the host; the loader calls it."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> LatentBatch:
+        # The keys stay where they are: they seed CPU generators.
+        features, images = (part if part is None else move(part) for part in (self.features, self.images))
+        return LatentBatch(move(self.latents), move(self.labels), self.keys, features, images)
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,10 @@ class FeatureBatch:
     def to(self, device: torch.device) -> FeatureBatch:
         features, labels = (part.to(device, non_blocking=True) for part in (self.features, self.labels))
         return FeatureBatch(features, labels, self.keys)
+
+    def pin_memory(self) -> FeatureBatch:
+        """See LatentBatch."""
+        return FeatureBatch(self.features.pin_memory(), self.labels.pin_memory(), self.keys)
 
 
 @dataclass(frozen=True)
@@ -248,6 +258,9 @@ class ImageBatch:
         return ImageBatch(self.images[start:stop], self.labels[start:stop], self.keys[start:stop])
 
     def to(self, device: torch.device) -> ImageBatch:
-        return ImageBatch(
-            self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.keys
-        )
+        images, labels = (part.to(device, non_blocking=True) for part in (self.images, self.labels))
+        return ImageBatch(images, labels, self.keys)
+
+    def pin_memory(self) -> ImageBatch:
+        """See LatentBatch."""
+        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)

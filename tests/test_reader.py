@@ -298,3 +298,13 @@ def test_stats_are_a_plain_file(data: Path) -> None:
     assert {name: tuple(t.shape) for name, t in load_file(data / "stats.safetensors").items()} == {
         "mean": (9,), "std": (9,)
     }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_in_memory_that_a_gpu_reads_by_itself(data: Path, num_workers: int) -> None:
+    batch = next(reader(data, num_workers=num_workers).batches(0))
+    assert batch.features is not None and not batch.keys.is_pinned()
+    assert all(part.is_pinned() for part in (batch.latents, batch.labels, batch.features))
+    expected = next(iter(steps(data, 1, 1, 0, 1)))[1]
+    assert torch.equal(batch.to(distributed.device()).latents.cpu(), expected)

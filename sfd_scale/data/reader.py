@@ -171,6 +171,7 @@ class _Reader(Generic[B]):
             num_workers=self.config.num_workers,
             collate_fn=_as_it_is,
             persistent_workers=self.config.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader draws a seed that nobody uses from the global generator
         )
         return iter(loader)
