@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import re
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,6 @@ from sfd_scale import distributed, logs
 logger = logging.getLogger(__name__)
 Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
 """Chunk number → what makes its tensors, called in another thread, and numbers to show beside the progress bar."""
-_NAME = re.compile(r"chunk-(\d{6})\.safetensors")
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -31,9 +31,15 @@ from eval.watch import watch
 from sfd_scale import build, config, exports, prepare
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe, load_any
 from sfd_scale.run_lock import run_lock
+from sfd_scale.signals import REQUEUE_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
+# Settings that change no result, wherever they stand in a recipe.
+_FREE = frozenset({
+    "name", "run", "out", "published", "num_workers", "log_every", "timeout_s", "max_duration_s", "background", "meter",
+    "profile", "wandb", "tensorboard", "cache", "outputs",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +89,22 @@ class StudyRecipe:
             for name in names:
                 if name not in self.cells:
                     raise ValueError(f"{key}: {name}; allowed: names of cells, {', '.join(self.cells)}")
+        steps = {"prepare": self.prepare, "cells": self.cells, "evaluation": {"": self.evaluation}}
+        for key, words in steps.items():
+            for name, text in words.items():
+                if not text.split():
+                    raise ValueError(f"{key}.{name}: {text!r}; allowed: a recipe, then settings of it")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work. `output` is the file or folder that others need; `work` returns False if asked to stop."""
+    """One piece of work. `outputs`: the file or folder that others need, then what else it leaves; `settings` decide
+    them, with the steps that it `needs`; `work` returns False if asked to stop."""
 
     key: str
-    digest: str
+    settings: Any
     needs: frozenset[str]
-    output: Path
+    outputs: tuple[Path, ...]
     work: Callable[[], bool]
 
 
@@ -105,18 +117,21 @@ class Study:
         self._cells = {name: self._load(self._words(name), TrainRecipe) for name in recipe.cells}
         self.steps: dict[str, Step] = {}
         prepared = {f"prepare/{name}": self._load(words) for name, words in recipe.prepare.items()}
-        self._makers = {str(_output(loaded)): key for key, loaded in prepared.items()}
         for key, loaded in prepared.items():
-            work = _preparing(loaded)
-            self._add(key, [loaded], _output(loaded), work)
+            if not isinstance(loaded, EncodeRecipe | FitRecipe | TrainRecipe):
+                raise ValueError(f"{key.replace('/', '.')}: kind {loaded.kind}; allowed: encode, fit, train")
+        self._makers = {str(_outputs(loaded)[0]): key for key, loaded in prepared.items()}
+        for key, loaded in prepared.items():
+            self._add(key, [loaded], _outputs(loaded), _preparing(loaded))
         for seed in recipe.seeds:
             for name in recipe.cells:
                 cell, folder = self.cell(name, seed), self.folder(name, seed)
-                self._add(f"cells/{name}/seed{seed}", [cell, self.evaluation], folder, self._training(cell, folder))
+                work = self._training(cell, folder)
+                self._add(f"cells/{name}/seed{seed}", [cell, self.evaluation], (folder,), work)
         for name, settings in recipe.sweeps.items():
             key = f"cells/{settings.cell}/seed{recipe.seeds[0]}"
             work, folder = self._sweeping(name, settings), recipe.out / "sweeps" / name
-            self._add(f"sweeps/{name}", [self.evaluation, settings], folder, work, frozenset({key}))
+            self._add(f"sweeps/{name}", [self.evaluation, settings], (folder,), work, frozenset({key}))
 
     def folder(self, name: str, seed: int) -> Path:
         """The run folder of a cell."""
@@ -138,12 +153,12 @@ class Study:
         return config.from_dict(type(loaded), moved, source)
 
     def _add(
-        self, key: str, recipes: Sequence[Any], output: Path, work: Callable[[], bool],
+        self, key: str, recipes: Sequence[Any], outputs: tuple[Path, ...], work: Callable[[], bool],
         needs: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
-        found = {self._makers[path] for path in _strings(config.to_dict(list(recipes))) if path in self._makers}
-        digest = config.digest([config.to_dict(recipe) for recipe in recipes])
-        self.steps[key] = Step(key, digest, frozenset(found - {key}) | needs, output, work)
+        plain = config.to_dict(list(recipes))
+        found = {self._makers[path] for path in _strings(plain) if path in self._makers}
+        self.steps[key] = Step(key, _decisive(plain), frozenset(found - {key}) | needs, outputs, work)
 
     def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
         def work() -> bool:
@@ -174,16 +189,40 @@ class Study:
     def stamp(self, step: Step) -> Path:
         return self.recipe.out / "steps" / f"{step.key.replace('/', '.')}.json"
 
+    def note(self, step: Step) -> dict[str, Any]:
+        """What a step's stamp records: its settings and those of all that it needs, as digests."""
+        needs = {need: config.digest(self.note(self.steps[need])) for need in sorted(step.needs)}
+        return {"settings": config.digest(step.settings), "needs": needs}
+
     def done(self, step: Step) -> bool:
-        """Raises ValueError: if the step was done by other settings."""
+        """Raises ValueError: if the step was done by other settings, or of what was."""
         stamp = self.stamp(step)
-        if not stamp.is_file() or not step.output.exists():
+        if not stamp.is_file() or not step.outputs[0].exists():
             return False
-        if json.loads(stamp.read_text(encoding="utf-8"))["digest"] != step.digest:
-            raise ValueError(
-                f"{stamp}: {step.key} was made by other settings; give another out=, or remove it and {step.output}"
-            )
+        found, now = json.loads(stamp.read_text(encoding="utf-8")), self.note(step)
+        reasons = ["by other settings"] if found["settings"] != now["settings"] else []
+        reasons += [f"of another {need}" for need in now["needs"] if found["needs"].get(need) != now["needs"][need]]
+        if reasons:
+            made = " ".join(map(str, (stamp, *step.outputs)))
+            raise ValueError(f"{step.key} was made {', '.join(reasons)}; give another out=, or remove {made}")
         return True
+
+    def missing(self, steps: Sequence[Step]) -> list[Step]:
+        """Those that are not done.
+
+        Raises:
+            ValueError: that names all that were done by other settings.
+        """
+        missing, refused = list[Step](), list[str]()
+        for step in steps:
+            try:
+                if not self.done(step):
+                    missing.append(step)
+            except ValueError as error:
+                refused.append(str(error))
+        if refused:
+            raise ValueError("\n".join(refused))
+        return missing
 
     def chosen(self, only: Sequence[str]) -> list[Step]:
         """The steps that match a pattern (all without any), and what they need, needs first.
@@ -234,12 +273,21 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _output(recipe: Any) -> Path:
-    """What others find of a step that prepares: its `out`, or the exported weights beside its run folder."""
-    return recipe.run.with_name(f"{recipe.run.name}.safetensors") if isinstance(recipe, TrainRecipe) else recipe.out
+def _decisive(value: Any) -> Any:
+    """Plain data without the settings that change no result."""
+    if isinstance(value, Mapping):
+        return {key: _decisive(item) for key, item in value.items() if key not in _FREE}
+    return [_decisive(item) for item in value] if isinstance(value, list) else value
 
 
-def _preparing(recipe: Any) -> Callable[[], bool]:
+def _outputs(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> tuple[Path, ...]:
+    """What a step that prepares leaves: its `out`, or the exported weights beside its run folder, and that."""
+    if isinstance(recipe, TrainRecipe):
+        return recipe.run.with_name(f"{recipe.run.name}.safetensors"), recipe.run
+    return (recipe.out,)
+
+
+def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], bool]:
     def work() -> bool:
         match recipe:
             case EncodeRecipe():
@@ -249,9 +297,7 @@ def _preparing(recipe: Any) -> Callable[[], bool]:
             case TrainRecipe():
                 if not build.train(recipe, recipe.run):
                     return False
-                exports.export(recipe.run, _output(recipe))
-            case _:
-                raise ValueError(f"prepare: {recipe.name} is of kind {recipe.kind}; allowed: encode, fit, train")
+                exports.export(recipe.run, _outputs(recipe)[0])
         return True
 
     return work
@@ -264,7 +310,7 @@ def run(study: Study, only: Sequence[str] = ()) -> bool:
     """Do what is missing, one step at a time, beside other processes that do the same; False if asked to stop."""
     todo = study.chosen(only)
     while True:
-        missing = [step for step in todo if not study.done(step)]
+        missing = study.missing(todo)
         if not missing:
             return True
         open_needs = {step.key for step in missing}
@@ -297,7 +343,7 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
     if not step.work():
         return False
     seconds = round(time.monotonic() - started, 1)
-    note = {"digest": step.digest, "seconds": seconds}
+    note = {**study.note(step), "seconds": seconds}
     write_atomically(study.stamp(step), f"{json.dumps(note)}\n".encode())
     logger.info("%s: done in %.1f s", step.key, seconds)
     if step.key.startswith("cells/"):
@@ -306,29 +352,45 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
 
 
 def run_beside(command: Sequence[str], jobs: int) -> int:
-    """The same command in `jobs` processes, a core each; returns the first exit code that is not 0.
+    """The same command in `jobs` processes, a core each; returns the exit code of the first that fails, or 0.
 
-    A request to stop is passed on; a process that fails ends the others, which lose at most what is not checkpointed.
+    A request to stop is passed on, and then each may end in its own time: the exit code is that of a stop. A process
+    that fails ends the others, which lose at most what is not checkpointed.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
         for worker in workers:
             worker.send_signal(signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
+        while None in [worker.poll() for worker in workers] and (stopping or not _failed(workers)):
             time.sleep(0.2)
     finally:
+        failed = _failed(workers)
         for worker in workers:
-            if worker.poll() is None:
+            if worker.poll() is None and not stopping:
                 worker.terminate()
-        codes = [worker.wait() for worker in workers]
+        for worker in workers:
+            worker.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    return next((code for code in codes if code), 0)
+    if not stopping:
+        return failed
+    # A worker that is stopped outside of a training, which alone has something to save, ends by the signal.
+    errors = [w.returncode for w in workers if 0 < w.returncode < 128 and w.returncode != REQUEUE_EXIT_CODE]
+    return next(iter(errors), REQUEUE_EXIT_CODE if any(worker.returncode for worker in workers) else 0)
+
+
+def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code, as a shell tells it, of a process that has ended with another than 0; else 0."""
+    codes = [worker.returncode for worker in workers if worker.returncode]
+    return next((128 - code if code < 0 else code for code in codes), 0)
 
 
 # ------------------------------------------------------------------------------------------------- results

@@ -45,9 +45,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def scores(rows: Sequence[Row], cell: str, step: int | None = None, name: str = "fid") -> dict[int, float]:
-    """A score of a cell by seed, at a step, or at the last one that any cell has."""
+    """A score of a cell by seed, at a step, or at the last one that any cell has; without those that the evaluation
+    does not have (IS without logits, precision without images)."""
     at = max((row["step"] for row in rows), default=0) if step is None else step
-    return {row["seed"]: row[name] for row in rows if row["cell"] == cell and row["step"] == at}
+    found = {row["seed"]: row[name] for row in rows if row["cell"] == cell and row["step"] == at}
+    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tuple[float, list[float]]]]:
@@ -112,8 +114,10 @@ def write(
         write_atomically(out / "lead.png", png)
         text += ["## The lead of semantics", "", "![FID by delta_t](lead.png)", ""]
         text += ["| delta_t | FID |", "|---|---|", *(f"| {lead:g} | {spread(values)} |" for lead, values in points), ""]
-    text += ["## Ablation", "", *_table(rows, shown.ablation), ""]
-    text += ["## Other methods", "", *_pairs(rows, shown.generality), ""]
+    if shown.ablation:
+        text += ["## Ablation", "", *_table(rows, shown.ablation), ""]
+    if shown.generality:
+        text += ["## Other methods", "", *_pairs(rows, shown.generality), ""]
     for name, file in sweeps.items():
         if file.is_file():
             text += [f"## Sweep: {name}", "", file.read_text(encoding="utf-8").strip(), ""]

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from sfd_scale import recipe_files
 from sfd_scale.recipe_files import ConfigError as ConfigError
@@ -32,18 +31,15 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
 
     Raises ConfigError that starts with the dotted key and says the value, what is allowed and the file.
     """
-    file = recipe_files.read_file(recipe_files.find(source))
-    tree, origin = recipe_files.merged(file)
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override has the form dotted.key=value")
-    try:
-        command = OmegaConf.from_dotlist(list(overrides))
+    path, command = recipe_files.find(source), _command(overrides)
+    with recipe_files.told(path):
+        tree, origin = recipe_files.merged(recipe_files.read_file(path))
         merged = OmegaConf.to_container(recipe_files.merge(tree, command), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{file.path}: {error}") from error
     origin = {**origin, **dict.fromkeys(recipe_files.leaves(command), _COMMAND_LINE)}
-    return _Reader(origin, str(file.path)).value(cls, merged, "")
+    return _Reader(origin, str(path)).value(cls, merged, "")
 
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
@@ -53,11 +49,17 @@ def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
 
 def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe after `extends` and overrides as plain data, without defaults and unchecked: what a launcher reads."""
-    own = recipe_files.merged(recipe_files.read_file(recipe_files.find(source)))[0]
-    command = OmegaConf.from_dotlist([o for o in overrides if "=" in o])
-    plain = OmegaConf.to_container(recipe_files.merge(own, command))
+    path, command = recipe_files.find(source), _command([o for o in overrides if "=" in o])
+    with recipe_files.told(path):
+        own = recipe_files.merged(recipe_files.read_file(path))[0]
+        plain = OmegaConf.to_container(recipe_files.merge(own, command))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _command(overrides: Sequence[str]) -> DictConfig:
+    with recipe_files.told(_COMMAND_LINE):
+        return OmegaConf.from_dotlist(list(overrides))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _filled(kind: Any, value: Any) -> Any:
         return value
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     classes: list[type[Any]] = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
-    found = classes[0] if len(classes) == 1 else _by_kind(classes).get(value.get("kind"))
+    found = classes[0] if len(classes) == 1 else _by_kind(classes).get(str(value.get("kind")))
     return value if found is None else with_defaults(found, value)
 
 
@@ -166,7 +168,11 @@ class _Reader:
     source: str
 
     def fail(self, key: str, message: str) -> ConfigError:
-        file = self.origin.get(key) or next((f for k, f in self.origin.items() if k.startswith(f"{key}.")), self.source)
+        # What was set whole above it (an item of a list), else what was set below it.
+        parts = key.split(".")
+        above = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        below = (k for k in self.origin if k.startswith(f"{key}."))
+        file = next((self.origin[k] for k in (*above, *below) if k in self.origin), self.source)
         return ConfigError(f"{key or 'recipe'}: {message} (set in {file})")
 
     def value(self, kind: Any, value: Any, key: str) -> Any:
@@ -220,7 +226,7 @@ class _Reader:
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         by_kind = _by_kind(rest)
-        if "kind" not in value or value["kind"] not in by_kind:
+        if not isinstance(value.get("kind"), str) or value["kind"] not in by_kind:
             raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
         return self.dataclass(by_kind[value["kind"]], value, key)
 

@@ -18,7 +18,7 @@ from sfd_scale import distributed
 from sfd_scale.data.images import Source
 from sfd_scale.data.pixels import UnreadableImage
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, write_chunk
+from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
 from sfd_scale.latents import StatsAccumulator
 from sfd_scale.logs import progress
 from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
@@ -73,6 +73,21 @@ def encode(
         logger.info("%s is complete", out)
         return _checked(Manifest.read(out), store, out)
     columns = _columns(source, tokenizer, store)
+    with working(out):
+        _write_chunks(source, tokenizer, store, out, columns, count)
+        manifest = finish(
+            out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
+            tokenizers=identities, recipe=dict(recipe),
+        )  # fmt: skip
+    logger.info("%s: %d samples", out, manifest.num_samples)
+    return _checked(manifest, store, out)
+
+
+def _write_chunks(
+    source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, columns: Mapping[str, str],
+    count: int,
+) -> None:  # fmt: skip
+    """The chunks that are missing, shared by all ranks."""
     claims = Claims(out, count)
     spans = [range(c * store.chunk, min((c + 1) * store.chunk, len(source))) for c in range(count)]
     todo = sum(len(spans[chunk]) for chunk in claims.todo)
@@ -87,12 +102,6 @@ def encode(
             bar.advance(taken - shown)
             shown = taken
         claims.close()
-    manifest = finish(
-        out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
-        tokenizers=identities, recipe=dict(recipe),
-    )  # fmt: skip
-    logger.info("%s: %d samples", out, manifest.num_samples)
-    return _checked(manifest, store, out)
 
 
 def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:

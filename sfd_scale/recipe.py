@@ -204,7 +204,7 @@ def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
         return config.load(name, harness("recipe").EvalRecipe, overrides)
     if kind == "study":
         return config.load(name, harness("study").StudyRecipe, overrides)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE, 'study'])}")
     return config.load(name, _KINDS[kind], overrides)
 

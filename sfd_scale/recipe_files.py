@@ -6,7 +6,8 @@ import difflib
 import functools
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ class ConfigError(ValueError):
     """A recipe that cannot be used; the message starts with the dotted key, or with the file."""
 
 
+@contextmanager
+def told(where: Path | str) -> Iterator[None]:
+    """What YAML, OmegaConf and Python object to in settings, as an error that names their file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
+    except (
+        yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
+        raise ConfigError(f"{where}: not readable as settings: {error}") from error
+
+
 def recipe_names() -> list[str]:
     """Names of all recipes that can be given bare, such as `train/sfd_xl`."""
     return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
@@ -33,6 +48,8 @@ def recipe_names() -> list[str]:
 def find(name: str | Path) -> Path:
     """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
     given = Path(name)
+    if not given.name:
+        raise ConfigError(f"{str(name)!r}: no name of a recipe; `sfd recipes` lists them")
     for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
         if candidate.is_file():
             return candidate
@@ -71,7 +88,8 @@ def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
     if path.resolve() in trail:
         raise ConfigError(f"extends: {path} extends itself")
     text = _text(path)
-    parents = _own(path, text).get("extends", [])
+    with told(path):
+        parents = _own(path, text).get("extends", [])
     if not isinstance(parents, str | ListConfig | list):
         raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
     names = tuple([parents] if isinstance(parents, str) else parents)
@@ -84,7 +102,8 @@ def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
 def merged(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
     """The merged tree of a file and its parents, and which file set each dotted leaf. Shared: not to be changed."""
     (tree, origin), own = inherited(file), own_settings(file)
-    return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
+    with told(file.path):
+        return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
 
 
 def inherited(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
@@ -103,21 +122,16 @@ def own_settings(file: RecipeFile) -> DictConfig:
 
 
 def _text(path: Path) -> str:
-    try:
+    with told(path):
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
 
 
 def _own(path: Path, text: str) -> DictConfig:
     """What a file itself sets. Shared: not to be changed."""
-    try:
+    with told(path):
         own = _parse(text)
-    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(own, DictConfig):
         raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
     return own

@@ -1,4 +1,4 @@
-"""One job a run folder: a lock that the operating system takes back when its holder dies, however it dies."""
+"""One job a folder: a lock that the operating system takes back when its holder dies, however it dies."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold a run folder, which is made, for this job. Called by all ranks together; rank 0 holds the lock.
+def run_lock(run: Path, other: str = "give another --run") -> Iterator[None]:
+    """Hold a folder, which is made, for this job. Called by all ranks together; rank 0 holds the lock.
 
     A POSIX lock: unlike flock's, it is not inherited by the forked workers of a data loader, who may outlive the rank.
+
+    Args:
+        other: what a second job can do at once.
 
     Raises:
         ValueError: on all ranks, where another job holds it, with the host and process.
@@ -34,10 +37,12 @@ def run_lock(run: Path) -> Iterator[None]:
     holder = distributed.broadcast_object(holder)
     try:
         if holder is not None:
-            raise ValueError(f"{run} is in use by {holder}; wait for its end, or give another --run")
+            raise ValueError(f"{run} is in use by {holder}; wait for its end, or {other}")
         yield
     finally:
         if descriptor is not None:
+            if holder is None:
+                os.ftruncate(descriptor, 0)  # the folder's bytes do not tell who made them
             os.close(descriptor)
 
 

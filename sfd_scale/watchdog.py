@@ -23,7 +23,8 @@ from sfd_scale import distributed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-OPERATIONS = ("waiting for data", "forward and backward", "optimizer step", "agreement", "metrics", "checkpoint")
+# In their order after the count of steps has gone up by one.
+OPERATIONS = ("agreement", "metrics", "checkpoint", "waiting for data", "forward and backward", "optimizer step")
 
 
 class CollectiveError(RuntimeError):

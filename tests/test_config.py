@@ -131,7 +131,7 @@ def test_missing_recipe_and_broken_yaml(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError, match="no such recipe"):
         config.load("train/no_such_recipe_at_all", Root)
     write(tmp_path, child="name: [x\n")
-    with pytest.raises(config.ConfigError, match=r"child\.yaml: not readable as YAML"):
+    with pytest.raises(config.ConfigError, match=r"child\.yaml: not readable as settings"):
         load(tmp_path)
 
 
@@ -140,3 +140,27 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError):
         load(tmp_path)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("name: x\nengine: {kind: [fsdp]}\n", "steps=1", r"engine\.kind: \['fsdp'\]; allowed: "),
+        ("name: x\n", "steps=[", "the command line: not readable as settings"),
+        ("extends: base\nname: x\nengine: [1]\n", "steps=1", r"child\.yaml: not readable as settings"),
+        ("extends: ${nowhere}\nname: x\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
+        ("name: x\nengine: {kind: '${nowhere}'}\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
+        ("extends: ''\nname: x\n", "steps=1", "'': no name of a recipe"),
+        ("name: x\n", "widths=[1,a]", r"widths\.1: 'a'; allowed: a whole number \(set in the command line\)"),
+    ],
+)
+def test_whatever_is_wrong_is_an_error_of_the_recipe(tmp_path: Path, text: str, override: str, message: str) -> None:
+    write(tmp_path, base="name: base\nengine: {kind: zero}\nwidths: [3]\n", child=text)
+    with pytest.raises(config.ConfigError, match=message):
+        load(tmp_path, "child", override)
+
+
+def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> None:
+    write(tmp_path, base="name: base\nwidths: [3, a]\n", child="extends: base\nsteps: 3\n")
+    with pytest.raises(config.ConfigError, match=r"widths\.1: 'a'; .*base\.yaml\)"):
+        load(tmp_path)

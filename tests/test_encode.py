@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,22 @@ def test_a_second_start_repeats_no_chunk(tmp_path: Path) -> None:
     assert again.read == [8]
     after = files(tmp_path)
     assert len(after) == len(before) + 1 and all(after[name] == data for name, data in before.items())
+
+
+def test_two_starts_at_once_do_not_take_each_others_chunks(tmp_path: Path) -> None:
+    encode_digits(tmp_path, 8)
+    (tmp_path / "manifest.json").unlink()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    hold = "import sys; from pathlib import Path; from sfd_scale.data.writer import working\n"
+    hold += "with working(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"in use by process {first.pid} on .*or give another out="):
+            encode_digits(tmp_path, 8)
+        first.kill()
+    assert encode_digits(tmp_path, 8).num_samples == 8
 
 
 def test_what_is_stored_is_what_the_tokenizer_gives(tmp_path: Path) -> None:

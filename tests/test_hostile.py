@@ -103,7 +103,7 @@ def _recipe(path: Path, text: str) -> Path:
             f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(8)
         ), "values once its aliases are followed"),
         ("a: &a\n  b: *a\n", "aliases are followed"),
-        ("[" * 100_000, "not readable as YAML"),
+        ("[" * 100_000, "not readable as settings"),
         ("kind: train\nname: ${oc.env:WANDB_API_KEY}\n", "reads a secret from the environment"),
         ("kind: train\nextends: ../../../etc/passwd\n", "allowed: a recipe name, or a file in the same folder"),
         ("kind: train\nextends: /etc/passwd\n", "allowed: a recipe name"),

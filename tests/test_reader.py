@@ -215,6 +215,11 @@ def test_data_that_is_not_whole_is_refused(data: Path, tmp_path: Path) -> None:
         reader(broken)
     # Named in the recipe, other statistics are taken.
     assert torch.equal(reader(broken, stats=broken / "stats.safetensors").stats.std, torch.ones(9, dtype=torch.float64))
+    # Those of one channel would be spread over all.
+    one = torch.ones(1, dtype=torch.float64)
+    LatentStats(one, one.clone()).save(broken / "one.safetensors")
+    with pytest.raises(ValueError, match=r"data\.stats: .*one\.safetensors has 1 channels, the latents 9"):
+        reader(broken, stats=broken / "one.safetensors")
 
 
 def test_too_small_and_wrong_data(data: Path, tmp_path: Path) -> None:

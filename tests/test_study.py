@@ -251,6 +251,103 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
         study.run(done, ["nothing"])
 
 
+def stamped(file: Path, *overrides: str) -> study.Study:
+    """A study whose every step looks done, by the settings of `file`."""
+    made = study.Study(config.load(file, study.StudyRecipe))
+    for step in made.steps.values():
+        for path in (made.stamp(step), *step.outputs):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        made.stamp(step).write_text(json.dumps(made.note(step)))
+    return study.Study(config.load(file, study.StudyRecipe, overrides))
+
+
+def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(GRID.format(out=tmp_path / "out"))
+    assert not (same := stamped(file)).missing(same.chosen(["sfd"]))
+    other = stamped(file, "prepare.classifier='study/classifier model.widths=[8,8,8] train.steps=3'")
+    with pytest.raises(ValueError, match="made by other settings") as told:
+        other.missing(other.chosen([]))
+    first, *rest = str(told.value).splitlines()
+    assert first.startswith("prepare/classifier was made by other settings")
+    assert first.endswith(f"{tmp_path}/out/classifier.safetensors {tmp_path}/out/classifier")
+    # The score of every cell, and the sweep of one.
+    assert len(rest) == 13 + 1 + 1  # `interval` of study/grid too
+    assert all("was made of another" in line for line in rest)
+    # A cell alone: its sweep is of the cell.
+    one = stamped(file, "cells.dit='study/dit lr.warmup_steps=1'")
+    with pytest.raises(ValueError, match="sweeps/autoguidance was made of another cells/dit/seed0"):
+        one.missing(one.chosen([]))
+    # What changes no result.
+    free = stamped(
+        file, "prepare.images='study/images source.num_images=32 store.chunk=32 store.num_workers=1'",
+        "cell_settings='model.depth=2 model.width=16 model.heads=2 train.steps=4 train.global_batch=8"
+        " checkpoint.every=2 train.log_every=1'",
+    )  # fmt: skip
+    assert not free.missing(free.chosen([]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prepare.images=study/eval", r"prepare\.images: kind eval; allowed: encode, fit, train"),
+        ("cells.sfd=''", r"cells\.sfd: ''; allowed: a recipe, then settings of it"),
+    ],
+)
+def test_steps_are_recipes_that_prepare(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study.Study(config.load("study/small", study.StudyRecipe, [override, f"out={tmp_path}"]))
+
+
+SLOW = """
+import os, signal, sys, time
+place = sys.argv[1]
+slow = True
+try:
+    os.close(os.open(place + "/fast", os.O_CREAT | os.O_EXCL))
+    slow = False
+except FileExistsError:
+    pass
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(time.monotonic()))
+open(place + f"/ready{int(slow)}", "w").close()
+while not signals:
+    time.sleep(0.05)
+if not slow:
+    sys.exit(75)
+time.sleep(2.5)  # a save that takes long
+open(place + "/saved", "w").write(str(len(signals)))
+sys.exit(75)
+"""
+
+
+def test_a_stop_is_passed_on_once_and_waits_for_every_save(tmp_path: Path) -> None:
+    parent = (
+        "import sys; from eval.study import run_beside\n"
+        "sys.exit(run_beside([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
+    )
+    beside = subprocess.Popen([sys.executable, "-c", parent, SLOW, str(tmp_path)])
+    while not all((tmp_path / f"ready{n}").exists() for n in (0, 1)):
+        assert beside.poll() is None
+        time.sleep(0.05)
+    beside.send_signal(signal.SIGTERM)
+    assert beside.wait(timeout=60) == 75
+    assert (tmp_path / "saved").read_text() == "1"
+
+
+def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "try: os.close(os.open(sys.argv[1] + '/first', os.O_CREAT | os.O_EXCL))\n"
+        "except FileExistsError: sys.exit(3)\n"
+        "time.sleep(100)"
+    )
+    started = time.monotonic()
+    assert study.run_beside([sys.executable, "-c", code, str(tmp_path)], 2) == 3
+    assert time.monotonic() - started < 60
+
+
 def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
     fids = {("a", 0): 3.0, ("a", 1): 5.0, ("a", 2): 4.0, ("b", 0): 2.0, ("b", 1): 3.0}
     rows = [
@@ -264,3 +361,11 @@ def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
     assert study_report.convergence(rows, ["b", "absent"]) == {"b": [(1.0, [12.0, 13.0]), (2.0, [2.0, 3.0])]}
     assert study_report.lead_curve(rows, ["a"]) == [(0.1, [3.0, 5.0, 4.0])]
     assert study_report.difference(rows, "a", "absent") is None
+
+
+def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: Path) -> None:
+    scores = {"fid": 3.0, "is_mean": None, "precision": None, "recall": None}
+    rows = [{"cell": "a", "seed": seed, "step": 2, "delta_t": 0.0, **scores} for seed in (0, 1)]
+    shown = study_report.Shown(convergence=["a"], lead=["a"], ablation=["a"], generality=[])
+    text = study_report.write(rows, [], shown, {}, tmp_path, "x").read_text()
+    assert "| a | 3 ± 0 (2 seeds) | – | missing | missing | missing |" in text and "Other methods" not in text

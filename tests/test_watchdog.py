@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
 
-from sfd_scale import distributed
+from sfd_scale import distributed, watchdog
 from sfd_scale.run_lock import run_lock
 from sfd_scale.watchdog import CollectiveError, Watchdog
 
@@ -43,6 +43,15 @@ def test_a_timeout_names_the_operation_the_rank_that_is_missing_and_where_it_is(
     assert "rank 0 waits in 'optimizer step' of step 11" in said
     assert "for rank 1 on " in said and "in 'waiting for data' of step 11" in said
     assert "imed out" in said, "the library's own words stay in the message"
+
+
+def test_what_a_rank_does_between_steps_is_behind_the_forward_pass_of_the_next() -> None:
+    """The trainer counts a step before it agrees, logs and saves."""
+    times = [
+        (5, "waiting for data"), (5, "forward and backward"), (5, "optimizer step"),
+        (6, "agreement"), (6, "metrics"), (6, "checkpoint"), (6, "waiting for data"), (6, "forward and backward"),
+    ]  # fmt: skip
+    assert sorted(times, key=lambda at: watchdog._position(*at)) == times
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from sfd_scale import distributed
 from sfd_scale.data.rows import LocalRows
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, write_chunk
+from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
 from sfd_scale.latents import LatentLayout, LatentStats, StatsAccumulator
 from sfd_scale.logs import progress
 
@@ -78,20 +78,12 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     }
     claim(out, {key: value for key, value in recipe.items() if key not in ("source", "stats")})
     if not distributed.broadcast_object(distributed.is_main() and is_complete(out, len(files))):
-        claims = Claims(out, len(files))
-        with progress(len(files), f"convert {out.name}", "files") as bar:
-            bar.skip(len(files) - len(claims.todo))
-            shown = 0
-            for number in claims:
-                _convert_file(files[number], int(starts[number]), config, out, number)
-                taken = claims.taken
-                bar.advance(taken - shown)
-                shown = taken
-            claims.close()
-        finish(
-            out, len(files), num_classes=config.num_classes, image_size=config.image_size, columns=_columns(config),
-            dtype=config.dtype, tokenizers=config.tokenizers, recipe=recipe,
-        )  # fmt: skip
+        with working(out):
+            _convert_files(files, starts, config, out)
+            finish(
+                out, len(files), num_classes=config.num_classes, image_size=config.image_size,
+                columns=_columns(config), dtype=config.dtype, tokenizers=config.tokenizers, recipe=recipe,
+            )  # fmt: skip
     manifest = Manifest.read(out)
     if manifest.num_samples != starts[-1]:
         raise ValueError(f"{out}: {manifest.num_samples} samples, of {starts[-1]}; remove it and convert again")
@@ -99,6 +91,20 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
         LatentStats.from_authors(*config.stats).save(out / "stats_authors.safetensors")
     logger.info("%s: %d samples of %d files", out, manifest.num_samples, len(files))
     return manifest
+
+
+def _convert_files(files: list[Path], starts: Any, config: ConvertConfig, out: Path) -> None:
+    """The chunks that are missing, shared by all ranks; `starts`: the first row of each file."""
+    claims = Claims(out, len(files))
+    with progress(len(files), f"convert {out.name}", "files") as bar:
+        bar.skip(len(files) - len(claims.todo))
+        shown = 0
+        for number in claims:
+            _convert_file(files[number], int(starts[number]), config, out, number)
+            taken = claims.taken
+            bar.advance(taken - shown)
+            shown = taken
+        claims.close()
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ class LatentReader(_Reader[LatentBatch]):
 
     Raises:
         ValueError: if the shards hold no latents, lack the mirrored ones that `flip` asks for, or their statistics are
-            not those of the manifest.
+            not those of the manifest, or of another number of channels.
     """
 
     def __init__(self, config: DataConfig, **portions: int) -> None:
@@ -244,6 +244,11 @@ class LatentReader(_Reader[LatentBatch]):
             raise ValueError(
                 f"{config.path / STATS}: not the statistics of this data; encode it anew, or set "
                 "data.allow_stats_mismatch=true"
+            )
+        if len(self.stats.mean) != self.shape[0]:
+            raise ValueError(
+                f"data.stats: {config.stats or config.path / STATS} has {len(self.stats.mean)} channels, the latents "
+                f"{self.shape[0]}; give the statistics of this data"
             )
 
     @property

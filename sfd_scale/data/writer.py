@@ -24,6 +24,7 @@ from sfd_scale import distributed
 from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256
 from sfd_scale.latents import StatsAccumulator
+from sfd_scale.run_lock import run_lock
 
 CHUNKS = "chunks"
 
@@ -77,6 +78,17 @@ def is_committed(out: Path, chunk: int) -> bool:
         if not any(place.is_file() and place.stat().st_size == shard["raw_data"]["bytes"] for place in places):
             return False
     return True
+
+
+@contextmanager
+def working(out: Path) -> Iterator[None]:
+    """Hold the folder while its chunks are written: a second start would take them for those of a dead one.
+
+    Raises:
+        ValueError: on all ranks, where another job writes there.
+    """
+    with run_lock(out / CHUNKS, "give another out="):
+        yield
 
 
 class Claims:
