@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eval.weights import fetch, file_sha256, load_state
+from sfd_scale.accelerators import ieee_float32
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -153,17 +154,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     Under autocast Inception's features are off by a tenth, and float32 all the same.
     """
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with one_algorithm(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+    with ieee_float32(), one_algorithm(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------- building

@@ -285,12 +285,10 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
         def finish() -> dict[str, Tensor]:
             with side.after(sampled):
                 images = job.sampler.pixels(drawn)
-                tensors = extract_padded(extractor, images, batch)
-            wanted = [row - rows.start for row in rows if row in kept]
-            numbers = torch.tensor(wanted).long() + rows.start
-            return {
-                **tensors, "nfe": drawn.nfe, "labels": labels, "images": images[wanted], "image_numbers": numbers
-            }  # fmt: skip
+                wanted = [row - rows.start for row in rows if row in kept]
+                tensors = {**extract_padded(extractor, images, batch), "nfe": drawn.nfe, "images": images[wanted]}
+                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            return {**tensors, "labels": labels, "image_numbers": torch.tensor(wanted).long() + rows.start}
 
         return finish, {"NFE": drawn.nfe.double().mean().item()}
 

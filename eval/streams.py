@@ -26,10 +26,12 @@ class SideStream:
 
     @contextmanager
     def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
-        """Results are ready, and memory of the inputs may be used again, when the context ends."""
+        """Results are ready, and memory of the inputs may be used again, when the context ends. Copies to the host
+        belong inside: after it they would wait for what the other thread has asked of the device meanwhile."""
         if self.stream is None or event is None:
             yield
             return
+        torch.cuda.set_device(self.stream.device)  # a thread starts with the first one, and would go back to it
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(event)
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.run_lock import in_use
 
 logger = logging.getLogger(__name__)
-RECIPE = "recipe.json"
+RECIPE, SOURCE = "recipe.json", "checkpoint"
 _FREE = ("checkpoint", "name", "outputs", "cache", "published")  # these change no score
 
 
@@ -27,6 +28,7 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
     """Evaluate every checkpoint of `run` that has no results yet, oldest first, until the run's last step.
 
     Each step has a folder in `out`, such as step-00001000, with its results.json; `out`/results.jsonl has all of them.
+    A step that a run has trained again, after going back, is evaluated again.
     In the run folder's evaluations/ the scores go to the W&B run of the training too: by the training itself while it
     runs, else from here.
 
@@ -38,36 +40,40 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
     training = config.load(run / "recipe.yaml", TrainRecipe)
     _check_same(recipe, out)
     while True:
-        steps = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
-        todo = distributed.broadcast_object([s for s in steps if not _results(out, s).is_file()])
+        saved = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
+        todo = distributed.broadcast_object([step for step in saved if _scored(out, step) != saved[step]])
         if todo:
             # One, then look again: the run may have removed the others meanwhile.
-            _evaluate(recipe, run, out, todo[0])
+            _evaluate(recipe, run, out, todo[0], saved[todo[0]])
             if distributed.is_main():
                 write_atomically(out / "results.jsonl", table(out).encode())
         if distributed.is_main() and not in_use(run):
             logs.log_scores(run, training.wandb)
         if todo:
             continue
-        if once or (steps and steps[-1] >= training.train.steps):
+        if once or (saved and max(saved) >= training.train.steps):
             return
         time.sleep(interval)
 
 
-def saved_steps(run: Path) -> list[int]:
-    """Steps of the committed checkpoints, ascending."""
-    found = []
-    for commit in (run / "checkpoints").glob("step-*/COMMIT"):
+def saved_steps(run: Path) -> dict[int, str]:
+    """Steps of the committed checkpoints, ascending, with the identity of each."""
+    found: dict[int, str] = {}
+    for folder in checkpoint.committed(run / "checkpoints"):
         try:
-            found.append(int(checkpoint.read_state(commit.parent)["step"]))
+            found[int(checkpoint.read_state(folder)["step"])] = checkpoint.checkpoint_hash(folder)
         except (ValueError, OSError):
-            if commit.is_file():
+            if (folder / "COMMIT").is_file():
                 raise
-    return sorted(found)  # without those that a training has pruned meanwhile
+    return found  # without those that a training has pruned meanwhile
 
 
-def _results(out: Path, step: int) -> Path:
-    return out / f"step-{step:08d}" / "results.json"
+def _scored(out: Path, step: int) -> str | None:
+    """The identity of the checkpoint whose scores a step has."""
+    folder = out / f"step-{step:08d}"
+    if not (folder / "results.json").is_file() or not (folder / SOURCE).is_file():
+        return None
+    return (folder / SOURCE).read_text(encoding="utf-8")
 
 
 def _check_same(recipe: EvalRecipe, out: Path) -> None:
@@ -88,12 +94,17 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
         raise ValueError(f"{out}: its scores are of another recipe ({', '.join(differ)} differ); choose another --out")
 
 
-def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int) -> None:
+def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str) -> None:
     folder = out / f"step-{step:08d}"
-    weights = folder / "model.safetensors"
+    weights, source = folder / "model.safetensors", folder / SOURCE
     gone = None
+    if distributed.is_main() and not (source.is_file() and source.read_text(encoding="utf-8") == identity):
+        if folder.exists():
+            logger.warning("%s: of a checkpoint that the run went back from, or cut off; made anew", folder)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        write_atomically(source, identity.encode())
     if distributed.is_main() and not weights.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             exports.export(run, weights, step=step)
         except (ValueError, OSError) as error:

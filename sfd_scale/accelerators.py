@@ -123,6 +123,21 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported()) if device.type == "cpu" else has_bf16(device)
 
 
+@contextlib.contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Products and convolutions of float32 without TF32, which PyTorch takes for convolutions on GPUs by default."""
+    cudnn: Any = torch.backends.cudnn
+    backends = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
 def same_products() -> contextlib.AbstractContextManager[Any]:
     """What makes products elsewhere take the way that they take here: autograd calls back without function modes."""
     modes = torch.overrides._get_current_function_mode_stack()

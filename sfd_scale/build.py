@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 from sfd_scale import config, distributed, logs
-from sfd_scale.accelerators import bf16_products, measured_flops, peak_flops
-from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
+from sfd_scale.accelerators import bf16_products, ieee_float32, measured_flops, peak_flops
+from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, committed, power_averages, start_weights
 from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.divergence import DivergenceWatch
@@ -125,7 +126,8 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     )
     logs.summary(recipe.name, {**facts, "run folder": run})
     try:
-        with bf16_products(engine.device):
+        exact = ieee_float32() if recipe.engine.precision == "fp32" else contextlib.nullcontext()
+        with exact, bf16_products(engine.device):
             finished = trainer.run()
     finally:
         profiler.close()
@@ -277,7 +279,7 @@ def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str
     Raises:
         ValueError: if its checkpoints are of another recipe, whose files are left as they are.
     """
-    if any((run / "checkpoints").glob("step-*/COMMIT")):
+    if committed(run / "checkpoints"):
         stored = written_trajectory(run / "recipe.yaml")
         check_same({"recipe": trajectory(recipe)}, {"recipe": stored}, run, allow_foreign)
     distributed.barrier()

@@ -110,8 +110,7 @@ def checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
     """`run`, if it is a checkpoint; else the checkpoint of that step, or the newest of the run folder."""
     if run != folder:
         return run
-    committed = sorted(path.parent for path in (folder / "checkpoints").glob("step-*/COMMIT"))
-    by_step = {checkpoint.read_state(path)["step"]: path for path in committed}
+    by_step = {checkpoint.read_state(path)["step"]: path for path in checkpoint.committed(folder / "checkpoints")}
     if not by_step:
         raise ValueError(f"{folder}: no whole checkpoint in it yet")
     if step is not None and step not in by_step:

@@ -140,7 +140,7 @@ class MetricsWriter:
         self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
             self._wandb = open_wandb(run_dir, wandb, config)
-            self.wandb_id, self._scores = self._wandb.id, ScoreTable(run_dir)
+            self.wandb_id, self._scores, self._row = self._wandb.id, ScoreTable(run_dir), self._wandb.step - 1
         if self._file is not None and tensorboard:
             self._board = _event_writer(run_dir / "tensorboard")
 
@@ -166,9 +166,12 @@ class MetricsWriter:
         self._file.flush()
         if self._wandb is not None:
             # One row of scores with each row of metrics: the trainer alone writes to W&B while it runs.
-            scores = next(iter(self._scores.pending()), {})
-            self._wandb.log({key: value for key, value in {**values, **scores}.items() if value is not None}, step=step)
-            self._scores.done(scores)
+            identity, scores = next(iter(self._scores.pending()), (None, {}))
+            row = {"step": step, **values, **scores}
+            # W&B drops a row whose number is not above the last one's, as a step's is that a rollback trains again.
+            self._row = max(step, self._row + 1)
+            self._wandb.log({key: value for key, value in row.items() if value is not None}, step=self._row)
+            self._scores.done(identity)
         if self._board is not None:
             for key, value in values.items():
                 if value is not None:
@@ -205,33 +208,34 @@ def open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] |
         # A run of days must not depend on a server: `wandb sync` brings it there later.
         logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, run_dir)
         run = start("offline")
+    run.define_metric("*", step_metric="step")
     run.define_metric("eval/*", step_metric="eval/step")
     id_file.write_text(f"{run.id}\n")
     return run
 
 
 class ScoreTable:
-    """Scores of checkpoints, which `python -m eval watch` writes, and the steps whose scores W&B has already."""
+    """Scores of checkpoints, which `python -m eval watch` writes, and those that W&B has already."""
 
     def __init__(self, run_dir: Path) -> None:
         self.table, self.seen = run_dir / "evaluations" / "results.jsonl", run_dir / "wandb_scores.json"
 
-    def pending(self) -> list[dict[str, Any]]:
-        """Rows for W&B: `eval/step`, `eval/fid`, …"""
+    def pending(self) -> list[tuple[str, dict[str, Any]]]:
+        """What W&B lacks: identity, and the row for it, `eval/step`, `eval/fid`, …"""
         if not self.table.is_file():
             return []
         logged = set(json.loads(self.seen.read_text(encoding="utf-8"))) if self.seen.is_file() else set()
         rows = [json.loads(line) for line in self.table.read_text(encoding="utf-8").splitlines()]
         return [
-            {f"eval/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+            (row["id"], {f"eval/{key}": value for key, value in row.items() if isinstance(value, int | float)})
             for row in rows
-            if row["step"] not in logged
+            if row["id"] not in logged
         ]
 
-    def done(self, row: Mapping[str, Any]) -> None:
-        if row:
+    def done(self, identity: str | None) -> None:
+        if identity is not None:
             logged = json.loads(self.seen.read_text(encoding="utf-8")) if self.seen.is_file() else []
-            self.seen.write_text(json.dumps([*logged, row["eval/step"]]), encoding="utf-8")
+            self.seen.write_text(json.dumps([*logged, identity]), encoding="utf-8")
 
 
 def log_scores(run_dir: Path, settings: WandbConfig) -> None:
@@ -241,9 +245,9 @@ def log_scores(run_dir: Path, settings: WandbConfig) -> None:
         return
     step = max((_step_of(line, default=0) for line in metrics.read_text(encoding="utf-8").splitlines()), default=0)
     run = open_wandb(run_dir, settings)
-    for number, row in enumerate(scores.pending(), start=1):
-        run.log({key: value for key, value in row.items() if value is not None}, step=step + number)
-        scores.done(row)
+    for number, (identity, row) in enumerate(scores.pending(), start=max(step + 1, run.step)):
+        run.log(row, step=number)
+        scores.done(identity)
     run.finish()
 
 

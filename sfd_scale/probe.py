@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +164,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
         return weights, json.loads(metadata[EXPORT_KEY]) if EXPORT_KEY in metadata else {}
-    whole: Sequence[Path] = [path] if (path / "COMMIT").is_file() else sorted(path.glob("checkpoints/step-*/COMMIT"))
+    whole = [path] if (path / "COMMIT").is_file() else checkpoint.committed(path / "checkpoints")
     if not whole:
         raise ValueError(f"--checkpoint: {path}; allowed: a run folder, a checkpoint of one, or a file of `sfd export`")
-    folder = whole[-1] if whole[-1] == path else whole[-1].parent
-    return checkpoint.load_weights(folder, "params"), checkpoint.read_state(folder)
+    return checkpoint.load_weights(whole[-1], "params"), checkpoint.read_state(whole[-1])

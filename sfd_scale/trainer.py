@@ -145,8 +145,11 @@ class Trainer:
         state = self.checkpoints.load(to, self.engine, self.ema)
         self.watch.rolled_back(step, int(state["step"]), state.get("divergence", {}))
         self.checkpoints.set_aside(after=int(state["step"]))
+        if self.snapshots is not None:
+            self.snapshots.set_aside(after=int(state["step"]))
         self.metrics.truncate(int(state["step"]))
         self.meter.reset()
+        self.meter.clock_losses = state.get("loss_by_clock")
         return int(state["step"])
 
     def log(self, step: int) -> dict[str, float]:
@@ -193,6 +196,7 @@ class Trainer:
         self.check_state(self.checkpoints.read_state(latest))
         state = self.checkpoints.load(latest, self.engine, self.ema)
         self.watch.load(state.get("divergence", {}))
+        self.meter.clock_losses = state.get("loss_by_clock")
         self.metrics.truncate(int(state["step"]))
         logger.info("resumed from %s", latest)
         return int(state["step"])

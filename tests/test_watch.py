@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_meter import read_by_wandb
 from eval import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
-from sfd_scale import build, checkpoint, config
+from sfd_scale import build, checkpoint, config, exports
 from sfd_scale.data.images import DigitsConfig, Drawn
 from sfd_scale.logs import ScoreTable
 from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
@@ -71,12 +72,24 @@ def train_and_watch(folder: Path) -> list[Any]:
         watch(settings, run, out, interval=0.1)
         times = {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
         found.append((times, (out / "results.jsonl").read_text()))
-    return found
+    # A run that goes back keeps what it goes back from under another name, and trains the step again.
+    whole = run / "checkpoints/step-00000004"
+    shutil.copytree(whole, whole.with_name(f"{whole.name}.aside-1"))
+    (out / whole.name / "checkpoint").write_text("another one of that step")
+    watch(settings, run, out, once=True)
+    times = {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
+    return [*found, (times, (out / "results.jsonl").read_text())]
 
 
 def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
-    first, second = run_ranks(train_and_watch, 1, tmp_path, timeout=400.0)[0]
-    assert saved_steps(tmp_path / "run") == [2, 4]
+    first, second, third = run_ranks(train_and_watch, 1, tmp_path, timeout=400.0)[0]
+    assert third[0]["step-00000002"] == second[0]["step-00000002"]
+    assert third[0]["step-00000004"] > second[0]["step-00000004"]
+    assert [json.loads(line)["fid"] for line in third[1].splitlines()] == [
+        json.loads(line)["fid"] for line in second[1].splitlines()
+    ]
+    assert exports.checkpoint_of(tmp_path / "run", tmp_path / "run", None).name == "step-00000004"
+    assert list(saved_steps(tmp_path / "run")) == [2, 4]
     assert list(first[0]) == ["step-00000002"] and len(second[0]) == 2
     assert second[0]["step-00000002"] == first[0]["step-00000002"]
     rows = [json.loads(line) for line in second[1].splitlines()]

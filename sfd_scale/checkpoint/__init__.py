@@ -1,7 +1,7 @@
 """Checkpoints that any engine at any world size can read: save, load, latest, prune, export."""
 
 from sfd_scale.checkpoint.export import export, load_weights, save_weights, start_weights
-from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, read_state
+from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, committed, read_state
 from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager, power_averages
 from sfd_scale.checkpoint.posthoc import reconstruct
 
@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "checkpoint_hash",
+    "committed",
     "export",
     "load_weights",
     "power_averages",

@@ -190,7 +190,8 @@ class CheckpointManager:
                 self._warn_of_space(_bytes(expected))
 
         def write() -> dict[str, dict[str, Any]]:
-            writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+            # Nothing to copy ahead: all is in host memory, and this thread must not meet the GPU, which trains.
+            writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
                 with files.one_error(final.name):

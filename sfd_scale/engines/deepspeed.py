@@ -187,6 +187,10 @@ class DeepSpeedEngine:
             applied = bool(self._engine.was_step_applied())
             norm = float(self._engine.get_global_grad_norm())
             result = StepResult(norm if applied else math.inf, applied)
+        if not result.applied and self.config.zero_stage == 2 and self.config.offload_optimizer:
+            # DeepSpeed keeps the sums of a dropped step and would add the next steps' gradients to them.
+            sums = self._engine.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
         self.optimizer_steps += result.applied
         return result
 

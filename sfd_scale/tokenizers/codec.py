@@ -6,15 +6,17 @@ N batch · C latent channels · D feature channels · H, W image · h, w latent 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sfd_scale.accelerators import ieee_float32
 
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["fp32", "bf16"]
@@ -95,9 +97,12 @@ class SemanticCodec(Protocol):
     def to(self, device: torch.device) -> Self: ...
 
 
-def computing(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+@contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     """Where encoders run: in float32, or with products in bfloat16 and weights, norms and sums as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    exact = ieee_float32() if precision == "fp32" else nullcontext()
+    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 def from_uint8(images: Tensor) -> Tensor:
