@@ -1,6 +1,6 @@
 # CUDA 13 image with flash-attn, sshd and pdsh. The checkout is the WORKDIR, so that recipes/, launchers/ and eval/ are at hand.
 #   docker build -t sfd-scale .                                   (FLASH_ATTN=0 leaves flash-attn out: an hour less)
-#   docker run --gpus all --ipc=host -v /data:/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
+#   docker run --gpus all --ipc=host -v /data:/opt/sfd-scale/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
 #   docker run --gpus all --ipc=host --network=host -v ~/.ssh:/home/sfd/.ssh sfd-scale launchers/sshd.sh    (a node)
 # The base by digest, so that a rebuild is the same image; `docker buildx imagetools inspect TAG` prints the digest of a newer one:
 #   docker build --build-arg CUDA_IMAGE=nvidia/cuda@sha256:... .

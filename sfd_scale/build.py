@@ -253,6 +253,11 @@ def make_reader(recipe: TrainRecipe, split: Portions) -> Reader:
     own_classes = isinstance(recipe.objective, ClassificationConfig) and recipe.objective.pretext != "none"
     if reader.num_classes > classes and not own_classes:
         raise ValueError(f"model.num_classes: {classes}, but the data in {recipe.data.path} has {reader.num_classes}")
+    if reader.num_classes < classes and not own_classes:
+        logger.warning(
+            "model.num_classes: %d, of which the data in %s has %d; an evaluation draws labels of all of them", classes,
+            recipe.data.path, reader.num_classes,
+        )  # fmt: skip
     dim = getattr(recipe.model, "input_dim", None)
     if isinstance(reader, FeatureReader) and reader.feature_dim != dim:
         raise ValueError(f"model.input_dim: {dim}; the stored features have {reader.feature_dim}")

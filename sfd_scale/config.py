@@ -39,6 +39,7 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         tree, origin = recipe_files.merged(recipe_files.read_file(path))
         merged = OmegaConf.to_container(recipe_files.merge(tree, command), resolve=True)
     origin = {**origin, **dict.fromkeys(recipe_files.leaves(command), _COMMAND_LINE)}
+    _check_kind(cls, merged, str(source))
     return _Reader(origin, str(path)).value(cls, merged, "")
 
 
@@ -55,6 +56,18 @@ def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         plain = OmegaConf.to_container(recipe_files.merge(own, command))
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_kind(cls: type[Any], merged: Any, source: str) -> None:
+    """Refuse a recipe of another kind as that, and not for the first key that the wanted kind does not have."""
+    hints = get_type_hints(cls)
+    if get_origin(hints.get("kind")) is not Literal or not isinstance(merged, dict):
+        return
+    wanted, kind = get_args(hints["kind"])[0], merged.get("kind")
+    if kind is None and "name" in hints and "name" not in merged:
+        raise ConfigError(f"kind: none in {source}, a part that other recipes extend; allowed here: {wanted}")
+    if isinstance(kind, str) and kind != wanted:
+        raise ConfigError(f"kind: {kind} in {source}; allowed here: {wanted}")
 
 
 def _command(overrides: Sequence[str]) -> DictConfig:

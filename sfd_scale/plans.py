@@ -22,6 +22,7 @@ from sfd_scale.recipe import TrainRecipe
 
 IMAGENET = 1_281_167  # images of the training set
 _STORED = 2  # bytes of a latent or a feature in the shards
+_IMAGE = 3 * 256**2  # bytes of an image there
 
 
 def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
@@ -32,9 +33,12 @@ def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
         size = sum(shard["raw_data"]["bytes"] for shard in read_index(path)["shards"])
         return max(size // max(count, 1), 1), count
     values = math.prod(recipe.latents.shape)
-    if isinstance(recipe.model, LightningDiTConfig) and recipe.model.alignment is not None:
+    if recipe.data.features == "shards" and isinstance(recipe.model, LightningDiTConfig) and recipe.model.alignment:
         values += recipe.latents.size**2 * recipe.model.alignment.dim
-    return values * _STORED * (2 if recipe.data.flip else 1), IMAGENET if samples is None else samples
+    size = values * _STORED * (2 if recipe.data.flip else 1)
+    if recipe.data.features == "online":
+        size += _IMAGE
+    return size, IMAGENET if samples is None else samples
 
 
 def job(recipe: TrainRecipe, model: Footprint, gpus: int, gpus_per_node: int, samples: int | None) -> planner.Job:

@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 def encode(recipe: EncodeRecipe) -> None:
     """Images to shards, on any number of ranks."""
     distributed.init()
+    source = make_source(recipe.source)  # before networks that may have to be downloaded
     tokenizer: FeatureTokenizer | None = None
     if recipe.store.latents != "none":
         tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
     elif recipe.store.features != "none":
         tokenizer = make_features(recipe.tokenizer, distributed.device())
-    encode_images(make_source(recipe.source), tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
+    encode_images(source, tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
 
 
 def convert(recipe: ConvertRecipe) -> None:

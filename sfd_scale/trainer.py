@@ -43,8 +43,10 @@ class TrainerConfig:
         for name in ("steps", "global_batch", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
-        if self.replica_check_every is not None and self.replica_check_every < 1:
-            raise ValueError(f"replica_check_every: {self.replica_check_every}; allowed: 1 and up, or null")
+        for name in ("micro_batch", "replica_check_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value}; allowed: 1 and up, or null")
 
 
 class Batch(Protocol):

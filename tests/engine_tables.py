@@ -6,6 +6,7 @@ not measured again. Fails where a bound of `agreement.py` does not hold.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -76,5 +77,7 @@ def main(root: str, measured: bool = True) -> int:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="what was measured stays there")
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else temporary))
+        sys.exit(main(parser.parse_args().folder or temporary))

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from sfd_scale import config, recipe_files
+from sfd_scale.recipe import TrainRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +159,13 @@ def test_whatever_is_wrong_is_an_error_of_the_recipe(tmp_path: Path, text: str, 
     write(tmp_path, base="name: base\nengine: {kind: zero}\nwidths: [3]\n", child=text)
     with pytest.raises(config.ConfigError, match=message):
         load(tmp_path, "child", override)
+
+
+def test_a_recipe_of_another_kind_is_refused_as_that() -> None:
+    with pytest.raises(config.ConfigError, match="^kind: eval in eval/sfd_xl; allowed here: train"):
+        config.load("eval/sfd_xl", TrainRecipe)
+    with pytest.raises(config.ConfigError, match="^kind: none in data/imagenet256, a part that other recipes extend"):
+        config.load("data/imagenet256", TrainRecipe)
 
 
 def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> None:

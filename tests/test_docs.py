@@ -146,6 +146,14 @@ def test_the_cheap_commands_run() -> None:
     assert {words[0] for words in done} == set(RUN)
 
 
+def test_tables_of_plans_are_what_the_command_prints() -> None:
+    text = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    found = re.findall(r"^    sfd (plan .* --markdown)$\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(found) == 2
+    for command, table in found:
+        assert CliRunner().invoke(package.app, command.split()).output == table, command
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_and_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

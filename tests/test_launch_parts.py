@@ -132,6 +132,8 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
         ("deepspeed", {"RANKS": "2"}, ("train", "quickstart/visoin"), "did you mean quickstart/vision"),
         ("deepspeed", {"RANKS": "2"}, (), "nothing to run; give a command and a recipe"),
         ("deepspeed", {"HOSTFILE": "/nowhere/hosts"}, TRAIN, "no such hostfile"),
+        ("deepspeed", {"NO_SSH": "1", "NODE_RANK": "0"}, TRAIN, "NO_SSH: needs HOSTFILE"),
+        ("mpi", {}, TRAIN, "--launcher: 'mpi'; allowed: auto, deepspeed, torchrun"),
         ("torchrun", {"RANKS": "1", "NODES": "2", "MASTER_PORT": "1"}, TRAIN, "MASTER_ADDR: 127.0.0.1 with NODES=2"),
         ("torchrun", {"RANKS": "1", "NODES": "2", "NODE_RANK": "2"}, TRAIN, "NODE_RANK: '2'; allowed with NODES=2"),
         ("torchrun", {"RANKS": "1", "RENDEZVOUS": "etcd"}, TRAIN, "RENDEZVOUS: 'etcd'; allowed: static, c10d"),

@@ -10,6 +10,7 @@ import pytest
 from sfd_scale.logs import MetricsWriter, WandbConfig
 from sfd_scale.portions import Portions, portions
 from sfd_scale.signals import StopRequest
+from sfd_scale.trainer import TrainerConfig
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ def test_what_does_not_divide_is_refused_with_what_does() -> None:
         portions(24, None, 5)
     with pytest.raises(ValueError, match=r"micro_batch: 5 does not divide the 12 samples of a rank; allowed here"):
         portions(24, 5, 2)
+
+
+@pytest.mark.parametrize("name", ["steps", "global_batch", "log_every", "micro_batch", "replica_check_every"])
+def test_counts_start_at_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: 0; allowed: 1 and up"):
+        TrainerConfig(**{"steps": 1, "global_batch": 1, name: 0})
 
 
 def test_a_signal_is_remembered_until_the_step_boundary() -> None:

@@ -99,6 +99,8 @@ def make_launch(launcher: str, work: Work, environment: Mapping[str, str]) -> La
     if not work.arguments:
         raise ValueError("nothing to run; give a command and a recipe, such as `train quickstart/sfd`")
     work.tree()  # an unknown recipe or a file that is not YAML is told here, once
+    if launcher not in LAUNCHERS:
+        raise ValueError(f"--launcher: {launcher!r}; allowed: {', '.join(LAUNCHERS)}")
     kind = choose(environment) if launcher == "auto" else launcher
     folder = Path(environment.get("LOG_FOLDER") or work.log_folder()).absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,6 +131,8 @@ def _launch(command: Sequence[str], environment: dict[str, str], folder: Path, r
 def _deepspeed(work: Work, environment: dict[str, str], folder: Path) -> Launch:
     if environment.get("HOSTFILE"):
         return _deepspeed_hosts(work, environment, folder)
+    if environment.get("NO_SSH"):
+        raise ValueError("NO_SSH: needs HOSTFILE, a file with a line for each host: NAME slots=GPUS")
     ranks = number(environment, "RANKS", 1) if _on_cpu(environment) or environment.get("RANKS") else _gpus(environment)
     work.check_world_size(ranks)
     slots = list(range(ranks))

@@ -57,6 +57,8 @@ def make_composite(config: CompositeConfig, layout: LatentLayout, device: torch.
     """Raises ValueError where the parts do not fit the layout or each other."""
     if config.texture is None:
         raise ValueError("tokenizer.texture: null; name a texture codec")
-    vision = None if config.vision is None else make_vision(config.vision, device)
+    # The vision encoder last: it may have to be downloaded.
     semantic = None if config.semantic is None else make_semantic(config.semantic, device)
-    return CompositeTokenizer(make_texture(config.texture, device), vision, semantic, layout, config.precision)
+    texture = make_texture(config.texture, device)
+    vision = None if config.vision is None else make_vision(config.vision, device)
+    return CompositeTokenizer(texture, vision, semantic, layout, config.precision)
