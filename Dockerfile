@@ -43,5 +43,5 @@ WORKDIR /opt/sfd-scale
 COPY --chown=sfd:sfd . .
 RUN mkdir -p runs && chown sfd:sfd . runs
 USER 10001
-HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=2 CMD ["sfd", "doctor"]
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=2 CMD ["python", "-c", "import sfd_scale.launch.agent"]
 CMD ["sfd", "--help"]

@@ -200,13 +200,15 @@ def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
     return f", MFU {rate.value * flops / peak:.1%}"
 
 
-def _figure(what: str, rate: Rate, peer: Rate, unit: str, note: str = "") -> Figure:
+def _figure(
+    what: str, rate: Rate, peer: Rate, unit: str, note: str = "", against: str = "authors' arithmetic"
+) -> Figure:
     memory = "" if rate.memory_gib is None else f", {rate.memory_gib:.1f} GiB"
     if rate.value is None:
         memory = ", out of memory"
     ours, theirs = rate.value or math.nan, peer.value or math.nan
     figure = harness.measured(
-        f"{what}{note}{memory}", ours=ours, peer=theirs, against="authors' arithmetic", unit=unit, better="higher"
+        f"{what}{note}{memory}", ours=ours, peer=theirs, against=against, unit=unit, better="higher"
     )
     print("  ".join(harness.row(figure)), flush=True)
     return figure
@@ -304,12 +306,15 @@ def _inception(chosen: Plan) -> Iterator[Figure]:
     network = Unloaded("inception-v3-compat", layers, feature_extractor_weights_path=nothing).to(chosen.device).eval()
     images = torch.zeros(chosen.inception_batch, 3, 256, 256, dtype=torch.uint8, device=chosen.device)
 
+    from eval.features import full_precision  # as the harness runs it
+
     @torch.no_grad()
     def features() -> object:
-        return network(images)
+        with full_precision(chosen.device):
+            return network(images)
 
     rate = _rate(chosen, chosen.inception_batch, lambda: features)
-    yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s")
+    yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s", against="itself")
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -64,7 +64,9 @@ def score(
     from eval.score import score as run
 
     distributed.init(TIMEOUT_S)
-    default = samples / "results.json" if samples.is_dir() else samples.with_suffix(".results.json")
+    default = samples.resolve().with_name(f"{samples.resolve().stem}.results.json")
+    if (samples / "config.json").is_file():  # a folder of `generate`; one of images stays as it is
+        default = samples / "results.json"
     results = run(loaded, samples, default if out is None else out)
     if distributed.is_main():
         table = Table("score", "value", title=f"{results['name']}, {results['count']} samples")

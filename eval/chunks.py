@@ -13,10 +13,11 @@ import logging
 import os
 import platform
 import struct
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -124,10 +125,12 @@ class ChunkFolder:
         text = json.dumps(json.loads(json.dumps(config, default=str)), indent=1, sort_keys=True)
         write_atomically(file, f"{text}\n".encode())
 
-    def tidy(self) -> None:
-        """Remove what killed writers have left; when all chunks are there, and nobody writes."""
+    def tidy(self, before: float) -> None:
+        """Remove what writers that were killed had left by the time `before`: another job may write here now."""
         for leftover in (self.path / "chunks").glob(".chunk-*.safetensors"):
-            leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if leftover.stat().st_mtime < before:
+                    leftover.unlink()
 
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
@@ -246,6 +249,7 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     Raises:
         ValueError: if chunks are missing in the end because a rank failed; a second start goes on.
     """
+    started = time.time()
     todo: list[int] = distributed.broadcast_object(folder.missing() if distributed.is_main() else None)
     rows = sum(len(folder.rows(chunk)) for chunk in todo)
     queue = ChunkQueue(todo)
@@ -268,7 +272,7 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     if left:
         raise ValueError(f"{folder.path}: {len(left)} of {folder.count} chunks are missing; give the command again")
     if distributed.is_main():
-        folder.tidy()
+        folder.tidy(started)
     # No rank may leave, and rank 0 may not close the store, while another still asks.
     distributed.barrier()
     return rows

@@ -238,10 +238,13 @@ def _cached(results: Results, path: Path) -> Path:
 
 
 def _features(results: Results, path: Path) -> Path:
-    """The folder of features, where it was scored or beside the results."""
+    """The folder of features that the results are of: beside them, or where it was scored."""
     beside = path if path.is_dir() else path.parent
-    recorded = Path(results["run"]["features"])
-    return recorded if (recorded / "config.json").is_file() else beside
+    for folder in (beside, Path(results["run"]["features"])):
+        file = folder / "config.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == results["samples"]:
+            return folder
+    raise ValueError(f"{path}: the features that it was scored from are neither beside it nor where they were")
 
 
 def _show(differences: list[Difference], paired: bool, others: dict[str, tuple[str, str]]) -> None:

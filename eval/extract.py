@@ -43,6 +43,8 @@ def open_features(path: Path) -> ChunkFolder:
     if not file.is_file():
         raise ValueError(f"{path}: no folder of features (no config.json in it)")
     config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not {"num_samples", "batch", "extractor"} <= config.keys():
+        raise ValueError(f"{file}: not of a folder of features; give a folder of `generate`, or of images without it")
     folder = ChunkFolder(path, config["num_samples"], config["batch"])
     missing = folder.missing()
     if missing:

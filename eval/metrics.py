@@ -291,5 +291,5 @@ def sample_warnings(count: int, dim: int, split: int, labels: Tensor | None) -> 
 def _in_runs(labels: Tensor) -> bool:
     """Whether neighbours share their class far more often than chance: true for files in class order."""
     same = (labels[1:] == labels[:-1]).double().mean().item()
-    shares = labels.bincount().double() / len(labels)
+    shares = labels.unique(return_counts=True)[1].double() / len(labels)
     return same > shares.square().sum().item() + 0.3

@@ -91,6 +91,8 @@ def _statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
     found = npz.read_statistics(source.path)
     if not found and "arr_0" not in npz.keys(source.path):
         raise ValueError(f"{source.path}: neither statistics (mu, sigma, mu_s, sigma_s) nor images (arr_0) in it")
+    if found and not {"mu", "sigma"} <= found.keys():
+        raise ValueError(f"{source.path}: {', '.join(sorted(found))} without mu and sigma; FID needs both")
     if found and not isinstance(recipe.extractor, InceptionConfig):
         raise ValueError(
             f"{source.path}: its statistics are of Inception features, but extractor.kind is {recipe.extractor.kind}; "

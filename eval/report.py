@@ -65,6 +65,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     Raises:
         ValueError: for results or run folders that cannot be read.
     """
+    results = list(dict.fromkeys(results))
     loaded = [read_results(path) for path in results]
     if not loaded:
         raise ValueError("--result: none given; allowed: one results.json and more")
@@ -109,12 +110,19 @@ def templates() -> Environment:
 
 
 def _labels(loaded: Sequence[Results], paths: Sequence[Path]) -> list[str]:
-    """A name for each result: its run and step, and its folder where these are not enough."""
-    names = [_label(result) for result in loaded]
-    folders = [path.name if path.is_dir() else path.parent.name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)
-    ]
+    """A name for each result: its run and step, and its place where these are not enough."""
+    names, places = [_label(result) for result in loaded], path_labels(paths)
+    return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places, strict=True)]
+
+
+def path_labels(paths: Sequence[Path]) -> list[str]:
+    """The paths' names, with as much of the path as tells them apart."""
+    resolved = [path.resolve() for path in paths]
+    for depth in range(1, max((len(path.parts) for path in resolved), default=0) + 1):
+        labels = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in resolved]
 
 
 def _label(result: Results) -> str:
@@ -224,16 +232,16 @@ def _grids(loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Pat
 
 
 def find(recorded: str | None, results: Path) -> Path | None:
-    """A file by its recorded path, or beside the results if these were moved."""
+    """A file beside the results, with which it may have been moved, or by its recorded path."""
     if recorded is None:
         return None
     folder = results if results.is_dir() else results.parent
-    return next((file for file in (Path(recorded), folder / Path(recorded).name) if file.is_file()), None)
+    return next((file for file in (folder / Path(recorded).name, Path(recorded)) if file.is_file()), None)
 
 
 def _curves(runs: Sequence[Path]) -> list[Picture]:
     found = []
-    for run in runs:
+    for run, label in zip(runs, path_labels(runs), strict=True):
         rows = figures.read_metrics(run)
         if not figures.loss_names(rows):
             logger.warning("%s: no losses were logged yet", run)
@@ -245,8 +253,8 @@ def _curves(runs: Sequence[Path]) -> list[Picture]:
         ):
             data = draw(rows)
             if data is not None:
-                file = f"figures/{run.name}-{what.replace(' ', '-')}.png"
-                found.append(Picture(f"{run.name}: {what}", file, data, wide))
+                file = f"figures/{label.replace('/', '-')}-{what.replace(' ', '-')}.png"
+                found.append(Picture(f"{label}: {what}", file, data, wide))
     return found
 
 
@@ -261,9 +269,9 @@ def _files(
         found.append((f"{label}: samples", result["run"]["samples"]))
         if result["run"]["checkpoint"] is not None and result["samples"]["kind"] == "generated":
             found.append((f"{label}: checkpoint", result["run"]["checkpoint"]))
-    for run in runs:
+    for run, label in zip(runs, path_labels(runs), strict=True):
         found += [
-            (f"{run.name}: {what}", str(run / name))
+            (f"{label}: {what}", str(run / name))
             for what, name in (("recipe", "recipe.yaml"), ("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"))
             if (run / name).exists()
         ]

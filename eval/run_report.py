@@ -17,7 +17,7 @@ import yaml
 from eval import figures
 from eval.chunks import write_atomically
 from eval.figures import Row
-from eval.report import COLUMNS, Picture, find, flatten, how, score_cells, templates
+from eval.report import COLUMNS, Picture, find, flatten, how, path_labels, score_cells, templates
 from eval.score import Results, read_results
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
@@ -53,7 +53,7 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
     Raises:
         ValueError: for a folder that is no run folder, or has logged nothing yet.
     """
-    runs = [read_run(path, label) for path, label in zip(folders, _labels(folders), strict=True)]
+    runs = [read_run(path, label) for path, label in zip(folders, path_labels(folders), strict=True)]
     out = folders[0] / "report.html" if out is None else out
     colours = itertools.cycle(figures.COLOURS)
     values = {
@@ -86,16 +86,6 @@ def step_of(result: Results) -> int:
     return int(result["samples"]["checkpoint"]["step"])
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of the path as tells them apart."""
-    resolved = [path.resolve() for path in folders]
-    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
-        labels = ["/".join(path.parts[-depth:]) for path in resolved]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
-
-
 # ------------------------------------------------------------------------------------------------- pictures
 
 
@@ -110,8 +100,8 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
     clock = figures.clock_curves(rows)
     if clock is not None:
         sections.append(("Loss by clock", [_picture("early and late in training", clock, wide=False)]))
-    scored = {run.label: run.scores for run in runs if run.results}
-    if scored:
+    scored = {run.label: run.scores for run in runs}  # without any too: a run has its colour in all figures
+    if any(scored.values()):
         every = [row for rows in scored.values() for row in rows]
         titles = {c.key: c.title for c in COLUMNS if any(row[c.key] is not None for row in every)}
         titles.pop("kid_mean", None)  # with few samples, its noise

@@ -257,7 +257,7 @@ def _mean_nfe(folder: ChunkFolder) -> float | None:
 
 def _write(results: Results, folder: ChunkFolder, reference: Reference, out: Path) -> None:
     if reference.grid is not None:
-        path = out.with_name("reference.png")
+        path = out.with_name("reference.png" if out.name == "results.json" else f"{out.stem}.reference.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         outputs.to_image(reference.grid).save(path)
         results["run"]["reference_grid"] = str(path)

@@ -167,7 +167,8 @@ def _data_hash(source: Any, cache: Path | None) -> str:
         return digest.hexdigest()
     path = Path(path)
     _must_exist(path)
-    indices = sorted([*path.rglob("index.json"), *path.glob("manifest.json")])
+    shards = isinstance(source, MDSConfig)
+    indices = sorted([*path.rglob("index.json"), *path.glob("manifest.json")]) if shards else []
     for file in indices:
         digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
     if not indices:

@@ -35,7 +35,7 @@ from sfd_scale.signals import REQUEUE_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
-# Settings that change no result, wherever they stand in a recipe.
+# Settings that change no result, wherever they stand in a recipe; but a registered extractor is its name.
 _FREE = frozenset({
     "name", "run", "out", "published", "num_workers", "log_every", "timeout_s", "max_duration_s", "background", "meter",
     "profile", "wandb", "tensorboard", "cache", "outputs",
@@ -276,7 +276,8 @@ def _strings(value: Any) -> Iterator[str]:
 def _decisive(value: Any) -> Any:
     """Plain data without the settings that change no result."""
     if isinstance(value, Mapping):
-        return {key: _decisive(item) for key, item in value.items() if key not in _FREE}
+        free = _FREE - {"name"} if value.get("kind") == "registered" else _FREE
+        return {key: _decisive(item) for key, item in value.items() if key not in free}
     return [_decisive(item) for item in value] if isinstance(value, list) else value
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from eval import generate
 from eval.chunks import config_hash, write_atomically
 from eval.features import LazyExtractor, make_extractor
-from eval.recipe import EvalRecipe
+from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
 from eval.score import Results, read_results, score
 from eval.weights import file_sha256
@@ -130,6 +130,10 @@ def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference:
         and all(path.is_file() and file_sha256(path) == used["sha256"] for path, used in files)
         and samples["extractor"] == extractor.identity
         and results["reference"]["data"] == reference.provenance["data"]
+        and (
+            not isinstance(recipe.labels, LabelFile)
+            or file_sha256(recipe.labels.path) == samples["labels"].get("sha256")
+        )
     )
     return results if same else None
 

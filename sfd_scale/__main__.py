@@ -343,18 +343,24 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
 
 
 def run(command_line: typer.Typer) -> None:
-    """Run a command; a mistake of the user is one sentence, not a traceback (SFD_DEBUG=1 shows it)."""
+    """Run a command; a mistake of the user is one sentence, not a traceback (SFD_DEBUG=1 shows it).
+
+    A rank that fails leaves the process group as it is: to tear it down it would wait for the others, which may wait
+    for this one.
+    """
     logs.setup()
     try:
         command_line()
+    except SystemExit as end:
+        if end.code in (0, None, REQUEUE_EXIT_CODE):
+            distributed.shutdown()
+        raise
     except (ValueError, FloatingPointError, OSError) as error:
         if "SFD_DEBUG" in os.environ:
             raise
         rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
         logs.console.print(f"[bold red]error:[/] {escape(f'{rank}{error}')}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    finally:
-        distributed.shutdown()
 
 
 def main() -> None:

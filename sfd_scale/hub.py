@@ -40,6 +40,8 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
     if folder.exists() and (other := sorted({file.name for file in folder.iterdir()} - {*own, "samples.png", ".git"})):
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
     weights = exports.export(run, folder / WEIGHTS, **which)
+    for name in {*own, "samples.png"} - {WEIGHTS}:
+        (folder / name).unlink(missing_ok=True)  # of the weights of an earlier call
     note = exports.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
     (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")

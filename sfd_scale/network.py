@@ -9,24 +9,32 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+import time
 from collections.abc import MutableMapping
 
 # Any port will do: connecting a UDP socket sends nothing, it only asks for the route.
 _PORT = 9
 
 
-def resolve(host: str) -> str:
+def resolve(host: str, patience_s: float = 0.0) -> str:
     """The address of a host name, or the address itself.
+
+    Args:
+        patience_s: ask again for so long, where a name comes to be known when its host is up.
 
     Raises:
         ValueError: for a name that this host does not know.
     """
-    try:
-        return str(socket.getaddrinfo(host, _PORT, type=socket.SOCK_DGRAM)[0][4][0])
-    except OSError as error:
-        raise ValueError(
-            f"{host}: no such host name here ({error}); use an address, or add it to /etc/hosts"
-        ) from error
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return str(socket.getaddrinfo(host, _PORT, type=socket.SOCK_DGRAM)[0][4][0])
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"{host}: no such host name here ({error}); use an address, or add it to /etc/hosts"
+                ) from error
+        time.sleep(1)
 
 
 def is_loopback(host: str) -> bool:

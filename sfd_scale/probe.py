@@ -98,7 +98,10 @@ def probe(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Probe:
     reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
     assert isinstance(reader, LatentReader)
     model = bare_model(recipe.model, recipe.latents, recipe.schedule)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not of this recipe's model: {error}") from error
     missing = [name for name in missing if name not in dict(model.named_buffers())]
     if missing or unexpected:
         raise ValueError(f"{path}: not of this recipe's model: missing {missing[:4]}, unexpected {unexpected[:4]}")

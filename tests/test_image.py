@@ -42,7 +42,7 @@ def test_it_has_two_stages_no_root_and_a_health_check() -> None:
     assert len(instructions("FROM")) == 2
     assert instructions("USER") == ["10001"]
     assert CODE.index("\nUSER 10001") < CODE.index("\nHEALTHCHECK") < CODE.index("\nCMD")
-    assert instructions("HEALTHCHECK")[0].endswith('CMD ["sfd", "doctor"]')
+    assert instructions("HEALTHCHECK")[0].endswith('CMD ["python", "-c", "import sfd_scale.launch.agent"]')
     assert instructions("WORKDIR")[-1] == "/opt/sfd-scale"
     assert "cuda:13." in instructions("ARG")[0]
     assert 'FLASH_ATTN_CUDA_ARCHS="80;90;100"' in CODE

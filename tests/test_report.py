@@ -87,8 +87,8 @@ def test_results_that_differ_otherwise_are_said_to(tmp_path: Path) -> None:
     assert [found["key"] for found in differences(loaded, ["x", "y"])] == ["samples.num_samples", "samples.seed"]
     page = report(paths, tmp_path / "out").read_text()
     assert "differ in more than the checkpoint" in page and "samples.num_samples" in page
-    # Two results of one checkpoint are told apart by their folders.
-    assert "sfd, step 1,000 (a)" in page and "sfd, step 1,000 (b)" in page
+    # Two results of one checkpoint are told apart by their places.
+    assert "sfd, step 1,000 (a/results.json)" in page and "sfd, step 1,000 (b/results.json)" in page
 
 
 def test_curves() -> None:

@@ -66,7 +66,7 @@ def test_scores_of_an_npz_are_those_of_its_features(tmp_path: Path, reference: N
     assert (scores["precision"], scores["recall"]) == (expected.precision, expected.recall)
     assert results["reference"]["features_count"] == 40 and results["reference"]["count"] == 60
     assert read_results(tmp_path / "r.json") == results
-    assert (tmp_path / "reference.png").is_file()
+    assert (tmp_path / "r.reference.png").is_file()
 
 
 def test_a_second_score_takes_everything_from_the_cache(tmp_path: Path, reference: NpzSource) -> None:

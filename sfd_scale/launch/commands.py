@@ -28,6 +28,7 @@ from sfd_scale.portions import portions
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
+NAME_WAIT_S = 120.0  # for the name of a first node, which Kubernetes makes known when its pod is up
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,10 @@ def _deepspeed_hosts(work: Work, environment: dict[str, str], folder: Path) -> L
     if runner == "openmpi":
         given, interface = environment.get("LAUNCHER_ARGS", ""), network.interface_of(network.source_address(address))
         environment["LAUNCHER_ARGS"] = f"{given} --mca btl_tcp_if_include {interface}" if interface else given
+    if runner == "slurm":
+        # DeepSpeed's runner gives srun the number of ranks alone, and Slurm then does not tell how many a node has.
+        given = environment.get("LAUNCHER_ARGS", "")
+        environment["LAUNCHER_ARGS"] = f"{given} --nodes {len(hosts)} --ntasks-per-node {hosts[0].slots}".strip()
     if environment.get("LAUNCHER_ARGS"):
         options += [f"--launcher_args={environment['LAUNCHER_ARGS']}"]
     command = _runner(environment, options, arguments, work.module)
@@ -270,6 +275,8 @@ def _static(environment: Mapping[str, str], nodes: int) -> tuple[list[str], int]
     if not node.isdigit() or int(node) >= nodes:
         raise ValueError(f"NODE_RANK: {node!r}; allowed with NODES={nodes}: 0 to {nodes - 1}")
     address = environment.get("MASTER_ADDR") or "127.0.0.1"
+    if nodes > 1 and node != "0":
+        network.resolve(address, NAME_WAIT_S)
     if nodes > 1 and network.is_loopback(address):
         raise ValueError(f"MASTER_ADDR: {address} with NODES={nodes}; set it to an address of node 0 the others reach")
     if nodes > 1 and not environment.get("MASTER_PORT"):
@@ -290,6 +297,7 @@ def _c10d(work: Work, environment: Mapping[str, str], nodes: str, ranks: int) ->
         raise ValueError(
             "MASTER_ADDR: with MASTER_PORT and JOB_ID, all needed with RENDEZVOUS=c10d, equal on every node"
         )
+    network.resolve(address, NAME_WAIT_S)
     # Without both of these, nodes whose names resolve to the loopback wait for each other until the timeout.
     here = network.is_here(address)
     own = network.resolve(address) if here else network.source_address(address)

@@ -128,6 +128,8 @@ def main() -> None:
     else:
         own.ending("failed", error or RuntimeError(f"exit code {code}")).write(folder)
     finish()
+    if code not in (0, status.REQUEUE_EXIT_CODE):
+        os._exit(code)  # an orderly end would wait for communication that the other ranks no longer take part in
     sys.exit(code)
 
 

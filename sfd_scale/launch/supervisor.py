@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # Seconds that the other ranks get to end by themselves once one has failed.
 GRACE_S = 30.0
+# By how many seconds the clocks of hosts may differ.
+CLOCKS_S = 60.0
 # Seconds that the launcher gets to notice that its ranks were killed.
 KILL_WAIT_S = 15.0
 
@@ -71,11 +73,12 @@ class Supervisor:
     """
 
     def __init__(self, launch: Launch, check: RecipeCheck | None = None) -> None:
-        self.launch, self.check = launch, check
+        self.launch, self.check, self._began = launch, check, time.time()
         self.requests: list[tuple[int, float]] = []
 
     def run(self) -> int:
-        previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS}
+        # What was ignored already stays so: nohup's SIGHUP.
+        previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
         launch = self.launch
         # A session of its own, so that Ctrl-C in a terminal comes here alone.
         process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
@@ -110,8 +113,9 @@ class Supervisor:
                 name = signal.Signals(self.requests[0][0]).name
                 logger.info("%s: the ranks save and stop; once more ends them at once", name)
                 self._ask_to_stop(process)
-            if failed_at == math.inf and any(rank.state == "failed" for rank in self._ranks()):
-                failed_at = now
+            # An elastic launcher starts ranks again, which then have not failed any more.
+            failed = any(rank.state == "failed" for rank in self._ranks())
+            failed_at = min(failed_at, now) if failed else math.inf
             hung = now - failed_at > GRACE_S
             if killed_at == math.inf and (hung or self._impatient()):
                 killed_at = now
@@ -142,7 +146,11 @@ class Supervisor:
             self.launch.signal_ranks(signal.SIGUSR1)
 
     def _ranks(self) -> list[status.RankStatus]:
-        return status.read(self.launch.log_folder, self.launch.identity)
+        """Those of this start: an earlier one may have had the same name, which a user gives, and more ranks."""
+        found = status.read(self.launch.log_folder, self.launch.identity)
+        found = [rank for rank in found if rank.started > self._began - CLOCKS_S]
+        world = max(found, key=lambda rank: rank.started).world_size if found else 0
+        return [rank for rank in found if rank.rank < world]
 
     def _sweep(self) -> None:
         """The launcher is gone: nothing of it may stay behind. Ranks that are saving get their time."""
@@ -165,7 +173,9 @@ class Supervisor:
         if out == status.REQUEUE_EXIT_CODE:
             logger.info("stopped on request; the same command goes on from the last checkpoint (exit code %d)", out)
         elif out != 0:
-            text = status.summary(ranks, self.launch.world_size, self.launch.log_folder)
+            # Of other nodes, which were started there, nothing is known here.
+            world = self.launch.world_size if self.launch.node is None else 0
+            text = status.summary(ranks, world, self.launch.log_folder)
             for line in text.splitlines() or [f"the launcher ended with code {code} before any rank had started"]:
                 logger.error("%s", line)
         return out

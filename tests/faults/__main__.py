@@ -17,8 +17,10 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import typer
 
 from faults.cases import Case, cases, kill
@@ -36,13 +38,13 @@ _TURN = (
 )  # fmt: skip
 
 
-def kills(work: list[Work], count: int, seed: int) -> dict[str, Result]:
+def kills(work: list[Work], turn: Sequence[tuple[str, str]], count: int, seed: int) -> dict[str, Result]:
     """`count` kills that landed, in turn over commands and victims."""
     by_name = {w.name: w for w in work}
-    found = {f"kill {victim}, {name}": Result(0, 0) for name, victim in sorted(set(_TURN))}
+    found = {f"kill {victim}, {name}": Result(0, 0) for name, victim in sorted(set(turn))}
     attempt = landed = 0
     while landed < count and attempt < 3 * count:
-        name, victim = _TURN[attempt % len(_TURN)]
+        name, victim = turn[attempt % len(turn)]
         case = f"kill {victim}, {name}"
         result = _safely(lambda draw, w=by_name[name], v=victim: kill(w, draw, v), seed, str(attempt))  # type: ignore[misc]
         attempt, landed = attempt + 1, landed + result.times
@@ -79,7 +81,9 @@ def main() -> int:
     parser.add_argument("--launchers", action="store_true", help="kills under torchrun and deepspeed, once each")
     parser.add_argument("--place", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
+    # Of what is launched, and of this process: a fork would wait for the threads that it does not have.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     begun = time.monotonic()
     for name in _LAZY:
         importlib.import_module(name)
@@ -92,7 +96,9 @@ def main() -> int:
     lost = total - sum(result.survived for result in results.values())
     seconds = time.monotonic() - begun
     typer.echo(f"{'all':<28} {total:>6} {total - lost:>9} {lost:>5}   seed {options.seed}, {seconds:.0f} s")
-    return 1 if lost else 0
+    if not total:
+        typer.echo(f"--only: {', '.join(options.only)}: nothing was done")
+    return 1 if lost or not total else 0
 
 
 def run(options: argparse.Namespace, place: Path) -> dict[str, Result]:
@@ -101,7 +107,8 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Result]:
 
     work, singles = cases(place)
     wanted = [name for name in singles if asked(name)]
-    kill_many = bool(options.kills) and (not options.only or "kill" in options.only)
+    turn = [(name, victim) for name, victim in _TURN if asked(f"kill {victim}, {name}")]
+    kill_many = bool(options.kills and turn)
     for w in work if wanted or kill_many else ():
         w.undisturbed()
         typer.echo(f"undisturbed {w.name}: {w.seconds:.1f} s")
@@ -120,7 +127,7 @@ def run(options: argparse.Namespace, place: Path) -> dict[str, Result]:
                 results[name] = _landed(launched, victim, options.seed, name)
                 _say(name, results[name])
     if kill_many:
-        results |= kills(work, options.kills, options.seed)
+        results |= kills(work, turn, options.kills, options.seed)
     return results
 
 
