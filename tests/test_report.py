@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from eval import figures
-from eval.report import differences, report
+from eval.report import differences, find, report
 
 
 def result(folder: Path, step: int, fid: float, **changes: Any) -> Path:
@@ -110,3 +110,22 @@ def test_bad_input(tmp_path: Path) -> None:
         report([tmp_path / "x.json"], tmp_path / "out")
     with pytest.raises(ValueError, match="no run folder"):
         report([result(tmp_path / "a", 1, 2.0)], tmp_path / "out", runs=[tmp_path])
+
+
+def test_results_and_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [result(tmp_path / name / "seed0" / "step-1", 1000, 4.0 + n) for n, name in enumerate("ab")]
+    runs = []
+    for name in "ab":
+        (tmp_path / name / "runs").mkdir()
+        runs.append(run_folder(tmp_path / name / "runs" / "seed0"))
+    report([*paths, paths[0]], tmp_path / "out", runs=runs)
+    data = json.loads((tmp_path / "out/report.json").read_text())
+    assert [found["scores"]["fid"] for found in data["results"].values()] == [4.0, 5.0]
+    assert len(list((tmp_path / "out/figures").glob("*-losses.png"))) == 2
+
+
+def test_results_that_were_moved_keep_their_pictures(tmp_path: Path) -> None:
+    old = result(tmp_path / "a", 1000, 4.5).parent.rename(tmp_path / "old")
+    result(tmp_path / "a", 7, 4.4)  # another run, where the first one was
+    recorded = json.loads((old / "results.json").read_text())["run"]["grid"]
+    assert find(recorded, old / "results.json") == old / "grid.png"

@@ -57,3 +57,11 @@ def test_one_byte_in_one_file_is_another_folder(folder: Path) -> None:
     with (folder / "3.png").open("ab") as file:
         file.write(b"\0")
     assert sources._files_hash(folder, None) != before
+
+
+@pytest.mark.parametrize("name", ["index.json", "manifest.json"])
+def test_a_file_named_as_those_of_shards_does_not_stand_for_the_images(folder: Path, name: str) -> None:
+    (folder / name).write_text("{}")
+    before = identity(folder)
+    shutil.copy(folder / "1.png", folder / "2.png")
+    assert identity(folder) != before

@@ -286,6 +286,9 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
         " checkpoint.every=2 train.log_every=1'",
     )  # fmt: skip
     assert not free.missing(free.chosen([]))
+    # A registered extractor is what its name says.
+    named = [study._decisive({"kind": "registered", "name": name}) for name in ("vgg16", "clip-vit-b-32")]
+    assert named[0] != named[1]
 
 
 @pytest.mark.parametrize(

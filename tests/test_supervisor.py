@@ -121,3 +121,42 @@ def test_a_launch_that_does_its_work_ends_with_0(tmp_path: Path) -> None:
     made = launch(tmp_path, "pass")
     assert Supervisor(made).run() == 0
     assert {rank.state for rank in status.read(made.log_folder, made.identity)} == {"done"}
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped", "running"])
+def test_what_an_earlier_start_of_the_same_name_left_does_not_count(tmp_path: Path, state: str) -> None:
+    made = launch(tmp_path, "pass")
+    made.log_folder.mkdir()
+    for rank, started in ((0, time.time() - 3600), (7, time.time() - 3600)):
+        fields = {"launch": made.identity, "rank": rank, "world_size": 8, "host": "h", "node": 0, "pid": 1}
+        status.RankStatus(**fields, state=state, started=started).write(made.log_folder)  # type: ignore[arg-type]
+    assert Supervisor(made).run() == 0
+
+
+def test_a_rank_that_was_started_again_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun's elastic agent does it: the second attempt takes longer than the others wait after a failure."""
+    monkeypatch.setattr(supervisor, "GRACE_S", 1.0)
+    work = (
+        "import os, time\nif not os.path.exists('tried'):\n    open('tried', 'w').close()\n    raise OSError('once')\n"
+    )
+    made = launch(tmp_path, f"{work}time.sleep(3)")
+    again = (
+        "import os, subprocess, sys\n"
+        "call = [sys.executable, '-u', *sys.argv[1:], 'work']\n"
+        "one = {**os.environ, 'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_SIZE': '1'}\n"
+        "sys.exit(subprocess.call(call, env=one) and subprocess.call(call, env=one))"
+    )
+    (tmp_path / "launcher.py").write_text(again)
+    monkeypatch.chdir(tmp_path)
+    assert Supervisor(made).run() == 0
+
+
+def test_a_launch_under_nohup_survives_the_end_of_its_terminal(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        made = launch(tmp_path, "import time\ntime.sleep(1)")
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        assert Supervisor(made).run() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
