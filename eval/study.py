@@ -200,8 +200,10 @@ class Study:
         if not stamp.is_file() or not step.outputs[0].exists():
             return False
         found, now = json.loads(stamp.read_text(encoding="utf-8")), self.note(step)
-        reasons = ["by other settings"] if found["settings"] != now["settings"] else []
-        reasons += [f"of another {need}" for need in now["needs"] if found["needs"].get(need) != now["needs"][need]]
+        reasons = ["by other settings"] if found.get("settings") != now["settings"] else []
+        reasons += [
+            f"of another {need}" for need, made in now["needs"].items() if found.get("needs", {}).get(need) != made
+        ]
         if reasons:
             made = " ".join(map(str, (stamp, *step.outputs)))
             raise ValueError(f"{step.key} was made {', '.join(reasons)}; give another out=, or remove {made}")
