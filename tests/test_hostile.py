@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import struct
 import zipfile
 import zlib
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from faults.fuzz import TARGETS, Allowed, Target, mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from eval import npz, sources
 from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
+from sfd_scale.checkpoint.folder import read_metadata
 from sfd_scale.data import schema
 from sfd_scale.data.pixels import UnreadableImage, read_image
 from sfd_scale.recipe import load_any
@@ -207,6 +211,30 @@ def test_a_checkpoint_that_points_out_of_its_folder_or_claims_too_much(tmp_path:
         (tmp_path / ".metadata").write_bytes(raw.replace(old, new))
         with pytest.raises(OSError, match=message):
             TARGETS["metadata"].read(tmp_path)
+
+
+class EarlyPython311(pickle.Pickler):
+    """Members of enumerations as Python 3.11.0 to 3.11.3 store them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_checkpoints_of_every_python_are_read_and_getattr_reaches_nothing_else(tmp_path: Path) -> None:
+    TARGETS["metadata"].write(tmp_path)
+    path, stored = tmp_path / ".metadata", read_metadata(tmp_path)
+    with path.open("wb") as file:
+        EarlyPython311(file).dump(stored)
+    assert b"getattr" in path.read_bytes() and read_metadata(tmp_path) == stored
+    for kind, name in ((type(stored), "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), ("text", "format")):
+
+        class Reaching:
+            def __reduce__(self, kind: Any = kind, name: str = name) -> Any:
+                return getattr, (kind, name)
+
+        path.write_bytes(pickle.dumps(Reaching()))
+        with pytest.raises(OSError, match=f"asks for '{name}' of"):
+            read_metadata(tmp_path)
 
 
 def test_tensors_of_a_torch_file_stay_in_their_storage(tmp_path: Path) -> None:
