@@ -214,7 +214,7 @@ def test_a_checkpoint_that_points_out_of_its_folder_or_claims_too_much(tmp_path:
 
 
 class EarlyPython311(pickle.Pickler):
-    """Members of enumerations as Python 3.11.0 to 3.11.3 store them."""
+    """Members of enumerations as Python 3.11.2 stores them."""
 
     def reducer_override(self, value: Any) -> Any:
         return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
