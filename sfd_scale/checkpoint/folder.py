@@ -191,7 +191,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _member(kind: Any, name: Any) -> Enum:
-    """A member of an enumeration, which early releases of Python 3.11 (3.11.2, Debian 12's) store as a call of getattr."""
+    """A member of an enumeration, which Python 3.11.2 (Debian 12's) stores as a call of getattr."""
     if not (isinstance(kind, EnumType) and name in kind.__members__):
         raise CheckpointError(f".metadata asks for {name!r} of {kind!r}, which no checkpoint of ours does")
     member: Enum = kind.__members__[name]
