@@ -48,8 +48,9 @@ def test_the_recipe_is_dit_xl_2() -> None:
 
 
 def random_state(model: LightningDiT) -> dict[str, Tensor]:
+    """About the gain of trained layers: with more, twelve blocks would magnify how a sum was rounded."""
     draw = torch.Generator().manual_seed(0)
-    state = {n: 0.2 * torch.randn(v.shape, generator=draw) for n, v in model.named_parameters()}
+    state = {n: 0.05 * torch.randn(v.shape, generator=draw) for n, v in model.named_parameters()}
     return {"pos_embed": model.pos_embed, **state}
 
 

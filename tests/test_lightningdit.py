@@ -14,6 +14,7 @@ import pytest
 import torch
 from golden_arrays import arrays, golden_model
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfd_scale.models import attention
@@ -138,6 +139,22 @@ def test_start_values_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(value, first.state_dict()[name]), name
     assert not torch.equal(other.x_embedder.proj.weight, first.x_embedder.proj.weight)
     assert not torch.equal(first.blocks[0].attn.qkv.weight, first.blocks[1].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patches_are_those_of_the_convolution_and_lie_token_by_token(patch_size: int) -> None:
+    """Every block gets contiguous tokens: a convolution's transposed output would pass on from sum to sum."""
+    model = LightningDiT(dataclasses.replace(TINY, patch_size=patch_size), **SMALL)
+    model.init_weights(0)
+    seen: list[Tensor] = []
+    for part in (*model.blocks, model.final_layer):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(x, torch.rand(2), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+    assert len(seen) == 4 and all(tokens.is_contiguous() for tokens in seen)
+    proj = model.x_embedder.proj
+    convolved = functional.conv2d(x, proj.weight, proj.bias, stride=patch_size)
+    torch.testing.assert_close(model.x_embedder(x), convolved.flatten(2).transpose(1, 2))
 
 
 def test_bfloat16_weights() -> None:

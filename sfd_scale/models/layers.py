@@ -66,15 +66,29 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class PatchProjection(nn.Conv2d):
+    """The convolution over non-overlapping patches as one matrix product: (N, C, H, W) → (N, T, D), row by row.
+
+    A convolution would return (N, D, h, w): seen as tokens that is transposed memory, a layout which every residual
+    sum hands on, so that each norm of each block would read along its slow axis.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size[0]
+        grid = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (N, C, h, p, w, q)
+        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (N, T, C·p·q)
+        return functional.linear(patches, self.weight.flatten(1), self.bias)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches as tokens, row by row: (N, C, H, W) → (N, T, D)."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
