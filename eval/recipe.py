@@ -9,6 +9,7 @@ from typing import Literal
 from eval.features import ExtractorConfig, InceptionConfig
 from eval.metrics import MetricsConfig
 from eval.sources import SourceConfig
+from sfd_scale.config import Incidental
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
 from sfd_scale.models.attention import AttentionBackend
@@ -81,8 +82,8 @@ class EvalRecipe:
     """
 
     kind: Literal["eval"] = "eval"
-    name: str = "eval"
-    published: str | None = None  # the number that the evaluation is to reach, and whose it is
+    name: Incidental[str] = "eval"
+    published: Incidental[str | None] = None  # the number that the evaluation is to reach, and whose it is
     checkpoint: Path | None = None
     guide: Path | None = None
     allow_stats_mismatch: bool = False  # of the latents that checkpoint and guide were trained on
@@ -100,9 +101,9 @@ class EvalRecipe:
     extractor: ExtractorConfig = field(default_factory=InceptionConfig)
     extractor_batch: int = 64
     reference: SourceConfig | None = None
-    cache: Path = Path("runs/eval-cache")
+    cache: Incidental[Path] = Path("runs/eval-cache")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    outputs: OutputsConfig = field(default_factory=OutputsConfig)
+    outputs: Incidental[OutputsConfig] = field(default_factory=OutputsConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 2), ("batch", 1), ("decode_batch", 1), ("extractor_batch", 1)):

@@ -35,11 +35,6 @@ from sfd_scale.signals import REQUEUE_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
-# Settings that change no result, wherever they stand in a recipe; but a registered extractor is its name.
-_FREE = frozenset({
-    "name", "run", "out", "published", "num_workers", "log_every", "timeout_s", "max_duration_s", "background", "meter",
-    "profile", "wandb", "tensorboard", "cache", "outputs",
-})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +151,8 @@ class Study:
         self, key: str, recipes: Sequence[Any], outputs: tuple[Path, ...], work: Callable[[], bool],
         needs: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
-        plain = config.to_dict(list(recipes))
-        found = {self._makers[path] for path in _strings(plain) if path in self._makers}
-        self.steps[key] = Step(key, _decisive(plain), frozenset(found - {key}) | needs, outputs, work)
+        found = {self._makers[path] for path in _strings(config.to_dict(recipes)) if path in self._makers}
+        self.steps[key] = Step(key, config.decisive(recipes), frozenset(found - {key}) | needs, outputs, work)
 
     def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
         def work() -> bool:
@@ -273,14 +267,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _strings(item)
-
-
-def _decisive(value: Any) -> Any:
-    """Plain data without the settings that change no result."""
-    if isinstance(value, Mapping):
-        free = _FREE - {"name"} if value.get("kind") == "registered" else _FREE
-        return {key: _decisive(item) for key, item in value.items() if key not in free}
-    return [_decisive(item) for item in value] if isinstance(value, list) else value
 
 
 def _outputs(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> tuple[Path, ...]:

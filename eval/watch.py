@@ -21,7 +21,6 @@ from sfd_scale.run_lock import in_use
 
 logger = logging.getLogger(__name__)
 RECIPE, SOURCE = "recipe.json", "checkpoint"
-_FREE = ("checkpoint", "name", "outputs", "cache", "published")  # these change no score
 
 
 def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
@@ -83,7 +82,7 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
         ValueError: naming the settings that differ.
     """
     file = out / RECIPE
-    now: dict[str, Any] = {key: value for key, value in config.to_dict(recipe).items() if key not in _FREE}
+    now: dict[str, Any] = config.decisive(dataclasses.replace(recipe, checkpoint=None))
     if not distributed.broadcast_object(file.is_file()):
         if distributed.is_main():
             write_atomically(file, f"{json.dumps(now, indent=1)}\n".encode())

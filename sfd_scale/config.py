@@ -11,9 +11,9 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,9 @@ from sfd_scale import recipe_files
 from sfd_scale.recipe_files import ConfigError as ConfigError
 
 T = TypeVar("T")
+_CHANGES_NO_RESULT = "changes no result"
+# The type of a setting that changes no result: a name, a place, how the work is done, what is shown of it.
+Incidental = Annotated[T, _CHANGES_NO_RESULT]
 _COMMAND_LINE = "the command line"
 _SOURCE = "# started as: "
 
@@ -144,12 +147,27 @@ def _by_kind(options: Iterable[Any]) -> dict[Any, Any]:
 
 def to_dict(config: Any) -> Any:
     """Plain nested data that YAML and JSON can hold; `from_dict` reads it back."""
+    return _plain(config, lambda cls: [field.name for field in dataclasses.fields(cls)])
+
+
+def decisive(config: Any) -> Any:
+    """As `to_dict`, without the settings that are `Incidental`: two pieces of work that agree in it have one result."""
+    return _plain(config, _decisive_names)
+
+
+def _decisive_names(cls: type[Any]) -> list[str]:
+    hints = get_type_hints(cls, include_extras=True)
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(cls)}
+    return [name for name, mark in marks.items() if _CHANGES_NO_RESULT not in mark]
+
+
+def _plain(config: Any, names: Callable[[type[Any]], Iterable[str]]) -> Any:
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {name: _plain(getattr(config, name), names) for name in names(type(config))}
     if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
+        return {key: _plain(value, names) for key, value in config.items()}
     if isinstance(config, tuple | list):
-        return [to_dict(value) for value in config]
+        return [_plain(value, names) for value in config]
     return str(config) if isinstance(config, Path) else config
 
 

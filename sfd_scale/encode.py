@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sfd_scale import distributed
+from sfd_scale import config, distributed
+from sfd_scale.config import Incidental
 from sfd_scale.data.images import Source
 from sfd_scale.data.pixels import UnreadableImage
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
@@ -40,9 +41,9 @@ class StoreConfig:
     dtype: StoredDtype = "float16"
     flip: bool = True
     chunk: int = 512  # images a chunk
-    batch: int = 64  # images encoded at once
-    num_workers: int = 0  # processes that decode image files
-    skip_unreadable: bool = False
+    batch: Incidental[int] = 64  # images encoded at once
+    num_workers: Incidental[int] = 0  # processes that decode image files
+    skip_unreadable: Incidental[bool] = False
 
     def __post_init__(self) -> None:
         for name, least in (("chunk", 1), ("batch", 1), ("num_workers", 0)):
@@ -52,21 +53,19 @@ class StoreConfig:
             raise ValueError("latents: none, and nothing else is stored either; allowed: mean, moments, or image true")
 
 
-def encode(
-    source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, recipe: Mapping[str, Any]
-) -> Manifest:
+def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, recipe: Any) -> Manifest:
     """Write shards, statistics and the manifest. Goes on where a start was cut off, and remakes shards that were lost;
     returns at once where nothing is missing.
 
     Args:
         tokenizer: a composite one where latents are stored, else what makes the features, if these are.
-        recipe: the resolved recipe as plain values, with a `store` entry; it is kept in the manifest.
+        recipe: the recipe that all of them are of; it is kept in the manifest.
 
     Raises:
         ValueError: if the folder holds another recipe's data, or images could not be read and may not be skipped.
     """
     identities = {} if tokenizer is None else tokenizer.identities
-    claim(out, {**_decisive(recipe), "tokenizers": identities})
+    claim(out, {**config.decisive(recipe), "tokenizers": identities})
     count = -(-len(source) // store.chunk)
     # Rank 0 decides for all, as files of other nodes may show late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
@@ -77,7 +76,7 @@ def encode(
         _write_chunks(source, tokenizer, store, out, columns, count)
         manifest = finish(
             out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
-            tokenizers=identities, recipe=dict(recipe),
+            tokenizers=identities, recipe=config.to_dict(recipe),
         )  # fmt: skip
     logger.info("%s: %d samples", out, manifest.num_samples)
     return _checked(manifest, store, out)
@@ -102,12 +101,6 @@ def _write_chunks(
             bar.advance(taken - shown)
             shown = taken
         claims.close()
-
-
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without how it is worked on, and where."""
-    store = {k: v for k, v in recipe["store"].items() if k not in ("batch", "num_workers", "skip_unreadable")}
-    return {**{k: v for k, v in recipe.items() if k not in ("name", "out")}, "store": store}
 
 
 def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:

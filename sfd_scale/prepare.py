@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from sfd_scale import config, distributed
+from sfd_scale import distributed
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.images import Source, make_source
 from sfd_scale.encode import encode as encode_images
@@ -31,7 +31,7 @@ def encode(recipe: EncodeRecipe) -> None:
         tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
     elif recipe.store.features != "none":
         tokenizer = make_features(recipe.tokenizer, distributed.device())
-    encode_images(source, tokenizer, recipe.store, recipe.out, config.to_dict(recipe))
+    encode_images(source, tokenizer, recipe.store, recipe.out, recipe)
 
 
 def convert(recipe: ConvertRecipe) -> None:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from sfd_scale import config, recipe_files
 from sfd_scale.checkpoint import CheckpointConfig
+from sfd_scale.config import Incidental
 from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.images import SourceConfig
 from sfd_scale.data.reader import DataConfig
@@ -64,14 +65,14 @@ class TrainRecipe:
     """Everything that decides a training run."""
 
     kind: Literal["train"] = "train"
-    name: str
+    name: Incidental[str]
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainerConfig
-    published: str | None = None  # the number that the run is to reach, and whose it is
+    published: Incidental[str | None] = None  # the number that the run is to reach, and whose it is
     seed: int = 0
-    run: Path = Path("runs/train")
+    run: Incidental[Path] = Path("runs/train")
     latents: LatentLayout = field(default_factory=LatentLayout)
     schedule: SemanticFirstSchedule = field(default_factory=SemanticFirstSchedule)
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
@@ -82,11 +83,11 @@ class TrainRecipe:
     init_from: InitConfig | None = None
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    meter: MeterConfig = field(default_factory=MeterConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    meter: Incidental[MeterConfig] = field(default_factory=MeterConfig)
+    profile: Incidental[ProfileConfig] = field(default_factory=ProfileConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    tensorboard: bool = False  # event files in the run folder, beside metrics.jsonl; needs the extra of that name
+    wandb: Incidental[WandbConfig] = field(default_factory=WandbConfig)
+    tensorboard: Incidental[bool] = False  # event files beside metrics.jsonl; needs the extra of that name
 
     def __post_init__(self) -> None:
         wanted = _PAIRS[type(self.objective)]
@@ -134,9 +135,9 @@ class EncodeRecipe:
     """Images in, shards out."""
 
     kind: Literal["encode"] = "encode"
-    name: str
+    name: Incidental[str]
     source: SourceConfig
-    out: Path
+    out: Incidental[Path]
     store: StoreConfig = field(default_factory=StoreConfig)
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     latents: LatentLayout = field(default_factory=LatentLayout)
@@ -159,14 +160,14 @@ class FitRecipe:
     tokenizer.vision."""
 
     kind: Literal["fit"] = "fit"
-    name: str
+    name: Incidental[str]
     source: SourceConfig
     codec: PatchPCAFitConfig | FeaturePCAFitConfig
-    out: Path
+    out: Incidental[Path]
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     num_images: int = 4096
     batch: int = 256
-    num_workers: int = 0
+    num_workers: Incidental[int] = 0
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 1), ("batch", 1), ("num_workers", 0)):
@@ -183,9 +184,9 @@ class ConvertRecipe:
     """The authors' feature files in, shards out."""
 
     kind: Literal["convert"] = "convert"
-    name: str
+    name: Incidental[str]
     convert: ConvertConfig
-    out: Path
+    out: Incidental[Path]
 
 
 _KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe, "convert": ConvertRecipe}

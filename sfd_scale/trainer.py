@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.config import Incidental
 from sfd_scale.data.reader import Ranges
 from sfd_scale.divergence import DivergenceError, DivergenceWatch
 from sfd_scale.ema import EMA
@@ -34,10 +35,10 @@ class TrainerConfig:
     steps: int
     global_batch: int
     micro_batch: int | None = None  # samples a rank takes at once; None: its whole share of the global batch
-    log_every: int = 10
-    max_duration_s: float | None = None  # a clean end before a queue's limit
-    timeout_s: float = 600.0  # of a collective
-    replica_check_every: int | None = None  # steps between comparisons of the parameters that ranks hold copies of
+    log_every: Incidental[int] = 10
+    max_duration_s: Incidental[float | None] = None  # a clean end before a queue's limit
+    timeout_s: Incidental[float] = 600.0  # of a collective
+    replica_check_every: Incidental[int | None] = None  # steps between comparisons of what ranks hold copies of
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every"):

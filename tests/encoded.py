@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +67,7 @@ def encode_digits(out: Path, count: int = 40, source: Source | None = None, **st
         codec = tokenizer(settings.latents == "moments")
     elif settings.features != "none":
         codec = FeatureTokenizer(Pooled())
-    recipe = {"name": "digits", "count": count, "store": dataclasses.asdict(settings)}
+    recipe = {"name": "digits", "count": count, "store": settings}
     return encode(digits(count) if source is None else source, codec, settings, out, recipe)
 
 

@@ -172,3 +172,13 @@ def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> N
     write(tmp_path, base="name: base\nwidths: [3, a]\n", child="extends: base\nsteps: 3\n")
     with pytest.raises(config.ConfigError, match=r"widths\.1: 'a'; .*base\.yaml\)"):
         load(tmp_path)
+
+
+def test_what_changes_no_result_is_left_out_of_what_decides_it() -> None:
+    """Names, places and how the work is done; at any depth, and in lists."""
+    words = ["name=other", "run=elsewhere", "train.log_every=7", "data.num_workers=3", "checkpoint.background=false",
+             "wandb.mode=disabled", "meter.peak=measured"]  # fmt: skip
+    first, free = (config.load("train/sfd_xl", TrainRecipe, extra) for extra in ([], words))
+    assert first != free and config.decisive([first]) == config.decisive([free])
+    for word in ("seed=1", "train.steps=7", "data.shuffle=false", "checkpoint.keep_last=1", "engine.precision=fp32"):
+        assert config.decisive(config.load("train/sfd_xl", TrainRecipe, [word])) != config.decisive(first), word

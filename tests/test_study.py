@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eval import study, study_report
+from eval.features import RegisteredConfig
 from sfd_scale import build, config
 from sfd_scale.data import scenes
 from sfd_scale.data.scenes import SceneSplit, scene_digits, scene_image
@@ -287,7 +288,7 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
     )  # fmt: skip
     assert not free.missing(free.chosen([]))
     # A registered extractor is what its name says.
-    named = [study._decisive({"kind": "registered", "name": name}) for name in ("vgg16", "clip-vit-b-32")]
+    named = [config.decisive(RegisteredConfig(name=name, pooled="2048")) for name in ("vgg16", "clip-vit-b-32")]
     assert named[0] != named[1]
 
 

@@ -27,6 +27,7 @@ from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
 from sfd_scale.checkpoint.boxes import PARAMS_PART, Parts, Staged, stage, state_parts, stored_shapes
 from sfd_scale.checkpoint.folder import CheckpointError
+from sfd_scale.config import Incidental
 from sfd_scale.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
 
@@ -43,7 +44,7 @@ class CheckpointConfig:
     every_s: float | None = None  # seconds between saves, counted from the last one
     keep_last: int | None = 2
     keep_every: int | None = None
-    background: bool = True  # write while training goes on, from a copy in host memory
+    background: Incidental[bool] = True  # write while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_last", "keep_every"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import seeding
+from sfd_scale.config import Incidental
 from sfd_scale.data.rows import Array
 from sfd_scale.data.schema import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
 from sfd_scale.data.shards import open_shards
@@ -32,6 +33,7 @@ class DataConfig:
 
     flip: train on the mirrored image as often as on the image itself. shuffle_block: samples that are mixed with each
     other, taken from whole shards in random order; larger mixes better, smaller reads more sequentially.
+    cache_limit: of a node, such as 100gb; no less than two shuffle blocks, else shards come twice.
     num_workers: processes that read ahead; a remote wants several, as each waits for its own download.
     stats: other statistics than those of the data: a file of ours, or a folder with the authors' latents_stats.pt and
     latents_sv_stats.pt.
@@ -42,11 +44,11 @@ class DataConfig:
 
     path: Path
     remote: str | None = None
-    cache_limit: str | None = None  # of a node, such as 100gb; no less than two shuffle blocks, else shards come twice
+    cache_limit: Incidental[str | None] = None
     flip: bool = True
     shuffle: bool = True
     shuffle_block: int = 262_144
-    num_workers: int = 0
+    num_workers: Incidental[int] = 0
     stats: Path | None = None
     features: Literal["none", "shards", "online", "decoded"] = "shards"
     allow_stats_mismatch: bool = False
