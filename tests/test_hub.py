@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,12 @@ def test_the_folder_is_a_model_elsewhere(run: Path, tmp_path: Path) -> None:
     assert config.load(folder / "recipe.yaml", TrainRecipe) == config.load(run / "recipe.yaml", TrainRecipe)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "lightningdit"
     assert (folder / "samples.png").read_bytes() == (run / "evaluations/step-00000000/grid.png").read_bytes()
-    # Again over itself, but never over what is someone else's.
+    # Again over itself, without what belonged to the former weights alone, but never over what is someone else's.
+    shutil.move(run / "evaluations", tmp_path / "evaluations")
     hub.write_folder(run, folder, initial=True)
+    shutil.move(tmp_path / "evaluations", run / "evaluations")
+    assert not {"samples.png", "results.json"} & {file.name for file in folder.iterdir()}
+    assert "![samples]" not in (folder / "README.md").read_text() and (folder / "texture.safetensors").is_file()
     (folder / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds other files \\(thesis.tex\\)"):
         hub.write_folder(run, folder, initial=True)

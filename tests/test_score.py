@@ -336,6 +336,17 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
         run("sweep", recipe, "sampler.num_steps=2,0", "--out", tmp_path / "s")
 
 
+def test_a_sweep_notices_another_file_of_labels(tmp_path: Path, recipe: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    words = ("sweep", recipe, "sampler.num_steps=1,2", "labels.kind=file", f"labels.path={labels}", "num_samples=12",
+             "--out", tmp_path / "s")  # fmt: skip
+    labels.write_text("0\n" * 12)
+    assert run(*words).exit_code == 0
+    labels.write_text("1\n" * 12)
+    with pytest.raises(ValueError, match="labels"):
+        run(*words)
+
+
 def test_cells_that_do_not_share_noise_are_said_to(recipe: Path) -> None:
     todo = cells(str(recipe), ["seed=1,2", "num_samples=24"])
     assert varying(todo, ("seed", "labels", "num_samples")) == ["seed"] and not varying(todo, ("reference",))
