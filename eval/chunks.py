@@ -6,7 +6,6 @@ many ranks fill it, in which order, or in how many starts.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -14,10 +13,9 @@ import os
 import platform
 import struct
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +28,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from sfd_scale import distributed, logs
+from sfd_scale.files import write_atomically
 
 logger = logging.getLogger(__name__)
 Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
@@ -39,41 +38,6 @@ Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of the canonical JSON of a configuration."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextmanager
-def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write to; the file gets its own name when the context ends, whole, or never.
-
-    Args:
-        sync: wait until the bytes are on the disk; for many small files that takes long.
-
-    Raises:
-        ValueError: on a full disk, saying so; what was there before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        yield temporary
-        if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"{path}: the disk is full, so this file was not written; all before it are whole. Free some space and "
-                "give the same command again: it goes on from here"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file `atomically`."""
-    with atomically(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def made_on() -> str:
@@ -123,7 +87,7 @@ class ChunkFolder:
         if (self.path / "chunks").exists() and any((self.path / "chunks").iterdir()):
             raise ValueError(f"{self.path}: has chunks but no config.json that says of what; choose another folder")
         text = json.dumps(json.loads(json.dumps(config, default=str)), indent=1, sort_keys=True)
-        write_atomically(file, f"{text}\n".encode())
+        write_atomically(file, f"{text}\n")
 
     def tidy(self, before: float) -> None:
         """Remove what writers that were killed had left by the time `before`: another job may write here now."""

@@ -22,13 +22,13 @@ from rich.table import Table
 from torch import Tensor
 
 from eval import metrics, neighbours
-from eval.chunks import write_atomically
 from eval.extract import FeatureSet, open_features, read_features
 from eval.metrics import Moments
 from eval.reference import Reference, read_reference
 from eval.report import flatten
 from eval.score import Results, read_results
 from sfd_scale import distributed, seeding
+from sfd_scale.files import write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
@@ -87,7 +87,7 @@ def compare(a: Path, b: Path, *, rounds: int = 2000, out: Path | None = None) ->
             "a": str(a), "b": str(b), "paired": paired, "level": LEVEL, "rounds": rounds, "scores": rows,
             "settings": others,
         }  # fmt: skip
-        write_atomically(out, f"{json.dumps(data, indent=1)}\n".encode())
+        write_json(out, data)
     return differences
 
 

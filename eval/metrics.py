@@ -21,6 +21,7 @@ from torch import Tensor
 
 from eval.neighbours import Distances
 from sfd_scale import seeding
+from sfd_scale.checks import at_least
 
 logger = logging.getLogger(__name__)
 BLOCK = 4096
@@ -49,15 +50,7 @@ class MetricsConfig:
     distances: Distances = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("is_split", 2),
-            ("neighbours", 1),
-            ("reference_images", 2),
-            ("kid_subsets", 0),
-            ("kid_size", 2),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, is_split=2, neighbours=1, reference_images=2, kid_subsets=0, kid_size=2)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eval.chunks import atomically
+from sfd_scale.files import atomically
 
 npy: Any = np.lib.format  # it has no types
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")

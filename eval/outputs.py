@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from eval import npz
-from eval.chunks import ChunkFolder, atomically, write_atomically
+from eval.chunks import ChunkFolder
 from eval.recipe import OutputsConfig
+from sfd_scale.files import atomically, write_atomically
 
 GRID, NPZ, PNG = "grid.png", "samples.npz", "png"
 
@@ -103,4 +104,4 @@ def _write_png(folder: ChunkFolder, labels: Tensor) -> None:
                 with atomically(path, sync=False) as temporary:
                     to_image(image).save(temporary)
             number += 1
-    write_atomically(out / "labels.txt", "".join(f"{label}\n" for label in labels.tolist()).encode())
+    write_atomically(out / "labels.txt", "".join(f"{label}\n" for label in labels.tolist()))

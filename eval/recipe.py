@@ -9,6 +9,7 @@ from typing import Literal
 from eval.features import ExtractorConfig, InceptionConfig
 from eval.metrics import MetricsConfig
 from eval.sources import SourceConfig
+from sfd_scale.checks import at_least
 from sfd_scale.config import Incidental
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
@@ -61,9 +62,7 @@ class OutputsConfig:
     grid_classes: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("grid", 0), ("grid_classes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, grid=0, grid_classes=1)
 
     @property
     def all_images(self) -> bool:
@@ -106,10 +105,7 @@ class EvalRecipe:
     outputs: Incidental[OutputsConfig] = field(default_factory=OutputsConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 2), ("batch", 1), ("decode_batch", 1), ("extractor_batch", 1)):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name}: {value}; allowed: {least} and up")
+        at_least(self, num_samples=2, batch=1, decode_batch=1, extractor_batch=1)
         if isinstance(self.guidance, AutoGuidance) and self.guide is None:
             raise ValueError("guide: null, with guidance kind autoguidance; allowed: an exported checkpoint")
         if self.guide is not None and not isinstance(self.guidance, AutoGuidance):

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from eval import npz, outputs
-from eval.chunks import config_hash, write_atomically
+from eval.chunks import config_hash
 from eval.extract import FeatureSet, extract, read_features
 from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor
 from eval.metrics import MetricsConfig, Moments, moments
@@ -21,6 +21,7 @@ from eval.recipe import EvalRecipe
 from eval.sources import Images, NpzSource, open_images
 from eval.weights import file_sha256
 from sfd_scale import config, distributed, seeding
+from sfd_scale.files import write_atomically
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval import figures
-from eval.chunks import write_atomically
 from eval.score import Results, read_results
 from sfd_scale import config
+from sfd_scale.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).with_name("templates")
@@ -86,11 +85,11 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     environment = templates()
     for picture in [*grids, *curves]:
         write_atomically(out / picture.file, picture.data)
-    write_atomically(out / HTML, environment.get_template("report.html.j2").render(values).encode())
+    write_atomically(out / HTML, environment.get_template("report.html.j2").render(values))
     plain = environment.overlay(autoescape=False)
-    write_atomically(out / MARKDOWN, plain.get_template("report.md.j2").render(values).encode())
+    write_atomically(out / MARKDOWN, plain.get_template("report.md.j2").render(values))
     data = {"title": title, "differences": values["differences"], "results": dict(zip(labels, loaded, strict=True))}
-    write_atomically(out / JSON, f"{json.dumps(data, indent=1)}\n".encode())
+    write_json(out / JSON, data)
     logger.info("%s", out / HTML)
     return out / HTML
 

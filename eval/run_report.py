@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from eval import figures
-from eval.chunks import write_atomically
 from eval.figures import Row
 from eval.report import COLUMNS, Picture, find, flatten, how, path_labels, score_cells, templates
 from eval.score import Results, read_results
 from sfd_scale import config
+from sfd_scale.files import write_atomically
 from sfd_scale.recipe import TrainRecipe
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
         "grids": [(run.label, pictures) for run in runs if (pictures := _grids(run))],
         "between": _between(runs),
     }
-    write_atomically(out, templates().get_template("run.html.j2").render(values).encode())
+    write_atomically(out, templates().get_template("run.html.j2").render(values))
     logger.info("%s", out)
     return out
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eval import metrics, outputs
-from eval.chunks import ChunkFolder, config_hash, write_atomically
+from eval.chunks import ChunkFolder, config_hash
 from eval.extract import extract, open_features, read_rows
 from eval.features import LazyExtractor, make_extractor
 from eval.metrics import MetricsConfig, Moments, MomentSums
@@ -26,6 +26,7 @@ from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
 from eval.sources import NpzSource, open_images, source_for
 from sfd_scale import config, distributed
+from sfd_scale.files import write_json
 from sfd_scale.logs import progress
 
 logger = logging.getLogger(__name__)
@@ -263,7 +264,7 @@ def _write(results: Results, folder: ChunkFolder, reference: Reference, out: Pat
         results["run"]["reference_grid"] = str(path)
     grid = folder.path / outputs.GRID
     results["run"]["grid"] = str(grid) if grid.is_file() else None
-    write_atomically(out, f"{json.dumps(results, indent=1)}\n".encode())
+    write_json(out, results)
     logger.info("%s", out)
     for warning in results["warnings"]:
         logger.warning("%s", warning)

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.chunks import write_atomically
 from eval.npz import NpzImages
 from eval.weights import file_sha256
 from sfd_scale import config, distributed
 from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
 from sfd_scale.data.pixels import DAMAGE, FORMATS
+from sfd_scale.files import write_atomically
 from sfd_scale.logs import MB, progress
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -199,5 +199,5 @@ def _files_hash(path: Path, cache: Path | None) -> str:
                     digest.update(piece)
                     bar.advance_bytes(len(piece))
     if known is not None:
-        write_atomically(known, digest.hexdigest().encode())
+        write_atomically(known, digest.hexdigest())
     return digest.hexdigest()

@@ -24,11 +24,11 @@ from types import FrameType
 from typing import Any, Literal
 
 from eval import study_report
-from eval.chunks import write_atomically
 from eval.recipe import EvalRecipe
 from eval.sweep import sweep
 from eval.watch import watch
 from sfd_scale import build, config, exports, prepare
+from sfd_scale.files import write_atomically
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe, load_any
 from sfd_scale.run_lock import run_lock
 from sfd_scale.signals import REQUEUE_EXIT_CODE
@@ -172,7 +172,7 @@ class Study:
                 guide = exports.export(run, out / "guide.safetensors", step=settings.guide_step)
                 words.append(f"guide={guide}")
             resolved = out / "eval.yaml"
-            resolved.write_text(config.to_yaml(self.evaluation), encoding="utf-8")
+            write_atomically(resolved, config.to_yaml(self.evaluation))
             sweep(str(resolved), words, out)
             return True
 
@@ -333,7 +333,7 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
         return False
     seconds = round(time.monotonic() - started, 1)
     note = {**study.note(step), "seconds": seconds}
-    write_atomically(study.stamp(step), f"{json.dumps(note)}\n".encode())
+    write_atomically(study.stamp(step), f"{json.dumps(note)}\n")
     logger.info("%s: done in %.1f s", step.key, seconds)
     if step.key.startswith("cells/"):
         report(study)
@@ -392,8 +392,12 @@ def results(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
         for name in study.recipe.cells:
             step = study.steps[f"cells/{name}/seed{seed}"]
             cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / "results.jsonl"
-            if not study.done(step):
-                missing.append(f"{name}/seed{seed}")
+            try:
+                if not study.done(step):
+                    missing.append(f"{name}/seed{seed}")
+            except ValueError:
+                missing.append(f"{name}/seed{seed} (made by other settings)")
+                continue
             lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
             facts = {"cell": name, "seed": seed, "delta_t": cell.schedule.delta_t}
             rows += [{**facts, **json.loads(line), "name": name} for line in lines]
@@ -405,7 +409,7 @@ def report(study: Study) -> list[str]:
     recipe = study.recipe
     rows, missing = results(study)
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write_atomically(recipe.out / "results.jsonl", lines.encode())
+    write_atomically(recipe.out / "results.jsonl", lines)
     shown = study_report.Shown(recipe.convergence, recipe.lead, recipe.ablation, recipe.generality)
     sweeps = {name: recipe.out / "sweeps" / name / "sweep.md" for name in recipe.sweeps}
     study_report.write(rows, missing, shown, sweeps, recipe.out / "report", title=recipe.name)

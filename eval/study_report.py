@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import figures
-from eval.chunks import write_atomically
+from sfd_scale.files import write_atomically
 
 Row = dict[str, Any]
 
@@ -121,5 +121,5 @@ def write(
     for name, file in sweeps.items():
         if file.is_file():
             text += [f"## Sweep: {name}", "", file.read_text(encoding="utf-8").strip(), ""]
-    write_atomically(out / "report.md", "\n".join(text).encode())
+    write_atomically(out / "report.md", "\n".join(text))
     return out / "report.md"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import generate
-from eval.chunks import config_hash, write_atomically
+from eval.chunks import config_hash
 from eval.features import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
 from eval.score import Results, read_results, score
 from eval.weights import file_sha256
 from sfd_scale import config, distributed
+from sfd_scale.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
@@ -145,11 +145,11 @@ def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:
 
 def _write(rows: list[dict[str, Any]], total: int, note: str, out: Path) -> None:
     data = {"cells": total, "note": note, "done": rows}
-    write_atomically(out / "sweep.json", f"{json.dumps(data, indent=1)}\n".encode())
+    write_json(out / "sweep.json", data)
     keys = list(rows[0]["settings"])
     lines = [f"| {' | '.join([*keys, 'NFE', *SHOWN])} |", f"|{'---|' * (len(keys) + 1 + len(SHOWN))}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    write_atomically(out / "sweep.md", ("\n".join([*lines, "", note] if note else lines) + "\n").encode())
+    write_atomically(out / "sweep.md", ("\n".join([*lines, "", note] if note else lines) + "\n"))
 
 
 def _show(rows: list[dict[str, Any]], note: str) -> None:

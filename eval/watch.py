@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from eval import generate
-from eval.chunks import write_atomically
 from eval.features import make_extractor
 from eval.recipe import EvalRecipe
 from eval.score import read_results, score
 from sfd_scale import checkpoint, config, distributed, exports, logs
+from sfd_scale.files import write_atomically, write_json
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.run_lock import in_use
 
@@ -45,7 +45,7 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
             # One, then look again: the run may have removed the others meanwhile.
             _evaluate(recipe, run, out, todo[0], saved[todo[0]])
             if distributed.is_main():
-                write_atomically(out / "results.jsonl", table(out).encode())
+                write_atomically(out / "results.jsonl", table(out))
         if distributed.is_main() and not in_use(run):
             logs.log_scores(run, training.wandb)
         if todo:
@@ -85,7 +85,7 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
     now: dict[str, Any] = config.decisive(dataclasses.replace(recipe, checkpoint=None))
     if not distributed.broadcast_object(file.is_file()):
         if distributed.is_main():
-            write_atomically(file, f"{json.dumps(now, indent=1)}\n".encode())
+            write_json(file, now)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -102,7 +102,7 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str
             logger.warning("%s: of a checkpoint that the run went back from, or cut off; made anew", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        write_atomically(source, identity.encode())
+        write_atomically(source, identity)
     if distributed.is_main() and not weights.is_file():
         try:
             exports.export(run, weights, step=step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import pickle
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from sfd_scale import distributed
+from sfd_scale import distributed, files
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +83,4 @@ def file_sha256(path: Path) -> str:
 @functools.lru_cache
 def _sha256(path: Path, size: int, time_ns: int) -> str:
     """Size and time tell whether the file is still the one that was read: a sweep asks for each cell."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return files.sha256(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 import platform
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import nn
 from sfd_scale import config, distributed, logs
 from sfd_scale.accelerators import bf16_products, ieee_float32, measured_flops, peak_flops
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, committed, power_averages, start_weights
+from sfd_scale.checkpoint.folder import step_of
 from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.divergence import DivergenceWatch
@@ -29,8 +29,9 @@ from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.footprint import Footprint, trace
 from sfd_scale.engines.fsdp import make_fsdp
 from sfd_scale.engines.replicas import require_replicas
+from sfd_scale.files import write_atomically, write_json
 from sfd_scale.hangs import HangRecorder
-from sfd_scale.identity import check_same, check_state, trajectory, written_trajectory
+from sfd_scale.identity import check_recipe, check_state, trajectory
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
 from sfd_scale.meter import Meter
@@ -284,15 +285,12 @@ def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str
     Raises:
         ValueError: if its checkpoints are of another recipe, whose files are left as they are.
     """
-    if committed(run / "checkpoints"):
-        stored = written_trajectory(run / "recipe.yaml")
-        check_same({"recipe": trajectory(recipe)}, {"recipe": stored}, run, allow_foreign)
+    if whole := committed(run / "checkpoints"):
+        check_recipe(recipe, run, step_of(whole[-1]) or 0, allow_foreign=allow_foreign)
     distributed.barrier()
     if distributed.is_main():
-        (run / "recipe.yaml").write_text(config.with_source(config.to_yaml(recipe), source), encoding="utf-8")
-        (run / "environment.json").write_text(
-            json.dumps({**environment(), "run": facts}, indent=1) + "\n", encoding="utf-8"
-        )
+        write_atomically(run / "recipe.yaml", config.with_source(config.to_yaml(recipe), source))
+        write_json(run / "environment.json", {**environment(), "run": facts})
     distributed.barrier()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfd_scale import distributed
 from sfd_scale.accelerators import HostCopy
+from sfd_scale.checks import at_least
 from sfd_scale.data.reader import Ranges, data_step
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.objective import LossTerms
@@ -61,9 +62,7 @@ class DivergenceConfig:
     max_rollbacks: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("window", "max_in_row", "rollback_data", "max_rollbacks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        at_least(self, window=1, max_in_row=1, rollback_data=1, max_rollbacks=1)
         if not self.spike_z > 0:
             raise ValueError(f"spike_z: {self.spike_z}; allowed: above 0")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.engines.engine import Engine, Fragment
 
 PART = "ema"  # the name of the average that is exported by default
@@ -43,8 +44,7 @@ class EMAConfig:
             raise ValueError(
                 f"snapshot_every: {self.snapshot_every} with lengths {self.lengths}; allowed: both, or neither"
             )
-        if self.snapshot_every is not None and self.snapshot_every < 1:
-            raise ValueError(f"snapshot_every: {self.snapshot_every}; allowed: 1 and up, or null")
+        at_least(self, snapshot_every=1)
 
 
 def part_name(length: float) -> str:
@@ -134,8 +134,8 @@ class EMA:
         counted = [(a, w) for a, w, own in zip(self.tensors, self._weights, self._primary, strict=True) if own]
         if not counted:
             return torch.zeros(2, dtype=torch.float64)
-        # Squares of fp32 norms of single fragments: no copy in float64 of a whole shard.
-        distances = torch._foreach_norm([a - w for a, w in counted])
+        # Squares of fp32 norms of single fragments: no copy of a whole shard, in float64 or as a difference.
+        distances = [torch.linalg.vector_norm(a - w) for a, w in counted]
         norms = torch._foreach_norm([w for _, w in counted])
         return torch.stack([torch.stack(list(n)).double().square().sum() for n in (distances, norms)])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import config, distributed
+from sfd_scale.checks import at_least
 from sfd_scale.config import Incidental
 from sfd_scale.data.images import Source
 from sfd_scale.data.pixels import UnreadableImage
@@ -46,9 +47,7 @@ class StoreConfig:
     skip_unreadable: Incidental[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk", 1), ("batch", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, chunk=1, batch=1, num_workers=0)
         if not (self.image or self.latents != "none" or self.features != "none"):
             raise ValueError("latents: none, and nothing else is stored either; allowed: mean, moments, or image true")
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from sfd_scale import config, exports
+from sfd_scale.files import write_atomically, write_json
 from sfd_scale.latents import LatentStats
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
@@ -44,7 +45,7 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
         (folder / name).unlink(missing_ok=True)  # of the weights of an earlier call
     note = exports.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
-    (folder / "recipe.yaml").write_text(config.to_yaml(recipe), encoding="utf-8")
+    write_atomically(folder / "recipe.yaml", config.to_yaml(recipe))
     if "stats" in note:
         stats = {name: torch.tensor(note["stats"][name], dtype=torch.float64) for name in ("mean", "std")}
         LatentStats(**stats).save(folder / "stats.safetensors")
@@ -52,7 +53,7 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
     if texture is not None and texture.weights is not None and texture.weights.is_file():
         shutil.copyfile(texture.weights, folder / exports.TEXTURE)
     # The hub counts downloads of a file of this name.
-    (folder / "config.json").write_text(json.dumps(_config(recipe, note), indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", _config(recipe, note))
     # `watch` scores the plain average: its numbers are not those of other weights of the step.
     plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
     results = _results(run, note["step"]) if plain else None
@@ -60,7 +61,7 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
         shutil.copyfile(results, folder / "results.json")
         if (grid := results.with_name("grid.png")).is_file():
             shutil.copyfile(grid, folder / "samples.png")
-    (folder / CARD).write_text(_card(recipe, note, folder), encoding="utf-8")
+    write_atomically(folder / CARD, _card(recipe, note, folder))
     logger.info("%s: ready for `hf upload`", folder)
     return folder
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sfd_scale import config
+from sfd_scale.optim import learning_rate
 from sfd_scale.recipe import TrainRecipe
 
 logger = logging.getLogger(__name__)
 _DECISIVE = ("seed", "model", "objective", "latents", "schedule", "optimizer", "lr", "ema")
+_DECISIVE_PARTS = {"global_batch": "train", "precision": "engine", "grad_clip": "engine", "float8": "engine"}
 
 
 def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
@@ -20,19 +22,28 @@ def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
     return _decisive(config.to_dict(recipe))
 
 
-def written_trajectory(path: Path) -> dict[str, Any]:
-    """That of a run's recipe.yaml, which another release may have written.
+def check_recipe(recipe: TrainRecipe, run: Path, step: int, *, allow_foreign: bool) -> None:
+    """Compare with the recipe.yaml of a run, perhaps of another release, that has come to `step`.
+
+    Other `train.steps` are those of another recipe where the learning rate at this step would be another, too.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ValueError: naming every setting that differs, with both values; or if the file cannot be read.
     """
-    return _decisive(config.with_defaults(TrainRecipe, config.tree(path)))
+    written = config.with_defaults(TrainRecipe, config.tree(run / "recipe.yaml"))
+    own, stored = {"recipe": trajectory(recipe)}, {"recipe": _decisive(written)}
+    before = config.flatten(written).get("train.steps")
+    if isinstance(before, int) and step > 0 and own == stored:
+        now, then = (learning_rate(1.0, recipe.lr, step, steps) for steps in (recipe.train.steps, before))
+        if now != then:
+            own["recipe"]["steps"], stored["recipe"]["steps"] = recipe.train.steps, before
+    check_same(own, stored, run, allow_foreign)
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = config.flatten(settings)
     kept = {key: settings[key] for key in _DECISIVE if key in settings}
-    return {**kept, "global_batch": flat.get("train.global_batch"), "precision": flat.get("engine.precision")}
+    return {**kept, **{name: flat.get(f"{part}.{name}") or None for name, part in _DECISIVE_PARTS.items()}}
 
 
 def check_state(
@@ -53,7 +64,10 @@ def check_state(
     stored = {key: state[key] for key in own if key in state}
     if isinstance(stored.get("recipe"), Mapping):
         filled = config.with_defaults(TrainRecipe, stored["recipe"])
-        stored["recipe"] = {**stored["recipe"], **{key: filled[key] for key in _DECISIVE if key in filled}}
+        whole = {key: filled[key] for key in _DECISIVE if key in filled}
+        # Of these an older release has recorded some; its recipe.yaml has all.
+        parts = {key: own["recipe"][key] for key in _DECISIVE_PARTS if key not in stored["recipe"]}
+        stored["recipe"] = {**stored["recipe"], **parts, **whole}
     check_same(own, stored, run, allow_foreign)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from sfd_scale import build, checkpoint, config, ema, exports
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.boxes import PARAMS_PART
-from sfd_scale.checkpoint.folder import committed, sha256
+from sfd_scale.checkpoint.folder import committed
 from sfd_scale.divergence import DivergenceWatch
+from sfd_scale.files import sha256
 from sfd_scale.latents import LatentStats
 from sfd_scale.models.authors import (
     Architecture,

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
+from sfd_scale.files import write_atomically
 from sfd_scale.torch_file import TorchFile
 
 
@@ -28,9 +30,7 @@ class LatentLayout:
     size: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("texture_channels", 1), ("semantic_channels", 0), ("size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, texture_channels=1, semantic_channels=0, size=1)
 
     @property
     def channels(self) -> int:
@@ -110,7 +110,7 @@ class LatentStats:
     def save(self, path: Path) -> None:
         from safetensors.torch import save  # the models need torch alone
 
-        path.write_bytes(save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
+        write_atomically(path, save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:

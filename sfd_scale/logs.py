@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sfd_scale import distributed
+from sfd_scale.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -154,15 +156,15 @@ class MetricsWriter:
             if _step_of(line, default=step + 1) <= step
         ]
         self._file.close()
-        new = self.path.with_suffix(".tmp")
-        new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        new.replace(self.path)
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One row; what is not finite, which JSON has no word for, is null."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        values = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             # One row of scores with each row of metrics: the trainer alone writes to W&B while it runs.
@@ -210,7 +212,7 @@ def open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] |
         run = start("offline")
     run.define_metric("*", step_metric="step")
     run.define_metric("eval/*", step_metric="eval/step")
-    id_file.write_text(f"{run.id}\n")
+    write_atomically(id_file, f"{run.id}\n")
     return run
 
 
@@ -235,7 +237,7 @@ class ScoreTable:
     def done(self, identity: str | None) -> None:
         if identity is not None:
             logged = json.loads(self.seen.read_text(encoding="utf-8")) if self.seen.is_file() else []
-            self.seen.write_text(json.dumps([*logged, identity]), encoding="utf-8")
+            write_json(self.seen, [*logged, identity])
 
 
 def log_scores(run_dir: Path, settings: WandbConfig) -> None:
@@ -243,7 +245,8 @@ def log_scores(run_dir: Path, settings: WandbConfig) -> None:
     scores, metrics = ScoreTable(run_dir), run_dir / "metrics.jsonl"
     if settings.mode == "disabled" or not scores.pending():
         return
-    step = max((_step_of(line, default=0) for line in metrics.read_text(encoding="utf-8").splitlines()), default=0)
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []  # an imported run has none
+    step = max((_step_of(line, default=0) for line in lines), default=0)
     run = open_wandb(run_dir, settings)
     for number, (identity, row) in enumerate(scores.pending(), start=max(step + 1, run.step)):
         run.log(row, step=number)

@@ -34,7 +34,7 @@ class MeterConfig:
 
 
 class Meter:
-    """Means since the last read.
+    """Means since the last read, of what is finite: a step that was dropped would make a mean of all of them nothing.
 
     Args:
         flops_per_sample: of forward and backward; 0 where it is not known, which leaves MFU out.
@@ -50,22 +50,24 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.sums = torch.zeros(2, 0)  # of each term, and how many were finite
         self.clock_sums = torch.zeros(2, CLOCK_BINS)
         self.step_s: list[float] = []
         self.grad_norms: list[float] = []
-        self.batches, self.samples, self.wait_s = 0, 0, 0.0
+        self.samples, self.wait_s = 0, 0.0
         self.started = self.stepped = time.monotonic()
 
     def add(self, losses: LossTerms, samples: int, wait_s: float) -> None:
         """Count a micro-batch, for whose data this rank waited `wait_s` seconds."""
-        for name, value in losses.terms.items():
-            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach().clone()
+        counted = _counted(torch.stack([value.detach() for value in losses.terms.values()]))
+        self.sums = self.sums + counted if self.names else counted
+        self.names = list(losses.terms)
         if losses.clock is not None and losses.per_sample is not None:
             bins = (losses.clock * CLOCK_BINS).long().clamp_(0, CLOCK_BINS - 1)
-            both = torch.stack([losses.per_sample.float(), torch.ones_like(losses.per_sample, dtype=torch.float32)])
+            both = _counted(losses.per_sample)
             self.clock_sums = self.clock_sums.to(both.device).index_add_(1, bins, both)
-        self.batches, self.samples, self.wait_s = self.batches + 1, self.samples + samples, self.wait_s + wait_s
+        self.samples, self.wait_s = self.samples + samples, self.wait_s + wait_s
 
     def step(self, grad_norm: float) -> None:
         """Mark the end of an optimizer step; its gradient norm is the one before clipping."""
@@ -75,23 +77,21 @@ class Meter:
         self.stepped = now
 
     def read(self, ema_squares: Tensor | None = None) -> dict[str, float | None]:
-        """Means over batches and ranks, and the slowest rank's times. A collective: all ranks call it at one step.
+        """Means over batches and ranks, None where there is nothing to average, and the slowest rank's times. A
+        collective: all ranks call it at one step.
 
         Args:
             ema_squares: this rank's part of (‖EMA − weights‖², ‖weights‖²), see EMA.squares.
         """
         elapsed = time.monotonic() - self.started
         world = distributed.world_size()
-        names = sorted(self.sums)
         squares = torch.zeros(2, dtype=torch.float64) if ema_squares is None else ema_squares
-        parts = [self.sums[n].double() / (self.batches * world) for n in names]
         host = torch.tensor([self.samples, self.wait_s / elapsed / world], dtype=torch.float64)
-        summed = [*parts, self.clock_sums.double(), squares.double(), host]
+        summed = [self.sums.double(), self.clock_sums.double(), squares.double(), host]
         sums = distributed.all_reduce_sum(torch.cat([part.to(self.device).flatten() for part in summed])).cpu()
-        terms, clock, (distance, norm, samples, waited) = sums.split([len(names), 2 * CLOCK_BINS, 4])
-        values: dict[str, float | None] = dict(zip(names, terms.tolist(), strict=True))
-        bins = clock.view(2, -1).T.tolist()
-        self.clock_losses = [(total / count if count else None, int(count)) for total, count in bins]
+        terms, clock, (distance, norm, samples, waited) = sums.split([2 * len(self.names), 2 * CLOCK_BINS, 4])
+        values = {name: mean for name, (mean, _) in sorted(zip(self.names, _means(terms), strict=True))}
+        self.clock_losses = _means(clock)
         for index, (mean, _) in enumerate(self.clock_losses):
             if mean is not None:
                 values[f"loss_by_clock/{index}"] = mean
@@ -101,7 +101,8 @@ class Meter:
             "mfu": self.mfu(rate / world),
         }  # fmt: skip
         if self.grad_norms:
-            values |= {"grad_norm": self.grad_norms[-1], "grad_norm_max": max(self.grad_norms)}
+            finite = [norm for norm in self.grad_norms if math.isfinite(norm)]
+            values |= {"grad_norm": self.grad_norms[-1], "grad_norm_max": max(finite, default=None)}
         if ema_squares is not None and norm > 0:
             values["ema_distance"] = math.sqrt(distance / norm)
         values |= self._slowest(elapsed)
@@ -123,6 +124,17 @@ class Meter:
         known = {name: value for name, value in own.items() if value is not None}
         largest = distributed.all_reduce_max(torch.tensor(list(known.values()), dtype=torch.float64)).tolist()
         return own | dict(zip(known, largest, strict=True))
+
+
+def _counted(values: Tensor) -> Tensor:
+    """(N,) → (2, N) float32: the values, 0 in place of what is not finite, and 1 for each that is."""
+    values = values.float()
+    return torch.stack([values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().float()])
+
+
+def _means(sums: Tensor) -> list[tuple[float | None, int]]:
+    """Sums and counts, (2N,) → mean and count of each."""
+    return [(total / count if count else None, int(count)) for total, count in sums.view(2, -1).T.tolist()]
 
 
 def memory_bytes(device: torch.device) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sfd_scale import seeding
+from sfd_scale.checks import at_least
 from sfd_scale.diffusion import losses, path
 from sfd_scale.diffusion.losses import AlignmentMode
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule, logit_normal
@@ -65,9 +66,7 @@ class SemanticFirstConfig:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("semantic_weight", "cosine_weight", "alignment_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 0 and up")
+        at_least(self, semantic_weight=0, cosine_weight=0, alignment_weight=0)
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: {self.label_dropout}; allowed: from 0 to below 1")
 
@@ -176,9 +175,7 @@ class SemanticVAELossConfig:
     cosine_over: Literal["tokens", "features"] = "tokens"
 
     def __post_init__(self) -> None:
-        for name in ("cosine_weight", "kl_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 0 and up")
+        at_least(self, cosine_weight=0, kl_weight=0)
 
 
 class FeatureEncoder(Protocol):
@@ -253,8 +250,7 @@ class ClassificationConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: {self.label_smoothing}; allowed: from 0 to below 1")
-        if self.translate < 0:
-            raise ValueError(f"translate: {self.translate}; allowed: 0 and up")
+        at_least(self, translate=0)
 
 
 class ClassificationObjective:

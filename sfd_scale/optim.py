@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sfd_scale.checks import above, at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
@@ -20,14 +22,10 @@ class AdamWConfig:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr: {self.lr}; allowed: above 0")
+        above(self, lr=0, eps=0)
+        at_least(self, weight_decay=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {self.betas}; allowed: two numbers in [0, 1)")
-        if not self.eps > 0:
-            raise ValueError(f"eps: {self.eps}; allowed: above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: {self.weight_decay}; allowed: 0 and up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +42,7 @@ class ScheduleConfig:
     decay_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: {self.warmup_steps}; allowed: 0 and up")
+        at_least(self, warmup_steps=0)
         if not 0 <= self.final <= 1:
             raise ValueError(f"final: {self.final}; allowed: a share of the peak in [0, 1]")
         if self.kind == "constant" and self.final:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from sfd_scale import config, recipe_files
 from sfd_scale.checkpoint import CheckpointConfig
+from sfd_scale.checks import at_least
 from sfd_scale.config import Incidental
 from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.images import SourceConfig
@@ -170,9 +171,7 @@ class FitRecipe:
     num_workers: Incidental[int] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 1), ("batch", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, num_images=1, batch=1, num_workers=0)
         if self.tokenizer.vision is None and isinstance(self.codec, FeaturePCAFitConfig):
             raise ValueError("tokenizer.vision: null; a PCA of features needs a vision encoder")
         if self.tokenizer.vision is None and isinstance(self.codec, PatchPCAFitConfig) and self.codec.alignment:

@@ -47,7 +47,8 @@ def run_lock(run: Path, other: str = "give another --run") -> Iterator[None]:
 
 
 def in_use(run: Path) -> bool:
-    """Whether a job holds the folder now."""
+    """Whether another process's job holds the folder now. Not for the holder: a process that closes a locked file,
+    opened again for this too, gives its POSIX lock up."""
     if not (run / "lock").is_file():
         return False
     descriptor = os.open(run / "lock", os.O_RDWR)

@@ -10,26 +10,39 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Self
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; the launchers requeue on it
 
 
 class StopRequest:
-    """Remembers a stop request; a second signal more than a second later exits at once.
+    """Within it a stop request is remembered; a second signal more than a second later exits at once.
 
     Args:
         max_duration_s: seconds after which the run stops by itself, or None.
+
+    Attributes:
+        saved: whether all that counts is on disk and the process is about to leave with the requeue code. Then it does
+            so at the next signal, even after the block, which else puts the former handlers back.
     """
 
     def __init__(self, max_duration_s: float | None = None) -> None:
         self._deadline = None if max_duration_s is None else time.monotonic() + max_duration_s
         self._signalled_at: float | None = None
-        self._saved = False
+        self.saved = False
+
+    def __enter__(self) -> Self:
         self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.saved:
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._saved:
-            # A launcher that saw another rank leave, or an impatient user: all that counts is on disk.
+        if self.saved:
+            # A launcher that saw another rank leave, or an impatient user.
             os._exit(REQUEUE_EXIT_CODE)
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > 1.0:
@@ -40,10 +53,3 @@ class StopRequest:
         """Whether this rank was asked to stop. The ranks must agree before they act on it."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         return late or self._signalled_at is not None
-
-    def close(self, stopped: bool) -> None:
-        """At the end of the run. After a stop the process is about to leave with the requeue code, signal or not."""
-        self._saved = stopped
-        if not stopped:
-            for signum, handler in self._previous.items():
-                signal.signal(signum, handler)

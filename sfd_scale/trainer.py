@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.checks import at_least
 from sfd_scale.config import Incidental
 from sfd_scale.data.reader import Ranges
 from sfd_scale.divergence import DivergenceError, DivergenceWatch
@@ -41,13 +42,8 @@ class TrainerConfig:
     replica_check_every: Incidental[int | None] = None  # steps between comparisons of what ranks hold copies of
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
-        for name in ("micro_batch", "replica_check_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}; allowed: 1 and up, or null")
+        at_least(self, steps=1, global_batch=1, log_every=1, micro_batch=1, replica_check_every=1, max_duration_s=0)
+        at_least(self, timeout_s=1)
 
 
 class Batch(Protocol):
@@ -83,10 +79,12 @@ class Trainer:
         self.before_step, self.watchdog = before_step, Watchdog(config.timeout_s)
 
     def run(self) -> bool:
-        """Train to the end (True) or to an agreed stop (False); either way the last step is saved."""
-        step, stop = self.resume(), StopRequest(self.config.max_duration_s)
+        """Train to the end (True) or to an agreed stop (False), which may come with the last step; either way that is
+        saved."""
+        step = self.resume()
         saved, stopped, batches = step, False, self.batches(step, self.watch.passed)
-        with progress(self.config.steps, "train", "steps") as bar, self.watchdog:
+        asked = StopRequest(self.config.max_duration_s)
+        with asked as stop, progress(self.config.steps, "train", "steps") as bar, self.watchdog:
             bar.skip(step)
             self.meter.reset()
             while step < self.config.steps and not stopped:
@@ -113,8 +111,8 @@ class Trainer:
             if saved != step:
                 self.save(step)
             self.finish_saves()
-        stop.close(stopped)
-        return step >= self.config.steps
+            stop.saved = stopped
+        return not stopped
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""

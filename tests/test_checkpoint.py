@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import TinyModel
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from whole_engine import advance, manager, names, saved, started, state_of
 
+from sfd_scale import distributed
 from sfd_scale.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -146,6 +149,24 @@ def test_a_full_disk_leaves_no_rest_and_the_last_checkpoint(tmp_path: Path, monk
     with pytest.raises(CheckpointError, match="step-00000002: writing tensors failed on rank 0: .*No space left"):
         checkpoints.save(2, engine, ema, {})
     assert names(tmp_path) == ["step-00000001"] and checkpoints.latest() == tmp_path / "step-00000001"
+
+
+def fail_on_one_rank(folder: Path) -> str:
+    def full(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if distributed.rank() == 1:
+        FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    engine, ema = started()
+    with pytest.raises(CheckpointError) as told:
+        manager(folder).save(2, engine, ema, {})
+    return str(told.value)
+
+
+def test_a_rank_that_fails_is_named_and_no_other(tmp_path: Path) -> None:
+    for text in run_ranks(fail_on_one_rank, 2, tmp_path):
+        assert text == "step-00000002: writing tensors failed on rank 1: OSError: [Errno 28] No space left on device"
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(

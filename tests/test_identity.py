@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def rewrite(run: Path, state: Callable[[dict[str, Any]], None], recipe: Callable
 def forget(recipe: dict[str, Any]) -> None:
     """Fields that a release did not know yet: of a member of a union, of a plain part, and a whole part."""
     del recipe["model"]["rope"], recipe["objective"]["cosine_weight"], recipe["optimizer"]["betas"], recipe["ema"]
+    recipe.pop("grad_clip", None)
 
 
 def nothing(_: dict[str, Any]) -> None:
@@ -74,6 +77,41 @@ def test_what_was_not_the_default_then_still_differs(data: Path, half: Path, tmp
     changed = small_run.recipe(data, steps=ALL, ema={"decay": 0.5})
     with pytest.raises(ValueError, match=r"another recipe \(recipe\.ema\.decay: 0\.5, in the checkpoint 0\.9999\)"):
         build.train(changed, run)
+
+
+def test_other_steps_are_another_recipe_where_the_learning_rate_falls(data: Path, tmp_path: Path) -> None:
+    """With wsd they are not, as long as the rate is constant under both."""
+    falling = {"lr": {"kind": "cosine"}}
+    assert build.train(small_run.recipe(data, steps=HALF, every=HALF, **falling), tmp_path / "cosine")
+    with pytest.raises(ValueError, match=rf"\(recipe\.steps: {ALL}, in the checkpoint {HALF}\)"):
+        build.train(small_run.recipe(data, steps=ALL, **falling), tmp_path / "cosine")
+    for steps in (ALL + 4, ALL + 8):
+        recipe = small_run.recipe(data, steps=steps, every=1, lr={"kind": "wsd", "decay_steps": 2})
+        build.claim(tmp_path / "cosine", recipe, None, {}, allow_foreign=True)
+    claimed = yaml.safe_load((tmp_path / "cosine" / "recipe.yaml").read_text())
+    assert claimed["train"]["steps"] == ALL + 8
+    build.claim(tmp_path / "cosine", small_run.recipe(data, steps=ALL, lr=claimed["lr"]), None, {}, False)
+    with pytest.raises(ValueError, match=r"recipe\.steps: 5, in the checkpoint 8"):
+        build.claim(tmp_path / "cosine", small_run.recipe(data, steps=5, lr=claimed["lr"]), None, {}, False)
+
+
+def test_another_clipping_is_another_recipe(data: Path, half: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(half, tmp_path / "run"))
+    clipped = small_run.recipe(data, steps=ALL, engine={"kind": "fsdp", "precision": "fp32", "grad_clip": 0.5})
+    with pytest.raises(ValueError, match=r"recipe\.grad_clip: 0\.5, in the checkpoint"):
+        build.train(clipped, run)
+
+
+def test_a_stop_that_comes_with_the_last_step_is_a_stop(data: Path, tmp_path: Path) -> None:
+    """Whoever asked gets the exit code of a stop; the next start has nothing left to do."""
+    recipe, run = small_run.recipe(data, steps=1), tmp_path / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert not build.train(replace(recipe, train=replace(recipe.train, max_duration_s=0.0)), run)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert build.train(recipe, run) and len(small_run.lines(run / "metrics.jsonl")) == 1
 
 
 def test_a_setting_that_is_no_more_is_named(

@@ -169,6 +169,11 @@ def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
     tar_of(tmp_path / "half.tar", {"0.png": png(0), "0.cls": b"1", "1.png": png(1)})
     with pytest.raises(ValueError, match=r"half\.tar: 1\.png has no class"):
         make_source(TarConfig(path=tmp_path / "half.tar"))
+    (tmp_path / "mixed").mkdir()
+    tar_of(tmp_path / "mixed" / "a.tar", {"x.png": png(0), "x.cls": b"7"})
+    tar_of(tmp_path / "mixed" / "b.tar", {"x.png": png(0)})
+    with pytest.raises(ValueError, match=r"b\.tar: has no \.cls members, which .*a\.tar has"):
+        make_source(TarConfig(path=tmp_path / "mixed", size=16))
     tar_of(tmp_path / "bad.tar", {"0.png": png(0), "1.png": b"", "2.png": png(1)})
     source = make_source(TarConfig(path=tmp_path / "bad.tar", size=16))
     with pytest.raises(UnreadableImage, match=r"bad\.tar: 1\.png: "):

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from sfd_scale import config, network, signals
-from sfd_scale.launch import agent, commands, environment, status
+from sfd_scale.launch import agent, check, commands, environment, status
 from sfd_scale.launch.hosts import Host, ask, read_hostfile
 from sfd_scale.launch.rank import adopt_rank
 
@@ -147,6 +147,33 @@ def test_what_cannot_run_is_told_before_anything_starts(
     work = commands.Work("sfd_scale", arguments)
     with pytest.raises(ValueError, match=message):
         commands.make_launch(launcher, work, {**CPU, "LOG_FOLDER": str(tmp_path), **variables})
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "folder"),
+    [
+        ("sfd_scale", ("train", "quickstart/sfd", "--run", "a"), "a"),
+        ("sfd_scale", ("train", "quickstart/sfd", "run=b"), "b"),
+        ("sfd_scale", ("encode", "quickstart/encode"), "runs/logs/encode-quickstart-encode"),
+        ("eval", ("generate", "eval/sfd_xl", "--out=c"), "c"),
+        # Not a folder of the file's name, and not among the logs of the training that it watches.
+        ("eval", ("score", "eval/sfd_xl", "--out", "d.json"), "runs/logs/score-eval-sfd_xl"),
+        ("eval", ("watch", "eval/sfd_xl", "--run", "a"), "a/evaluations"),
+        ("eval", ("watch", "eval/sfd_xl", "--run", "a", "--out", "e"), "e"),
+    ],
+)
+def test_logs_lie_in_the_folder_that_the_command_fills(module: str, arguments: Sequence[str], folder: str) -> None:
+    found = commands.Work(module, arguments).log_folder()
+    assert found == Path(folder).absolute() / ("" if folder.startswith("runs/logs") else "logs")
+
+
+def test_a_recipe_check_that_says_much_does_not_wait_for_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "talkative.py").write_text("import sys\nsys.stderr.write('x' * 300_000)\nsys.exit(2)\n")
+    monkeypatch.setitem(check.COMMANDS, "talkative", ("train",))
+    asked = check.RecipeCheck("talkative", ("train",), {**os.environ, "PYTHONPATH": str(tmp_path), "HOSTFILE": "h"})
+    assert asked.wait() and len(asked.sentence()) == 300_000
 
 
 def test_the_scripts_exit_with_2_and_one_sentence(tmp_path: Path) -> None:

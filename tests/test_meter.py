@@ -1,6 +1,7 @@
 """What a run says of itself: means over ranks, the clock's bins, utilisation, the distance of the average."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from sfd_scale import distributed
 from sfd_scale.accelerators import measured_flops
 from sfd_scale.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Fragment
-from sfd_scale.logs import MetricsWriter, WandbConfig
+from sfd_scale.logs import MetricsWriter, ScoreTable, WandbConfig, log_scores
 from sfd_scale.meter import Meter
 from sfd_scale.objective import LossTerms
 
@@ -39,7 +40,7 @@ def measure() -> dict[str, Any]:
     meter.step(5.0)
     meter.step(2.0)
     values = meter.read(ema.squares())
-    assert meter.batches == 0 and not meter.step_s
+    assert not meter.names and not meter.step_s
     return values
 
 
@@ -57,6 +58,36 @@ def test_means_over_batches_and_ranks_bins_of_the_clock_and_the_distance_of_the_
     assert first["step_s/p50"] <= first["step_s/p99"] and first["memory_host_bytes"] > 50e6
     assert first["memory_allocated_bytes"] is None
     assert first["ema_distance"] == pytest.approx(((AVERAGE - WEIGHTS).norm() / WEIGHTS.norm()).item())
+
+
+def test_a_dropped_step_is_left_out_of_the_means() -> None:
+    """A micro-batch that is not finite belongs to a step that is dropped; the norm of that is not finite either."""
+    meter = Meter()
+    for value in (1.0, math.nan, 3.0, math.inf):
+        meter.add(losses(value, [0.05, 0.95], [value, 7.0]), samples=2, wait_s=0.0)
+        meter.step(value)
+    values = meter.read()
+    assert values["loss"] == 2.0 and values["loss_by_clock/0"] == 2.0 and values["loss_by_clock/9"] == 7.0
+    assert values["grad_norm_max"] == 3.0 and values["grad_norm"] == math.inf
+    assert meter.clock_losses is not None and meter.clock_losses[0] == (2.0, 2) and meter.clock_losses[9] == (7.0, 4)
+    meter.add(losses(math.nan, [0.05], [math.nan]), samples=1, wait_s=0.0)
+    assert meter.read()["loss"] is None
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {})
+    writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "mfu": None})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "grad_norm": None, "lr": 0.5, "mfu": None,
+    }  # fmt: skip
+
+
+def test_an_imported_run_has_scores_before_it_has_metrics(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "results.jsonl").write_text('{"step": 4, "id": "a", "fid": 4.5}\n')
+    log_scores(tmp_path, WandbConfig(mode="offline"))
+    assert not ScoreTable(tmp_path).pending()
 
 
 def test_replicas_count_once() -> None:

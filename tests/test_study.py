@@ -276,6 +276,9 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
     # The score of every cell, and the sweep of one.
     assert len(rest) == 13 + 1 + 1  # `interval` of study/grid too
     assert all("was made of another" in line for line in rest)
+    # A report says so of these, and does not fail for a cell that nobody asked for.
+    assert study.report(other) == [f"{key.removeprefix('cells/')} (made by other settings)" for key in other.steps
+                                   if key.startswith("cells/")]  # fmt: skip
     # A cell alone: its sweep is of the cell.
     one = stamped(file, "cells.dit='study/dit lr.warmup_steps=1'")
     with pytest.raises(ValueError, match="sweeps/autoguidance was made of another cells/dit/seed0"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from sfd_scale.checkpoint.folder import (
     read_state,
     shapes,
 )
+from sfd_scale.files import atomically
 from sfd_scale.logs import MB, progress
 
 Weights = Literal["ema", "params", "exp_avg", "exp_avg_sq"]
@@ -134,15 +134,13 @@ def export(checkpoint: Path, out: Path, weights: Weights = "ema", metadata: Mapp
 
 
 def save_weights(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file under a temporary name and rename it.
+    """Write a safetensors file, whole or not at all.
 
     Raises:
-        ValueError: where `out` is not named .safetensors.
+        ValueError: where `out` is not named .safetensors, or the disk is full.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"{out}: the name of an export ends in .safetensors")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.tmp")
-    save_file(dict(tensors), partial, metadata=dict(metadata))
-    os.replace(partial, out)
+    with atomically(out) as partial:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
     return out

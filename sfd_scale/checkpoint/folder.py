@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from sfd_scale.files import sha256
+
 FORMAT = 1
 _TENSORS = re.compile(r"__\d+_\d+\.distcp")
 _STEP = re.compile(r"step-(\d{8,})")
@@ -51,17 +53,6 @@ def committed(root: Path) -> list[Path]:
     """The committed checkpoints below `root`, oldest first."""
     found = [path for path in root.glob("step-*") if step_of(path) is not None and (path / "COMMIT").is_file()]
     return sorted(found, key=lambda path: step_of(path) or 0)
-
-
-def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
-    """The hash of a file; `read` is told how many bytes of it were read since it was told last."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            if read is not None:
-                read(len(piece))
-    return digest.hexdigest()
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -27,9 +27,11 @@ from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
 from sfd_scale.checkpoint.boxes import PARAMS_PART, Parts, Staged, stage, state_parts, stored_shapes
 from sfd_scale.checkpoint.folder import CheckpointError
+from sfd_scale.checks import above, at_least
 from sfd_scale.config import Incidental
 from sfd_scale.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
+from sfd_scale.files import sha256
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,12 +49,8 @@ class CheckpointConfig:
     background: Incidental[bool] = True  # write while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_last", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value}; allowed: 1 and up")
-        if self.every_s is not None and not self.every_s > 0:
-            raise ValueError(f"every_s: {self.every_s}; allowed: above 0, or null")
+        at_least(self, every=1, keep_last=1, keep_every=1)
+        above(self, every_s=0)
 
 
 def whole_state(fragments: Sequence[Fragment], ema: EMA) -> Parts:
@@ -195,8 +193,7 @@ class CheckpointManager:
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
-                with files.one_error(final.name):
-                    save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+                save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             own = partial.glob(f"__{distributed.rank()}_*.distcp")
             return {path.name: _fingerprint(path) for path in own}
 
@@ -262,7 +259,7 @@ class CheckpointManager:
         if distributed.is_main() and self.folder.is_dir():
             found = files.committed(self.folder)
             for path in sorted(self.folder.glob("step-*")):
-                if path not in found:
+                if path not in found and ".aside-" not in path.name:
                     logger.warning("%s is not a whole checkpoint and is skipped", path)
         return distributed.broadcast_object(found)
 
@@ -328,7 +325,7 @@ def _all_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": files.sha256(path), "bytes": path.stat().st_size}
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:

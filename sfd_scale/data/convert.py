@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sfd_scale import distributed
+from sfd_scale.checks import at_least
 from sfd_scale.data.rows import LocalRows
 from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
@@ -52,6 +53,7 @@ class ConvertConfig:
     tokenizers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        at_least(self, feature_dim=1, num_classes=1, image_size=1)
         if self.stats is not None and len(self.stats) != 2:
             raise ValueError(f"stats: {len(self.stats)} files; allowed: latents_stats.pt and latents_sv_stats.pt")
         if not (self.latents or self.features):

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.pixels import SUFFIXES, read_image
 from sfd_scale.data.scenes import SceneSplit, scene_image
@@ -31,6 +32,9 @@ class DigitsConfig:
     size: int = 32
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(self, num_images=1, size=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
@@ -41,6 +45,9 @@ class ScenesConfig:
     num_images: int = 50_000
     size: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, num_images=1, size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,9 @@ class FolderConfig:
     kind: Literal["folder"] = "folder"
     size: int = 256
     upright: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, size=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.data.pixels import UnreadableImage, read_image
 
 SPLITS = frozenset({"train", "validation", "val", "test"})
@@ -34,6 +35,9 @@ class ParquetConfig:
     image: str = "image"
     label: str = "label"
     files: str = "*.parquet"
+
+    def __post_init__(self) -> None:
+        at_least(self, size=1)
 
 
 class _Group(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import seeding
+from sfd_scale.checks import at_least
 from sfd_scale.config import Incidental
 from sfd_scale.data.rows import Array
 from sfd_scale.data.schema import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
@@ -54,9 +55,7 @@ class DataConfig:
     allow_stats_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("shuffle_block", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {least} and up")
+        at_least(self, shuffle_block=1, num_workers=0)
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: tuple[int, ...], block: int) -> Tensor:

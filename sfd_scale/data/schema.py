@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale import config
+from sfd_scale.files import sha256, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,9 +45,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        partial = folder / f"{MANIFEST}.tmp"
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -108,7 +106,7 @@ def _shard_problem(shard: Any) -> str | None:
 
 
 def index_sha256(folder: Path) -> str:
-    return hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    return sha256(folder / "index.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from sfd_scale.data.cache import ShardCache, fetch_description
 from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.rows import MEND, LocalRows, Rows, Shard
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256, read_index
+from sfd_scale.files import sha256
 from sfd_scale.latents import LatentStats
 
 
@@ -92,7 +92,7 @@ def check_data(path: Path) -> list[str]:
         bad.append(f"{path / STATS}: not the statistics that {MANIFEST} names")
     for shard in read_index(path)["shards"]:
         problem = _size_problem(path, shard)
-        if problem is None and _sha256(path / shard["raw_data"]["basename"]) != shard["raw_data"]["hashes"]["sha256"]:
+        if problem is None and sha256(path / shard["raw_data"]["basename"]) != shard["raw_data"]["hashes"]["sha256"]:
             problem = f"{path / shard['raw_data']['basename']}: its content does not have the hash of index.json"
         if problem:
             bad.append(problem)
@@ -104,8 +104,3 @@ def _stats_hash(path: Path) -> str | None:
         return LatentStats.load(path).hash
     except (OSError, ValueError, SafetensorError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.data.pixels import SUFFIXES, UnreadableImage, read_image
 
 
@@ -25,6 +26,9 @@ class TarConfig:
     kind: Literal["tar"] = "tar"
     size: int = 256
     upright: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, size=1)
 
 
 class _Place(NamedTuple):
@@ -49,8 +53,15 @@ class Tars:
         if not files or not files[0].is_file():
             raise ValueError(f"source.path: {config.path} is no tar file, nor a folder with any")
         self.places: list[_Place] = []
+        labelled: dict[bool, Path] = {}
         for number, file in enumerate(files):
-            self.places += _scan(file, number)
+            places, has_labels = _scan(file, number)
+            self.places += places
+            labelled[has_labels] = file
+        if len(labelled) > 1:
+            raise ValueError(
+                f"{labelled[False]}: has no .cls members, which {labelled[True]} has; all need them, or none"
+            )
         self.num_classes = max(place.label for place in self.places) + 1
         self.size, self.upright = config.size, config.upright
 
@@ -68,8 +79,9 @@ class Tars:
         return read_image(io.BytesIO(content), self.size, self.upright, name), place.label
 
 
-def _scan(file: Path, number: int) -> list[_Place]:
-    """The images of a file in their order, from its headers; number: the class where no .cls members say it."""
+def _scan(file: Path, number: int) -> tuple[list[_Place], bool]:
+    """The images of a file in their order, from its headers, and whether .cls members say their classes; else it is
+    `number`."""
     images: list[tuple[str, int, int]] = []
     labels: dict[str, int] = {}
     try:
@@ -89,7 +101,8 @@ def _scan(file: Path, number: int) -> list[_Place]:
     missing = [name for name, *_ in images if name.rpartition(".")[0] not in labels] if labels else []
     if missing or any(label < 0 for label in labels.values()):
         raise ValueError(f"{file}: {missing[0] if missing else 'an image'} has no class; each needs a .cls from 0 up")
-    return [
+    places = [
         _Place(file, start, size, name, labels[name.rpartition(".")[0]] if labels else number)
         for name, start, size in images
     ]
+    return places, bool(labels)

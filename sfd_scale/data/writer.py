@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from sfd_scale import distributed
 from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256
+from sfd_scale.files import write_json
 from sfd_scale.latents import StatsAccumulator
 from sfd_scale.run_lock import run_lock
 
@@ -37,13 +38,6 @@ class ChunkNote:
     stats: StatsAccumulator | None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under another name and rename it, so that it is whole or not there."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def claim(out: Path, recipe: Mapping[str, Any]) -> None:
     """Make the folder belong to what decides its content.
 
@@ -54,7 +48,7 @@ def claim(out: Path, recipe: Mapping[str, Any]) -> None:
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         if not path.exists() and not (out / "index.json").exists():
-            write_json(path, wanted)
+            write_json(path, wanted, sort_keys=True)
     distributed.barrier()
     if not path.exists():
         raise ValueError(f"out: {out} holds shards but no recipe.json that says of what; give another folder")
@@ -221,7 +215,7 @@ def _join(out: Path, count: int, fields: dict[str, Any]) -> None:
     if not shards:
         first = f"; the first of {len(unreadable)} unreadable images: {unreadable[0]}" if unreadable else ""
         raise ValueError(f"{out}: not one sample was written{first}")
-    write_json(out / "index.json", {"version": 2, "shards": shards})
+    write_json(out / "index.json", {"version": 2, "shards": shards}, sort_keys=True)
     stats_hash = None
     if stats is not None:
         finished = stats.finish()

@@ -8,7 +8,6 @@ N batch · C channels · H, W latent grid.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 from sfd_scale.latents import LatentLayout
 
@@ -48,10 +48,7 @@ class _Scales:
     interval_mode: IntervalMode = "none"
 
     def __post_init__(self) -> None:
-        for name in ("scale_texture", "scale_semantic"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: {value}; allowed: 0 and up")
+        at_least(self, scale_texture=0, scale_semantic=0)
         if self.scale_texture == 1 and self.scale_semantic == 1:
             raise ValueError(
                 "scale_texture: 1.0, as is scale_semantic, which guides nothing; allowed: another value, or kind: none"

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.diffusion.adaptive import INSIDE, Field, Tolerance, integrate
 from sfd_scale.diffusion.guidance import Velocity
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -36,8 +37,7 @@ class EulerConfig:
     jump: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps: {self.num_steps}; allowed: 1 and up")
+        at_least(self, num_steps=1)
         if not 0 <= self.shift < float("inf"):
             raise ValueError(f"shift: {self.shift}; allowed: 0 (evenly spaced) and up")
 

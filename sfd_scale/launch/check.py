@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import MutableMapping, Sequence
 from functools import partial
 
@@ -32,12 +33,14 @@ class RecipeCheck:
     """
 
     def __init__(self, module: str, arguments: Sequence[str], environment: MutableMapping[str, str]) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        # A file: nobody reads it before the end, and a pipe that is full would hold the check up.
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115 (it is read after the block)
         if arguments[:1] and arguments[0] in COMMANDS.get(module, ()):
             alone = {name: value for name, value in environment.items() if name not in _LAUNCHER}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments], env={**alone, CHECK_ONLY: "1"}, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                [sys.executable, "-m", module, *arguments], env={**alone, CHECK_ONLY: "1"},
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._told,
                 preexec_fn=partial(os.nice, 10),  # the ranks go first
             )  # fmt: skip
             if not environment.get("HOSTFILE"):
@@ -56,8 +59,8 @@ class RecipeCheck:
 
     def sentence(self) -> str:
         """What is wrong with the recipe, once it is refused."""
-        assert self._process is not None and self._process.stderr is not None
-        return self._process.stderr.read()
+        self._told.seek(0)
+        return self._told.read().decode(errors="replace")
 
     def close(self) -> None:
         """End it."""

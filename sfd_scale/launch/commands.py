@@ -51,17 +51,27 @@ class Work:
         return {} if self.recipe is None else config.tree(self.recipe, self.overrides)
 
     def log_folder(self) -> Path:
-        """`logs` in the folder that the command writes to; beside the runs for a command that writes elsewhere."""
-        for option in ("--run", "--out"):
-            for argument, following in zip(self.arguments, [*self.arguments[1:], None], strict=True):
-                if argument == option and following is not None:
-                    return Path(following).absolute() / "logs"
-                if argument.startswith(f"{option}="):
-                    return Path(argument.removeprefix(f"{option}=")).absolute() / "logs"
-        tree = self.tree()
-        if tree.get("kind") == "train" and isinstance(tree.get("run"), str):
-            return Path(tree["run"]).absolute() / "logs"
+        """`logs` in the folder that the command fills; beside the runs for one that writes a file."""
+        filled: str | None = None
+        match self.arguments[0]:
+            case "train":
+                filled = self.option("--run") or self.tree().get("run")
+            case "watch" if self.option("--out") is None:
+                filled = f"{self.option('--run')}/evaluations"  # not among the logs of the training
+            case "generate" | "sweep" | "watch":
+                filled = self.option("--out")
+        if isinstance(filled, str):
+            return Path(filled).absolute() / "logs"
         return Path("runs/logs").absolute() / "-".join(self.arguments[:2]).replace("/", "-")
+
+    def option(self, name: str) -> str | None:
+        """The value of an option among the arguments, after a space or an equals sign."""
+        for argument, following in zip(self.arguments, [*self.arguments[1:], None], strict=True):
+            if argument == name:
+                return following
+            if argument.startswith(f"{name}="):
+                return argument.removeprefix(f"{name}=")
+        return None
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ValueError where a training run's global batch does not divide over the ranks."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sfd_scale.files import write_json
+
 # The environment of everything that one launch starts.
 LAUNCH_ID = "SFD_LAUNCH_ID"
 LOG_FOLDER = "SFD_LOG_FOLDER"
@@ -53,10 +55,7 @@ class RankStatus:
     traceback: str | None = None
 
     def write(self, folder: Path) -> None:
-        path = folder / f"rank-{self.rank}.json"
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(folder / f"rank-{self.rank}.json", dataclasses.asdict(self))
 
     def ending(self, state: Literal["done", "stopped", "failed"], error: BaseException | None = None) -> RankStatus:
         """This status at the end of the rank."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sfd_scale.checks import at_least
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
@@ -16,9 +18,7 @@ class AlignmentConfig:
     dim: int = 768
 
     def __post_init__(self) -> None:
-        for name in ("depth", "hidden", "dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        at_least(self, depth=1, hidden=1, dim=1)
 
 
 def alignment_head(width: int, config: AlignmentConfig) -> nn.Sequential:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sfd_scale.files import atomically
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.layers import MlpKind, mlp_hidden, sincos_position
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, Size
@@ -95,8 +96,8 @@ def write_authors(
         if state is not None
     }
     content |= {name: value for name, value in (("opt", opt), ("config", config)) if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    with atomically(path) as partial, partial.open("wb") as file:
+        torch.save(content, file)
 
 
 def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:

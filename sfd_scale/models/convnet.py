@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfd_scale import seeding
+from sfd_scale.checks import at_least
 
 _GROUPS = 8
 
@@ -30,8 +31,7 @@ class SmallConvNetConfig:
     def __post_init__(self) -> None:
         if not self.widths or any(width < 1 or width % _GROUPS for width in self.widths):
             raise ValueError(f"widths: {self.widths}; allowed: one or more multiples of {_GROUPS}")
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes: {self.num_classes}; allowed: 2 and up")
+        at_least(self, num_classes=2)
         step = 2 ** len(self.widths)
         if self.image_size < step or self.image_size % step:
             raise ValueError(f"image_size: {self.image_size}; allowed: multiples of {step}, one halving for each width")

@@ -12,6 +12,7 @@ from typing import Literal, Self
 
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.tokenizers.codec import Moments, from_uint8, identity, to_uint8
 from sfd_scale.tokenizers.pca import ComponentBuffers, fit_components, load_components
 
@@ -38,12 +39,9 @@ class PatchPCAFitConfig:
     alignment: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patch < 1:
-            raise ValueError(f"patch: {self.patch}; allowed: 1 and up")
+        at_least(self, patch=1, alignment=0)
         if not 1 <= self.channels <= 3 * self.patch**2:
             raise ValueError(f"channels: {self.channels}; allowed: 1 to {3 * self.patch**2} with patch {self.patch}")
-        if not 0 <= self.alignment < float("inf"):
-            raise ValueError(f"alignment: {self.alignment}; allowed: 0 and up")
 
 
 def to_patches(images: Tensor, side: int) -> Tensor:

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfd_scale import distributed
+from sfd_scale.checks import at_least
+from sfd_scale.files import atomically
 from sfd_scale.tokenizers.codec import Moments, identity, read_safetensors
 
 
@@ -173,8 +175,8 @@ class ComponentBuffers(nn.Module):
         return latents.float() @ (self.directions if self.restoring is None else self.restoring) + self.mean
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, path)
+        with atomically(path) as partial:
+            save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()}, partial)
 
 
 def load_components(path: Path, what: str) -> Components:
@@ -198,8 +200,7 @@ class FeaturePCAFitConfig:
     channels: int = 8
 
     def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"channels: {self.channels}; allowed: 1 and up")
+        at_least(self, channels=1)
 
 
 def feature_rows(features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_scale import seeding
+from sfd_scale.checks import at_least
 from sfd_scale.models.authors import read_weights
 from sfd_scale.tokenizers.codec import DETERMINISTIC_LOGVAR, Frozen, Moments, identity, with_weights
 
@@ -32,9 +33,7 @@ class SemanticVAEConfig:
     blocks: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("input_dim", "bottleneck_dim", "hidden_dim", "heads", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        at_least(self, input_dim=1, bottleneck_dim=1, hidden_dim=1, heads=1, blocks=1)
         if self.hidden_dim % self.heads:
             raise ValueError(f"heads: {self.heads}; allowed: divisors of hidden_dim, {self.hidden_dim}")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from sfd_scale.checks import at_least
 from sfd_scale.models.authors import read_weights
 from sfd_scale.tokenizers.codec import Frozen, Moments, from_uint8, identity, to_uint8
 
@@ -43,9 +44,7 @@ class AutoencoderKLConfig:
             raise ValueError("weights: needed, a path; or hub, a name on the hub; and not both")
         if self.hub is not None and self.hub.count("/") < 1:
             raise ValueError(f"hub: {self.hub!r}; allowed: owner/repository, or owner/repository/file")
-        for name in ("width", "res_blocks", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: 1 and up")
+        at_least(self, width=1, res_blocks=1, latent_channels=1)
         if self.width % 32:
             raise ValueError(f"width: {self.width}; allowed: multiples of 32, the groups of its norms")
         if not self.multipliers or min(self.multipliers) < 1:
