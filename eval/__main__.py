@@ -118,7 +118,7 @@ def sweep(
 def compare(
     a: Annotated[Path, typer.Argument(help="A folder of features, or its results.json.")],
     b: Annotated[Path, typer.Argument(help="Another one.")],
-    rounds: Annotated[int, typer.Option(help="Bootstrap rounds.")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, help="Bootstrap rounds.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
 ) -> None:
     """Whether two results differ: the paired difference of their scores, with a bootstrap interval."""

@@ -164,7 +164,7 @@ def import_(
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="A file from `sfd export`.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
-    count: Annotated[int, typer.Option(help="How many images.")] = 16,
+    count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     label: Annotated[int | None, typer.Option(help="One class; by default the classes in turn.")] = None,
     steps: Annotated[int, typer.Option(help="Euler steps.")] = 50,
     seed: Annotated[int, typer.Option()] = 0,
@@ -223,7 +223,7 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     mfu: Annotated[float | None, typer.Option(help="Use of the peak FLOP/s that is assumed.")] = None,
     measured: Annotated[Path | None, typer.Option(help="Take it from a run's metrics.jsonl, or from a JSON.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Of the data, if it is not here; else ImageNet's.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of the data, if it is not here; else ImageNet's.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="A table to paste.")] = False,
 ) -> None:
     """Memory, time and cost of a recipe on N GPUs, before anything is started."""
@@ -296,7 +296,7 @@ def check(
     overrides: Overrides = None,
     *,
     checkpoint: Annotated[Path, typer.Option(help="A run folder, a checkpoint of one, or a file of `sfd export`.")],
-    samples: Annotated[int, typer.Option(help="How many samples of the data.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
 ) -> None:
     """Does a checkpoint belong to the data of a recipe? Its loss by the clock, beside what training recorded."""
     from sfd_scale.probe import probe
@@ -320,7 +320,7 @@ def check_features(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    samples: Annotated[int, typer.Option(help="How many samples of the data.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
 ) -> None:
     """How close `data.features=decoded` is on the data of a training recipe: cosine to the true features."""
     from sfd_scale.probe import decoded_cosine

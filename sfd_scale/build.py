@@ -1,4 +1,4 @@
-"""Recipe → objects: the only place that matches on `kind` and knows every class."""
+"""Recipe → objects: where models, objectives and engines are chosen by their `kind`."""
 
 from __future__ import annotations
 

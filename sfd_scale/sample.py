@@ -82,7 +82,7 @@ class Sampler:
 
     @torch.no_grad()
     def pixels(self, drawn: Drawn) -> Tensor:
-        """Decode latents, in portions of one size, and drop the copies: (N, 3, H', W') uint8."""
+        """Decode latents, `decode_batch` at a time, and drop the copies: (N, 3, H', W') uint8."""
         parts = [self.decode(part) for part in drawn.latents.split(self.decode_batch or self.batch)]
         images = torch.cat(parts) if len(parts) > 1 else parts[0]
         assert images.dtype == torch.uint8

@@ -22,7 +22,11 @@ def velocity_loss(predicted: Tensor, target: Tensor, weight: Tensor | float = 1.
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over (H, W) of 1 − cosine over the channels (arXiv 2410.10356): (N,)."""
+    """Mean over (H, W) of 1 − cosine over the channels (arXiv 2410.10356): (N,).
+
+    Where the output is exactly zero, as a last layer that starts at zero gives it, the gradient is a unit vector over
+    1e-8, PyTorch's smallest length: the first step of a run is millions of times the others, unless it is clipped.
+    """
     return (1 - cosine_similarity(predicted, target, dim=1)).flatten(1).mean(1)
 
 
