@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, Label
 from eval.streams import SideStream
 from eval.weights import file_sha256
 from sfd_scale import config, distributed, sample
-from sfd_scale.accelerators import bf16_products
+from sfd_scale.accelerators import bf16_products, tf32_float32
 from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_kinks
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig, evaluation_times
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from sfd_scale.exports import Loaded
 
 logger = logging.getLogger(__name__)
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "tf32", "fp32"]
 Loader = Callable[[Path, Precision, bool, torch.device], "Loaded"]
 
 
@@ -290,12 +291,18 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             return {**tensors, "labels": labels, "image_numbers": torch.tensor(wanted).long() + rows.start}
 
-        return finish, {"NFE": drawn.nfe.double().mean().item()}
+        numbers = {"NFE": drawn.nfe.double().mean().item()}
+        if recipe.precision != "tf32":
+            return finish, numbers
+        # The extractor's float32 is another, and which one it is holds for all threads: not beside the next batch.
+        tensors = finish()
+        return lambda: tensors, numbers
 
     started = time.monotonic()
     # Set once for both threads: these are settings of the process.
     exact = full_precision(device) if recipe.precision == "fp32" else one_algorithm()
-    with exact, bf16_products(device):
+    products = tf32_float32() if recipe.precision == "tf32" else nullcontext()
+    with exact, products, bf16_products(device):
         made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, job.labels)

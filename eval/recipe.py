@@ -73,6 +73,7 @@ class OutputsConfig:
 class EvalRecipe:
     """`checkpoint` and `guide` are files of `sfd export`.
 
+    precision: of the model. tf32, float32 with a GPU's TF32 products, is what the authors draw with.
     batch: fixed, whatever the number of ranks: it is part of what determines an image to the last bit. `auto` takes
         what fits the GPUs' memory at the first start and keeps it.
     decode_batch: latents that the codec decodes at once; null for all of a batch.
@@ -93,7 +94,7 @@ class EvalRecipe:
     decode_batch: int | None = None
     seed: int = 0
     labels: LabelsConfig = field(default_factory=BalancedLabels)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "tf32", "fp32"] = "bf16"
     attention: AttentionBackend = "auto"
     compile: bool = False
     cuda_graphs: bool = False

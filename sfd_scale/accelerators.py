@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -123,15 +123,25 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported()) if device.type == "cpu" else has_bf16(device)
 
 
-@contextlib.contextmanager
-def ieee_float32() -> Iterator[None]:
+def ieee_float32() -> contextlib.AbstractContextManager[None]:
     """Products and convolutions of float32 without TF32, which PyTorch takes for convolutions on GPUs by default."""
+    return _float32("ieee")
+
+
+def tf32_float32() -> contextlib.AbstractContextManager[None]:
+    """Products and convolutions of float32 on a GPU's tensor cores, which read 10 bits of each mantissa."""
+    return _float32("tf32")
+
+
+@contextlib.contextmanager
+def _float32(form: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """For the whole process, all its threads."""
     cudnn: Any = torch.backends.cudnn
     backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.fp32_precision = "ieee"
+            backend.fp32_precision = form
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +307,32 @@ def test_chunks_of_two_machines_are_warned_about(tmp_path: Path, reference: NpzS
     results = scoring.score(settings, tmp_path / "out", tmp_path / "results.json", eval_tiny.lazy())
     assert len(results["run"]["made_on"]) == 2
     assert any("made in parts on" in warning and "2 threads" in warning for warning in results["warnings"])
+
+
+def test_tf32_is_of_the_model_and_not_of_the_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which float32 products are, holds for all threads: the next batch is not drawn before the last one's features are
+    there. On a CPU the images are those of float32."""
+    seen: list[tuple[str, str]] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            seen.append((name, torch.backends.cuda.matmul.fp32_precision))
+            return function(*args, **options)
+
+        return call
+
+    exact = eval_tiny.recipe(tmp_path, precision="fp32")
+    features = {}
+    for settings in (exact, dataclasses.replace(exact, precision="tf32")):
+        job = eval_tiny.job(settings)
+        if settings.precision == "tf32":
+            monkeypatch.setattr(type(job.sampler), "draw", watched("draw", type(job.sampler).draw))
+            monkeypatch.setattr(type(job.sampler), "pixels", watched("pixels", type(job.sampler).pixels))
+        folder = generate.generate(settings, tmp_path / settings.precision, job)
+        features[settings.precision] = read_features(folder)
+    assert seen == [("draw", "tf32"), ("pixels", "tf32")] * (len(seen) // 2) and len(seen) > 2
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert torch.equal(features["tf32"].pool, features["fp32"].pool)
 
 
 def test_the_sampler_of_a_recipe(tmp_path: Path) -> None:

@@ -10,12 +10,20 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from eval.features import InceptionConfig
+from eval.metrics import MetricsConfig
+from eval.recipe import BalancedLabels
 from sfd_scale import build, config, distributed, recipe_files
+from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance
+from sfd_scale.diffusion.samplers import Dopri5Config
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
+from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
-from sfd_scale.objective import SemanticFirstConfig
+from sfd_scale.objective import SemanticFirstConfig, SemanticVAELossConfig
+from sfd_scale.optim import AdamWConfig, ScheduleConfig, learning_rate
 from sfd_scale.recipe import TrainRecipe, load_any, summary_table
+from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
 
 COMPLETE = [name for name in recipe_files.recipe_names() if config.kind_of(name) is not None]
 TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
@@ -130,18 +138,83 @@ def test_the_ablations_of_one_table_differ_in_nothing_else() -> None:
             assert different <= {"schedule", "name", "run", "published"}, name
 
 
-def test_the_authors_runs_have_their_settings() -> None:
-    xl, short, xxl = (config.load(f"train/{name}", TrainRecipe) for name in ("sfd_xl", "sfd_xl_80ep", "sfd_xxl"))
-    assert isinstance(xl.model, LightningDiTConfig)
-    assert (xl.model.size, short.train.steps, xl.train.steps) == ("XL", 400_000, 4_000_000)
-    assert (short.optimizer.lr, short.optimizer.betas, xl.optimizer.lr, xl.optimizer.betas) == (
-        2e-4, (0.9, 0.95), 1e-4, (0.9, 0.999),
-    )  # fmt: skip
-    assert (short.objective.alignment_weight, short.objective.alignment_mode) == (0.5, "cos_mse")  # type: ignore[union-attr]
-    assert xl.ema.decay == 0.9999
-    assert xl.engine.grad_clip is None
-    assert xxl.model.size == "XXL"  # type: ignore[union-attr]
-    assert {r.train.global_batch for r in (xl, short, xxl)} == {256}
+AUTHORS = SemanticFirstConfig(
+    semantic_weight=2.0, cosine_weight=1.0, alignment_weight=1.0, alignment_mode="cos", label_dropout=0.1
+)  # fmt: skip
+SHORT = dataclasses.replace(AUTHORS, alignment_weight=0.5, alignment_mode="cos_mse")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "steps", "objective", "optimizer"),
+    [
+        ("sfd_xl", "XL", 4_000_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+        ("sfd_xxl", "XXL", 4_000_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+        ("sfd_xl_80ep", "XL", 400_000, SHORT, AdamWConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)),
+        ("autoguidance_b", "B", 400_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+    ],
+)
+def test_the_authors_runs_have_their_settings(
+    name: str, size: str, steps: int, objective: SemanticFirstConfig, optimizer: AdamWConfig
+) -> None:
+    recipe = of(name)
+    head = AlignmentConfig(depth=2, hidden=2048, dim=768)
+    assert recipe.model == LightningDiTConfig(size=size, alignment=head)  # type: ignore[arg-type]
+    assert (recipe.objective, recipe.optimizer, recipe.lr) == (objective, optimizer, ScheduleConfig())
+    assert (recipe.seed, recipe.train.steps, recipe.train.global_batch) == (0, steps, 256)
+    assert (recipe.ema.decay, recipe.ema.warmup, recipe.engine.grad_clip) == (0.9999, False, None)
+    assert recipe.schedule.delta_t == 0.3 and recipe.data.flip and recipe.latents.shape == (48, 16, 16)
+
+
+# The table of the authors' repository: training run, step, guide's step, scale, and FID on NPUs and GPUs.
+EVALUATIONS = {
+    "sfd_xl_80ep": ("sfd_xl", 400_000, None, None, ("3.43", "3.50")),
+    "sfd_xl_80ep_autoguidance": ("sfd_xl", 400_000, 70, 1.6, ("1.30", "1.29")),
+    "sfd_xl": ("sfd_xl", 4_000_000, None, None, ("2.54", "2.66")),
+    "sfd_xl_autoguidance": ("sfd_xl", 4_000_000, 70, 1.5, ("1.06", "1.03")),
+    "sfd_xxl_80ep": ("sfd_xxl", 400_000, None, None, ("2.84", "2.92")),
+    "sfd_xxl_80ep_autoguidance": ("sfd_xxl", 400_000, 60, 1.5, ("1.19", "1.20")),
+    "sfd_xxl": ("sfd_xxl", 4_000_000, None, None, ("2.38", "2.36")),
+    "sfd_xxl_autoguidance": ("sfd_xxl", 4_000_000, 120, 1.5, ("1.04", "1.04")),
+    "sfd_xl_80ep_lr2e-4": ("sfd_xl_80ep", 400_000, None, None, ("3.23",)),
+    "sfd_xl_80ep_lr2e-4_autoguidance": ("sfd_xl_80ep", 400_000, 60, 1.5, ("1.38",)),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_published(name: str) -> None:
+    run, step, guide, scale, scores = EVALUATIONS[name]
+    recipe, training, guiding = load_any(f"eval/{name}"), of(run), of("autoguidance_b")
+    last = step == training.train.steps
+    assert recipe.checkpoint == Path(f"runs/{run}.safetensors" if last else f"runs/{run}_{step // 1000}k.safetensors")
+    assert training.checkpoint.keep_every and step % training.checkpoint.keep_every == 0
+    assert re.findall(r"\b\d\.\d\d\b", recipe.published) == list(scores)
+    assert all(score in (training.published or "") for score in scores if last)
+    if guide is None:
+        assert recipe.guide is None and recipe.guidance == NoGuidance()
+    else:
+        assert recipe.guide == Path(f"runs/autoguidance_b_{guide}k.safetensors")
+        assert guiding.checkpoint.keep_every and guide * 1000 % guiding.checkpoint.keep_every == 0
+        assert recipe.guidance == AutoGuidance(scale_texture=scale, scale_semantic=scale)
+    # What the authors' evaluation shares: 50 images of each class, dopri5, float32 with TF32, ADM's metrics.
+    assert (recipe.num_samples, recipe.labels, recipe.seed) == (50_000, BalancedLabels(), 0)
+    assert recipe.sampler == Dopri5Config(rtol=1e-3, atol=1e-6) and recipe.precision == "tf32"
+    assert recipe.metrics == MetricsConfig(is_split=5000, neighbours=3, reference_images=10_000, kid_size=1000)
+    assert recipe.extractor == InceptionConfig() and recipe.reference.path.name == "VIRTUAL_imagenet256_labeled.npz"
+
+
+def test_the_data_and_the_tokenizers_of_the_authors() -> None:
+    for name in ("encode_imagenet256", "encode_imagenet256_features"):
+        recipe = load_any(f"data/{name}")
+        assert recipe.store.flip and recipe.store.dtype == "float16" and recipe.tokenizer.precision == "tf32"
+        assert recipe.source.size == 256 and not recipe.source.upright  # they do not look at EXIF
+    semvae, semantic = of("semvae_ch16"), load_any("data/encode_imagenet256").tokenizer.semantic
+    assert isinstance(semvae.model, SemanticVAEConfig) and semvae.model.heads == semantic.heads == 6
+    assert isinstance(semvae.objective, SemanticVAELossConfig) and semvae.objective.kl_weight == 1e-7
+    assert (semvae.train.steps, semvae.train.global_batch, semvae.lr.warmup_steps) == (1_000_000, 64, 500)
+    assert semvae.optimizer == AdamWConfig(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01) and not semvae.data.flip
+    # 500 steps of warm-up, 800,000 constant, the rest down to a tenth.
+    rates = [learning_rate(1.0, semvae.lr, step, 1_000_000) for step in (499, 800_499, 999_999)]
+    assert rates == [1.0, 1.0, pytest.approx(0.1)]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,11 @@ def test_golden_semantic_codec_works_on_grids(tmp_path: Path) -> None:
     check(moments.mean.flatten(2).transpose(1, 2), "out_semvae", "mean")
     check(moments.logvar.flatten(2).transpose(1, 2), "out_semvae", "logvar")
     check(loaded.decode(moments.mean).flatten(2).transpose(1, 2), "out_semvae", "dec_mean")
+    # The authors' training writes more beside the weights (tokenizer/semvae/train.py).
+    more = {"iteration": 3, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}}, "config": "a: 1\n"}
+    torch.save({**more, "model_state_dict": arrays("weights_semvae")}, tmp_path / "semantic_ae_final.pt")
+    theirs = SemanticVAECodec.load(SemanticVAECodecConfig(weights=tmp_path / "semantic_ae_final.pt", heads=HEADS))
+    assert theirs.identity == loaded.identity
     # Heads leave no trace in the weights, but change what they do.
     other = SemanticVAECodec.load(SemanticVAECodecConfig(weights=tmp_path / "vae.safetensors", heads=2 * HEADS))
     assert other.identity != loaded.identity

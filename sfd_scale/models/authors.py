@@ -113,8 +113,12 @@ def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+_WEIGHTS = ("state_dict", "model_state_dict", "ema", "model")
+
+
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
-    """One flat set of weights, from safetensors or from a torch file: bare, or under state_dict, ema or model.
+    """One flat set of weights, from safetensors or from a torch file: bare, or under one of the names that scripts give
+    it (`_WEIGHTS`; the authors' training of a semantic VAE writes model_state_dict).
 
     Only names that start with one of `prefixes` are kept.
 
@@ -131,12 +135,12 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
     file = TorchFile(path)
     candidates = [file.content]
     if isinstance(file.content, dict):
-        candidates += [file.content[name] for name in ("state_dict", "ema", "model") if name in file.content]
+        candidates += [file.content[name] for name in _WEIGHTS if name in file.content]
     for candidate in candidates:
         if isinstance(candidate, dict) and candidate and all(isinstance(v, LazyTensor) for v in candidate.values()):
             bare = strip_prefixes(candidate)
             return file.load({name: value for name, value in bare.items() if name.startswith(prefixes)})
-    raise ValueError(f"{path} holds no set of weights, neither bare nor under state_dict, ema or model")
+    raise ValueError(f"{path} holds no set of weights, neither bare nor under {', '.join(_WEIGHTS)}")
 
 
 # -------------------------------------------------------------------------------------------- Adam's moments

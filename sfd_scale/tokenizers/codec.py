@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sfd_scale.accelerators import ieee_float32
+from sfd_scale.accelerators import ieee_float32, tf32_float32
 
 M = TypeVar("M", bound=nn.Module)
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 DETERMINISTIC_LOGVAR = -30.0
 """The log-variance of a codec without one, where a tensor has to hold it: the lower bound of posteriors."""
 
@@ -99,9 +99,10 @@ class SemanticCodec(Protocol):
 
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Where encoders run: in float32, or with products in bfloat16 and weights, norms and sums as they are."""
-    exact = ieee_float32() if precision == "fp32" else nullcontext()
-    with exact, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    """Where encoders run: in float32, with TF32 products on a GPU as the authors', or with products in bfloat16 and
+    weights, norms and sums as they are."""
+    products = {"fp32": ieee_float32, "tf32": tf32_float32, "bf16": nullcontext}[precision]
+    with products(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield
 
 
