@@ -100,7 +100,7 @@ def ranks_of(run: Path) -> dict[str, int]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.parametrize("target", ["one rank", "launcher"])
+@pytest.mark.parametrize("target", ["one rank", "launcher", "every process"])
 def test_a_stop_request_to_anyone_saves_one_step_on_all_ranks(
     images: Path, tmp_path: Path, launcher: str, target: str
 ) -> None:
@@ -115,7 +115,12 @@ def test_a_stop_request_to_anyone_saves_one_step_on_all_ranks(
         time.sleep(0.1)
     ranks = ranks_of(run)
     assert set(ranks) == {"0", "1"} and process.poll() is None
-    os.kill(ranks["1"] if target == "one rank" else process.pid, signal.SIGTERM)
+    if target == "every process":  # as Slurm does it: the whole step, workers and torchrun too
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                one.send_signal(signal.SIGUSR1)
+    else:
+        os.kill(ranks["1"] if target == "one rank" else process.pid, signal.SIGTERM)
     assert process.wait(timeout=200) == 75
     saved = sorted(path.parent.name for path in (run / "checkpoints").glob("step-*/COMMIT"))
     assert saved == [f"step-{last_step(run):08d}"], "the last step of all, and that one only"

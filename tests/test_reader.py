@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from encoded import digits, encode_digits, tokenizer
@@ -303,6 +306,19 @@ def test_stats_are_a_plain_file(data: Path) -> None:
     assert {name: tuple(t.shape) for name, t in load_file(data / "stats.safetensors").items()} == {
         "mean": (9,), "std": (9,)
     }  # fmt: skip
+
+
+def test_a_worker_outlives_a_stop_that_is_sent_to_all(data: Path) -> None:
+    """Slurm's scancel signals every process; what the rank tells its workers still ends them."""
+    batches = reader(data, num_workers=1).batches(0)
+    next(batches)
+    (worker,) = (p for p in psutil.Process().children() if "resource_tracker" not in " ".join(p.cmdline()))
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, 15)"], check=True)
+    for _ in range(6):  # more than it has read ahead
+        next(batches)
+    assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    worker.terminate()  # by this process, its parent
+    assert worker.wait(timeout=10) == 0
 
 
 @pytest.mark.gpu

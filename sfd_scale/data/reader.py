@@ -6,6 +6,9 @@ G global batch · M micro-batch · N samples of the data.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +107,21 @@ class _Batches(Dataset[Any]):
         return self.reader.batch(keys)
 
 
+def _outlive_a_stop(worker: int) -> None:
+    """A worker ends when its rank tells it to, and not by the SIGTERM that a scheduler sends to every process: the rank
+    has a step to finish before it saves."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers either
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -171,6 +189,7 @@ class _Reader(Generic[B]):
             batch_sampler=_Keys(self, first_step, passed),
             num_workers=self.config.num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_outlive_a_stop,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader draws a seed that nobody uses from the global generator

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from sfd_scale.launch import status
 from sfd_scale.launch.check import RecipeCheck
 from sfd_scale.launch.commands import LAUNCHERS, Work, make_launch
-from sfd_scale.launch.supervisor import Supervisor
+from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
     """Start the ranks, pass stop requests on to them, and return the exit code: 0, 75 after a stop, 2 for a mistake."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [launch] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    for signum in STOP_SIGNALS:  # nothing has started; the first process of a container has no other way to be stopped
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda *_: sys.exit(status.REQUEUE_EXIT_CODE))
     environment = dict(os.environ)
     check = RecipeCheck(module, arguments, environment)
     try:

@@ -28,6 +28,7 @@ from sfd_scale.portions import portions
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
+_NODE_COUNTS = ("SLURM_JOB_NUM_NODES", "PET_NNODES")  # by which others say that they start one command a node
 NAME_WAIT_S = 120.0  # for the name of a first node, which Kubernetes makes known when its pod is up
 
 
@@ -96,8 +97,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 def choose(environment: Mapping[str, str]) -> str:
     """What `auto` means here: torchrun where something starts one command a node, otherwise deepspeed."""
-    per_node = ("NODES", "SLURM_JOB_NUM_NODES", "PET_NNODES")
-    one_command_a_node = any(environment.get(name, "1") != "1" for name in per_node)
+    one_command_a_node = any(environment.get(name, "1") != "1" for name in ("NODES", *_NODE_COUNTS))
     return "torchrun" if one_command_a_node and not environment.get("HOSTFILE") else "deepspeed"
 
 
@@ -113,6 +113,12 @@ def make_launch(launcher: str, work: Work, environment: Mapping[str, str]) -> La
     if launcher not in LAUNCHERS:
         raise ValueError(f"--launcher: {launcher!r}; allowed: {', '.join(LAUNCHERS)}")
     kind = choose(environment) if launcher == "auto" else launcher
+    several = [name for name in _NODE_COUNTS if environment.get(name, "1") != "1"]
+    if kind == "torchrun" and several and not environment.get("NODES"):
+        raise ValueError(
+            f"NODES: not set, but {several[0]} is {environment[several[0]]}; use launchers/slurm.sbatch, or set "
+            "NODES=1 for this node alone, or NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
+        )
     folder = Path(environment.get("LOG_FOLDER") or work.log_folder()).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {
@@ -128,7 +134,7 @@ def make_launch(launcher: str, work: Work, environment: Mapping[str, str]) -> La
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    return number(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 40000))
+    return number(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 32000))
 
 
 def _launch(command: Sequence[str], environment: dict[str, str], folder: Path, ranks: int, **more: Any) -> Launch:
@@ -273,11 +279,10 @@ def _torchrun(work: Work, environment: dict[str, str], folder: Path) -> Launch:
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = environment[status.SHUTDOWN_TIMEOUT]
     # After `--`, or torchrun takes `--run` for an abbreviation of an option of its own.
     command = [
-        sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks), "--",
-        agent.RANK_FILE, work.module, *work.arguments,
+        sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks),
+        "--signals-to-handle", status.TORCHRUN_SIGNAL.name, "--", agent.RANK_FILE, work.module, *work.arguments,
     ]  # fmt: skip
-    # The agent must know that it is a stop: with elastic restarts it would start the stopped ranks again.
-    return _launch(command, environment, folder, count * ranks, node=node, stop=lambda process: process.terminate())
+    return _launch(command, environment, folder, count * ranks, node=node, end_signal=status.TORCHRUN_SIGNAL)
 
 
 def _static(environment: Mapping[str, str], nodes: int) -> tuple[list[str], int]:

@@ -12,6 +12,7 @@ import datetime
 import faulthandler
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -112,6 +113,10 @@ def run_module(module: str, arguments: list[str]) -> tuple[int, BaseException | 
 
 
 def main() -> None:
+    # The launcher ignores what a scheduler sends to all; told to stop, it passes its own signal on to its ranks.
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_IGN)
     adopt_rank(os.environ)
     folder = Path(os.environ[status.LOG_FOLDER])
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import time
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ SHUTDOWN_TIMEOUT = "SFD_SHUTDOWN_TIMEOUT"
 
 # sysexits.h, EX_TEMPFAIL: "try again later". Ranks end with it after a stop request, and so does the launcher.
 REQUEUE_EXIT_CODE = 75
+# What torchrun listens to, in place of the stop signals: a scheduler may send those to every process, and torchrun
+# serves the store that the ranks need to save.
+TORCHRUN_SIGNAL = signal.SIGQUIT
 USER_ERROR_EXIT_CODE = 2
 # What a rank meets when another one is gone: the consequence of a failure and hardly ever the first one.
 _ECHOES = (

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -39,7 +39,8 @@ class Launch:
     """One start of ranks.
 
     hosts: those that ssh reaches; empty where this process only starts ranks of its own host.
-    stop: asks the ranks to stop; by default every rank gets SIGUSR1.
+    end_signal: what ends the launcher itself. Where it is no stop signal, the launcher is told of a stop by it too, and
+        hears no stop signal.
     """
 
     identity: str
@@ -51,7 +52,7 @@ class Launch:
     hosts: Sequence[Host] = ()
     ssh: str = ""
     node: int | None = None
-    stop: Callable[[subprocess.Popen[bytes]], None] | None = None
+    end_signal: signal.Signals = signal.SIGTERM
 
     def signal_ranks(self, signum: int) -> int:
         """Signal all ranks on all hosts; returns how many there are (signal 0 only counts)."""
@@ -81,7 +82,8 @@ class Supervisor:
         previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
         launch = self.launch
         # A session of its own, so that Ctrl-C in a terminal comes here alone.
-        process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True)
+        deaf = _ignore_stop_signals if self._apart else None
+        process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True, preexec_fn=deaf)
         try:
             code = self._watch(process)
             if self.check is not None and code != 0 and not self.stopping and self.check.wait():
@@ -95,6 +97,11 @@ class Supervisor:
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self.requests.append((signum, time.monotonic()))
+
+    @property
+    def _apart(self) -> bool:
+        """Whether what ends the launcher is no stop signal."""
+        return self.launch.end_signal not in STOP_SIGNALS
 
     @property
     def stopping(self) -> bool:
@@ -121,7 +128,7 @@ class Supervisor:
                 killed_at = now
                 logger.warning("%s: ending all ranks", "a rank has failed" if hung else "told to stop at once")
                 self.launch.signal_ranks(signal.SIGKILL)
-                process.terminate()
+                process.send_signal(self.launch.end_signal)
             if now - killed_at > KILL_WAIT_S:
                 process.kill()
         return code
@@ -140,10 +147,10 @@ class Supervisor:
         return last - first > 1.0 or time.monotonic() - first > self.launch.shutdown_timeout_s
 
     def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> None:
-        if self.launch.stop is not None:
-            self.launch.stop(process)
-        else:
-            self.launch.signal_ranks(signal.SIGUSR1)
+        if self._apart:
+            # It must know that it is a stop: with elastic restarts it would start the stopped ranks again.
+            process.send_signal(self.launch.end_signal)
+        self.launch.signal_ranks(signal.SIGUSR1)
 
     def _ranks(self) -> list[status.RankStatus]:
         """Those of this start: an earlier one may have had the same name, which a user gives, and more ranks."""
@@ -179,6 +186,13 @@ class Supervisor:
             for line in text.splitlines() or [f"the launcher ended with code {code} before any rank had started"]:
                 logger.error("%s", line)
         return out
+
+
+def _ignore_stop_signals() -> None:
+    """In torchrun, before it begins; the ranks take the signals again (`rank.main`)."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_DFL)  # bash ignores it in what it starts in the background
 
 
 def new_identity() -> str:
