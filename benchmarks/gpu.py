@@ -13,23 +13,24 @@ import gc
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks import peer as baseline
 from benchmarks.harness import Figure
 from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
 from benchmarks.train_step import LAYOUT, batch_of, our_model, our_step, randomize
-from sfd_scale.accelerators import bf16_products, peak_flops
+from sfd_scale.accelerators import bf16_products, peak_flops, tf32_float32
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
 from sfd_scale.diffusion.samplers import EulerConfig, sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -39,8 +40,11 @@ from sfd_scale.models import attention
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
 
+logger = logging.getLogger(__name__)
 TOLERANCE = 2e-2
 Checkpointing = Literal["none", "selective", "block"]
+Part = Literal["training", "sampling", "features"]
+M = TypeVar("M", bound=nn.Module)
 # The issue of 50,000 guided images: Euler with 100 steps, the guide a B.
 EULER_STEPS, GUIDE = 100, "B"
 
@@ -52,7 +56,7 @@ class Plan:
     device: torch.device
     sizes: tuple[str, ...]
     depth: int | None
-    micro_batches: tuple[int, ...]
+    micro_batches: tuple[int, ...]  # of the first size; every other one of them of the second
     sampling_batches: tuple[int, ...]
     inception_batch: int
     repeats: int
@@ -60,7 +64,7 @@ class Plan:
 
 def plan(device: torch.device, quick: bool) -> Plan:
     if device.type == "cuda":
-        return Plan(device, ("XXL", "XL"), None, (16, 32, 64, 128), (64, 128, 256, 512), 256, 5)
+        return Plan(device, ("XXL", "XL"), None, (16, 32, 64, 128), (64, 128, 256, 512), 256, 3)
     return Plan(device, ("S",), 1 if quick else None, (1,) if quick else (2, 8), (1,) if quick else (2, 8), 2, 1)
 
 
@@ -76,8 +80,11 @@ def check(device: torch.device) -> list[str]:
         except ValueError as error:
             print(f"head of {head_dim}: {error}")
             continue
-        kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
-        worst = attention_error(device, head_dim)
+        try:
+            kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
+            worst = attention_error(device, head_dim)
+        except Exception as error:  # noqa: BLE001 (a kernel that loads, and does not run)
+            kernel, worst = f"{type(error).__name__}: {error}", math.inf
         verdict = "ok" if worst <= TOLERANCE else "FAILED"
         print(f"head of {head_dim}: attention {backend} ({chosen}): {kernel}, worst error {worst:.1e}: {verdict}")
         failed += [f"attention {backend}, head of {head_dim}"] if worst > TOLERANCE else []
@@ -133,31 +140,36 @@ def _relative(value: Any, reference: Any) -> float:
 # ------------------------------------------------------------------------------------------------------- bench
 
 
-def bench(chosen: Plan) -> Iterator[Figure]:
+def bench(chosen: Plan, parts: Sequence[Part] = get_args(Part)) -> Iterator[Figure]:
     """Training, sampling and features; each figure as soon as it is measured."""
     attention.activate("auto", chosen.device)
-    for size in chosen.sizes:
-        yield from _training(chosen, size)
-    for size in chosen.sizes[:1]:
-        yield from _sampling(chosen, size)
-    yield from _inception(chosen)
+    first, *others = chosen.sizes
+    if "training" in parts:
+        yield from _training(chosen, first, chosen.micro_batches)
+    if "sampling" in parts:
+        yield from _sampling(chosen, first)
+    if "features" in parts:
+        yield from _inception(chosen)
+    for size in others if "training" in parts else ():
+        yield from _training(chosen, size, chosen.micro_batches[1::2])
 
 
-def _training(chosen: Plan, size: str) -> Iterator[Figure]:
-    for count in chosen.micro_batches:
+def _training(chosen: Plan, size: str, micro_batches: Sequence[int]) -> Iterator[Figure]:
+    for count in micro_batches:
         peer = _rate(chosen, count, functools.partial(_peer_training, chosen, size, count))
         name = f"{size}/1 bf16 training, micro-batch {count}"
-        for label, settings in _training_settings(chosen.device):
+        for label, settings in _training_settings(chosen.device, eager=count == micro_batches[-1]):
             make = functools.partial(our_step, size, count, settings, chosen.depth)
             rate = _rate(chosen, count, make)
             yield _figure(f"{name}, {label}", rate, peer, "samples/s", utilisation(chosen, size, rate))
 
 
-def _training_settings(device: torch.device) -> Iterator[tuple[str, FSDPConfig]]:
+def _training_settings(device: torch.device, eager: bool) -> Iterator[tuple[str, FSDPConfig]]:
     base = FSDPConfig(sharding="replicate", compile=True)
     for mode in get_args(Checkpointing):
         yield f"checkpointing {mode}", dataclasses.replace(base, activation_checkpointing=mode)
-    yield "eager", dataclasses.replace(base, compile=False)
+    if eager:
+        yield "eager", dataclasses.replace(base, compile=False)
     reason = float8_missing(device)
     if reason is None:
         yield "float8", dataclasses.replace(base, float8=True)
@@ -167,14 +179,17 @@ def _training_settings(device: torch.device) -> Iterator[tuple[str, FSDPConfig]]
 
 @dataclass(frozen=True)
 class Rate:
-    """Units a second and the largest memory; None where memory did not suffice."""
+    """Units a second and the largest memory; None where it did not run, and `failure` says why."""
 
     value: float | None
     memory_gib: float | None
+    failure: str = ""
 
 
 def _rate(chosen: Plan, work: float, make: Callable[[], Callable[[], object]]) -> Rate:
-    """The median rate of what `make` makes, `work` units a call, out of memory included."""
+    """The median rate of what `make` makes, `work` units a call. What fails is a figure too, and ends no other one."""
+    # Else the blocks of earlier figures, which share their code, would make these ones compile for any shape.
+    torch.compiler.reset()
     gc.collect()
     on_gpu = chosen.device.type == "cuda"
     if on_gpu:
@@ -185,7 +200,10 @@ def _rate(chosen: Plan, work: float, make: Callable[[], Callable[[], object]]) -
             {"it": make()}, chosen.repeats, warmup=2, synchronize=torch.cuda.synchronize if on_gpu else None
         )["it"]
     except torch.OutOfMemoryError:
-        return Rate(None, None)
+        return Rate(None, None, "out of memory")
+    except Exception as error:
+        logger.warning("did not run", exc_info=error)
+        return Rate(None, None, f"failed: {type(error).__name__}")
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     return Rate(work / sorted(seconds)[len(seconds) // 2], memory)
 
@@ -197,7 +215,7 @@ def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
         return ""
     config = LightningDiTConfig(size=size, alignment=our_model(size, 2).config.alignment)  # type: ignore[arg-type]
     flops = flops_per_sample(config, in_channels=LAYOUT.channels, input_size=LAYOUT.size, training=True)
-    return f", MFU {rate.value * flops / peak:.1%}"
+    return f", MFU {rate.value * flops / peak:.1%} of dense bf16"
 
 
 def _figure(
@@ -205,7 +223,9 @@ def _figure(
 ) -> Figure:
     memory = "" if rate.memory_gib is None else f", {rate.memory_gib:.1f} GiB"
     if rate.value is None:
-        memory = ", out of memory"
+        memory = f", {rate.failure}"
+    if peer.value is None:
+        against = f"{against}, {peer.failure}"
     ours, theirs = rate.value or math.nan, peer.value or math.nan
     figure = harness.measured(
         f"{what}{note}{memory}", ours=ours, peer=theirs, against=against, unit=unit, better="higher"
@@ -215,21 +235,28 @@ def _figure(
 
 
 def _peer_training(chosen: Plan, size: str, count: int) -> Callable[[], object]:
-    model = Peer(size, depth=chosen.depth, compiled=True)
-    randomize(model)
+    model = _on(chosen.device, lambda: Peer(size, depth=chosen.depth, compiled=True))
     batch = batch_of(count).to(chosen.device)
     precision: baseline.Precision = "bf16" if chosen.device.type == "cuda" else "fp32"
-    training = PeerTraining(model.to(chosen.device), precision)
+    training = PeerTraining(model, precision)
     features = batch.features
     assert features is not None
     return lambda: training.step(batch.latents, features, batch.labels)
+
+
+def _on(device: torch.device, make: Callable[[], M]) -> M:
+    """A model with small random weights, built where it is to run: on one core that would take longer than the runs."""
+    with device:
+        model = make()
+    randomize(model)
+    return model
 
 
 def _sampling(chosen: Plan, size: str) -> Iterator[Figure]:
     for count in chosen.sampling_batches:
         for name, guidance in (("no guidance", NoGuidance()), ("AutoGuidance", AutoGuidance())):
             peer = _images(chosen, count, _peer_sampling(chosen, size, count, guidance))
-            for compiled in (True, False):
+            for compiled in (True, False) if count == chosen.sampling_batches[0] else (True,):
                 rate = _images(chosen, count, _our_sampling(chosen, size, count, guidance, compiled))
                 label = f"{size}/1 bf16 sampling, {name}, Euler {EULER_STEPS}, batch {count}"
                 note = "" if rate.value is None else f", 50,000 in {50_000 / rate.value / 60:.0f} min"
@@ -245,13 +272,14 @@ def _our_sampling(
     chosen: Plan, size: str, count: int, guidance: GuidanceConfig, compiled: bool
 ) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
-        models = [our_model(name, chosen.depth, alignment=False) for name in (size, _guide(chosen))]
-        for model in models:
-            randomize(model)
-            model.to(chosen.device, torch.bfloat16).eval()
+        models = []
+        for name in _names(chosen, size, guidance):
+            build = functools.partial(our_model, name, chosen.depth, alignment=False)
+            model = _on(chosen.device, build).to(torch.bfloat16).eval()
             if compiled:
                 prepare_blocks(model, "none", compiled=True)
-        velocity = guided(models[0], guidance, LAYOUT, guide=models[1] if isinstance(guidance, AutoGuidance) else None)
+            models.append(model)
+        velocity = guided(models[0], guidance, LAYOUT, guide=models[1] if len(models) > 1 else None)
         noise, labels = _start(chosen, count)
 
         def run() -> Tensor:
@@ -265,20 +293,25 @@ def _our_sampling(
 
 def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
-        models = [Peer(name, depth=chosen.depth, compiled=True) for name in (size, _guide(chosen))]
-        for model in models:
-            randomize(model)
-            model.to(chosen.device).eval()
+        builds = [functools.partial(Peer, name, depth=chosen.depth, compiled=True) for name in
+                  _names(chosen, size, guidance)]  # fmt: skip
+        models = [_on(chosen.device, build).eval() for build in builds]
         noise, labels = _start(chosen, count)
-        guide = models[1] if isinstance(guidance, AutoGuidance) else None
-        field = baseline.field(models[0], labels, guide)
-        return lambda: baseline.euler(field, noise, 2)
+        field = baseline.field(models[0], labels, models[1] if len(models) > 1 else None)
+
+        def run() -> Tensor:
+            with tf32_float32():  # as the authors' script allows
+                return baseline.euler(field, noise, 2)
+
+        return run
 
     return make
 
 
-def _guide(chosen: Plan) -> str:
-    return GUIDE if chosen.device.type == "cuda" else "S"
+def _names(chosen: Plan, size: str, guidance: GuidanceConfig) -> list[str]:
+    """The model, and its guide where there is one."""
+    guide = GUIDE if chosen.device.type == "cuda" else "S"
+    return [size, guide] if isinstance(guidance, AutoGuidance) else [size]
 
 
 def _start(chosen: Plan, count: int) -> tuple[Tensor, Tensor]:
@@ -326,6 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("check", "bench"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="one block, batch 1: to see that it works")
+    parser.add_argument("--part", action="append", choices=get_args(Part), help="of bench; all of them by default")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further figure of bench after these")
     parser.add_argument("--out", type=Path, help="folder of gpu.json; by default the results, of a GPU only")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -336,13 +371,19 @@ def main(arguments: list[str] | None = None) -> int:
         failed = check(device)
         print(f"failed: {', '.join(failed)}" if failed else "all within tolerance")
         return 1 if failed else 0
+    started = time.monotonic()
     state = {"machine": harness.machine(), "versions": harness.versions(), "quick": options.quick}
-    figures = list(bench(plan(device, options.quick)))
-    print(harness.markdown(figures))
     command = f"python -m benchmarks.gpu bench --device {device.type}"
     out = options.out or (harness.RESULTS if device.type == "cuda" else None)
-    if out is not None:
-        print(f"written to {harness.write('gpu', command, figures, state, out)}")
+    figures: list[Figure] = []
+    for figure in bench(plan(device, options.quick), options.part or get_args(Part)):
+        figures.append(figure)
+        if out is not None:
+            harness.write("gpu", command, figures, state, out)  # after each: a run that is cut off has those before
+        if time.monotonic() - started > options.seconds:
+            print(f"stopped after {options.seconds:.0f} s; the other figures by --part")
+            break
+    print(harness.markdown(figures))
     return 0
 
 

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -197,7 +198,9 @@ def write(name: str, command: str, figures: Sequence[Figure], state: Mapping[str
     """Write OUT/NAME.json: the figures and what they were measured with."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    lines = [{**dataclasses.asdict(figure), "met": figure.met} for figure in figures]
+    rows = [{**dataclasses.asdict(figure), "met": figure.met} for figure in figures]
+    # What did not run has no number, for which JSON has no word but null.
+    lines = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     content = {"benchmark": name, "command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), **state}
     path.write_text(json.dumps({**content, "figures": lines}, indent=1) + "\n", encoding="utf-8")
     return path
@@ -223,7 +226,11 @@ def merge(path: Path, new: Sequence[Mapping[str, Any]], order: Sequence[str]) ->
 
 def figures_of(section: Mapping[str, Any]) -> list[Figure]:
     """The figures of what `write` wrote."""
-    return [Figure(**{key: value for key, value in line.items() if key != "met"}) for line in section["figures"]]
+    figures = []
+    for line in section["figures"]:
+        values: dict[str, Any] = {k: math.nan if v is None and k != "bar" else v for k, v in line.items() if k != "met"}
+        figures.append(Figure(**values))
+    return figures
 
 
 HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "bar", "")

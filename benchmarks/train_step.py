@@ -19,6 +19,7 @@ from benchmarks import authors as theirs
 from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
+from sfd_scale import distributed
 from sfd_scale.accelerators import bf16_products, has_bf16, measured_flops
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.ema import EMA, EMAConfig
@@ -54,7 +55,7 @@ def our_model(size: str, depth: int | None = None, alignment: bool = True) -> Li
 def randomize(*models: nn.Module) -> None:
     """Fill every parameter with small random numbers, the same in each model: a fresh one gives zero everywhere."""
     for model in models:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
             spread = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
             spread = min(spread, 0.05) if "adaLN" in name or name.startswith("final_layer.linear") else spread
@@ -64,7 +65,8 @@ def randomize(*models: nn.Module) -> None:
 
 def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> Callable[[], object]:
     """Draws, loss, backward, optimizer step and EMA, as the trainer does them, ready to be called for a loss each."""
-    model = our_model(size, depth)
+    with distributed.device():
+        model = our_model(size, depth)
     randomize(model)
     engine = make_fsdp(model, AdamWConfig(), settings)
     schedule = SemanticFirstSchedule(delta_t=DELTA_T)

@@ -78,6 +78,7 @@ def prepare(
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
     if recipe.batch == "auto":
         recipe = dataclasses.replace(recipe, batch=_fitting(recipe, loaded, guide, extractor, device))
+        torch.compiler.reset()  # after the batches that were tried, blocks would be compiled for any size
     sampler = make_sampler(recipe, loaded, guide, device)
     weights = [None if found is None else found.provenance for found in (loaded, guide)]
     determined = describe(recipe, extractor.identity, kernel, *weights)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 # FLOP/s, dense bf16 without sparsity, from the makers' data sheets. The first name in the device's own counts.
 _PEAK = {
     "B200": 2.25e15,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "H20": 148e12,

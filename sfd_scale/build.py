@@ -211,7 +211,7 @@ def make_targets(
         assert recipe.tokenizer.semantic is not None
         semantic = make_semantic(recipe.tokenizer.semantic, device)
         _check_identities("semantic", reader, {"semantic": semantic.identity})
-        targets = DecodedFeatures(semantic, recipe.latents, reader.stats)
+        targets = DecodedFeatures(semantic, recipe.latents, reader.stats.to(device))
     dim = reader.feature_dim if targets is None else targets.dim
     if dim is None:
         raise ValueError(

@@ -97,6 +97,10 @@ class LatentStats:
         """The inverse of `normalize`."""
         return x * self._wide(self.std, x) + self._wide(self.mean, x)
 
+    def to(self, device: torch.device) -> LatentStats:
+        """On a device, where normalising copies nothing to it."""
+        return LatentStats(self.mean.to(device), self.std.to(device))
+
     @staticmethod
     def _wide(values: Tensor, like: Tensor) -> Tensor:
         return values.to(like.device, like.dtype)[:, None, None]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On the CPU, on a machine with GPUs too, but for the tests that are of a GPU: `-m gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -163,6 +163,17 @@ def fail_on_one_rank(folder: Path) -> str:
     return str(told.value)
 
 
+def make_under_an_older_torch(folder: Path) -> None:
+    del torch.distributed.checkpoint.CheckpointableTensor
+    with pytest.raises(ValueError, match=r"checkpoints of several ranks need a newer one, such as 2\.15"):
+        manager(folder)
+
+
+def test_a_torch_that_cannot_store_shares_is_told_before_training(tmp_path: Path) -> None:
+    """It would take each rank's box for a whole tensor."""
+    run_ranks(make_under_an_older_torch, 2, tmp_path)
+
+
 def test_a_rank_that_fails_is_named_and_no_other(tmp_path: Path) -> None:
     for text in run_ranks(fail_on_one_rank, 2, tmp_path):
         assert text == "step-00000002: writing tensors failed on rank 1: OSError: [Errno 28] No space left on device"

@@ -6,13 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import gpu
+from benchmarks import gpu, harness
 from benchmarks.train_step import our_step
 from sfd_scale.engines.blocks import use_float8
 from sfd_scale.engines.fsdp import FSDPConfig
@@ -60,6 +61,24 @@ def test_float8_follows_the_loss_of_bf16() -> None:
         losses[float8] = [float(step()) for _ in range(30)]  # type: ignore[arg-type]
     assert losses[False][-1] < losses[False][0]
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+def test_what_fails_is_a_figure_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does not compile, say; the file has the figures so far after each of them."""
+
+    def broken(*args: object) -> Callable[[], object]:
+        raise RuntimeError("Triton Error")
+
+    monkeypatch.setattr(gpu, "our_step", broken)
+    words = ["bench", "--device", "cpu", "--quick", "--part", "training", "--out", str(tmp_path)]
+    assert gpu.main(words) == 0
+    text = (tmp_path / "gpu.json").read_text()
+    figures = json.loads(text, parse_constant=pytest.fail)["figures"]
+    assert len(figures) == 4 and all(", failed: RuntimeError" in figure["what"] for figure in figures)
+    assert all(figure["ours"] is None and figure["peer"] > 0 for figure in figures)
+    assert math.isnan(harness.figures_of({"figures": figures})[0].ours)
+    gpu.main([*words, "--seconds", "0"])
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["figures"]) == 1
 
 
 @pytest.mark.full

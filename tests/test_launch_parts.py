@@ -188,6 +188,14 @@ def test_the_scripts_exit_with_2_and_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: train.global_batch: 128 does not divide over 5 ranks")
 
 
+def test_whoever_asks_for_the_cpu_gets_it_beside_gpus_too() -> None:
+    program = "import os, sfd_scale; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    for asked, seen in (({"DS_ACCELERATOR": "cpu"}, ""), ({}, "0")):
+        given = {"CUDA_VISIBLE_DEVICES": "0", **asked}
+        out = subprocess.run([sys.executable, "-c", program], env=given, cwd=ROOT, capture_output=True, text=True)
+        assert out.stdout.strip() == seen
+
+
 def test_no_launcher_knows_a_training_option() -> None:
     names = [path for path in (ROOT / "launchers").iterdir() if path.name != "quickstart.sh"]
     assert {path.name for path in names} >= {"deepspeed.sh", "torchrun.sh", "slurm.sbatch", "kubernetes.yaml"}

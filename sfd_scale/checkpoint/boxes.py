@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed.checkpoint
 from torch import Tensor
 
+from sfd_scale import distributed
 from sfd_scale.engines.engine import Fragment
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
@@ -80,6 +82,13 @@ def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) 
         for fragment, tensor in zip(fragments, tensors, strict=True)
         if fragment.primary or not own
     }
+
+
+def assert_shares_can_be_stored() -> None:
+    """Raises ValueError where several ranks cannot save together: an older PyTorch takes each rank's box for a whole
+    tensor."""
+    if distributed.world_size() > 1 and not hasattr(torch.distributed.checkpoint, "CheckpointableTensor"):
+        raise ValueError(f"torch {torch.__version__}: checkpoints of several ranks need a newer one, such as 2.15")
 
 
 def stored_shapes(parts: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,15 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
-from sfd_scale.checkpoint.boxes import PARAMS_PART, Parts, Staged, stage, state_parts, stored_shapes
+from sfd_scale.checkpoint.boxes import (
+    PARAMS_PART,
+    Parts,
+    Staged,
+    assert_shares_can_be_stored,
+    stage,
+    state_parts,
+    stored_shapes,
+)
 from sfd_scale.checkpoint.folder import CheckpointError
 from sfd_scale.checks import above, at_least
 from sfd_scale.config import Incidental
@@ -75,6 +83,7 @@ class CheckpointManager:
         self, folder: Path, config: CheckpointConfig, parts: Callable[[Sequence[Fragment], EMA], Parts] = whole_state,
         replace: bool = False,
     ) -> None:  # fmt: skip
+        assert_shares_can_be_stored()
         self.folder, self.config, self.parts, self.replace = folder, config, parts, replace
         self._group: dist.ProcessGroup | None = None
         self._staged: dict[str, Staged] | None = None

@@ -178,9 +178,10 @@ def activate(
         raise ValueError(f"attention: {backend} cannot run here ({'; '.join(reasons)}); allowed here: auto, sdpa, math")
     if reasons:
         logger.info("attention: %s; %s", chosen, "; ".join(reasons))
-    # SDPA may prefer other fused kernels to the flash kernel that was asked for.
+    # SDPA may prefer cuDNN's kernel to the flash kernel that was asked for. The memory-efficient one comes after flash,
+    # and is the only fused one for float32, in which other networks of the process run.
     torch.backends.cuda.enable_flash_sdp(chosen != "math")
-    torch.backends.cuda.enable_mem_efficient_sdp(chosen == "sdpa")
+    torch.backends.cuda.enable_mem_efficient_sdp(chosen != "math")
     torch.backends.cuda.enable_cudnn_sdp(chosen == "sdpa")
     return chosen
 
@@ -207,8 +208,8 @@ def _load(backend: AttentionBackend) -> str | None:
             torch.nn.attention.activate_flash_attention_impl(needs.registered)
         elif _is_module(needs.module):
             _flash2 = importlib.import_module(needs.module).flash_attn_func
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
-        return str(error)
+    except Exception as error:  # noqa: BLE001 (a package for another GPU or PyTorch fails in ways of its own)
+        return f"{type(error).__name__}: {error}"
     return None
 
 

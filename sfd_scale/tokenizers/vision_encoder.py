@@ -84,9 +84,9 @@ class DINOv2(Frozen[Any]):
 
 def preprocess(images: Tensor) -> Tensor:
     """uint8 → ImageNet's mean and deviation, then bicubic to 14/16 of the size, without anti-aliasing: (N, 3, h, w)."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=images.device)[:, None, None]
-    scaled = (images.float() / 255 - mean) / std
+    # Channel by channel: numbers, for which no copy to the device holds the host up.
+    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    scaled = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
     return functional.interpolate(scaled, size=images.shape[2] * 14 // 16, mode="bicubic")
 
 
