@@ -271,11 +271,12 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
     device = distributed.device()
     job = prepare(with_kept_batch(recipe, out), device) if job is None else job
     batch = job.sampler.batch
+    # What may be wrong with it is told before the folder belongs to these settings.
+    extractor, side = job.extractor.get(), SideStream(device)
     folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
         folder.claim(job.config)
     distributed.barrier()
-    extractor, side = job.extractor.get(), SideStream(device)
     kept = outputs.kept_rows(recipe.outputs, job.labels)
 
     def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:

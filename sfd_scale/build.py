@@ -52,7 +52,7 @@ from sfd_scale.portions import Portions, portions
 from sfd_scale.profiling import StepProfiler
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.run_lock import run_lock
-from sfd_scale.tokenizers.config import make_features, make_semantic
+from sfd_scale.tokenizers.config import make_features, make_semantic, make_texture
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.tokenizers.targets import DecodedFeatures, OnlineFeatures
 from sfd_scale.trainer import Trainer
@@ -86,6 +86,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
     own = identity(recipe, reader)
+    check_texture(recipe, reader)
 
     def check(state: Mapping[str, Any]) -> None:
         check_state(own, state, run, allow_foreign=allow_foreign, any_stats=recipe.data.allow_stats_mismatch)
@@ -227,6 +228,25 @@ def _check_identities(part: str, reader: LatentReader, own: Mapping[str, str]) -
     noted = reader.manifest.tokenizers.get(part)
     if noted is not None and noted != own[part]:
         raise ValueError(f"tokenizer.{part}: {own[part]}, but the data was encoded with {noted}; name that one")
+
+
+def check_texture(recipe: TrainRecipe, reader: Reader) -> None:
+    """Training needs no texture codec, but the run's recipe is what its samples are decoded by.
+
+    Raises:
+        ValueError: on all ranks, if its file is here and is not the one that the data was encoded with.
+    """
+    texture, failure = recipe.tokenizer.texture, None
+    if isinstance(reader, LatentReader) and texture is not None and texture.weights is not None:
+        if distributed.is_main() and texture.weights.exists():
+            try:
+                _check_identities("texture", reader, {"texture": make_texture(texture, torch.device("cpu")).identity})
+            except ValueError as error:
+                failure = str(error)
+        elif distributed.is_main():
+            logger.warning("tokenizer.texture.weights: %s is not here; samples of this run need it", texture.weights)
+    if failure := distributed.broadcast_object(failure):
+        raise ValueError(failure)
 
 
 def make_meter(recipe: TrainRecipe, device: torch.device) -> Meter:

@@ -257,7 +257,11 @@ class _Reader:
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         by_kind = _by_kind(rest)
-        if not isinstance(value.get("kind"), str) or value["kind"] not in by_kind:
+        if "kind" not in value:
+            raise self.fail(
+                f"{key}.kind", f"missing, beside {', '.join(value)}; allowed: {', '.join(map(str, by_kind))}"
+            )
+        if not isinstance(value["kind"], str) or value["kind"] not in by_kind:
             raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
         return self.dataclass(by_kind[value["kind"]], value, key)
 

@@ -64,18 +64,20 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
         ValueError: if the folder holds another recipe's data, or images could not be read and may not be skipped.
     """
     identities = {} if tokenizer is None else tokenizer.identities
-    claim(out, {**config.decisive(recipe), "tokenizers": identities})
+    decisive = {**config.decisive(recipe), "tokenizers": identities}
     count = -(-len(source) // store.chunk)
     # Rank 0 decides for all, as files of other nodes may show late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
+        claim(out, decisive)
         logger.info("%s is complete", out)
         return _checked(Manifest.read(out), store, out)
     columns = _columns(source, tokenizer, store)
     with working(out):
+        claim(out, decisive)
         _write_chunks(source, tokenizer, store, out, columns, count)
         manifest = finish(
             out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
-            tokenizers=identities, recipe=config.to_dict(recipe),
+            tokenizers=identities, recipe=config.to_dict(recipe), classes=getattr(source, "classes", ()),
         )  # fmt: skip
     logger.info("%s: %d samples", out, manifest.num_samples)
     return _checked(manifest, store, out)
@@ -106,8 +108,8 @@ def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
     if manifest.unreadable and not store.skip_unreadable:
         raise ValueError(
             f"{len(manifest.unreadable)} images could not be read and are left out, listed in {out}/manifest.json; "
-            f"first: {manifest.unreadable[0]}; mend them and encode into another folder, or set "
-            "store.skip_unreadable=true"
+            f"first: {manifest.unreadable[0]}; set store.skip_unreadable=true, which finishes this folder without "
+            "them, or mend them and encode into another one"
         )
     return manifest
 

@@ -159,7 +159,9 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     texture = make_texture(_codec_beside(path, recipe.tokenizer.texture), device)
     if texture.identity not in note["tokenizers"].values():
         raise ValueError(
-            f"{path}: trained on latents of {note['tokenizers']}, but tokenizer.texture is {texture.identity}"
+            f"{path}: trained on latents of {note['tokenizers']}, but its tokenizer.texture is {texture.identity}; "
+            "start the run again with the tokenizer.texture that the data was encoded with (it has nothing left to "
+            "train), and export again"
         )
     dropped = isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.label_dropout > 0
     stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))

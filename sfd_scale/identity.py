@@ -78,6 +78,12 @@ def check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, all
     different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
     if not different:
         return
+    if different == ["stats_hash"] and not allow_foreign:
+        raise ValueError(
+            f"{run}: its checkpoints are of other statistics of the latents ({flat_stored.get('stats_hash')}) than "
+            f"these ({flat_own.get('stats_hash')}); give the data.stats that it was begun with, or "
+            "data.allow_stats_mismatch=true"
+        )
     listed = "; ".join(f"{n}: {flat_own.get(n)!r}, in the checkpoint {flat_stored.get(n)!r}" for n in different)
     if not allow_foreign:
         raise ValueError(

@@ -16,6 +16,7 @@ from sfd_scale import build, checkpoint, config, ema, exports
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.boxes import PARAMS_PART
 from sfd_scale.checkpoint.folder import committed
+from sfd_scale.data.reader import read_stats
 from sfd_scale.divergence import DivergenceWatch
 from sfd_scale.files import sha256
 from sfd_scale.latents import LatentStats
@@ -124,7 +125,10 @@ def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Pa
     assert reader is not None  # _fitted has seen to it
     wanted = _stats(stats, recipe) if stats else None
     if wanted is not None and wanted.hash != reader.stats.hash:
-        raise ValueError(f"data.path: {recipe.data.path} has other statistics than --stats; set data.stats to them")
+        raise ValueError(
+            f"data.path: {recipe.data.path} has other statistics than --stats; give them as data.stats, here and in "
+            "training"
+        )
     origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
     with run_lock(run):
         build.claim(run, recipe, None, origin, allow_foreign=False)
@@ -188,11 +192,13 @@ def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
     if len(paths) > 2:
         raise ValueError(f"--stats: {len(paths)} files; allowed: one of ours, or the authors' for texture and semantic")
     if len(paths) == 2:
-        stats = LatentStats.from_authors(*paths)
+        stats = LatentStats.from_authors(paths[0], paths[1], recipe.latents)
+    elif not paths and recipe.data.stats is not None:
+        stats = read_stats(recipe.data.stats)
     else:
-        path = paths[0] if paths else recipe.data.stats or recipe.data.path / "stats.safetensors"
+        path = paths[0] if paths else recipe.data.path / "stats.safetensors"
         if not path.is_file():
-            if paths or recipe.data.stats is not None:
+            if paths:
                 raise ValueError(f"--stats: {path}; allowed: an existing file")
             return None
         if path.suffix != ".safetensors":

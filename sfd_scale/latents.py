@@ -128,22 +128,26 @@ class LatentStats:
             raise ValueError(f"{path}: not a file of latent statistics: {error}") from error
 
     @classmethod
-    def from_authors(cls, texture: Path, semantic: Path) -> LatentStats:
+    def from_authors(cls, texture: Path, semantic: Path, layout: LatentLayout | None = None) -> LatentStats:
         """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1]).
 
         Raises:
-            ValueError: that names the file, if it cannot be read or holds something else.
+            ValueError: that names the file, if it cannot be read or holds something else, such as the other part of
+                `layout`.
         """
-        parts = [_authors_stats(path) for path in (texture, semantic)]
+        counts = (None, None) if layout is None else (layout.texture_channels, layout.semantic_channels)
+        parts = [_authors_stats(path, count) for path, count in zip((texture, semantic), counts, strict=True)]
         mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
         return cls(mean, std)
 
 
-def _authors_stats(path: Path) -> dict[str, Tensor]:
+def _authors_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
     file = TorchFile(path)
     found = file.load(file.content)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
         raise ValueError(f"{path} holds no statistics of latents: tensors mean and std")
+    if channels is not None and found["mean"].numel() != channels:
+        raise ValueError(f"{path}: of {found['mean'].numel()} channels; allowed here: {channels} (texture comes first)")
     return found
 
 

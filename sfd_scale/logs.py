@@ -42,6 +42,9 @@ def setup() -> None:
     )
     for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It has a handler of its own, and without a network it warns of every try: the error at the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False
 
 
 def summary(title: str, facts: Mapping[str, Any]) -> None:

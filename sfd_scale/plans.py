@@ -62,18 +62,22 @@ def job(recipe: TrainRecipe, model: Footprint, gpus: int, gpus_per_node: int, sa
 
 
 def measured_mfu(path: Path, flops: float, peak: float) -> float:
-    """The use of the peak that a run had: from its metrics.jsonl, or from a JSON object with `mfu`, or with
-    `samples_per_s` and `world_size`.
+    """The use of the peak that a run had: from its metrics.jsonl (mfu, else the rate of a rank), or from a JSON object
+    with `mfu`, or with `samples_per_s` and `world_size`.
 
     Raises:
-        ValueError: where the file holds neither.
+        ValueError: where there is no such file, or it holds neither.
     """
+    if not path.is_file():
+        raise ValueError(f"--measured: {path} is no file")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".jsonl":
-            found = [row["mfu"] for row in map(json.loads, text.splitlines()) if row.get("mfu")]
-            if found:
-                return float(statistics.median(found))  # the first steps are slow, and pauses for saves are rare
+            rows = [json.loads(line) for line in text.splitlines()]
+            found = [row["mfu"] for row in rows if row.get("mfu")]
+            rates = [row["samples_per_s_per_rank"] for row in rows if row.get("samples_per_s_per_rank")]
+            if found or rates:  # by the median: the first steps are slow, and pauses for saves are rare
+                return float(statistics.median(found)) if found else float(statistics.median(rates)) * flops / peak
         else:
             data = json.loads(text)
             if "mfu" in data:

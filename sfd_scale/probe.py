@@ -147,6 +147,11 @@ def decoded_cosine(recipe: TrainRecipe, samples: int = 2048) -> tuple[float, flo
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, features="shards"))
     reader = make_reader(recipe, portions(recipe.train.global_batch, None, 1))
     assert isinstance(reader, LatentReader)
+    if recipe.data.features == "shards" and reader.feature_dim is None:
+        raise ValueError(
+            f"data.path: {recipe.data.path} stores no features to compare with; encode a part with "
+            "store.features=shards, or with store.image=true and give data.features=online"
+        )
     true = make_targets(recipe, reader, device)
     decoded = DecodedFeatures(make_semantic(codec, device), recipe.latents, reader.stats)
     cosines = []

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 
+from eval.recipe import EvalRecipe
 from sfd_scale import config, recipe_files
 from sfd_scale.recipe import TrainRecipe
 
@@ -166,6 +167,13 @@ def test_a_recipe_of_another_kind_is_refused_as_that() -> None:
         config.load("eval/sfd_xl", TrainRecipe)
     with pytest.raises(config.ConfigError, match="^kind: none in data/imagenet256, a part that other recipes extend"):
         config.load("data/imagenet256", TrainRecipe)
+
+
+def test_a_part_whose_kind_is_not_named_says_so() -> None:
+    with pytest.raises(
+        config.ConfigError, match=r"guidance\.kind: missing, beside scale_texture; allowed: none, cfg, auto"
+    ):
+        config.load("eval/sfd_xl", EvalRecipe, ["guidance.scale_texture=1.5"])
 
 
 def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ guidance that would do nothing."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from eval_tiny import CLASSES, CPU, SCHEDULE
 from torch import Tensor
 
-from eval import chunks, generate, npz, outputs
+from eval import generate, npz, outputs
 from eval.batches import MOST, auto_batch, fitting_batch
 from eval.graphs import GraphedModel, check_graphs
 from eval.recipe import EvalRecipe, OutputsConfig
 from eval.streams import SideStream
-from sfd_scale import config
+from sfd_scale import config, files
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
 from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config
 from sfd_scale.tokenizers.codec import to_uint8
@@ -211,11 +212,11 @@ def test_a_full_disk_leaves_no_half_output(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(outputs, "write", write)
 
     with monkeypatch.context() as full:
-        full.setattr(chunks.uuid, "uuid4", lambda: type("Fixed", (), {"hex": "0" * 8}))
+        full.setattr(files.uuid, "uuid4", lambda: type("Fixed", (), {"hex": "0" * 8}))
         names = {"npz": out / "samples.npz", "png": out / "png" / "000000.png", "grid": out / "grid.png"}
         path = names[what]
         path.parent.mkdir(exist_ok=True)
-        path.with_name(f".{path.stem}.{chunks.os.getpid()}.{'0' * 8}{path.suffix}").symlink_to("/dev/full")
+        path.with_name(f".{path.stem}.{os.getpid()}.{'0' * 8}{path.suffix}").symlink_to("/dev/full")
         with pytest.raises(ValueError, match=f"{path.name}: the disk is full"):
             generate.generate(settings, out, eval_tiny.job(settings))
         assert not path.exists() and not list(path.parent.glob(".*"))

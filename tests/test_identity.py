@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import small_run
+import torch
 import yaml
+from encoded import tokenizer
 
 from sfd_scale import build
+from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 
 HALF, ALL = 4, 8
 
@@ -112,6 +115,26 @@ def test_a_stop_that_comes_with_the_last_step_is_a_stop(data: Path, tmp_path: Pa
         for number, handler in before.items():
             signal.signal(number, handler)
     assert build.train(recipe, run) and len(small_run.lines(run / "metrics.jsonl")) == 1
+
+
+def test_another_texture_codec_is_told_before_training_and_not_after(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training itself needs none, so that it may be absent; but samples will be decoded by it."""
+    own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
+    codec = tokenizer().texture
+    assert isinstance(codec, PatchPCA)
+    codec.save(own)
+    codec.fit([torch.rand(8, 3, 32, 32) * 255], PatchPCAFitConfig(patch=4, channels=6)).save(other)
+    named = [{"tokenizer": {"texture": {"kind": "patch_pca", "weights": str(path)}}} for path in (own, other)]
+    build.train(small_run.recipe(data, steps=1, **named[0]), tmp_path / "right")
+    assert "tokenizer.texture" not in caplog.text
+    with pytest.raises(ValueError, match=r"tokenizer\.texture: patch_pca:.*, but the data was encoded with patch_pca:"):
+        build.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "wrong")
+    assert not (tmp_path / "wrong" / "recipe.yaml").exists()
+    other.unlink()
+    build.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "absent")
+    assert "tokenizer.texture.weights: " in caplog.text and "is not here" in caplog.text
 
 
 def test_a_setting_that_is_no_more_is_named(

@@ -97,14 +97,25 @@ def test_random_damage_never_raises_anything_else(tmp_path: Path) -> None:
     assert unreadable > 100
 
 
-def test_a_class_folder(tmp_path: Path) -> None:
+def test_a_class_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, count in (("n02", 2), ("n01", 1)):
         (tmp_path / name / "deeper").mkdir(parents=True)
         for i in range(count):
             noise(20, 20, seed=i).save(tmp_path / name / "deeper" / f"{i}.png")
-    (tmp_path / "n01" / "notes.txt").write_text("not an image")
+    # What editors and systems leave is no class and no image; of the rest, what is no image is counted.
+    for name in (
+        ".ipynb_checkpoints/1.png",
+        "n01/._0.png",
+        "n01/.cache/1.png",
+        "n01/notes.txt",
+        "n02/a.GIF",
+        "n02/b.gif",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("not an image")
     source = Folder(FolderConfig(path=tmp_path, size=16))
-    assert len(source) == 3 and source.num_classes == 2
+    assert len(source) == 3 and source.num_classes == 2 and source.classes == ("n01", "n02")
+    assert caplog.text.count("left out") == 1 and "2 .gif, 1 .txt" in caplog.text
     assert [source[i][1] for i in range(3)] == [0, 1, 1]
     assert source[2][0].shape == (3, 16, 16) and source[2][0].dtype == torch.uint8
 

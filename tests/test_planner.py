@@ -189,6 +189,11 @@ def test_a_measured_use_of_the_peak_is_read_from_a_run(tmp_path: Path) -> None:
     rows = [{"step": n, "mfu": value} for n, value in enumerate((None, 0.1, 0.3, 0.32))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert plans.measured_mfu(tmp_path / "metrics.jsonl", 1.0, 1.0) == 0.3
+    # Of a device whose peak is not known: the rate of a rank, in FLOPs of the model over the peak that is planned for.
+    (tmp_path / "cpu.jsonl").write_text('{"mfu": null, "samples_per_s_per_rank": 25.0}\n')
+    assert plans.measured_mfu(tmp_path / "cpu.jsonl", 1e12, 1e14) == 0.25
+    with pytest.raises(ValueError, match=r"--measured: .*none\.jsonl is no file"):
+        plans.measured_mfu(tmp_path / "none.jsonl", 1.0, 1.0)
     (tmp_path / "results.json").write_text('{"samples_per_s": 100, "world_size": 4}')
     assert plans.measured_mfu(tmp_path / "results.json", 1e12, 1e14) == 0.25
     (tmp_path / "results.json").write_text("{}")

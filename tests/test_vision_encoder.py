@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,7 +32,7 @@ def test_dinov2_gives_normed_patch_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(features.mean(1), torch.zeros(2, 4, 4), atol=1e-4, rtol=0)
     wide = DINOv2.load(DINOv2Config(model=name, weights=tmp_path / "dino.safetensors", image_size=128))
     assert wide.features(smooth_images(1, 128)).shape == (1, 384, 8, 8)
-    with pytest.raises(ValueError, match="set vision.image_size"):
+    with pytest.raises(ValueError, match=r"set tokenizer\.vision\.image_size"):
         wide.features(images)
 
 
@@ -62,6 +63,32 @@ def test_the_default_dinov2_has_the_authors_sizes() -> None:
     with torch.device("meta"):
         model = timm.create_model(DINOv2Config().model, img_size=224, num_classes=0)
     assert (model.embed_dim, model.num_prefix_tokens, model.patch_embed.num_patches) == (768, 5, 256)
+
+
+def cubic(distance: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.75, which PyTorch's bicubic has."""
+    x, a = np.abs(distance), -0.75
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def shrunk(count: int, to: int) -> np.ndarray:
+    """(to, count): bicubic weights at pixel centres, edges repeated, the kernel not widened (no anti-aliasing)."""
+    out = np.zeros((to, count))
+    for row, centre in enumerate((np.arange(to) + 0.5) * count / to - 0.5):
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            out[row, min(max(tap, 0), count - 1)] += cubic(np.array(centre - tap))
+    return out
+
+
+def test_dinov2_preprocessing_by_its_formula() -> None:
+    """ImageNet's numbers as they stand in the literature, then 14/16 of the size (the authors' order)."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    scaled = (images.numpy() / 255.0 - mean) / std
+    expected = shrunk(32, 28) @ scaled @ shrunk(32, 28).T
+    found = vision_encoder.preprocess(images)
+    torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=2e-5, rtol=0)
 
 
 def test_dinov2_preprocessing() -> None:

@@ -130,7 +130,9 @@ def test_chunks_without_samples(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
-    claim(tmp_path / "a", {"size": 3})
+    claim(tmp_path / "a", {"size": 2})
+    claim(tmp_path / "a", {"size": 3})  # the first start ended before it had anything
+    write(tmp_path / "a", [0])
     claim(tmp_path / "a", {"size": 3})
     with pytest.raises(ValueError, match=r"out: .* holds data of another recipe"):
         claim(tmp_path / "a", {"size": 4})

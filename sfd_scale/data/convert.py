@@ -68,9 +68,11 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
         ValueError: naming the file, for a missing tensor, another shape or type, labels out of range, or bytes that
             do not come back.
     """
-    files = sorted(config.source.glob("*.safetensors")) if config.source.is_dir() else []
+    if not config.source.is_dir():
+        raise ValueError(f"convert.source: {config.source} is not a folder")
+    files = sorted(config.source.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"source: {config.source} has no .safetensors files")
+        raise ValueError(f"convert.source: {config.source} has no .safetensors files")
     counts = [_check_file(file, config) for file in files]
     starts = np.cumsum([0, *counts])
     recipe = {
@@ -78,9 +80,12 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
         **_plain(asdict(config)),
         "files": {file.name: n for file, n in zip(files, counts, strict=True)},
     }
-    claim(out, {key: value for key, value in recipe.items() if key not in ("source", "stats")})
-    if not distributed.broadcast_object(distributed.is_main() and is_complete(out, len(files))):
+    decisive = {key: value for key, value in recipe.items() if key not in ("source", "stats")}
+    if distributed.broadcast_object(distributed.is_main() and is_complete(out, len(files))):
+        claim(out, decisive)
+    else:
         with working(out):
+            claim(out, decisive)
             _convert_files(files, starts, config, out)
             finish(
                 out, len(files), num_classes=config.num_classes, image_size=config.image_size,
@@ -90,7 +95,8 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     if manifest.num_samples != starts[-1]:
         raise ValueError(f"{out}: {manifest.num_samples} samples, of {starts[-1]}; remove it and convert again")
     if config.stats is not None and distributed.is_main():
-        LatentStats.from_authors(*config.stats).save(out / "stats_authors.safetensors")
+        texture, semantic = config.stats
+        LatentStats.from_authors(texture, semantic, config.layout).save(out / "stats_authors.safetensors")
     logger.info("%s: %d samples of %d files", out, manifest.num_samples, len(files))
     return manifest
 

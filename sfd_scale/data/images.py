@@ -5,6 +5,8 @@ A source is a sequence of ((3, H, W) uint8, class index).
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +22,8 @@ from sfd_scale.data.schema import Manifest
 from sfd_scale.data.shards import open_shards
 from sfd_scale.data.synthetic import NUM_CLASSES, Split, digit_image
 from sfd_scale.data.tars import TarConfig, Tars
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +108,16 @@ class Drawn:
         return scene_image(config.seed, config.split, index, config.size)
 
 
+def _hidden(path: Path, root: Path) -> bool:
+    """Whether a name below `root` on the way begins with a dot: what editors and systems put there."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 class Folder:
-    """See FolderConfig.
+    """See FolderConfig; names that begin with a dot are passed over.
+
+    Attributes:
+        classes: the names, by class index.
 
     Raises:
         ValueError: if the folder is missing, has no class folders, or one of them holds no image.
@@ -114,17 +126,24 @@ class Folder:
     def __init__(self, config: FolderConfig) -> None:
         if not config.path.is_dir():
             raise ValueError(f"source.path: {config.path} is not a folder")
-        classes = sorted(path for path in config.path.iterdir() if path.is_dir())
+        classes = sorted(path for path in config.path.iterdir() if path.is_dir() and not _hidden(path, config.path))
         if not classes:
             raise ValueError(f"source.path: {config.path} has no class folders")
         self.files: list[tuple[Path, int]] = []
+        others = Counter[str]()
         for label, folder in enumerate(classes):
-            own = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+            files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+            own = [path for path in files if path.suffix.lower() in SUFFIXES]
+            others.update(path.suffix.lower() for path in files if path.suffix.lower() not in SUFFIXES)
             if not own:
                 kinds = ", ".join(sorted(SUFFIXES))
                 raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")
             self.files += [(path, label) for path in own]
+        if others:
+            counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
+            logger.warning("%s: left out, as no image of %s: %s", config.path, ", ".join(sorted(SUFFIXES)), counts)
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
+        self.classes = tuple(folder.name for folder in classes)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -29,7 +29,8 @@ class Manifest:
     """Written when an encode is complete; a folder without one is not.
 
     columns: MDS column → encoding. dtype: of latents and features; bfloat16 is stored as its 16 bits.
-    stats_hash: LatentStats.hash of the stored latents, or None for images alone.
+    stats_hash: LatentStats.hash of the stored latents, or None for images alone. classes: names by class index, where
+    the source has some.
     """
 
     num_samples: int
@@ -41,6 +42,7 @@ class Manifest:
     stats_hash: str | None
     tokenizers: dict[str, str] = field(default_factory=dict)
     unreadable: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 

@@ -39,7 +39,9 @@ class ChunkNote:
 
 
 def claim(out: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the folder belong to what decides its content.
+    """Make the folder belong to what decides its content; to be called while it is held (`working`), or is complete.
+
+    A start that ended before its first chunk, for a wrong setting say, leaves nothing behind.
 
     Raises:
         ValueError: if it belongs to something else, or holds data of unknown origin.
@@ -47,7 +49,8 @@ def claim(out: Path, recipe: Mapping[str, Any]) -> None:
     wanted, path = json.loads(json.dumps(recipe)), out / "recipe.json"
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and not (out / "index.json").exists():
+        begun = (out / "index.json").exists() or any(out.glob(f"{CHUNKS}/*/note.json"))
+        if not begun:
             write_json(path, wanted, sort_keys=True)
     distributed.barrier()
     if not path.exists():

@@ -60,7 +60,7 @@ class DINOv2(Frozen[Any]):
             model = timm.create_model(config.model, pretrained=config.weights is None, img_size=side, num_classes=0)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(
-                f"model: {config.model}: {error}; without vision.weights, weights are downloaded from the hub"
+                f"model: {config.model}: {error}; without tokenizer.vision.weights, they are downloaded from the hub"
             ) from error
         if config.weights is not None:
             try:
@@ -76,7 +76,9 @@ class DINOv2(Frozen[Any]):
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 → (N, D, H/16, W/16) float32."""
         if images.shape[2:] != (self.image_size, self.image_size):
-            raise ValueError(f"images are {tuple(images.shape[2:])}; allowed: {self.image_size}, set vision.image_size")
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}; allowed: {self.image_size}, set tokenizer.vision.image_size"
+            )
         tokens = self.model.forward_features(preprocess(images))[:, self.model.num_prefix_tokens :]  # (N, T, D)
         grid = self.grid(self.image_size)
         return tokens.transpose(1, 2).unflatten(2, (grid, grid)).float().contiguous()
