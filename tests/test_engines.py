@@ -225,6 +225,34 @@ def test_compiled_blocks(reference: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- refusals
 
 
+class _Timed(TinyModel):
+    """Remembers the times that it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        self.seen.append(t)
+        return super().forward(x)
+
+
+def _times(name: str) -> list[torch.Tensor]:
+    model = _Timed()
+    seen = model.seen
+    engine = make_engine(BF16[name], model)
+    engine.model(torch.ones(2, 8), torch.tensor([0.7001, 0.7002]))
+    engine.close()
+    return seen
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_in_bf16_times_arrive_in_float32(name: str) -> None:
+    """Rounded to bf16 both would be 0.6992: an error of the loss eight times as large."""
+    (times,) = run_alone(_times, name)
+    assert times.dtype == torch.float32 and times.tolist() == pytest.approx([0.7001, 0.7002], rel=1e-6)
+
+
 def _different() -> None:
     make_engine(Spec("fsdp"), TinyModel(seed=distributed.rank()))
 

@@ -91,14 +91,6 @@ def test_dinov2_preprocessing_by_its_formula() -> None:
     torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=2e-5, rtol=0)
 
 
-def test_dinov2_preprocessing() -> None:
-    images = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    ready = vision_encoder.preprocess(images)
-    assert ready.shape == (1, 3, 56, 56)
-    expected = (1 - torch.tensor(vision_encoder.IMAGENET_MEAN)) / torch.tensor(vision_encoder.IMAGENET_STD)
-    torch.testing.assert_close(ready[0, :, 20, 20], expected)
-
-
 def test_convnet_encoder(tmp_path: Path) -> None:
     encoder = ConvNetEncoder.load(convnet(tmp_path / "net.safetensors"))
     images = smooth_images(2)
