@@ -105,7 +105,11 @@ class LightningDiTConfig:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normed, modulated by the condition and gated (adaLN-zero, arXiv 2212.09748)."""
+    """Attention and MLP, each normed, modulated by the condition and gated (adaLN-zero, arXiv 2212.09748).
+
+    The tokens that blocks add to are float32 in any precision, as autocast leaves them in the authors' training; the
+    products are in the dtype of the weights, which the condition has.
+    """
 
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
@@ -125,8 +129,8 @@ class Block(nn.Module):
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         else:
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
-        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rope)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn).to(c.dtype), rope)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(c.dtype))
 
 
 class FinalLayer(nn.Module):
@@ -141,7 +145,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(self.norm_final(x), shift, scale).to(c.dtype))
 
 
 def _norm(config: LightningDiTConfig, width: int) -> nn.Module:
@@ -191,14 +195,14 @@ class LightningDiT(FixedBuffers):
             Velocity (N, C, H, W) and the tokens of the alignment head (N, T, dim), float32; None without such a head.
         """
         hidden = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        hidden = hidden + self.pos_embed.to(hidden.dtype)  # (N, T, D)
+        hidden = hidden.float() + self.pos_embed  # (N, T, D)
         c = self.embed_time(t_texture, t_semantic) + self.y_embedder(y)  # (N, D)
         projected: Tensor | None = None
         aligned = None if self.config.alignment is None else self.config.alignment.depth
         for index, block in enumerate(self.blocks, start=1):
             hidden = block(hidden, c, self.feat_rope)
             if index == aligned and self.repa_projector is not None:
-                projected = self.repa_projector(hidden).float()
+                projected = self.repa_projector(hidden.to(c.dtype)).float()
         out = unpatchify(self.final_layer(hidden, c), self.config.patch_size, self.out_channels)
         # learn_sigma: the second half of the channels belongs to a variance that flow matching does not have.
         return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), projected
