@@ -103,8 +103,9 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
 
 
 def extract_padded(extractor: Extractor, images: Tensor, batch: int) -> dict[str, Tensor]:
-    """Features of at most `batch` images, computed in a batch of exactly that size: on a GPU they depend on it."""
-    count = len(images)
+    """Features of at most `batch` images, computed in a batch of exactly that size: on a GPU they depend on it; and the
+    images' side in pixels."""
+    count, side = len(images), torch.full((len(images),), images.shape[-1], dtype=torch.int32)
     if count < batch:
         images = torch.cat([images, images[-1:].expand(batch - count, *images.shape[1:])])
-    return {name: tensor[:count] for name, tensor in extractor(images).tensors().items()}
+    return {name: tensor[:count] for name, tensor in extractor(images).tensors().items()} | {"side": side}

@@ -31,13 +31,14 @@ _INCEPTION = {"mu": 2048, "mu_s": 17 * 17 * 7}
 @dataclass(frozen=True)
 class Reference:
     """Moments of the pooled and spatial features of all real images; pooled features (M, P) of those that precision,
-    recall and KID take; a sheet of some of them (3, H, W) uint8, or None; where it all came from, and the file of the
-    cache that holds it."""
+    recall and KID take; a sheet of some of them (3, H, W) uint8, or None; the images' side in pixels, or None where
+    only statistics are known; where it all came from, and the file of the cache that holds it."""
 
     pool: Moments
     spatial: Moments | None
     features: Tensor | None
     grid: Tensor | None
+    side: int | None
     provenance: dict[str, Any]
     file: Path
 
@@ -155,6 +156,7 @@ def _write(file: Path, tensors: dict[str, Tensor], images: Images | None) -> Non
     if images is not None:
         labels = tensors.pop("labels", None)
         tensors["grid"] = _grid(images, labels)
+        tensors["side"] = torch.tensor(images.rows(range(1))[0].shape[-1])
     write_atomically(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     logger.info("reference: %s", file)
 
@@ -176,5 +178,6 @@ def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
     count = int(tensors["count"]) if "count" in tensors else None
     spatial = Moments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
     features, grid = (tensors[name] if name in tensors else None for name in ("features", "grid"))  # noqa: SIM401
+    side = int(tensors["side"]) if "side" in tensors else None
     provenance = {**provenance, "count": count, "features_count": None if features is None else len(features)}
-    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, provenance, file)
+    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, side, provenance, file)

@@ -201,6 +201,13 @@ def _warnings(
             f"a reference of {reference.pool.count} images for {dim} features: its covariance is singular and FID is "
             "biased upwards; compare it only with FIDs against the same reference"
         )
+    sides = read_rows(folder, "side")
+    if sides is not None and reference.side is not None and bool((sides != reference.side).any()):
+        own = "/".join(map(str, sides.unique().tolist()))
+        found.append(
+            f"samples of {own} pixels, a reference of {reference.side}: both are resized for the extractor, and how "
+            "sharp they are is a part of every score"
+        )
     if reference.features is None:
         found.append("the reference has no images: no precision, recall and KID")
     if scores["sfid"] is None:

@@ -103,6 +103,10 @@ def test_warnings_are_in_the_results(tmp_path: Path, reference: NpzSource) -> No
     few = write_npz(tmp_path / "few.npz", pixels(10, 1))
     found = " ".join(score(settings, few, tmp_path / "r.json", eval_tiny.lazy())["warnings"])
     assert "10 samples for 12 features: the covariance is singular and FID is biased upwards" in found
+    assert "pixels" not in found
+    larger = write_npz(tmp_path / "larger.npz", pixels(24, 1).repeat_interleave(2, 2).repeat_interleave(2, 3))
+    found = " ".join(score(settings, larger, tmp_path / "r.json", eval_tiny.lazy())["warnings"])
+    assert "samples of 32 pixels, a reference of 16" in found
 
 
 # ------------------------------------------------------------------------------------------------- bad input
