@@ -32,7 +32,8 @@ from sfd_scale.files import write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
-_PAIRING = ("seed", "labels", "num_samples")
+# What has to be the same for image i of two evaluations to be of the same noise and label.
+PAIRING = ("seed", "labels", "num_samples")
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _paired(a: Results, b: Results) -> bool:
     sides = (a["samples"], b["samples"])
     if any(side["kind"] != "generated" for side in sides):
         return False
-    return all(sides[0][key] == sides[1][key] for key in _PAIRING)
+    return all(sides[0][key] == sides[1][key] for key in PAIRING)
 
 
 def _cached(results: Results, path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sfd_scale.files import write_atomically
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
-_INCEPTION = {"mu": 2048, "mu_s": 17 * 17 * 7}
+_INCEPTION = {"mu": 2048, "mu_s": math.prod(INCEPTION_GRID)}
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,9 @@ from eval.weights import file_sha256
 from sfd_scale import config, distributed
 from sfd_scale.data.images import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.images import SourceConfig as LibrarySource
-from sfd_scale.data.pixels import DAMAGE, FORMATS
+from sfd_scale.data.pixels import DAMAGE, FORMATS, SUFFIXES
 from sfd_scale.files import write_atomically
 from sfd_scale.logs import MB, progress
-
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +136,7 @@ def _labels_file(folder: Path, count: int) -> Tensor | None:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _first_size(path: Path) -> int:

@@ -12,83 +12,25 @@ import dataclasses
 import fnmatch
 import json
 import logging
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 from eval import study_report
 from eval.recipe import EvalRecipe
+from eval.study_recipe import StudyRecipe, SweepConfig
 from eval.sweep import sweep
 from eval.watch import watch
 from sfd_scale import build, config, exports, prepare
 from sfd_scale.files import write_atomically
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe, load_any
 from sfd_scale.run_lock import run_lock
-from sfd_scale.signals import REQUEUE_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Settings to vary on a trained cell of the first seed, as `python -m eval sweep` takes them.
-
-    guide_step: the guide is this cell's own checkpoint of that step, less trained than the last.
-    """
-
-    cell: str
-    grid: str
-    guide_step: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyRecipe:
-    """Steps are words as on a command line: a recipe, then settings of it.
-
-    root, out: where the recipes put their files; below `root` they go to `out` in its place.
-    cell_settings: of every cell, before its own. evaluation: of every checkpoint of every cell.
-    convergence, lead, ablation, generality: the cells that the figures and tables show (arXiv 2512.04926: Fig. 1b,
-        Fig. 5, Table 3, Table 5); generality in pairs, without and with semantics first.
-    """
-
-    kind: Literal["study"] = "study"
-    name: str
-    root: Path
-    out: Path
-    prepare: dict[str, str]
-    cells: dict[str, str]
-    evaluation: str
-    cell_settings: str = ""
-    seeds: tuple[int, ...] = (0,)
-    sweeps: dict[str, SweepConfig] = field(default_factory=dict)
-    convergence: tuple[str, ...] = ()
-    lead: tuple[str, ...] = ()
-    ablation: tuple[str, ...] = ()
-    generality: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.cells or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("cells, seeds: allowed: one or more of each, and no seed twice")
-        pairs = {"generality": [name for pair in self.generality for name in pair]}
-        named = {**pairs, **{key: getattr(self, key) for key in ("convergence", "lead", "ablation")}}
-        named["sweeps"] = [settings.cell for settings in self.sweeps.values()]
-        for key, names in named.items():
-            for name in names:
-                if name not in self.cells:
-                    raise ValueError(f"{key}: {name}; allowed: names of cells, {', '.join(self.cells)}")
-        steps = {"prepare": self.prepare, "cells": self.cells, "evaluation": {"": self.evaluation}}
-        for key, words in steps.items():
-            for name, text in words.items():
-                if not text.split():
-                    raise ValueError(f"{key}.{name}: {text!r}; allowed: a recipe, then settings of it")
 
 
 @dataclass(frozen=True)
@@ -340,48 +282,6 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
     return True
 
 
-def run_beside(command: Sequence[str], jobs: int) -> int:
-    """The same command in `jobs` processes, a core each; returns the exit code of the first that fails, or 0.
-
-    A request to stop is passed on, and then each may end in its own time: the exit code is that of a stop. A process
-    that fails ends the others, which lose at most what is not checkpointed.
-    """
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
-    stopping = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-        for worker in workers:
-            worker.send_signal(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        while None in [worker.poll() for worker in workers] and (stopping or not _failed(workers)):
-            time.sleep(0.2)
-    finally:
-        failed = _failed(workers)
-        for worker in workers:
-            if worker.poll() is None and not stopping:
-                worker.terminate()
-        for worker in workers:
-            worker.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if not stopping:
-        return failed
-    # A worker that is stopped outside of a training, which alone has something to save, ends by the signal.
-    errors = [w.returncode for w in workers if 0 < w.returncode < 128 and w.returncode != REQUEUE_EXIT_CODE]
-    return next(iter(errors), REQUEUE_EXIT_CODE if any(worker.returncode for worker in workers) else 0)
-
-
-def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code, as a shell tells it, of a process that has ended with another than 0; else 0."""
-    codes = [worker.returncode for worker in workers if worker.returncode]
-    return next((128 - code if code < 0 else code for code in codes), 0)
-
-
 # ------------------------------------------------------------------------------------------------- results
 
 
@@ -410,7 +310,5 @@ def report(study: Study) -> list[str]:
     rows, missing = results(study)
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     write_atomically(recipe.out / "results.jsonl", lines)
-    shown = study_report.Shown(recipe.convergence, recipe.lead, recipe.ablation, recipe.generality)
-    sweeps = {name: recipe.out / "sweeps" / name / "sweep.md" for name in recipe.sweeps}
-    study_report.write(rows, missing, shown, sweeps, recipe.out / "report", title=recipe.name)
+    study_report.write(recipe, rows, missing)
     return missing

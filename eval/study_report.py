@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval import figures
+from eval.study_recipe import StudyRecipe
 from sfd_scale.files import write_atomically
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """Which cells each figure and table has, in their order."""
-
-    convergence: Sequence[str]
-    lead: Sequence[str]
-    ablation: Sequence[str]
-    generality: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -98,28 +89,26 @@ def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def write(
-    rows: Sequence[Row], missing: Sequence[str], shown: Shown, sweeps: Mapping[str, Path], out: Path, title: str
-) -> Path:
+def write(recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str]) -> Path:
     """report.md and its figures. Tables have the scores of the last step that any cell has reached."""
-    text = [f"# Study {title}", ""]
+    out, text = recipe.out / "report", [f"# Study {recipe.name}", ""]
     if missing:
         text += [f"Not done: {', '.join(missing)}.", ""]
-    if curves := convergence(rows, shown.convergence):
+    if curves := convergence(rows, recipe.convergence):
         png = figures.spread_curves(curves, "FID over training", "step")
         write_atomically(out / "convergence.png", png)
         text += ["## Convergence", "", "![FID over training steps](convergence.png)", ""]
-    if points := lead_curve(rows, shown.lead):
+    if points := lead_curve(rows, recipe.lead):
         png = figures.spread_curves({"": points}, "FID by the lead of semantics", "delta_t")
         write_atomically(out / "lead.png", png)
         text += ["## The lead of semantics", "", "![FID by delta_t](lead.png)", ""]
         text += ["| delta_t | FID |", "|---|---|", *(f"| {lead:g} | {spread(values)} |" for lead, values in points), ""]
-    if shown.ablation:
-        text += ["## Ablation", "", *_table(rows, shown.ablation), ""]
-    if shown.generality:
-        text += ["## Other methods", "", *_pairs(rows, shown.generality), ""]
-    for name, file in sweeps.items():
-        if file.is_file():
+    if recipe.ablation:
+        text += ["## Ablation", "", *_table(rows, recipe.ablation), ""]
+    if recipe.generality:
+        text += ["## Other methods", "", *_pairs(rows, recipe.generality), ""]
+    for name in recipe.sweeps:
+        if (file := recipe.out / "sweeps" / name / "sweep.md").is_file():
             text += [f"## Sweep: {name}", "", file.read_text(encoding="utf-8").strip(), ""]
     write_atomically(out / "report.md", "\n".join(text))
     return out / "report.md"

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from eval import generate
 from eval.chunks import config_hash
+from eval.compare import PAIRING
 from eval.features import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
@@ -26,7 +27,6 @@ from sfd_scale.files import write_atomically, write_json
 logger = logging.getLogger(__name__)
 SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
 _COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # loaded and set once
-_PAIRING = ("seed", "labels", "num_samples")
 MODELS = 2  # in memory: a checkpoint and a guide
 
 
@@ -94,7 +94,7 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
     reference = load_reference(todo[0].recipe, extractor)
     folders = [out / "cells" / cell.name for cell in todo]
     note = ""
-    if unpaired := varying(todo, _PAIRING):
+    if unpaired := varying(todo, PAIRING):
         note = f"These cells do not share noise and labels, as these vary: {', '.join(unpaired)}."
     rows: list[dict[str, Any]] = []
     for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):

@@ -201,10 +201,10 @@ def study(
     from sfd_scale.recipe import harness
 
     module = harness("study")
-    loaded = module.Study(config.load(recipe, module.StudyRecipe, overrides or ()))
+    loaded = module.Study(config.load(recipe, harness("study_recipe").StudyRecipe, overrides or ()))
     if not report and jobs > 1:
         patterns = [word for pattern in only or () for word in ("--only", pattern)]
-        code = module.run_beside(
+        code = harness("beside").run_beside(
             [sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs
         )
         if code:

@@ -203,7 +203,7 @@ def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
     if kind == ABOVE:
         return config.load(name, harness("recipe").EvalRecipe, overrides)
     if kind == "study":
-        return config.load(name, harness("study").StudyRecipe, overrides)
+        return config.load(name, harness("study_recipe").StudyRecipe, overrides)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE, 'study'])}")
     return config.load(name, _KINDS[kind], overrides)

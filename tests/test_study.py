@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from eval import study, study_report
+from eval.beside import run_beside
 from eval.features import RegisteredConfig
+from eval.study_recipe import StudyRecipe
 from sfd_scale import build, config
 from sfd_scale.data import scenes
 from sfd_scale.data.scenes import SceneSplit, scene_digits, scene_image
@@ -197,6 +199,7 @@ KILLED = """
 import os, signal, sys
 from sfd_scale import config
 from eval import study
+from eval.study_recipe import StudyRecipe
 from sfd_scale.checkpoint import CheckpointManager
 save = CheckpointManager.save
 def then_die(self, step, *args):
@@ -205,7 +208,7 @@ def then_die(self, step, *args):
         self.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 CheckpointManager.save = then_die
-study.run(study.Study(config.load(sys.argv[1], study.StudyRecipe)), ["lightningdit", "dit"])
+study.run(study.Study(config.load(sys.argv[1], StudyRecipe)), ["lightningdit", "dit"])
 """
 
 
@@ -215,7 +218,7 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
     caplog.set_level(logging.INFO, "sfd_scale.trainer")  # "resumed from ..."
     file, out = tmp_path / "tiny.yaml", tmp_path / "out"
     file.write_text(GRID.format(out=out))
-    recipe = config.load(file, study.StudyRecipe)
+    recipe = config.load(file, StudyRecipe)
     killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], capture_output=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     done = study.Study(recipe)
@@ -247,20 +250,20 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
     with pytest.raises(ValueError, match="cells/dit/seed0 was made by other settings"):
         other = file.read_text().replace("train.steps=4", "train.steps=6")
         file.write_text(other)
-        study.run(study.Study(config.load(file, study.StudyRecipe)), ["dit"])
+        study.run(study.Study(config.load(file, StudyRecipe)), ["dit"])
     with pytest.raises(ValueError, match="--only: nothing matches none of"):
         study.run(done, ["nothing"])
 
 
 def stamped(file: Path, *overrides: str) -> study.Study:
     """A study whose every step looks done, by the settings of `file`."""
-    made = study.Study(config.load(file, study.StudyRecipe))
+    made = study.Study(config.load(file, StudyRecipe))
     for step in made.steps.values():
         for path in (made.stamp(step), *step.outputs):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         made.stamp(step).write_text(json.dumps(made.note(step)))
-    return study.Study(config.load(file, study.StudyRecipe, overrides))
+    return study.Study(config.load(file, StudyRecipe, overrides))
 
 
 def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path: Path) -> None:
@@ -304,7 +307,7 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
 )
 def test_steps_are_recipes_that_prepare(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        study.Study(config.load("study/small", study.StudyRecipe, [override, f"out={tmp_path}"]))
+        study.Study(config.load("study/small", StudyRecipe, [override, f"out={tmp_path}"]))
 
 
 SLOW = """
@@ -331,7 +334,7 @@ sys.exit(75)
 
 def test_a_stop_is_passed_on_once_and_waits_for_every_save(tmp_path: Path) -> None:
     parent = (
-        "import sys; from eval.study import run_beside\n"
+        "import sys; from eval.beside import run_beside\n"
         "sys.exit(run_beside([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
     )
     beside = subprocess.Popen([sys.executable, "-c", parent, SLOW, str(tmp_path)])
@@ -351,7 +354,7 @@ def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) 
         "time.sleep(100)"
     )
     started = time.monotonic()
-    assert study.run_beside([sys.executable, "-c", code, str(tmp_path)], 2) == 3
+    assert run_beside([sys.executable, "-c", code, str(tmp_path)], 2) == 3
     assert time.monotonic() - started < 60
 
 
@@ -373,6 +376,9 @@ def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
 def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: Path) -> None:
     scores = {"fid": 3.0, "is_mean": None, "precision": None, "recall": None}
     rows = [{"cell": "a", "seed": seed, "step": 2, "delta_t": 0.0, **scores} for seed in (0, 1)]
-    shown = study_report.Shown(convergence=["a"], lead=["a"], ablation=["a"], generality=[])
-    text = study_report.write(rows, [], shown, {}, tmp_path, "x").read_text()
+    recipe = StudyRecipe(
+        name="x", root=tmp_path, out=tmp_path, prepare={}, cells={"a": "study/dit"}, evaluation="study/eval",
+        convergence=("a",), lead=("a",), ablation=("a",),
+    )  # fmt: skip
+    text = study_report.write(recipe, rows, []).read_text()
     assert "| a | 3 ± 0 (2 seeds) | – | missing | missing | missing |" in text and "Other methods" not in text
