@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
-import platform
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,8 +15,7 @@ from torch import nn
 
 from sfd_scale import config, distributed, logs
 from sfd_scale.accelerators import bf16_products, ieee_float32, measured_flops, peak_flops
-from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, committed, power_averages, start_weights
-from sfd_scale.checkpoint.folder import step_of
+from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
 from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.divergence import DivergenceWatch
@@ -29,9 +26,8 @@ from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.footprint import Footprint, trace
 from sfd_scale.engines.fsdp import make_fsdp
 from sfd_scale.engines.replicas import require_replicas
-from sfd_scale.files import write_atomically, write_json
 from sfd_scale.hangs import HangRecorder
-from sfd_scale.identity import check_recipe, check_state, trajectory
+from sfd_scale.identity import check_state, trajectory
 from sfd_scale.latents import LatentLayout
 from sfd_scale.logs import MetricsWriter
 from sfd_scale.meter import Meter
@@ -51,6 +47,7 @@ from sfd_scale.optim import learning_rate
 from sfd_scale.portions import Portions, portions
 from sfd_scale.profiling import StepProfiler
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.run_folder import claim
 from sfd_scale.run_lock import run_lock
 from sfd_scale.tokenizers.config import make_features, make_semantic, make_texture
 from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
@@ -297,34 +294,6 @@ def reader_kind(recipe: TrainRecipe) -> type[Reader]:
 def identity(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
     """What every checkpoint records, and what a resumed run has to share with it."""
     return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
-
-
-def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
-    """Write what runs in the run folder, and where. Rank 0 writes.
-
-    Raises:
-        ValueError: if its checkpoints are of another recipe, whose files are left as they are.
-    """
-    if whole := committed(run / "checkpoints"):
-        check_recipe(recipe, run, step_of(whole[-1]) or 0, allow_foreign=allow_foreign)
-    distributed.barrier()
-    if distributed.is_main():
-        write_atomically(run / "recipe.yaml", config.with_source(config.to_yaml(recipe), source))
-        write_json(run / "environment.json", {**environment(), "run": facts})
-    distributed.barrier()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine; no environment variables, which hold secrets."""
-    packages = ("sfd-scale", "torch", "deepspeed", "mosaicml-streaming", "numpy", "wandb", "torch-fidelity")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "world_size": distributed.world_size(),
-        "device": str(distributed.device()),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfd_scale import build, checkpoint, config, ema, exports
+from sfd_scale import build, checkpoint, config, ema, exports, run_folder
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.boxes import PARAMS_PART
 from sfd_scale.checkpoint.folder import committed
@@ -131,7 +131,7 @@ def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Pa
         )
     origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
     with run_lock(run):
-        build.claim(run, recipe, None, origin, allow_foreign=False)
+        run_folder.claim(run, recipe, None, origin, allow_foreign=False)
         manager = CheckpointManager(run / "checkpoints", recipe.checkpoint)
         parts = {PARAMS_PART: params, ema.PART: average}
         parts |= {"optim.exp_avg": moments.exp_avg, "optim.exp_avg_sq": moments.exp_avg_sq}

@@ -12,7 +12,9 @@ import time
 from types import FrameType
 from typing import Self
 
-REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: "try again later"; the launchers requeue on it
+# EX_TEMPFAIL of sysexits.h, "try again later": of a rank after a stop request, and of its launcher; schedulers requeue
+# on it.
+REQUEUE_EXIT_CODE = 75
 
 
 class StopRequest:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from encoded import tokenizer
 
-from sfd_scale import build
+from sfd_scale import build, run_folder
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 
 HALF, ALL = 4, 8
@@ -90,12 +90,12 @@ def test_other_steps_are_another_recipe_where_the_learning_rate_falls(data: Path
         build.train(small_run.recipe(data, steps=ALL, **falling), tmp_path / "cosine")
     for steps in (ALL + 4, ALL + 8):
         recipe = small_run.recipe(data, steps=steps, every=1, lr={"kind": "wsd", "decay_steps": 2})
-        build.claim(tmp_path / "cosine", recipe, None, {}, allow_foreign=True)
+        run_folder.claim(tmp_path / "cosine", recipe, None, {}, allow_foreign=True)
     claimed = yaml.safe_load((tmp_path / "cosine" / "recipe.yaml").read_text())
     assert claimed["train"]["steps"] == ALL + 8
-    build.claim(tmp_path / "cosine", small_run.recipe(data, steps=ALL, lr=claimed["lr"]), None, {}, False)
+    run_folder.claim(tmp_path / "cosine", small_run.recipe(data, steps=ALL, lr=claimed["lr"]), None, {}, False)
     with pytest.raises(ValueError, match=r"recipe\.steps: 5, in the checkpoint 8"):
-        build.claim(tmp_path / "cosine", small_run.recipe(data, steps=5, lr=claimed["lr"]), None, {}, False)
+        run_folder.claim(tmp_path / "cosine", small_run.recipe(data, steps=5, lr=claimed["lr"]), None, {}, False)
 
 
 def test_another_clipping_is_another_recipe(data: Path, half: Path, tmp_path: Path) -> None:

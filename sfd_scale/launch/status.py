@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 from sfd_scale.files import write_json
+from sfd_scale.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 
 # The environment of everything that one launch starts.
 LAUNCH_ID = "SFD_LAUNCH_ID"
 LOG_FOLDER = "SFD_LOG_FOLDER"
 SHUTDOWN_TIMEOUT = "SFD_SHUTDOWN_TIMEOUT"
 
-# sysexits.h, EX_TEMPFAIL: "try again later". Ranks end with it after a stop request, and so does the launcher.
-REQUEUE_EXIT_CODE = 75
 # What torchrun listens to, in place of the stop signals: a scheduler may send those to every process, and torchrun
 # serves the store that the ranks need to save.
 TORCHRUN_SIGNAL = signal.SIGQUIT
