@@ -6,7 +6,6 @@ many ranks fill it, in which order, or in how many starts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,17 +26,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from sfd_scale import distributed, logs
-from sfd_scale.files import write_atomically
+from sfd_scale import config, distributed, logs
+from sfd_scale.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
 """Chunk number → what makes its tensors, called in another thread, and numbers to show beside the progress bar."""
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a configuration."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def made_on() -> str:
@@ -69,8 +63,8 @@ class ChunkFolder:
         """Chunks that are not committed; one that is torn or empty counts as missing."""
         return [chunk for chunk in range(self.count) if not _whole(self.file(chunk))]
 
-    def claim(self, config: Mapping[str, Any]) -> None:
-        """Make the folder belong to `config`.
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder belong to `settings`, which go to its config.json.
 
         Raises:
             ValueError: if it belongs to another one, naming the settings that differ.
@@ -78,16 +72,15 @@ class ChunkFolder:
         file = self.path / "config.json"
         if file.exists():
             other = json.loads(file.read_text(encoding="utf-8"))
-            if config_hash(other) != config_hash(config):
+            if config.digest(other) != config.digest(settings):
                 raise ValueError(
-                    f"{self.path}: holds the results of other settings ({_differences(other, config)}); choose another "
-                    "folder with --out, or remove this one"
+                    f"{self.path}: holds the results of other settings ({_differences(other, settings)}); choose "
+                    "another folder with --out, or remove this one"
                 )
             return
         if (self.path / "chunks").exists() and any((self.path / "chunks").iterdir()):
             raise ValueError(f"{self.path}: has chunks but no config.json that says of what; choose another folder")
-        text = json.dumps(json.loads(json.dumps(config, default=str)), indent=1, sort_keys=True)
-        write_atomically(file, f"{text}\n")
+        write_json(file, config.to_dict(settings), sort_keys=True)
 
     def tidy(self, before: float) -> None:
         """Remove what writers that were killed had left by the time `before`: another job may write here now."""
@@ -140,18 +133,9 @@ def _whole(file: Path) -> bool:
     return bool(ends) and size == 8 + length + max(ends)
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str:
-    b = json.loads(json.dumps(b, default=str))
-    parts = []
-    for key in sorted({*a, *b}):
-        left, right = (side.get(key, "absent") for side in (a, b))
-        if left == right:
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            parts.append(_differences(left, right, f"{prefix}{key}."))
-        else:
-            parts.append(f"{prefix}{key}: {_short(left)} there, {_short(right)} now")
-    return "; ".join(parts)
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    found = config.differences(there, config.to_dict(now))
+    return "; ".join(f"{name}: {_short(a)} there, {_short(b)} now" for name, (a, b) in found.items())
 
 
 def _short(value: Any) -> str:

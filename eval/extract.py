@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from eval import chunks
-from eval.chunks import ChunkFolder, config_hash
+from eval.chunks import ChunkFolder
 from eval.features import Extractor, LazyExtractor
 from eval.sources import Images
 from sfd_scale import distributed
+from sfd_scale.config import digest
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
         "num_samples": images.count,
         "batch": batch,
     }
-    folder = ChunkFolder(cache / f"features-{config_hash(config)[:16]}", images.count, batch)
+    folder = ChunkFolder(cache / f"features-{digest(config)[:16]}", images.count, batch)
     if distributed.is_main():
         folder.claim(config)
     if not distributed.broadcast_object(folder.missing() if distributed.is_main() else None):

@@ -14,7 +14,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from eval import npz, outputs
-from eval.chunks import config_hash
 from eval.extract import FeatureSet, extract, read_features
 from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor
 from eval.metrics import MetricsConfig, Moments, moments
@@ -22,6 +21,7 @@ from eval.recipe import EvalRecipe
 from eval.sources import Images, NpzSource, open_images
 from eval.weights import file_sha256
 from sfd_scale import config, distributed, seeding
+from sfd_scale.config import digest
 from sfd_scale.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
-    file = recipe.cache / f"reference-{config_hash(determined)[:16]}.safetensors"
+    file = recipe.cache / f"reference-{digest(determined)[:16]}.safetensors"
     if not distributed.broadcast_object(file.is_file()):
         found = None if images is None else _features(recipe, images, extractor)
         if distributed.is_main():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eval import metrics, outputs
-from eval.chunks import ChunkFolder, config_hash
+from eval.chunks import ChunkFolder
 from eval.extract import extract, open_features, read_rows
 from eval.features import LazyExtractor, make_extractor
 from eval.metrics import MetricsConfig, Moments, MomentSums
@@ -239,7 +239,7 @@ def _results(
     return {
         "format": FORMAT,
         "name": recipe.name,
-        "id": config_hash(determined),
+        "id": config.digest(determined),
         "scores": scores,
         "count": folder.total,
         "nfe": _mean_nfe(folder),

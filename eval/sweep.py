@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import generate
-from eval.chunks import config_hash
 from eval.compare import PAIRING
 from eval.features import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe, LabelFile
@@ -42,7 +41,7 @@ class Cell:
         """A folder name that tells people what it is, and never clashes."""
         words = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in self.settings.items())
         clean = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in words)[:80]
-        return f"{clean}_{config_hash(self.settings)[:8]}"
+        return f"{clean}_{config.digest(self.settings)[:8]}"
 
 
 def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:

@@ -88,9 +88,9 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
             write_json(file, now)
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if differ:
-        raise ValueError(f"{out}: its scores are of another recipe ({', '.join(differ)} differ); choose another --out")
+    if different := config.differences(before, now):
+        names = ", ".join(different)
+        raise ValueError(f"{out}: its scores are of another recipe ({names} differ); choose another --out")
 
 
 def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str) -> None:

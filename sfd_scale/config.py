@@ -110,6 +110,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, item in tree.items() for key, value in flatten(item, f"{prefix}{name}.").items()}
 
 
+def differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two trees of plain data differ, sorted, with both values: None where one has no such key."""
+    left, right = flatten(a), flatten(b)
+    names = [n for n in sorted({*left, *right}) if n not in left or n not in right or left[n] != right[n]]
+    return {name: (left.get(name), right.get(name)) for name in names}
+
+
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:
     """`cls` from plain nested data (as `to_dict` writes it), with the same checks as a recipe."""
     return _Reader({}, source).value(cls, dict(data), "")

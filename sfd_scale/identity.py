@@ -73,18 +73,15 @@ def check_state(
 
 def check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow_foreign: bool) -> None:
     """Compare nested plain data, defaults filled in; see `check_state`."""
-    flat_own, flat_stored = config.flatten(own), config.flatten(stored)
-    names = sorted({*flat_own, *flat_stored})
-    different = [n for n in names if n not in flat_own or n not in flat_stored or flat_own[n] != flat_stored[n]]
+    different = config.differences(own, stored)
     if not different:
         return
-    if different == ["stats_hash"] and not allow_foreign:
+    if different.keys() == {"stats_hash"} and not allow_foreign:
         raise ValueError(
-            f"{run}: its checkpoints are of other statistics of the latents ({flat_stored.get('stats_hash')}) than "
-            f"these ({flat_own.get('stats_hash')}); give the data.stats that it was begun with, or "
-            "data.allow_stats_mismatch=true"
+            f"{run}: its checkpoints are of other statistics of the latents ({stored.get('stats_hash')}) than these "
+            f"({own.get('stats_hash')}); give the data.stats that it was begun with, or data.allow_stats_mismatch=true"
         )
-    listed = "; ".join(f"{n}: {flat_own.get(n)!r}, in the checkpoint {flat_stored.get(n)!r}" for n in different)
+    listed = "; ".join(f"{n}: {now!r}, in the checkpoint {before!r}" for n, (now, before) in different.items())
     if not allow_foreign:
         raise ValueError(
             f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe, or "
