@@ -34,7 +34,7 @@ from sfd_scale.accelerators import bf16_products, peak_flops, tf32_float32
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
 from sfd_scale.diffusion.samplers import EulerConfig, sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.engines.blocks import float8_missing, prepare_blocks
+from sfd_scale.engines.blocks import Checkpointing, float8_missing, prepare_blocks
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models import attention
 from sfd_scale.models.attention import AttentionBackend
@@ -42,7 +42,6 @@ from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 2e-2
-Checkpointing = Literal["none", "selective", "block"]
 Part = Literal["training", "sampling", "features"]
 M = TypeVar("M", bound=nn.Module)
 # The issue of 50,000 guided images: Euler with 100 steps, the guide a B.

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sfd_scale.accelerators import same_products
 
+Checkpointing = Literal["none", "selective", "block"]
 # What the selective mode keeps, because computing it again costs the most: matrix products and attention.
 KEPT = frozenset(
     {
@@ -39,9 +40,7 @@ def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
-def prepare_blocks(
-    model: nn.Module, checkpointing: Literal["none", "selective", "block"], compiled: bool, check: bool = True
-) -> None:
+def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: bool, check: bool = True) -> None:
     """Checkpoint the activations of every block (all, or all but `KEPT`), then compile it.
 
     Args:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfd_scale import distributed
+from sfd_scale.engines.blocks import Checkpointing
 from sfd_scale.engines.replicas import Replicas
 
 
@@ -26,7 +27,7 @@ class EngineConfig:
 
     precision: Literal["bf16", "fp32"] = "bf16"  # of forward and backward; weights, moments and norms are always fp32
     grad_clip: float | None = None  # largest global gradient norm
-    activation_checkpointing: Literal["none", "selective", "block"] = "none"
+    activation_checkpointing: Checkpointing = "none"
     compile: bool = False  # torch.compile of each block
 
     def __post_init__(self) -> None:

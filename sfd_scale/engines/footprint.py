@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfd_scale.engines.blocks import KEPT, blocks_of
 
-Checkpointing = Literal["none", "selective", "block"]
 Precision = Literal["bf16", "fp32"]
 BYTES = {"bf16": 2, "fp32": 4}
 
