@@ -323,11 +323,17 @@ def _inception(chosen: Plan) -> Iterator[Figure]:
     if importlib.util.find_spec("torch_fidelity") is None:
         print("Inception features: needs the package torch-fidelity")
         return
+    rate = _rate(chosen, chosen.inception_batch, functools.partial(_features, chosen))
+    yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s", against="itself")
+
+
+def _features(chosen: Plan) -> Callable[[], object]:
+    """Of random weights, on which the speed does not depend: no file is needed."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Unloaded(FeatureExtractorInceptionV3):  # type: ignore[misc]
-        """Of random weights, on which the speed does not depend: no file is needed."""
+    from eval.features import full_precision  # as the harness runs it
 
+    class Unloaded(FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, state: object, *args: object, **options: object) -> None:  # type: ignore[override]
             pass
 
@@ -338,15 +344,12 @@ def _inception(chosen: Plan) -> Iterator[Figure]:
     network = Unloaded("inception-v3-compat", layers, feature_extractor_weights_path=nothing).to(chosen.device).eval()
     images = torch.zeros(chosen.inception_batch, 3, 256, 256, dtype=torch.uint8, device=chosen.device)
 
-    from eval.features import full_precision  # as the harness runs it
-
     @torch.no_grad()
     def features() -> object:
         with full_precision(chosen.device):
             return network(images)
 
-    rate = _rate(chosen, chosen.inception_batch, lambda: features)
-    yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s", against="itself")
+    return features
 
 
 # ------------------------------------------------------------------------------------------------ command line
