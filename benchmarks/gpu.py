@@ -375,13 +375,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if failed else 0
     started = time.monotonic()
     state = {"machine": harness.machine(), "versions": harness.versions(), "quick": options.quick}
-    command = f"python -m benchmarks.gpu bench --device {device.type}"
+    chosen = options.part or []
+    words = [f"python -m benchmarks.gpu bench --device {device.type}", *(f"--part {part}" for part in chosen)]
+    name = "_".join(["gpu", *chosen])  # a part does not take the place of what was measured of the others
     out = options.out or (harness.RESULTS if device.type == "cuda" else None)
     figures: list[Figure] = []
-    for figure in bench(plan(device, options.quick), options.part or get_args(Part)):
+    for figure in bench(plan(device, options.quick), chosen or get_args(Part)):
         figures.append(figure)
         if out is not None:
-            harness.write("gpu", command, figures, state, out)  # after each: a run that is cut off has those before
+            harness.write(
+                name, " ".join(words), figures, state, out
+            )  # after each: a run that is cut off has those before
         if time.monotonic() - started > options.seconds:
             print(f"stopped after {options.seconds:.0f} s; the other figures by --part")
             break

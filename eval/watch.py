@@ -82,7 +82,8 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
         ValueError: naming the settings that differ.
     """
     file = out / RECIPE
-    now: dict[str, Any] = config.decisive(dataclasses.replace(recipe, checkpoint=None))
+    now: dict[str, Any] = config.decisive(recipe)
+    del now["checkpoint"]
     if not distributed.broadcast_object(file.is_file()):
         if distributed.is_main():
             write_json(file, now)

@@ -221,7 +221,7 @@ def make_targets(
     return targets
 
 
-def _check_identities(part: str, reader: LatentReader, own: Mapping[str, str]) -> None:
+def _check_identities(part: str, reader: Reader, own: Mapping[str, str]) -> None:
     noted = reader.manifest.tokenizers.get(part)
     if noted is not None and noted != own[part]:
         raise ValueError(f"tokenizer.{part}: {own[part]}, but the data was encoded with {noted}; name that one")
@@ -234,14 +234,15 @@ def check_texture(recipe: TrainRecipe, reader: Reader) -> None:
         ValueError: on all ranks, if its file is here and is not the one that the data was encoded with.
     """
     texture, failure = recipe.tokenizer.texture, None
-    if isinstance(reader, LatentReader) and texture is not None and texture.weights is not None:
-        if distributed.is_main() and texture.weights.exists():
-            try:
-                _check_identities("texture", reader, {"texture": make_texture(texture, torch.device("cpu")).identity})
-            except ValueError as error:
-                failure = str(error)
-        elif distributed.is_main():
-            logger.warning("tokenizer.texture.weights: %s is not here; samples of this run need it", texture.weights)
+    if texture is None or texture.weights is None or reader.manifest.tokenizers.get("texture") is None:
+        return
+    if distributed.is_main() and not texture.weights.exists():
+        logger.warning("tokenizer.texture.weights: %s is not here; samples of this run need it", texture.weights)
+    elif distributed.is_main():
+        try:
+            _check_identities("texture", reader, {"texture": make_texture(texture, torch.device("cpu")).identity})
+        except Exception as error:  # noqa: BLE001 (the other ranks wait for the answer)
+            failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if failure := distributed.broadcast_object(failure):
         raise ValueError(failure)
 

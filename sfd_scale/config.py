@@ -265,9 +265,8 @@ class _Reader:
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         by_kind = _by_kind(rest)
         if "kind" not in value:
-            raise self.fail(
-                f"{key}.kind", f"missing, beside {', '.join(value)}; allowed: {', '.join(map(str, by_kind))}"
-            )
+            beside = ", ".join(map(str, value)) or "nothing"
+            raise self.fail(f"{key}.kind", f"missing, beside {beside}; allowed: {', '.join(map(str, by_kind))}")
         if not isinstance(value["kind"], str) or value["kind"] not in by_kind:
             raise self.fail(f"{key}.kind", f"{value.get('kind')!r}; allowed: {', '.join(map(str, by_kind))}")
         return self.dataclass(by_kind[value["kind"]], value, key)

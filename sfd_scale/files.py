@@ -31,15 +31,25 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _is_full_disk(error):
             raise ValueError(
                 f"{path}: the disk is full, so this file was not written; all before it are whole. Free some space and "
-                "give the same command again: it goes on from here"
+                "give the same command again"
             ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether it, or what it comes of, says so: torch.save and safetensors have errors of their own for it."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -34,7 +34,7 @@ class MeterConfig:
 
 
 class Meter:
-    """Means since the last read, of what is finite: a step that was dropped would make a mean of all of them nothing.
+    """Means since the last read, of what is finite: one micro-batch that is not would make nothing of all of them.
 
     Args:
         flops_per_sample: of forward and backward; 0 where it is not known, which leaves MFU out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,7 +163,8 @@ class Trainer:
             **self.watch.counts(), **self.checkpoints.timings(),
         }  # fmt: skip
         self.metrics.write(step, values)
-        return {"loss": values["loss"] or 0.0, "samples/s": values["samples_per_s"] or 0.0}
+        shown = {"loss": values["loss"], "samples/s": values["samples_per_s"]}
+        return {name: math.nan if value is None else value for name, value in shown.items()}
 
     def save(self, step: int) -> None:
         self.watchdog.enter(step, "checkpoint")

@@ -60,8 +60,8 @@ def test_means_over_batches_and_ranks_bins_of_the_clock_and_the_distance_of_the_
     assert first["ema_distance"] == pytest.approx(((AVERAGE - WEIGHTS).norm() / WEIGHTS.norm()).item())
 
 
-def test_a_dropped_step_is_left_out_of_the_means() -> None:
-    """A micro-batch that is not finite belongs to a step that is dropped; the norm of that is not finite either."""
+def test_what_is_not_finite_is_left_out_of_the_means() -> None:
+    """Of a step that is dropped for it, say, whose norm is not finite either."""
     meter = Meter()
     for value in (1.0, math.nan, 3.0, math.inf):
         meter.add(losses(value, [0.05, 0.95], [value, 7.0]), samples=2, wait_s=0.0)

@@ -84,7 +84,7 @@ def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) 
     }
 
 
-def assert_shares_can_be_stored() -> None:
+def check_shares_can_be_stored() -> None:
     """Raises ValueError where several ranks cannot save together: an older PyTorch takes each rank's box for a whole
     tensor."""
     if distributed.world_size() > 1 and not hasattr(torch.distributed.checkpoint, "CheckpointableTensor"):

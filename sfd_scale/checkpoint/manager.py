@@ -29,7 +29,7 @@ from sfd_scale.checkpoint.boxes import (
     PARAMS_PART,
     Parts,
     Staged,
-    assert_shares_can_be_stored,
+    check_shares_can_be_stored,
     stage,
     state_parts,
     stored_shapes,
@@ -83,7 +83,7 @@ class CheckpointManager:
         self, folder: Path, config: CheckpointConfig, parts: Callable[[Sequence[Fragment], EMA], Parts] = whole_state,
         replace: bool = False,
     ) -> None:  # fmt: skip
-        assert_shares_can_be_stored()
+        check_shares_can_be_stored()
         self.folder, self.config, self.parts, self.replace = folder, config, parts, replace
         self._group: dist.ProcessGroup | None = None
         self._staged: dict[str, Staged] | None = None

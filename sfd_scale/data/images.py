@@ -132,9 +132,10 @@ class Folder:
         self.files: list[tuple[Path, int]] = []
         others = Counter[str]()
         for label, folder in enumerate(classes):
-            files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+            files = [path for path in sorted(folder.rglob("*")) if not _hidden(path, folder)]
             own = [path for path in files if path.suffix.lower() in SUFFIXES]
-            others.update(path.suffix.lower() for path in files if path.suffix.lower() not in SUFFIXES)
+            rest = (path for path in files if path.suffix.lower() not in SUFFIXES)
+            others.update(path.suffix.lower() for path in rest if path.is_file())
             if not own:
                 kinds = ", ".join(sorted(SUFFIXES))
                 raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")

@@ -108,8 +108,9 @@ class _Batches(Dataset[Any]):
 
 
 def _outlive_a_stop(worker: int) -> None:
-    """A worker ends when its rank tells it to, and not by the SIGTERM that a scheduler sends to every process: the rank
+    """A worker ends when its rank tells it to, and not by the signals that a scheduler sends to every process: the rank
     has a step to finish before it saves."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers either
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -57,7 +57,7 @@ class Work:
         match self.arguments[0]:
             case "train":
                 filled = self.option("--run") or self.tree().get("run")
-            case "watch" if self.option("--out") is None:
+            case "watch" if self.option("--out") is None and self.option("--run") is not None:
                 filled = f"{self.option('--run')}/evaluations"  # not among the logs of the training
             case "generate" | "sweep" | "watch":
                 filled = self.option("--out")

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 RANKS = 2
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,9 @@ class Forked(Job):
                     "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 }  # fmt: skip
             os.environ |= environment
+            # After a fork PyTorch makes its pool of threads anew at the first product. Here, by one thread: gloo's two,
+            # where they come first, may find it gone ("Invalid thread pool") and end the process.
+            torch.set_num_threads(1)
             work()
             code = 0
         except SystemExit as error:
