@@ -23,7 +23,7 @@ SemanticConfig = SemanticVAECodecConfig | FeaturePCAConfig
 @dataclass(frozen=True, kw_only=True)
 class CompositeConfig:
     """A texture codec, and a vision encoder whose features a semantic codec compresses. Each may be left out where
-    nothing needs it. precision: of encoding; decoding is in float32, on GPUs with TF32 unless an evaluation is in fp32."""
+    nothing needs it. precision: of encoding. Decoding is float32, with TF32 on GPUs unless an evaluation is in fp32."""
 
     texture: TextureConfig | None = None
     vision: VisionConfig | None = None
