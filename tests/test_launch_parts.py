@@ -136,6 +136,7 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
         ("deepspeed", {"HOSTFILE": "/nowhere/hosts"}, TRAIN, "no such hostfile"),
         ("deepspeed", {"NO_SSH": "1", "NODE_RANK": "0"}, TRAIN, "NO_SSH: needs HOSTFILE"),
         ("mpi", {}, TRAIN, "--launcher: 'mpi'; allowed: auto, deepspeed, torchrun"),
+        ("auto", {"SLURM_JOB_NUM_NODES": "2"}, TRAIN, "NODES: not set, but SLURM_JOB_NUM_NODES is 2"),
         ("torchrun", {"RANKS": "1", "NODES": "2", "MASTER_PORT": "1"}, TRAIN, "MASTER_ADDR: 127.0.0.1 with NODES=2"),
         ("torchrun", {"RANKS": "1", "NODES": "2", "NODE_RANK": "2"}, TRAIN, "NODE_RANK: '2'; allowed with NODES=2"),
         ("torchrun", {"RANKS": "1", "RENDEZVOUS": "etcd"}, TRAIN, "RENDEZVOUS: 'etcd'; allowed: static, c10d"),
@@ -219,6 +220,14 @@ def read_by_deepspeed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", list(command[command.index("deepspeed.launcher.launch") :]))
     options = launch.parse_args()
     return options, list(json.loads(base64.urlsafe_b64decode(options.world_info)).items())
+
+
+def test_torchrun_hears_of_a_stop_by_a_signal_that_no_scheduler_sends(tmp_path: Path) -> None:
+    asked = {**CPU, "RANKS": "1", "LOG_FOLDER": str(tmp_path)}
+    made = commands.make_launch("torchrun", commands.Work("sfd_scale", TRAIN), asked)
+    assert made.end_signal == signal.SIGQUIT
+    at = list(made.command).index("--signals-to-handle")
+    assert list(made.command)[at + 1 : at + 3] == ["SIGQUIT", "--"]
 
 
 def test_one_host_gets_the_gpus_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sfd_scale.launch import agent, status, supervisor
@@ -62,6 +64,28 @@ def when_started(made: Launch, *signals: tuple[float, int]) -> None:
             os.kill(os.getpid(), signum)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_stop_that_is_sent_to_every_process_leaves_the_launcher_to_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Slurm does it: torchrun, which serves the ranks' store, must not end before they have saved."""
+    monkeypatch.chdir(tmp_path)
+    made = replace(launch(tmp_path, SAVES), end_signal=signal.SIGQUIT)
+    hears = "import signal\nsignal.signal(signal.SIGQUIT, lambda *_: open('told', 'w').close())\n"
+    text = (tmp_path / "launcher.py").read_text()
+    (tmp_path / "launcher.py").write_text(hears + text)
+
+    def to_all() -> None:
+        while len(list(made.log_folder.glob("up-*"))) < 2:
+            time.sleep(0.05)
+        for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+            process.send_signal(signal.SIGUSR1)
+
+    threading.Thread(target=to_all, daemon=True).start()
+    assert Supervisor(made).run() == 75
+    assert (tmp_path / "told").exists() and {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert agent.ranks(made.identity) == []
 
 
 def test_a_stop_request_reaches_every_rank_and_the_code_asks_for_a_requeue(
