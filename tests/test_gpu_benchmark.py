@@ -72,13 +72,13 @@ def test_what_fails_is_a_figure_and_ends_no_other(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpu, "our_step", broken)
     words = ["bench", "--device", "cpu", "--quick", "--part", "training", "--out", str(tmp_path)]
     assert gpu.main(words) == 0
-    text = (tmp_path / "gpu.json").read_text()
+    text = (tmp_path / "gpu_training.json").read_text()
     figures = json.loads(text, parse_constant=pytest.fail)["figures"]
     assert len(figures) == 4 and all(", failed: RuntimeError" in figure["what"] for figure in figures)
     assert all(figure["ours"] is None and figure["peer"] > 0 for figure in figures)
     assert math.isnan(harness.figures_of({"figures": figures})[0].ours)
     gpu.main([*words, "--seconds", "0"])
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["figures"]) == 1
+    assert len(json.loads((tmp_path / "gpu_training.json").read_text())["figures"]) == 1
 
 
 @pytest.mark.full
