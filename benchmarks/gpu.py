@@ -383,9 +383,8 @@ def main(arguments: list[str] | None = None) -> int:
     for figure in bench(plan(device, options.quick), chosen or get_args(Part)):
         figures.append(figure)
         if out is not None:
-            harness.write(
-                name, " ".join(words), figures, state, out
-            )  # after each: a run that is cut off has those before
+            # After each: a run that is cut off has those before.
+            harness.write(name, " ".join(words), figures, state, out)
         if time.monotonic() - started > options.seconds:
             print(f"stopped after {options.seconds:.0f} s; the other figures by --part")
             break
