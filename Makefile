@@ -47,7 +47,7 @@ gpu-bench:
 	python -m benchmarks.gpu bench --device $(DEVICE) $(if $(QUICK),--quick)
 
 faults: .venv/.ops
-	PYTHONPATH=.:tests $(BIN)/python -m faults
+	$(BIN)/python -m tests.faults
 
 # requirements.lock is the tested set, with hashes; `make lock` resolves it anew from pyproject.toml.
 .venv/.installed: pyproject.toml requirements.lock

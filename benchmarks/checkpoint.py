@@ -15,9 +15,9 @@ from benchmarks.peer import Peer, PeerTraining
 from benchmarks.train_step import our_model, randomize
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.manager import CheckpointConfig
-from sfd_scale.ema import EMA, EMAConfig
+from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
-from sfd_scale.optim import AdamWConfig
+from sfd_scale.engines.optim import AdamWConfig
 
 
 def run(options: Options) -> list[Figure]:

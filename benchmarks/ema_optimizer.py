@@ -10,9 +10,9 @@ from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import Peer, PeerTraining, update_average
 from benchmarks.train_step import our_model, randomize
-from sfd_scale.ema import EMA, EMAConfig
+from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
-from sfd_scale.optim import AdamWConfig
+from sfd_scale.engines.optim import AdamWConfig
 
 
 def run(options: Options) -> list[Figure]:

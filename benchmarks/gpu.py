@@ -30,15 +30,16 @@ from benchmarks import peer as baseline
 from benchmarks.harness import Figure
 from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
 from benchmarks.train_step import LAYOUT, batch_of, our_model, our_step, randomize
-from sfd_scale.accelerators import bf16_products, peak_flops, tf32_float32
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
 from sfd_scale.diffusion.samplers import EulerConfig, sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.engines.blocks import Checkpointing, float8_missing, prepare_blocks
+from sfd_scale.engines.block_transforms import Checkpointing, float8_missing, prepare_blocks
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models import attention
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
+from sfd_scale.runtime.device import peak_flops
+from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 2e-2
@@ -99,7 +100,7 @@ def attention_error(device: torch.device, head_dim: int) -> float:
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
-    with bf16_products(device):
+    with bf16_matmul_on_cpu(device):
         out = attention.attend(mine[0], mine[1], mine[2])
         out.backward(upstream)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
@@ -122,7 +123,7 @@ def compiled_error(device: torch.device) -> float:
 
     def run() -> list[Tensor]:
         model.zero_grad()
-        with bf16_products(device):
+        with bf16_matmul_on_cpu(device):
             out = model(x, t, t, y)[0]
             out.square().mean().backward()
         return [out.detach(), *(p.grad for p in model.blocks.parameters() if p.grad is not None)]
@@ -282,7 +283,7 @@ def _our_sampling(
         noise, labels = _start(chosen, count)
 
         def run() -> Tensor:
-            with bf16_products(chosen.device):
+            with bf16_matmul_on_cpu(chosen.device):
                 return sample(velocity, noise, labels, SemanticFirstSchedule(), LAYOUT, EulerConfig(num_steps=2)).x
 
         return run
@@ -299,7 +300,7 @@ def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig
         field = baseline.field(models[0], labels, models[1] if len(models) > 1 else None)
 
         def run() -> Tensor:
-            with tf32_float32():  # as the authors' script allows
+            with allow_tf32():  # as the authors' script allows
                 return baseline.euler(field, noise, 2)
 
         return run
@@ -331,7 +332,7 @@ def _features(chosen: Plan) -> Callable[[], object]:
     """Of random weights, on which the speed does not depend: no file is needed."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    from eval.features import full_precision  # as the harness runs it
+    from sfd_scale.runtime.matmul import strict_float32
 
     class Unloaded(FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, state: object, *args: object, **options: object) -> None:  # type: ignore[override]
@@ -346,7 +347,7 @@ def _features(chosen: Plan) -> Callable[[], object]:
 
     @torch.no_grad()
     def features() -> object:
-        with full_precision(chosen.device):
+        with strict_float32(chosen.device):
             return network(images)
 
     return features

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
-from benchmarks.authors import batches
 from benchmarks.harness import Figure, Options
+from benchmarks.official import batches
 from sfd_scale.data.convert import ConvertConfig, convert
-from sfd_scale.data.reader import DataConfig, LatentReader
-from sfd_scale.latents import LatentStats
+from sfd_scale.data.dataloader import DataConfig, LatentReader
+from sfd_scale.diffusion.latents import LatentStats
 
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)

@@ -21,10 +21,10 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from benchmarks import harness
 from benchmarks.harness import Figure, Options
-from eval import npz
-from eval.chunks import ChunkFolder
-from eval.metrics import frechet_distance, moments
-from eval.neighbours import precision_recall
+from eval.images import npz
+from eval.metrics.metrics import frechet_distance, moments
+from eval.metrics.precision_recall import precision_recall
+from eval.work.chunks import ChunkFolder
 
 FEATURES = 2048 + 17 * 17 * 7 + 1008  # floats that a chunk keeps of an image
 

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import authors as theirs
 from benchmarks import harness
+from benchmarks import official as theirs
 from benchmarks import peer as baseline
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
 from benchmarks.train_step import CPU, LAYOUT, our_model, randomize
-from sfd_scale.accelerators import bf16_products, fast_bf16
 from sfd_scale.diffusion.adaptive import Tolerance, integrate
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, Velocity, guided
 from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config, RK4Config, SamplerConfig, sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.engines.blocks import prepare_blocks
+from sfd_scale.engines.block_transforms import prepare_blocks
 from sfd_scale.models.lightningdit import LightningDiT
+from sfd_scale.runtime.device import fast_bf16
+from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 
 SCHEDULE = SemanticFirstSchedule(delta_t=DELTA_T)
 GUIDANCE = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
@@ -71,7 +72,7 @@ def make_models(depth: int | None, compiled: bool) -> Models:
 
 def our_sampling(velocity: Velocity, noise: Tensor, labels: Tensor, config: SamplerConfig) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        with bf16_products(CPU):
+        with bf16_matmul_on_cpu(CPU):
             return sample(velocity, noise, labels, SCHEDULE, LAYOUT, config).x
 
     return run
@@ -143,7 +144,7 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
 
     def solver(name: str) -> Callable[[], object]:
         def run() -> None:
-            with bf16_products(CPU):
+            with bf16_matmul_on_cpu(CPU):
                 result = sample(velocity, noise, labels, SCHEDULE, LAYOUT, SOLVERS[name])
             last[name] = (result.x, result.nfe.double().mean())
 

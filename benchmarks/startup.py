@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import SEMANTIC, TEXTURE
 from sfd_scale.data.convert import ConvertConfig, convert
-from sfd_scale.latents import LatentLayout
+from sfd_scale.diffusion.latents import LatentLayout
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S, RANKS = 20, 2

@@ -32,8 +32,9 @@ def _stamp_after(owner: Any, name: str, stamp: str) -> None:
 
 
 def main() -> None:
-    from sfd_scale import __main__, build, distributed
-    from sfd_scale.trainer import Trainer
+    from sfd_scale import __main__, build
+    from sfd_scale.runtime import distributed
+    from sfd_scale.training.trainer import Trainer
 
     _stamps["imports"] = time.time()
     _stamp_after(distributed, "init", "group")

@@ -15,20 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import authors as theirs
 from benchmarks import harness
+from benchmarks import official as theirs
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
-from sfd_scale import distributed
-from sfd_scale.accelerators import bf16_products, has_bf16, measured_flops
+from sfd_scale.data.batches import LatentBatch
+from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.ema import EMA, EMAConfig
+from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
-from sfd_scale.latents import LatentBatch, LatentLayout
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, flops_per_sample
-from sfd_scale.objective import SemanticFirstConfig, SemanticFirstObjective
-from sfd_scale.optim import AdamWConfig
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.device import has_bf16
+from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, measured_flops
+from sfd_scale.training.objective import SemanticFirstConfig, SemanticFirstObjective
 
 CPU = torch.device("cpu")
 LAYOUT = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size=SIDE)
@@ -74,7 +76,7 @@ def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> 
     ema, steps, batch = EMA(engine.fragments(), EMAConfig()), itertools.count(), batch_of(count)
 
     def step() -> Tensor:
-        with bf16_products(engine.device):
+        with bf16_matmul_on_cpu(engine.device):
             losses = objective(engine.model, batch.to(engine.device))
             engine.backward(losses.total, last=True)
             engine.step(1e-4)

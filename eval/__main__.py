@@ -10,17 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.recipe import EvalRecipe
-from sfd_scale import distributed
-from sfd_scale.__main__ import checked, run
+from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
+from sfd_scale.runtime import distributed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 # The last chunks of a slow rank may take a while: the others wait for them at the end.
 TIMEOUT_S = 3600.0
-Recipe = Annotated[str, typer.Argument(help="An evaluation recipe's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
-]
 Checkpoint = Annotated[Path | None, typer.Option(help="A file of `sfd export`, in place of the recipe's.")]
 Guide = Annotated[Path | None, typer.Option(help="The guide's file, in place of the recipe's.")]
 Out = Annotated[Path, typer.Option(help="Where to write.")]
@@ -30,7 +26,7 @@ def _load(
     recipe: str, overrides: list[str] | None, checkpoint: Path | None = None, guide: Path | None = None
 ) -> EvalRecipe:
     given = [f"{key}={value}" for key, value in (("checkpoint", checkpoint), ("guide", guide)) if value is not None]
-    return checked(recipe, EvalRecipe, [*(overrides or []), *given])
+    return load_recipe(recipe, EvalRecipe, [*(overrides or []), *given])
 
 
 @app.command()
@@ -78,7 +74,7 @@ def score(
 @app.command()
 def reference(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compute and cache the features and moments of the recipe's reference."""
-    from eval.features import make_extractor
+    from eval.features.extractor import make_extractor
     from eval.reference import load_reference
 
     loaded = _load(recipe, overrides)
@@ -146,4 +142,4 @@ def watch(
 
 
 if __name__ == "__main__":
-    run(app)
+    run_command(app)

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval import metrics, neighbours
-from eval.extract import FeatureSet, open_features, read_features
-from eval.metrics import Moments
+from eval.features.extract import FeatureSet, open_features, read_features
+from eval.metrics import metrics
+from eval.metrics import precision_recall as neighbours
+from eval.metrics.metrics import FeatureMoments
 from eval.reference import Reference, read_reference
 from eval.report import flatten
 from eval.score import Results, read_results
-from sfd_scale import distributed, seeding
-from sfd_scale.files import write_json
+from sfd_scale.runtime import distributed, seeding
+from sfd_scale.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
@@ -120,7 +121,7 @@ def resampled_means(values: Tensor, stream: str, rounds: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- influence
 
 
-def frechet_influence(features: Tensor, reference: Moments) -> Influence:
+def frechet_influence(features: Tensor, reference: FeatureMoments) -> Influence:
     """Of the Fréchet distance (arXiv 1706.08500, Eq. 6), for features (N, D).
 
     d|μ − m|² = 2 (μ − m)·dμ, and dF/dΣ = I − T with T the optimal transport map between the Gaussians,

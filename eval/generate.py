@@ -15,25 +15,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from eval import chunks, outputs
-from eval.batches import auto_batch
-from eval.chunks import ChunkFolder
-from eval.extract import extract_padded
-from eval.features import LazyExtractor, full_precision, make_extractor, one_algorithm
-from eval.graphs import GraphedModel, check_graphs
+from eval.features.extract import extract_padded
+from eval.features.extractor import LazyExtractor, make_extractor
+from eval.images import outputs
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
-from eval.streams import SideStream
-from eval.weights import file_sha256
-from sfd_scale import config, distributed, sample
-from sfd_scale.accelerators import bf16_products, tf32_float32
-from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_kinks
+from eval.work import chunks
+from eval.work.auto_batch import auto_batch
+from eval.work.chunks import ChunkFolder
+from eval.work.cuda_graphs import GraphedModel, check_graphs
+from eval.work.side_stream import SideStream
+from sfd_scale.config import loader as config
+from sfd_scale.diffusion import sampler as sample
+from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_discontinuities
+from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig, evaluation_times
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
-from sfd_scale.sample import Sampler
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import file_sha256
+from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu, deterministic_cudnn, strict_float32
 
 if TYPE_CHECKING:
-    from sfd_scale.exports import Loaded
+    from sfd_scale.sample import Loaded
 
 logger = logging.getLogger(__name__)
 Precision = Literal["bf16", "tf32", "fp32"]
@@ -41,7 +44,7 @@ Loader = Callable[[Path, Precision, bool, torch.device], "Loaded"]
 
 
 @dataclass(frozen=True)
-class Job:
+class Generation:
     """One evaluation's work: who draws, which labels, whose features, and all that decides the result."""
 
     sampler: Sampler
@@ -52,7 +55,7 @@ class Job:
 
 def prepare(
     recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None, load: Loader | None = None
-) -> Job:
+) -> Generation:
     """Load the models and name the extractor of a recipe; a sweep gives what it has already.
 
     Raises:
@@ -81,8 +84,8 @@ def prepare(
         torch.compiler.reset()  # after the batches that were tried, blocks would be compiled for any size
     sampler = make_sampler(recipe, loaded, guide, device)
     weights = [None if found is None else found.provenance for found in (loaded, guide)]
-    determined = describe(recipe, extractor.identity, kernel, *weights)
-    return Job(sampler, labels, extractor, determined)
+    determined = describe(recipe, extractor.fingerprint, kernel, *weights)
+    return Generation(sampler, labels, extractor, determined)
 
 
 def _fitting(
@@ -112,10 +115,10 @@ def with_kept_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
 
 
 def load_model(path: Path, precision: Precision, compiled: bool, device: torch.device) -> Loaded:
-    """A model made ready for sampling; see exports.load_for_sampling."""
-    from sfd_scale import exports  # it imports the training engines, which take seconds
+    """A model made ready for sampling; see sample.load_for_sampling."""
+    from sfd_scale.sample import load_for_sampling
 
-    return made_ready(exports.load_for_sampling(path, device), precision, compiled)
+    return made_ready(load_for_sampling(path, device), precision, compiled)
 
 
 def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
@@ -123,7 +126,7 @@ def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
     loaded.model.repa_projector = None
     loaded.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if compiled:
-        from sfd_scale.engines.blocks import prepare_blocks
+        from sfd_scale.engines.block_transforms import prepare_blocks
 
         prepare_blocks(loaded.model, "none", compiled=True)
     return loaded
@@ -155,7 +158,7 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
         seed=recipe.seed,
         batch=recipe.batch,
         device=device,
-        kinks=interval_kinks(recipe.guidance, loaded.schedule),
+        discontinuities=interval_discontinuities(recipe.guidance, loaded.schedule),
         decode_batch=recipe.decode_batch,
     )
 
@@ -262,7 +265,7 @@ def describe(
     }
 
 
-def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFolder:
+def generate(recipe: EvalRecipe, out: Path, job: Generation | None = None) -> ChunkFolder:
     """Fill `out` with the features of the recipe's images. A second start continues; a finished folder is left as is.
 
     Raises:
@@ -302,9 +305,9 @@ def generate(recipe: EvalRecipe, out: Path, job: Job | None = None) -> ChunkFold
 
     started = time.monotonic()
     # Set once for both threads: these are settings of the process.
-    exact = full_precision(device) if recipe.precision == "fp32" else one_algorithm()
-    products = tf32_float32() if recipe.precision == "tf32" else nullcontext()
-    with exact, products, bf16_products(device):
+    exact = strict_float32(device) if recipe.precision == "fp32" else deterministic_cudnn()
+    products = allow_tf32() if recipe.precision == "tf32" else nullcontext()
+    with exact, products, bf16_matmul_on_cpu(device):
         made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, job.labels)

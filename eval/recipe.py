@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from eval.features import ExtractorConfig, InceptionConfig
-from eval.metrics import MetricsConfig
-from eval.sources import SourceConfig
-from sfd_scale.checks import at_least
-from sfd_scale.config import Incidental
+from eval.features.config import ExtractorConfig, InceptionConfig
+from eval.images.outputs import OutputsConfig
+from eval.images.sources import ImagesConfig
+from eval.metrics.metrics import MetricsConfig
+from sfd_scale import recipe as training
+from sfd_scale.config.bounds import at_least
+from sfd_scale.config.loader import Incidental
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
 from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
 from sfd_scale.models.attention import AttentionBackend
@@ -50,26 +52,6 @@ LabelsConfig = BalancedLabels | IidLabels | FixedLabel | LabelFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputsConfig:
-    """What is kept beside the features. Any of them makes the chunks keep the images.
-
-    npz: one file for ADM's evaluator. png: a folder. grid: images a class in a picture of all classes, 0 for none.
-    """
-
-    npz: bool = False
-    png: bool = False
-    grid: int = 8
-    grid_classes: int = 16
-
-    def __post_init__(self) -> None:
-        at_least(self, grid=0, grid_classes=1)
-
-    @property
-    def all_images(self) -> bool:
-        return self.npz or self.png
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalRecipe:
     """`checkpoint` and `guide` are files of `sfd export`.
 
@@ -100,7 +82,7 @@ class EvalRecipe:
     cuda_graphs: bool = False
     extractor: ExtractorConfig = field(default_factory=InceptionConfig)
     extractor_batch: int = 64
-    reference: SourceConfig | None = None
+    reference: ImagesConfig | None = None
     cache: Incidental[Path] = Path("runs/eval-cache")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     outputs: Incidental[OutputsConfig] = field(default_factory=OutputsConfig)
@@ -111,3 +93,6 @@ class EvalRecipe:
             raise ValueError("guide: null, with guidance kind autoguidance; allowed: an exported checkpoint")
         if self.guide is not None and not isinstance(self.guidance, AutoGuidance):
             raise ValueError(f"guide: {self.guide}, which guidance kind {self.guidance.kind} ignores; allowed: null")
+
+
+KINDS: dict[str, type] = {**training.KINDS, "eval": EvalRecipe}

@@ -13,16 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eval import npz, outputs
-from eval.extract import FeatureSet, extract, read_features
-from eval.features import INCEPTION_GRID, InceptionConfig, LazyExtractor
-from eval.metrics import MetricsConfig, Moments, moments
+from eval.features.config import InceptionConfig
+from eval.features.extract import FeatureSet, extract, read_features
+from eval.features.extractor import INCEPTION_GRID, LazyExtractor
+from eval.images import npz, outputs
+from eval.images.sources import Images, NpzSource, open_images
+from eval.metrics.metrics import FeatureMoments, MetricsConfig, moments
 from eval.recipe import EvalRecipe
-from eval.sources import Images, NpzSource, open_images
-from eval.weights import file_sha256
-from sfd_scale import config, distributed, seeding
-from sfd_scale.config import digest
-from sfd_scale.files import write_atomically
+from sfd_scale.config import loader as config
+from sfd_scale.config.loader import digest
+from sfd_scale.runtime import distributed, seeding
+from sfd_scale.runtime.files import file_sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
@@ -35,8 +36,8 @@ class Reference:
     recall and KID take; a sheet of some of them (3, H, W) uint8, or None; the images' side in pixels, or None where
     only statistics are known; where it all came from, and the file of the cache that holds it."""
 
-    pool: Moments
-    spatial: Moments | None
+    pool: FeatureMoments
+    spatial: FeatureMoments | None
     features: Tensor | None
     grid: Tensor | None
     side: int | None
@@ -58,8 +59,8 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
     determined = {
         "kind": "reference",
         "format": 1,
-        "data": images.identity if images is not None else _path_identity(recipe),
-        "extractor": extractor.identity,
+        "data": images.fingerprint if images is not None else _path_identity(recipe),
+        "extractor": extractor.fingerprint,
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
@@ -177,8 +178,10 @@ def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
     with safe_open(str(file), framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
     count = int(tensors["count"]) if "count" in tensors else None
-    spatial = Moments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
+    spatial = FeatureMoments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
     features, grid = (tensors[name] if name in tensors else None for name in ("features", "grid"))  # noqa: SIM401
     side = int(tensors["side"]) if "side" in tensors else None
     provenance = {**provenance, "count": count, "features_count": None if features is None else len(features)}
-    return Reference(Moments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, side, provenance, file)
+    return Reference(
+        FeatureMoments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, side, provenance, file
+    )

@@ -12,13 +12,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval import figures
+from eval.pages import figures
 from eval.score import Results, read_results
-from sfd_scale import config
-from sfd_scale.files import write_atomically, write_json
+from sfd_scale.config import loader as config
+from sfd_scale.runtime.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).parent / "pages" / "templates"
 HTML, MARKDOWN, JSON = "index.html", "report.md", "report.json"
 _COMPARED = ("samples.checkpoint.",)
 

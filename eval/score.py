@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval import metrics, outputs
-from eval.chunks import ChunkFolder
-from eval.extract import extract, open_features, read_rows
-from eval.features import LazyExtractor, make_extractor
-from eval.metrics import MetricsConfig, Moments, MomentSums
-from eval.neighbours import precision_recall
-from eval.npz import STATISTICS, keys
+from eval.features.extract import extract, open_features, read_rows
+from eval.features.extractor import LazyExtractor, make_extractor
+from eval.images import outputs
+from eval.images.npz import STATISTICS, keys
+from eval.images.sources import NpzSource, open_images, source_for
+from eval.metrics import metrics
+from eval.metrics.metrics import FeatureMoments, MetricsConfig, MomentSums
+from eval.metrics.precision_recall import precision_recall
 from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
-from eval.sources import NpzSource, open_images, source_for
-from sfd_scale import config, distributed
-from sfd_scale.files import write_json
-from sfd_scale.logs import progress
+from eval.work.chunks import ChunkFolder
+from sfd_scale.config import loader as config
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -83,9 +85,9 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
     if (samples / "config.json").is_file():
         folder = open_features(samples)
         made_with = json.loads((samples / "config.json").read_text(encoding="utf-8"))["extractor"]
-        if made_with != extractor.identity:
+        if made_with != extractor.fingerprint:
             raise ValueError(
-                f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.identity}; "
+                f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.fingerprint}; "
                 "score them with their own recipe, or generate anew"
             )
         return folder
@@ -134,7 +136,7 @@ def _tasks(
     """What makes each score, to be called by one rank; called itself by all, as moments may be added up over ranks."""
     present = folder.names()
 
-    def distance(key: str, name: str, real: Moments) -> Callable[[], dict[str, float]]:
+    def distance(key: str, name: str, real: FeatureMoments) -> Callable[[], dict[str, float]]:
         summed = _summed(folder, name) if settings.mode == "low_memory" else None
 
         def task() -> dict[str, float]:
@@ -169,7 +171,7 @@ def _rows(folder: ChunkFolder, name: str) -> Tensor:
     return rows
 
 
-def _summed(folder: ChunkFolder, name: str) -> Moments:
+def _summed(folder: ChunkFolder, name: str) -> FeatureMoments:
     """Moments from sums over each rank's chunks; as many rows at the end as the folder should have."""
     shift = next(folder.read(name)).double().mean(0)
     sums = MomentSums(len(shift), shift)

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from eval import generate
 from eval.compare import PAIRING
-from eval.features import LazyExtractor, make_extractor
+from eval.features.extractor import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
 from eval.score import Results, read_results, score
-from eval.weights import file_sha256
-from sfd_scale import config, distributed
-from sfd_scale.files import write_atomically, write_json
+from sfd_scale.config import loader as config
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
@@ -127,7 +127,7 @@ def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference:
     same = (
         results["recipe_digest"] == config.digest(recipe)
         and all(path.is_file() and file_sha256(path) == used["sha256"] for path, used in files)
-        and samples["extractor"] == extractor.identity
+        and samples["extractor"] == extractor.fingerprint
         and results["reference"]["data"] == reference.provenance["data"]
         and (
             not isinstance(recipe.labels, LabelFile)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from eval import generate
-from eval.features import make_extractor
+from eval.features.extractor import make_extractor
 from eval.recipe import EvalRecipe
 from eval.score import read_results, score
-from sfd_scale import checkpoint, config, distributed, exports, logs
-from sfd_scale.files import write_atomically, write_json
+from sfd_scale import checkpoint, export
+from sfd_scale.config import loader as config
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.run_lock import in_use
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.locks import in_use
+from sfd_scale.training.metrics_writer import log_scores
 
 logger = logging.getLogger(__name__)
 RECIPE, SOURCE = "recipe.json", "checkpoint"
@@ -47,7 +50,7 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
             if distributed.is_main():
                 write_atomically(out / "results.jsonl", table(out))
         if distributed.is_main() and not in_use(run):
-            logs.log_scores(run, training.wandb)
+            log_scores(run, training.wandb)
         if todo:
             continue
         if once or (saved and max(saved) >= training.train.steps):
@@ -106,7 +109,7 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str
         write_atomically(source, identity)
     if distributed.is_main() and not weights.is_file():
         try:
-            exports.export(run, weights, step=step)
+            export.export(run, weights, step=step)
         except (ValueError, OSError) as error:
             if step in saved_steps(run):
                 raise

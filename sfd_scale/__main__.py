@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import rich
 import rich.console
 import typer
 from rich.markup import escape
 
-from sfd_scale import config, distributed, logs, recipe_files
-from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
-from sfd_scale.signals import REQUEUE_EXIT_CODE
+from sfd_scale.config import files as recipe_files
+from sfd_scale.config import loader as config
+from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
+from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=escape(__doc__))
-
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`) or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
-]
-T = TypeVar("T")
-
-
-def checked(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T:
-    """The typed recipe of a command; where a launcher asks for no more than whether it is valid, the end of it."""
-    try:
-        loaded = config.load(recipe, cls, overrides or ())
-    except config.ConfigError:
-        if CHECKED in os.environ:
-            time.sleep(CHECK_WAIT_S)  # the launcher says it, and ends this
-        raise
-    if CHECK_ONLY in os.environ:
-        raise typer.Exit
-    return loaded
 
 
 @app.command()
@@ -53,7 +32,7 @@ def train(
     """Train a model. The same command on the same run folder resumes."""
     from sfd_scale.recipe import TrainRecipe
 
-    loaded = checked(recipe, TrainRecipe, overrides)
+    loaded = load_recipe(recipe, TrainRecipe, overrides)
     from sfd_scale import build
 
     if not build.train(loaded, run or loaded.run, allow_foreign, source=recipe):
@@ -65,10 +44,10 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Encode images to shards (pixels, composite latents, features). A second start continues the first."""
     from sfd_scale.recipe import EncodeRecipe
 
-    loaded = checked(recipe, EncodeRecipe, overrides)
-    from sfd_scale import prepare
+    loaded = load_recipe(recipe, EncodeRecipe, overrides)
+    from sfd_scale.encode import encode as run
 
-    prepare.encode(loaded)
+    run(loaded)
 
 
 @app.command()
@@ -76,10 +55,10 @@ def convert(recipe: Recipe, overrides: Overrides = None) -> None:
     """Convert the authors' feature files (safetensors) to shards, verified by count and checksum."""
     from sfd_scale.recipe import ConvertRecipe
 
-    loaded = checked(recipe, ConvertRecipe, overrides)
-    from sfd_scale import prepare
+    loaded = load_recipe(recipe, ConvertRecipe, overrides)
+    from sfd_scale.encode import convert as run
 
-    prepare.convert(loaded)
+    run(loaded)
 
 
 @app.command()
@@ -87,10 +66,10 @@ def fit(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fit a closed-form codec (patch PCA, PCA of features) to images."""
     from sfd_scale.recipe import FitRecipe
 
-    loaded = checked(recipe, FitRecipe, overrides)
-    from sfd_scale import prepare
+    loaded = load_recipe(recipe, FitRecipe, overrides)
+    from sfd_scale.encode import fit as run
 
-    prepare.fit(loaded)
+    run(loaded)
 
 
 @app.command()
@@ -115,7 +94,8 @@ def export(
 
     A name that ends in .pt gives a file for the authors' code: both sets of weights and Adam's moments.
     """
-    from sfd_scale import exports, hub, interchange
+    from sfd_scale import hub, official
+    from sfd_scale.export import export as export_run
 
     which = {"weights": weights, "step": step, "initial": initial, "ema_length": ema_length}
     if (out is None) == (hub_folder is None):
@@ -125,9 +105,9 @@ def export(
     elif out is not None and out.suffix == ".pt":
         if weights != "ema" or initial or ema_length is not None:
             raise ValueError("--weights, --initial, --ema-length: not for .pt, which holds what the run has")
-        interchange.export_authors(run, out, step)
+        official.export_official(run, out, step)
     elif out is not None:
-        exports.export(run, out, **which)  # type: ignore[arg-type]
+        export_run(run, out, **which)  # type: ignore[arg-type]
 
 
 @app.command("import")
@@ -146,18 +126,18 @@ def import_(
     weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params, for --out.")] = "ema",
 ) -> None:
     """Read a checkpoint of the authors, without running what is pickled in it: weights to sample, or a run to go on."""
-    from sfd_scale import interchange
+    from sfd_scale import official
 
     if recipe is not None and "=" in recipe:  # an override; no recipe was named
         overrides, recipe = [recipe, *(overrides or ())], None
     if (out is None) == (run is None):
         raise ValueError("--out or --run: one of them; a file of weights, or a run folder to train on")
-    loaded = interchange.recipe_for(file, recipe, overrides or ())
+    loaded = official.recipe_for(file, recipe, overrides or ())
     if out is not None:
-        interchange.import_weights(file, out, loaded, stats=stats or (), weights=weights)
+        official.import_weights(file, out, loaded, stats=stats or (), weights=weights)
     else:
         assert run is not None
-        interchange.import_run(file, run, loaded, stats=stats or ())
+        official.import_run(file, run, loaded, stats=stats or ())
 
 
 @app.command()
@@ -170,9 +150,9 @@ def sample(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Draw a grid of images from an exported checkpoint."""
-    from sfd_scale import exports
+    from sfd_scale.sample import sample_grid
 
-    exports.sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
+    sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
 
 
 @app.command()
@@ -182,9 +162,9 @@ def report(
     title: Annotated[str | None, typer.Option()] = None,
 ) -> None:
     """Write one HTML page about one run or several: curves, scores, samples, recipes."""
-    from sfd_scale.recipe import harness
+    from eval import run_report
 
-    harness("run_report").write(runs, out, title)
+    run_report.write(runs, out, title)
 
 
 @app.command()
@@ -198,15 +178,14 @@ def study(
     report: Annotated[bool, typer.Option("--report", help="Only figures and tables, of what is there.")] = False,
 ) -> None:
     """Run a grid of small trainings and show how they compare. A second start does what is missing."""
-    from sfd_scale.recipe import harness
+    from eval.study import study as module
+    from eval.study.recipe import StudyRecipe
+    from eval.work.processes import run_beside
 
-    module = harness("study")
-    loaded = module.Study(config.load(recipe, harness("study_recipe").StudyRecipe, overrides or ()))
+    loaded = module.Study(config.load(recipe, StudyRecipe, overrides or ()))
     if not report and jobs > 1:
         patterns = [word for pattern in only or () for word in ("--only", pattern)]
-        code = harness("beside").run_beside(
-            [sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs
-        )
+        code = run_beside([sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs)
         if code:
             sys.exit(code)
     elif not report and not module.run(loaded, only or ()):
@@ -227,7 +206,7 @@ def plan(
     markdown: Annotated[bool, typer.Option("--markdown", help="A table to paste.")] = False,
 ) -> None:
     """Memory, time and cost of a recipe on N GPUs, before anything is started."""
-    from sfd_scale import plans
+    from sfd_scale import plan as plans
 
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
     made = plans.make(
@@ -240,7 +219,7 @@ def plan(
 @app.command()
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a recipe, resolved: every setting with its value."""
-    from sfd_scale.recipe import load_any
+    from eval.recipes import load_any
 
     typer.echo(config.to_yaml(load_any(recipe, overrides or ())), nl=False)
 
@@ -248,7 +227,7 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def diff(a: Recipe, b: Recipe) -> None:
     """Print the settings in which two resolved recipes differ."""
-    from sfd_scale.recipe import load_any
+    from eval.recipes import load_any
 
     left, right = (config.to_yaml(load_any(name)).splitlines() for name in (a, b))
     for line in difflib.unified_diff(left, right, a, b, lineterm="", n=1):
@@ -258,7 +237,7 @@ def diff(a: Recipe, b: Recipe) -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes that a command can be given by name."""
-    from sfd_scale.recipe import summary_table
+    from eval.recipes import summary_table
 
     # As wide as it needs to be: a row stays a line, in a narrow terminal and in a pipe to grep.
     rich.console.Console(width=240).print(summary_table())
@@ -299,10 +278,10 @@ def check(
     samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
 ) -> None:
     """Does a checkpoint belong to the data of a recipe? Its loss by the clock, beside what training recorded."""
-    from sfd_scale.probe import probe
+    from sfd_scale.check import check_checkpoint
     from sfd_scale.recipe import TrainRecipe
 
-    found = probe(config.load(recipe, TrainRecipe, overrides or ()), checkpoint, samples)
+    found = check_checkpoint(config.load(recipe, TrainRecipe, overrides or ()), checkpoint, samples)
     rich.print(found.table())
     if found.recorded_stats_hash not in (None, found.stats_hash):
         typer.echo(f"statistics of the data {found.stats_hash}, of the checkpoint {found.recorded_stats_hash}")
@@ -323,7 +302,7 @@ def check_features(
     samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
 ) -> None:
     """How close `data.features=decoded` is on the data of a training recipe: cosine to the true features."""
-    from sfd_scale.probe import decoded_cosine
+    from sfd_scale.check import decoded_cosine
     from sfd_scale.recipe import TrainRecipe
 
     mean, low = decoded_cosine(config.load(recipe, TrainRecipe, overrides or ()), samples)
@@ -342,32 +321,11 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
     sys.exit(1 if bad else 0)
 
 
-def run(command_line: typer.Typer) -> None:
-    """Run a command; a mistake of the user is one sentence, not a traceback (SFD_DEBUG=1 shows it).
-
-    A rank that fails leaves the process group as it is: to tear it down it would wait for the others, which may wait
-    for this one.
-    """
-    logs.setup()
-    try:
-        command_line()
-    except SystemExit as end:
-        if end.code in (0, None, REQUEUE_EXIT_CODE):
-            distributed.shutdown()
-        raise
-    except (ValueError, FloatingPointError, OSError) as error:
-        if "SFD_DEBUG" in os.environ:
-            raise
-        rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
-        logs.console.print(f"[bold red]error:[/] {escape(f'{rank}{error}')}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-
-
 def main() -> None:
     """The console script `sfd`."""
     # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
     sys.path.append(str(recipe_files.RECIPE_ROOT.parent))
-    run(app)
+    run_command(app)
 
 
 if __name__ == "__main__":

@@ -13,28 +13,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfd_scale import config, distributed, logs
-from sfd_scale.accelerators import bf16_products, ieee_float32, measured_flops, peak_flops
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
-from sfd_scale.data.reader import FeatureReader, ImageReader, LatentReader
-from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.divergence import DivergenceWatch
-from sfd_scale.ema import EMA
-from sfd_scale.engines.costs import held
+from sfd_scale.config import loader as config
+from sfd_scale.data.dataloader import FeatureReader, ImageReader, LatentReader
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
+from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine
-from sfd_scale.engines.footprint import Footprint, trace
 from sfd_scale.engines.fsdp import make_fsdp
-from sfd_scale.engines.replicas import require_replicas
-from sfd_scale.hangs import HangRecorder
-from sfd_scale.identity import check_state, trajectory
-from sfd_scale.latents import LatentLayout
-from sfd_scale.logs import MetricsWriter
-from sfd_scale.meter import Meter
+from sfd_scale.engines.optim import learning_rate
+from sfd_scale.engines.replica_check import require_replicas
 from sfd_scale.models import attention
-from sfd_scale.models.convnet import SmallConvNet, SmallConvNetConfig
-from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig, flops_per_sample
-from sfd_scale.objective import (
+from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
+from sfd_scale.models.make import bare_model
+from sfd_scale.models.semantic_vae import SemanticVAEConfig
+from sfd_scale.planning.costs import memory_per_rank
+from sfd_scale.planning.footprint import Footprint, trace
+from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import check_state, claim, trajectory
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.batch_split import BatchSplit, split_batch
+from sfd_scale.runtime.device import peak_flops
+from sfd_scale.runtime.hang_dump import HangDump
+from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.logging import log_summary
+from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, measured_flops, no_tf32
+from sfd_scale.runtime.profiling import StepProfiler
+from sfd_scale.tokenizers.make import make_features, make_semantic, make_texture
+from sfd_scale.training.alignment_targets import DecodedFeatures, OnlineFeatures
+from sfd_scale.training.divergence import DivergenceWatch
+from sfd_scale.training.metrics import TrainingMetrics
+from sfd_scale.training.metrics_writer import MetricsWriter
+from sfd_scale.training.objective import (
     ClassificationConfig,
     ClassificationObjective,
     Objective,
@@ -43,16 +52,7 @@ from sfd_scale.objective import (
     SemanticVAELossConfig,
     SemanticVAEObjective,
 )
-from sfd_scale.optim import learning_rate
-from sfd_scale.portions import Portions, portions
-from sfd_scale.profiling import StepProfiler
-from sfd_scale.recipe import TrainRecipe
-from sfd_scale.run_folder import claim
-from sfd_scale.run_lock import run_lock
-from sfd_scale.tokenizers.config import make_features, make_semantic, make_texture
-from sfd_scale.tokenizers.semantic_vae import SemanticVAE, SemanticVAEConfig
-from sfd_scale.tokenizers.targets import DecodedFeatures, OnlineFeatures
-from sfd_scale.trainer import Trainer
+from sfd_scale.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 Reader = LatentReader | ImageReader | FeatureReader
@@ -73,16 +73,16 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: s
             size.
     """
     # Before the process group, so that a start that hangs is recorded too.
-    with HangRecorder(run / "logs", recipe.train.timeout_s) as hangs:
+    with HangDump(run / "logs", recipe.train.timeout_s) as hangs:
         distributed.init(recipe.train.timeout_s)
         with run_lock(run):
             return _train(recipe, run, source, hangs, allow_foreign)
 
 
-def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecorder, allow_foreign: bool) -> bool:
-    split = portions(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
+def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangDump, allow_foreign: bool) -> bool:
+    split = split_batch(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
-    own = identity(recipe, reader)
+    own = compatibility(recipe, reader)
     check_texture(recipe, reader)
 
     def check(state: Mapping[str, Any]) -> None:
@@ -99,7 +99,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
     objective = make_objective(recipe, reader, engine.device)
     facts = _facts(recipe, split, engine, reader)
     claim(run, recipe, source, facts, allow_foreign)
-    metrics = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
+    writer = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
 
     def before_step(step: int) -> None:
@@ -111,26 +111,26 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangRecord
         engine=engine,
         objective=objective,
         batches=reader.batches,
-        accumulation=split.accumulation,
+        grad_accum_steps=split.grad_accum_steps,
         learning_rate=lambda step: learning_rate(recipe.optimizer.lr, recipe.lr, step, recipe.train.steps),
         ema=EMA(engine.fragments(), recipe.ema),
         checkpoints=checkpoints,
         snapshots=_snapshots(recipe, run),
-        meter=make_meter(recipe, engine.device),
+        metrics=make_metrics(recipe, engine.device),
         watch=DivergenceWatch(recipe.divergence, run),
-        metrics=metrics,
+        writer=writer,
         state=own,
         check_state=check,
         before_step=before_step,
     )
-    logs.summary(recipe.name, {**facts, "run folder": run})
+    log_summary(recipe.name, {**facts, "run folder": run})
     try:
-        exact = ieee_float32() if recipe.engine.precision == "fp32" else contextlib.nullcontext()
-        with exact, bf16_products(engine.device):
+        exact = no_tf32() if recipe.engine.precision == "fp32" else contextlib.nullcontext()
+        with exact, bf16_matmul_on_cpu(engine.device):
             finished = trainer.run()
     finally:
         profiler.close()
-        metrics.close()
+        writer.close()
         engine.close()
     # Launchers kill the ranks that are still at work when the first one leaves.
     distributed.barrier()
@@ -149,22 +149,6 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
     model = bare_model(recipe.model, recipe.latents, recipe.schedule)
     model.init_weights(recipe.seed)
     return model
-
-
-def bare_model(settings: Any, layout: LatentLayout, schedule: SemanticFirstSchedule) -> Any:
-    match settings:
-        case LightningDiTConfig():
-            return LightningDiT(
-                settings,
-                in_channels=layout.channels,
-                input_size=layout.size,
-                two_clocks=not schedule.synchronous,
-            )
-        case SemanticVAEConfig():
-            return SemanticVAE(settings)
-        case SmallConvNetConfig():
-            return SmallConvNet(settings)
-    raise AssertionError(settings)
 
 
 def make_engine(model: nn.Module, recipe: TrainRecipe) -> Engine:
@@ -203,12 +187,12 @@ def make_targets(
     targets: OnlineFeatures | DecodedFeatures | None = None
     if recipe.data.features == "online":
         online = make_features(recipe.tokenizer, device)
-        _check_identities("vision", reader, online.identities)
+        _check_fingerprints("vision", reader, online.fingerprints)
         targets = OnlineFeatures(online)
     elif recipe.data.features == "decoded":
         assert recipe.tokenizer.semantic is not None
         semantic = make_semantic(recipe.tokenizer.semantic, device)
-        _check_identities("semantic", reader, {"semantic": semantic.identity})
+        _check_fingerprints("semantic", reader, {"semantic": semantic.fingerprint})
         targets = DecodedFeatures(semantic, recipe.latents, reader.stats.to(device))
     dim = reader.feature_dim if targets is None else targets.dim
     if dim is None:
@@ -221,7 +205,7 @@ def make_targets(
     return targets
 
 
-def _check_identities(part: str, reader: Reader, own: Mapping[str, str]) -> None:
+def _check_fingerprints(part: str, reader: Reader, own: Mapping[str, str]) -> None:
     noted = reader.manifest.tokenizers.get(part)
     if noted is not None and noted != own[part]:
         raise ValueError(f"tokenizer.{part}: {own[part]}, but the data was encoded with {noted}; name that one")
@@ -240,23 +224,23 @@ def check_texture(recipe: TrainRecipe, reader: Reader) -> None:
         logger.warning("tokenizer.texture.weights: %s is not here; samples of this run need it", texture.weights)
     elif distributed.is_main():
         try:
-            _check_identities("texture", reader, {"texture": make_texture(texture, torch.device("cpu")).identity})
+            _check_fingerprints("texture", reader, {"texture": make_texture(texture, torch.device("cpu")).fingerprint})
         except Exception as error:  # noqa: BLE001 (the other ranks wait for the answer)
             failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     if failure := distributed.broadcast_object(failure):
         raise ValueError(failure)
 
 
-def make_meter(recipe: TrainRecipe, device: torch.device) -> Meter:
+def make_metrics(recipe: TrainRecipe, device: torch.device) -> TrainingMetrics:
     peak = peak_flops(device)
     if recipe.meter.peak == "measured":
         own = measured_flops(device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32)
         peak = distributed.all_reduce_mean(torch.tensor(own, dtype=torch.float64)).item()
         logger.info("peak of one rank, measured: %.4g TFLOP/s", peak / 1e12)
-    return Meter(device=device, flops_per_sample=_flops(recipe), peak_flops=peak)
+    return TrainingMetrics(device=device, flops_per_sample=_flops(recipe), peak_flops=peak)
 
 
-def make_reader(recipe: TrainRecipe, split: Portions) -> Reader:
+def make_reader(recipe: TrainRecipe, split: BatchSplit) -> Reader:
     data, kind = recipe.data, reader_kind(recipe)
     if isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.alignment_weight == 0:
         data = dataclasses.replace(data, features="none")  # what nobody looks at is not read
@@ -292,12 +276,12 @@ def reader_kind(recipe: TrainRecipe) -> type[Reader]:
     return FeatureReader if stored else ImageReader
 
 
-def identity(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
+def compatibility(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
     """What every checkpoint records, and what a resumed run has to share with it."""
     return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
 
 
-def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader) -> dict[str, str]:
+def _facts(recipe: TrainRecipe, split: BatchSplit, engine: Engine, reader: Reader) -> dict[str, str]:
     """What a run is, in words for people: shown before its first step and kept in environment.json."""
     count = sum(parameter.numel() for parameter in _bare_parameters(recipe))
     size = getattr(recipe.model, "size", None)
@@ -308,7 +292,7 @@ def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader)
         "engine": ", ".join(f"{name} {value}" for name, value in described.items() if name != "fragments"),
         "world": f"{split.world_size} ranks, {distributed.local_world_size()} a node, on {engine.device.type}",
         "global batch": (
-            f"{recipe.train.global_batch} = {split.micro_batch} × {split.accumulation} accumulation × "
+            f"{recipe.train.global_batch} = {split.micro_batch} × {split.grad_accum_steps} accumulation × "
             f"{split.world_size} ranks"
         ),
         "steps": f"{recipe.train.steps:,}",
@@ -324,11 +308,12 @@ def _facts(recipe: TrainRecipe, split: Portions, engine: Engine, reader: Reader)
     return facts
 
 
-def planned_memory(recipe: TrainRecipe, split: Portions, activations: bool) -> str:
+def planned_memory(recipe: TrainRecipe, split: BatchSplit, activations: bool) -> str:
     """Of the fullest rank, as `sfd plan` has it; without activations where memory is not what ends a run."""
-    planned = held(
+    planned = memory_per_rank(
         footprint(recipe, activations), recipe.engine, ranks=split.world_size,
-        ranks_per_node=distributed.local_world_size(), micro_batch=split.micro_batch, accumulation=split.accumulation,
+        ranks_per_node=distributed.local_world_size(), micro_batch=split.micro_batch,
+        grad_accum_steps=split.grad_accum_steps,
     )  # fmt: skip
     total, state, more, host = (
         f"{size / 2**30:.2f} GiB" for size in (planned.total, planned.state, planned.activations, planned.host)

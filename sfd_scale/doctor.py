@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from sfd_scale import network
-from sfd_scale.accelerators import fast_bf16, has_bf16
 from sfd_scale.engines import build_ops
 from sfd_scale.launch.agent import gpu_count
 from sfd_scale.models import attention
+from sfd_scale.runtime import network
+from sfd_scale.runtime.device import fast_bf16, has_bf16
 
 GIB = 2**30
 Level = Literal["ok", "warning", "error"]

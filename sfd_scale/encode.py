@@ -1,232 +1,99 @@
-"""Images → shards, on any number of ranks, in chunks that a second start does not repeat."""
+"""What comes before training: images or feature files → shards, and codecs in closed form."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from sfd_scale import config, distributed
-from sfd_scale.checks import at_least
-from sfd_scale.config import Incidental
-from sfd_scale.data.images import Source
-from sfd_scale.data.pixels import UnreadableImage
-from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
-from sfd_scale.latents import StatsAccumulator
-from sfd_scale.logs import progress
-from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
+from sfd_scale.data.convert import convert as convert_files
+from sfd_scale.data.encode import encode as encode_images
+from sfd_scale.data.sources import Source, make_source
+from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe
+from sfd_scale.runtime import distributed
+from sfd_scale.tokenizers.composite import FeatureTokenizer
+from sfd_scale.tokenizers.make import make_composite, make_features
+from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig, patch_rows
+from sfd_scale.tokenizers.pca import FeaturePCA, feature_rows, fit_in_order
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    """What is kept of each image.
-
-    image: its pixels. latents: the posterior mean, or `moments`, mean and log-variance, so that training draws anew
-    each time. features: the alignment features, for `shards`. flip: all of these of the mirrored image too.
-    """
-
-    image: bool = False
-    latents: Literal["none", "mean", "moments"] = "mean"
-    features: Literal["none", "shards"] = "none"
-    dtype: StoredDtype = "float16"
-    flip: bool = True
-    chunk: int = 512  # images a chunk
-    batch: Incidental[int] = 64  # images encoded at once
-    num_workers: Incidental[int] = 0  # processes that decode image files
-    skip_unreadable: Incidental[bool] = False
-
-    def __post_init__(self) -> None:
-        at_least(self, chunk=1, batch=1, num_workers=0)
-        if not (self.image or self.latents != "none" or self.features != "none"):
-            raise ValueError("latents: none, and nothing else is stored either; allowed: mean, moments, or image true")
+def encode(recipe: EncodeRecipe) -> None:
+    """Images to shards, on any number of ranks."""
+    distributed.init()
+    source = make_source(recipe.source)  # before networks that may have to be downloaded
+    tokenizer: FeatureTokenizer | None = None
+    if recipe.store.latents != "none":
+        tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
+    elif recipe.store.features != "none":
+        tokenizer = make_features(recipe.tokenizer, distributed.device())
+    encode_images(source, tokenizer, recipe.store, recipe.out, recipe)
 
 
-def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, recipe: Any) -> Manifest:
-    """Write shards, statistics and the manifest. Goes on where a start was cut off, and remakes shards that were lost;
-    returns at once where nothing is missing.
-
-    Args:
-        tokenizer: a composite one where latents are stored, else what makes the features, if these are.
-        recipe: the recipe that all of them are of; it is kept in the manifest.
-
-    Raises:
-        ValueError: if the folder holds another recipe's data, or images could not be read and may not be skipped.
-    """
-    identities = {} if tokenizer is None else tokenizer.identities
-    decisive = {**config.decisive(recipe), "tokenizers": identities}
-    count = -(-len(source) // store.chunk)
-    # Rank 0 decides for all, as files of other nodes may show late.
-    if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
-        claim(out, decisive)
-        logger.info("%s is complete", out)
-        return _checked(Manifest.read(out), store, out)
-    columns = _columns(source, tokenizer, store)
-    with working(out):
-        claim(out, decisive)
-        _write_chunks(source, tokenizer, store, out, columns, count)
-        manifest = finish(
-            out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
-            tokenizers=identities, recipe=config.to_dict(recipe), classes=getattr(source, "classes", ()),
-        )  # fmt: skip
-    logger.info("%s: %d samples", out, manifest.num_samples)
-    return _checked(manifest, store, out)
+def convert(recipe: ConvertRecipe) -> None:
+    """The authors' feature files to shards, on any number of ranks."""
+    distributed.init()
+    convert_files(recipe.convert, recipe.out)
 
 
-def _write_chunks(
-    source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, columns: Mapping[str, str],
-    count: int,
-) -> None:  # fmt: skip
-    """The chunks that are missing, shared by all ranks."""
-    claims = Claims(out, count)
-    spans = [range(c * store.chunk, min((c + 1) * store.chunk, len(source))) for c in range(count)]
-    todo = sum(len(spans[chunk]) for chunk in claims.todo)
-    with progress(len(source), f"encode {out.name}", "images") as bar:
-        bar.skip(len(source) - todo)
-        shown = 0
-        for chunk, batches in _claimed(source, claims, spans, store):
-            composite = tokenizer if isinstance(tokenizer, CompositeTokenizer) else None
-            note = ChunkNote([], None if composite is None else StatsAccumulator(composite.layout.channels))
-            write_chunk(out, chunk, columns, _rows(batches, tokenizer, store, note), note)
-            taken = min(claims.taken * store.chunk, todo)  # by all ranks
-            bar.advance(taken - shown)
-            shown = taken
-        claims.close()
+def fit(recipe: FitRecipe) -> None:
+    """A closed-form codec from the first images of a source, a batch at a time, on any number of ranks: each batch is
+    reduced by the rank whose turn it is and merged in the order of batches, so the file is the same to the last bit."""
+    distributed.init()
+    source = make_source(recipe.source)
+    count = min(recipe.num_images, len(source))
+    batches = [range(start, min(start + recipe.batch, count)) for start in range(0, count, recipe.batch)]
+    images = _images(source, batches[distributed.rank() :: distributed.world_size()], recipe.num_workers)
+    codec: PatchPCA | FeaturePCA
+    if isinstance(recipe.codec, PatchPCAFitConfig):
+        codec = _fit_patches(recipe.codec, images, len(batches), recipe)
+    else:
+        vision = make_features(recipe.tokenizer, distributed.device())
+        rows = (feature_rows(vision.features(batch.to(distributed.device()))) for batch in images)
+        codec = FeaturePCA(fit_in_order(rows, len(batches), recipe.codec.channels))
+    if distributed.is_main():
+        codec.save(recipe.out)
+        logger.info("%s: fitted to %d images, %s", recipe.out, count, codec.fingerprint)
+    distributed.barrier()
 
 
-def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
-    if manifest.unreadable and not store.skip_unreadable:
-        raise ValueError(
-            f"{len(manifest.unreadable)} images could not be read and are left out, listed in {out}/manifest.json; "
-            f"first: {manifest.unreadable[0]}; set store.skip_unreadable=true, which finishes this folder without "
-            "them, or mend them and encode into another one"
-        )
-    return manifest
+def _fit_patches(settings: PatchPCAFitConfig, images: Iterator[Tensor], count: int, recipe: FitRecipe) -> PatchPCA:
+    patch, channels, alignment = settings.patch, settings.channels, settings.alignment
+    if alignment == 0:
+        return PatchPCA(fit_in_order((patch_rows(batch, patch) for batch in images), count, channels))
+    device = distributed.device()
+    vision = make_features(recipe.tokenizer, device)
+
+    def rows(batch: Tensor) -> Tensor:
+        pixels, features = patch_rows(batch, patch), feature_rows(vision.features(batch.to(device))).cpu()
+        if len(pixels) != len(features):
+            sides = batch.shape[2] // patch, round((len(features) / len(batch)) ** 0.5)
+            raise ValueError(
+                f"codec.patch: {patch} makes a grid of {sides[0]}; allowed: {sides[1]}, as of the features"
+            )
+        return torch.cat([pixels, features], 1)
+
+    inputs = 3 * patch**2
+    return PatchPCA(
+        fit_in_order(map(rows, images), count, channels, lambda total: total.aligned(channels, inputs, alignment))
+    )
 
 
-def _columns(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig) -> dict[str, str]:
-    columns = {"id": "int", "label": "int"}
-    if store.image:
-        columns["image"] = f"ndarray:uint8:3,{source.size},{source.size}"
-    named: dict[str, str] = {}
-    if isinstance(tokenizer, CompositeTokenizer):
-        named["latents"] = encoding(store.dtype, tokenizer.layout.shape)
-        if store.latents == "moments":
-            named["logvar"] = named["latents"]
-    if tokenizer is not None and store.features == "shards":
-        if tokenizer.vision is None:
-            raise ValueError("store.features: shards, but tokenizer.vision is null; name a vision encoder")
-        grid = tokenizer.vision.grid(source.size)
-        named["features"] = encoding(store.dtype, (tokenizer.vision.dim, grid, grid))
-    assert (store.latents != "none") == isinstance(tokenizer, CompositeTokenizer)
-    for suffix in ("", FLIPPED) if store.flip else ("",):
-        columns |= {f"{name}{suffix}": form for name, form in named.items()}
-    return columns
-
-
-class _Images(Dataset[tuple[int, Tensor | str, int]]):
-    """A source for worker processes: an unreadable image comes back as its message."""
-
+class _Pixels(torch.utils.data.Dataset[Tensor]):
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
-        try:
-            image, label = self.source[index]
-        except UnreadableImage as error:
-            return index, str(error), -1
-        return index, image, label
+    def __getitem__(self, index: int) -> Tensor:
+        return self.source[index][0]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images (N, 3, H, W) uint8 that could be read, of those from `start` on, and messages for the others."""
-
-    start: int
-    ids: list[int]
-    labels: list[int]
-    images: Tensor
-    unreadable: list[str]
-
-    @classmethod
-    def of(cls, items: list[tuple[int, Tensor | str, int]]) -> _Batch:
-        images = [item for _, item, _ in items if isinstance(item, Tensor)]
-        whole = [(index, label) for index, item, label in items if isinstance(item, Tensor)]
-        return cls(
-            items[0][0], [index for index, _ in whole], [label for _, label in whole],
-            torch.stack(images) if images else torch.empty(0), [item for _, item, _ in items if isinstance(item, str)],
-        )  # fmt: skip
-
-
-class _Work(Sampler[list[int]]):
-    """The batches of the chunks that this rank claims, chunk by chunk."""
-
-    def __init__(self, claims: Claims, spans: list[range], batch: int) -> None:
-        self.claims, self.spans, self.batch = claims, spans, batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for chunk in self.claims:
-            ids = self.spans[chunk]
-            yield from (list(ids[start : start + self.batch]) for start in range(0, len(ids), self.batch))
-
-
-def _claimed(
-    source: Source, claims: Claims, spans: list[range], store: StoreConfig
-) -> Iterator[tuple[int, Iterator[_Batch]]]:
-    """Each chunk that this rank claims with its batches. Workers run on from chunk to chunk."""
+def _images(source: Source, batches: list[range], num_workers: int) -> Iterator[Tensor]:
     loader = DataLoader(
-        _Images(source), batch_sampler=_Work(claims, spans, store.batch), num_workers=store.num_workers,
-        collate_fn=_Batch.of, generator=torch.Generator(),
+        _Pixels(source), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers,
+        collate_fn=torch.stack, generator=torch.Generator(),
     )  # fmt: skip
-    batches = iter(loader)
-    for first in batches:
-        chunk = first.start // store.chunk
-        rest = -(-len(spans[chunk]) // store.batch) - 1
-        yield chunk, chain([first], islice(batches, rest))
-
-
-def _rows(
-    batches: Iterator[_Batch], tokenizer: FeatureTokenizer | None, store: StoreConfig, note: ChunkNote
-) -> Iterator[dict[str, Any]]:
-    """The rows of a chunk; fills the note."""
-    for batch in batches:
-        note.unreadable.extend(batch.unreadable)
-        if not batch.ids:
-            continue
-        parts: dict[str, np.ndarray[Any, Any]] = {"image": batch.images.numpy()} if store.image else {}
-        for suffix in ("", FLIPPED) if store.flip else ("",):
-            if tokenizer is not None:
-                turned = batch.images.flip(3) if suffix else batch.images
-                parts |= {f"{k}{suffix}": v for k, v in _encoded(tokenizer, store, turned, note.stats).items()}
-        for row, (index, label) in enumerate(zip(batch.ids, batch.labels, strict=True)):
-            yield {"id": index, "label": label, **{name: values[row] for name, values in parts.items()}}
-
-
-def _encoded(
-    tokenizer: FeatureTokenizer, store: StoreConfig, images: Tensor, stats: StatsAccumulator | None
-) -> dict[str, np.ndarray[Any, Any]]:
-    images = images.to(distributed.device())
-    if not isinstance(tokenizer, CompositeTokenizer):
-        return {"features": stored(tokenizer.features(images), store.dtype)}
-    encoded = tokenizer.encode(images)
-    parts: dict[str, Tensor] = {}
-    parts["latents"] = encoded.latents
-    if stats is not None:
-        stats.update(encoded.latents)
-    if store.latents == "moments":
-        if encoded.logvar is None:
-            raise ValueError("store.latents: moments, but these codecs have no posterior variance; allowed: mean")
-        parts["logvar"] = encoded.logvar
-    if store.features == "shards" and encoded.features is not None:
-        parts["features"] = encoded.features
-    return {name: stored(part, store.dtype) for name, part in parts.items()}
+    return iter(loader)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import yaml
 
-from sfd_scale import config, exports
-from sfd_scale.files import write_atomically, write_json
-from sfd_scale.latents import LatentStats
+from sfd_scale import export
+from sfd_scale.config import loader as config
+from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -40,10 +41,10 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
     own = (WEIGHTS, CARD, "recipe.yaml", "config.json", "stats.safetensors", "texture.safetensors", "results.json")
     if folder.exists() and (other := sorted({file.name for file in folder.iterdir()} - {*own, "samples.png", ".git"})):
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
-    weights = exports.export(run, folder / WEIGHTS, **which)
+    weights = export.export(run, folder / WEIGHTS, **which)
     for name in {*own, "samples.png"} - {WEIGHTS}:
         (folder / name).unlink(missing_ok=True)  # of the weights of an earlier call
-    note = exports.read_note(weights)
+    note = export.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
     write_atomically(folder / "recipe.yaml", config.to_yaml(recipe))
     if "stats" in note:
@@ -51,7 +52,7 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
         LatentStats(**stats).save(folder / "stats.safetensors")
     texture = recipe.tokenizer.texture
     if texture is not None and texture.weights is not None and texture.weights.is_file():
-        shutil.copyfile(texture.weights, folder / exports.TEXTURE)
+        shutil.copyfile(texture.weights, folder / export.TEXTURE)
     # The hub counts downloads of a file of this name.
     write_json(folder / "config.json", _config(recipe, note))
     # `watch` scores the plain average: its numbers are not those of other weights of the step.
@@ -103,7 +104,7 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
         f"`{WEIGHTS}` holds the weights in float32 by the authors' names and, in its metadata, the recipe, the "
         "statistics of the latents and the identities of the tokenizers. `recipe.yaml`, `stats.safetensors` "
         "(mean and std, float64) and `config.json` say the same in plain files."
-        + (f" `{exports.TEXTURE}` is the texture codec." if (folder / exports.TEXTURE).is_file() else ""),
+        + (f" `{export.TEXTURE}` is the texture codec." if (folder / export.TEXTURE).is_file() else ""),
         "## Limits\n\nThe images are of the classes and of the kind of images that the model was trained on, with "
         "their biases. Scores are comparable under the same extractor, reference, sampler and number of samples only.",
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
@@ -129,7 +130,7 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
     }
     if "stats_hash" in note:
         rows["Latent statistics"] = f"`{note['stats_hash'][:16]}`"
-        rows |= {f"Tokenizer, {name}": f"`{identity}`" for name, identity in note["tokenizers"].items()}
+        rows |= {f"Tokenizer, {name}": f"`{fingerprint}`" for name, fingerprint in note["tokenizers"].items()}
     return rows
 
 

@@ -5,42 +5,36 @@ A component's settings are the dataclass beside its class; here they are only co
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rich.table import Column, Table
-
-from sfd_scale import config, recipe_files
 from sfd_scale.checkpoint import CheckpointConfig
-from sfd_scale.checks import at_least
-from sfd_scale.config import Incidental
+from sfd_scale.config.bounds import at_least
+from sfd_scale.config.loader import Incidental
 from sfd_scale.data.convert import ConvertConfig
-from sfd_scale.data.images import SourceConfig
-from sfd_scale.data.reader import DataConfig
+from sfd_scale.data.dataloader import DataConfig
+from sfd_scale.data.encode import StoreConfig
+from sfd_scale.data.sources import SourceConfig
+from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.divergence import DivergenceConfig
-from sfd_scale.ema import EMAConfig
-from sfd_scale.encode import StoreConfig
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
+from sfd_scale.engines.ema import EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig
-from sfd_scale.latents import LatentLayout
-from sfd_scale.logs import WandbConfig
-from sfd_scale.meter import MeterConfig
+from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.models.attention import AttentionBackend
-from sfd_scale.models.convnet import SmallConvNetConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
-from sfd_scale.objective import ROTATIONS, ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
-from sfd_scale.optim import AdamWConfig, ScheduleConfig
-from sfd_scale.profiling import ProfileConfig
-from sfd_scale.tokenizers.config import CompositeConfig
+from sfd_scale.models.semantic_vae import SemanticVAEConfig
+from sfd_scale.runtime.profiling import ProfileConfig
+from sfd_scale.tokenizers.make import CompositeConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
 from sfd_scale.tokenizers.pca import FeaturePCAFitConfig
-from sfd_scale.tokenizers.semantic_vae import SemanticVAEConfig
-from sfd_scale.trainer import TrainerConfig
+from sfd_scale.toy.convnet import SmallConvNetConfig
+from sfd_scale.training.divergence import DivergenceConfig
+from sfd_scale.training.metrics import TrainingMetricsConfig
+from sfd_scale.training.metrics_writer import WandbConfig
+from sfd_scale.training.objective import ROTATIONS, ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
+from sfd_scale.training.trainer import TrainerConfig
 
 ModelConfig = LightningDiTConfig | SemanticVAEConfig | SmallConvNetConfig
 ObjectiveConfig = SemanticFirstConfig | SemanticVAELossConfig | ClassificationConfig
@@ -84,7 +78,7 @@ class TrainRecipe:
     init_from: InitConfig | None = None
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    meter: Incidental[MeterConfig] = field(default_factory=MeterConfig)
+    meter: Incidental[TrainingMetricsConfig] = field(default_factory=TrainingMetricsConfig)
     profile: Incidental[ProfileConfig] = field(default_factory=ProfileConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     wandb: Incidental[WandbConfig] = field(default_factory=WandbConfig)
@@ -188,65 +182,4 @@ class ConvertRecipe:
     out: Incidental[Path]
 
 
-_KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe, "convert": ConvertRecipe}
-# Recipes of the evaluation harness have a type of its own there; this package does not import it.
-ABOVE = "eval"
-
-
-def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
-    """A recipe of any kind, by its `kind` key.
-
-    Raises:
-        ConfigError: naming the kinds, if the file is a part that only other recipes extend.
-    """
-    kind = config.kind_of(name, overrides)
-    if kind == ABOVE:
-        return config.load(name, harness("recipe").EvalRecipe, overrides)
-    if kind == "study":
-        return config.load(name, harness("study_recipe").StudyRecipe, overrides)
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise config.ConfigError(f"kind: {kind!r} in {name}; allowed: {', '.join([*_KINDS, ABOVE, 'study'])}")
-    return config.load(name, _KINDS[kind], overrides)
-
-
-def harness(module: str) -> Any:
-    """A module of the evaluation harness: by name, at run time, as it is the layer above.
-
-    Raises:
-        ValueError: where the package is installed without its checkout, in which alone the harness stands.
-    """
-    try:
-        return import_module(f"{ABOVE}.{module}")
-    except ModuleNotFoundError as error:
-        if error.name not in (ABOVE, f"{ABOVE}.{module}"):
-            raise
-        raise ValueError("the evaluation harness is not installed; run this in a checkout of sfd-scale") from error
-
-
-def summary_table() -> Table:
-    """The complete recipes with model, engine, global batch, and the number they are to reach."""
-    names = ("recipe", "kind", "model", "engine", "global batch", "published")
-    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
-    for name in recipe_files.recipe_names():
-        if config.kind_of(name) is None:
-            continue
-        loaded = load_any(name)
-        row = ["", "", ""]
-        if isinstance(loaded, TrainRecipe):
-            row = [_model(loaded), _engine(loaded), str(loaded.train.global_batch)]
-        table.add_row(name, loaded.kind, *row, getattr(loaded, "published", None) or "")
-    return table
-
-
-def _model(recipe: TrainRecipe) -> str:
-    model = recipe.model
-    if isinstance(model, LightningDiTConfig) and model.size is not None:
-        return f"{model.kind} {model.size}/{model.patch_size}"
-    return model.kind
-
-
-def _engine(recipe: TrainRecipe) -> str:
-    engine = recipe.engine
-    fields = {f.name for f in dataclasses.fields(engine)}
-    detail = next((str(getattr(engine, name)) for name in ("zero_stage", "sharding") if name in fields), "")
-    return f"{engine.kind} {detail}"
+KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe, "convert": ConvertRecipe}

@@ -1,117 +1,118 @@
-"""From a seed and image numbers to images. Image i is a function of (weights, sampler, seed, i) and nothing else.
-
-Its noise comes from a generator of its own and its label from one table; batches have one fixed size, so that every
-kernel sees the same rows whatever the number of ranks or the order in which batches are done.
-
-N images · C channels · H, W latent grid · B the fixed batch.
-"""
+"""An exported checkpoint as a model that draws images; `sfd sample`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfd_scale import seeding
-from sfd_scale.diffusion.guidance import Velocity
-from sfd_scale.diffusion.samplers import SamplerConfig, sample
+from sfd_scale import checkpoint
+from sfd_scale.config import loader as config
+from sfd_scale.diffusion.guidance import NoGuidance, guided
+from sfd_scale.diffusion.latents import LatentLayout, LatentStats
+from sfd_scale.diffusion.sampler import Sampler
+from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.latents import LatentLayout, LatentStats
+from sfd_scale.export import TEXTURE, read_note, require_note
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+from sfd_scale.models.make import bare_model
+from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime import distributed
+from sfd_scale.tokenizers.make import TextureConfig, make_texture
+from sfd_scale.training.objective import SemanticFirstConfig
 
-Decode = Callable[[Tensor], Tensor]
-"""Raw latents (N, C, H, W) → images (N, 3, H', W') uint8."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """images (N, 3, H', W') uint8 and the velocity evaluations that each took, nfe (N,) int64."""
-
-    images: Tensor
-    nfe: Tensor
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Latents as the codec takes them, (B, C, H, W) with the copies that fill the batch up; nfe (N,) int64."""
+class Loaded:
+    """A trained model with all that turns its latents into images."""
 
-    latents: Tensor
-    nfe: Tensor
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """All that turns image numbers into images. `kinks` are further jumps of the velocity (guidance.interval_kinks);
-    `decode_batch` latents are decoded at once, all of a batch by default."""
-
-    velocity: Velocity
+    model: LightningDiT
     layout: LatentLayout
     schedule: SemanticFirstSchedule
-    config: SamplerConfig
     stats: LatentStats
-    decode: Decode
-    seed: int
-    batch: int
-    device: torch.device
-    kinks: tuple[float, ...] = ()
-    decode_batch: int | None = None
-
-    def images(self, indices: Sequence[int], labels: Tensor) -> Sampled:
-        """The images of the given numbers and labels (N,), N at most B; see `draw` and `pixels`."""
-        drawn = self.draw(indices, labels)
-        return Sampled(self.pixels(drawn), drawn.nfe)
-
-    @torch.no_grad()
-    def draw(self, indices: Sequence[int], labels: Tensor) -> Drawn:
-        """The latents of the given numbers and labels (N,), N at most B.
-
-        A short batch is filled up with its last image: B rows are always computed.
-
-        Raises:
-            FloatingPointError: if a latent is not finite, naming the image.
-        """
-        assert 0 < len(indices) <= self.batch and len(labels) == len(indices)
-        padding = self.batch - len(indices)
-        padded = [*indices, *[indices[-1]] * padding]
-        classes = torch.cat([labels, labels[-1:].expand(padding)]).to(self.device)
-        noise = noise_of(self.seed, padded, self.layout).to(self.device)
-        result = sample(self.velocity, noise, classes, self.schedule, self.layout, self.config, self.kinks)
-        _check_finite(result.x, padded)
-        return Drawn(self.stats.denormalize(result.x), result.nfe[: len(indices)].cpu())
-
-    @torch.no_grad()
-    def pixels(self, drawn: Drawn) -> Tensor:
-        """Decode latents, `decode_batch` at a time, and drop the copies: (N, 3, H', W') uint8."""
-        parts = [self.decode(part) for part in drawn.latents.split(self.decode_batch or self.batch)]
-        images = torch.cat(parts) if len(parts) > 1 else parts[0]
-        assert images.dtype == torch.uint8
-        return images[: len(drawn.nfe)]
+    decode: Callable[[Tensor], Tensor]
+    num_classes: int
+    null_label: int | None  # the label of no class; None for a model that was never trained on it
+    provenance: dict[str, Any]
 
 
-def noise_of(seed: int, indices: Sequence[int], layout: LatentLayout) -> Tensor:
-    """The starting noise of each image, from its own CPU generator: (N, C, H, W) float32."""
-    return seeding.normal(seed, "sample_noise", [(index,) for index in indices], layout.shape)
+def load_for_sampling(path: Path, device: torch.device) -> Loaded:
+    """The model of an exported file in eval mode, and the texture codec that its data was made with.
 
-
-def balanced_labels(seed: int, count: int, num_classes: int) -> Tensor:
-    """The label of every image, each class as often as the others to within one: (count,) int64.
-
-    Shuffled: in class order, an Inception Score over splits of the file halves.
+    Raises:
+        ValueError: if the file is not an export of a diffusion run, or the codec is not the one of its data.
     """
-    return (torch.arange(count) % num_classes)[seeding.permutation(seed, "labels", count)]
-
-
-def iid_labels(seed: int, count: int, num_classes: int) -> Tensor:
-    """Independent uniform labels: (count,) int64."""
-    return torch.randint(num_classes, (count,), generator=seeding.generator(seed, "labels_iid"))
-
-
-def _check_finite(x: Tensor, indices: Sequence[int]) -> None:
-    bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad:
-        numbers = sorted({indices[row] for row in bad})
-        raise FloatingPointError(
-            f"{len(numbers)} images have latents that are not finite (image {numbers[0]} first): the weights are "
-            "broken, or bf16 or the guidance scale is too much for them; try precision=fp32, or a smaller scale"
+    note = read_note(path)
+    recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
+    if not isinstance(recipe.model, LightningDiTConfig):
+        raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
+    if "stats" not in note:
+        raise ValueError(f"{path}: without the statistics of its latents; import it again with --stats")
+    require_note(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
+    if recipe.tokenizer.texture is None:
+        raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
+    model = bare_model(recipe.model, recipe.latents, recipe.schedule)
+    weights = checkpoint.load_weights(path)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit its recipe's model and latents: {error}") from error
+    missing = [name for name in missing if name not in dict(model.named_buffers())]
+    if missing or unexpected:
+        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
+    texture = make_texture(_codec_beside(path, recipe.tokenizer.texture), device)
+    if texture.fingerprint not in note["tokenizers"].values():
+        raise ValueError(
+            f"{path}: trained on latents of {note['tokenizers']}, but its tokenizer.texture is {texture.fingerprint}; "
+            "start the run again with the tokenizer.texture that the data was encoded with (it has nothing left to "
+            "train), and export again"
         )
+    dropped = isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.label_dropout > 0
+    stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
+
+    def decode(latents: Tensor) -> Tensor:
+        return texture.decode(recipe.latents.split(latents)[0])
+
+    return Loaded(
+        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, recipe.model.num_classes,
+        recipe.model.num_classes if dropped else None,
+        {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
+    )  # fmt: skip
+
+
+def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
+    """The codec of a folder for the hub, where the file that the recipe names is not on this machine. Its identity is
+    checked like any other's."""
+    beside = path.with_name(TEXTURE)
+    missing = texture.weights is not None and not texture.weights.exists() and beside.is_file()
+    return dataclasses.replace(texture, weights=beside) if missing else texture
+
+
+def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:
+    """Draw images by Euler's method without guidance, the classes in turn or one of them, as a PNG grid."""
+    device = distributed.device()
+    loaded = load_for_sampling(checkpoint_file, device)
+    if label is not None and not 0 <= label < loaded.num_classes:
+        raise ValueError(f"--label: {label}; allowed: 0 to {loaded.num_classes - 1}")
+    velocity = guided(loaded.model, NoGuidance(), loaded.layout)
+    sampler = Sampler(
+        velocity, loaded.layout, loaded.schedule, EulerConfig(num_steps=steps), loaded.stats, loaded.decode,
+        seed, count, device,
+    )  # fmt: skip
+    labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)
+    images = sampler.images(range(count), labels).images
+    from torchvision.utils import save_image  # it imports the compiler, which takes seconds
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
+    logger.info("%s: %d images", out, count)
+    return out

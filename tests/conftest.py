@@ -34,7 +34,7 @@ def group_of(key: str) -> str:
 
 def arrays_table() -> Iterator[str]:
     """A row for each group of arrays that were compared, and the names of those that were not."""
-    from golden_arrays import COMPARED, manifest
+    from tests.helpers.golden_arrays import COMPARED, manifest
 
     rows: dict[str, list[str]] = {}
     for key in COMPARED:
@@ -53,10 +53,10 @@ def arrays_table() -> Iterator[str]:
 
 
 def exact_table() -> Iterator[str]:
-    from golden_arrays import EXACT
+    from tests.helpers.golden_arrays import EXACT
 
     yield "| dopri5 | Error control | Steps | Evaluations | Distance from the exact solution |"
     yield "|---|---|---|---:|---:|"
     for (what, control, jump), found in EXACT.items():
         calls = str(found.fewest) if found.fewest == found.most else f"{found.fewest} to {found.most}"
-        yield f"| {what} | {control} | {'end at jumps' if jump else 'across'} | {calls} | {found.error:.1e} |"
+        yield f"| {what} | {control} | {'end at discontinuities' if jump else 'across'} | {calls} | {found.error:.1e} |"

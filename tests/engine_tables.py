@@ -1,4 +1,4 @@
-"""Measure the tables of docs/engines.md and write them there: `python tests/engine_tables.py [FOLDER]`.
+"""Measure the tables of docs/engines.md and write them there: `python -m tests.engine_tables [FOLDER]`.
 
 Some 340 small trainings on 1, 2 and 4 gloo ranks of this machine. What FOLDER holds from an earlier call, cut off, is
 not measured again. Fails where a bound of `agreement.py` does not hold.
@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import agreement
-from agreement import ACCUMULATIONS, BOUNDS, ENGINES, RESUMED, WORLDS, Cell
+from tests.helpers import agreement
+from tests.helpers.agreement import ACCUMULATIONS, BOUNDS, ENGINES, RESUMED, WORLDS, Cell
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "engines.md"
-START, END = "<!-- tables: python tests/engine_tables.py -->", "<!-- end of tables -->"
+START, END = "<!-- tables: python -m tests.engine_tables -->", "<!-- end of tables -->"
 NOT_MEASURED = "–"
 
 

@@ -1,9 +1,9 @@
 """Checkpoints that any engine at any world size can read: save, load, latest, prune, export."""
 
-from sfd_scale.checkpoint.export import export, load_weights, save_weights, start_weights
 from sfd_scale.checkpoint.folder import CheckpointError, checkpoint_hash, committed, read_state
 from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager, power_averages
 from sfd_scale.checkpoint.posthoc import reconstruct
+from sfd_scale.checkpoint.weights import export_weights, load_weights, save_weights, start_weights
 
 __all__ = [
     "CheckpointConfig",
@@ -11,7 +11,7 @@ __all__ = [
     "CheckpointManager",
     "checkpoint_hash",
     "committed",
-    "export",
+    "export_weights",
     "load_weights",
     "power_averages",
     "read_state",

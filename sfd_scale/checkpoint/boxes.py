@@ -10,8 +10,8 @@ import torch
 import torch.distributed.checkpoint
 from torch import Tensor
 
-from sfd_scale import distributed
 from sfd_scale.engines.engine import Fragment
+from sfd_scale.runtime import distributed
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
 

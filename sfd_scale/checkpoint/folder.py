@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from sfd_scale.files import sha256
+from sfd_scale.runtime.files import sha256
 
 FORMAT = 1
 _TENSORS = re.compile(r"__\d+_\d+\.distcp")

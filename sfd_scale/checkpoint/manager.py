@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from sfd_scale import distributed
 from sfd_scale.checkpoint import folder as files
 from sfd_scale.checkpoint.boxes import (
     PARAMS_PART,
@@ -35,11 +34,12 @@ from sfd_scale.checkpoint.boxes import (
     stored_shapes,
 )
 from sfd_scale.checkpoint.folder import CheckpointError
-from sfd_scale.checks import above, at_least
-from sfd_scale.config import Incidental
-from sfd_scale.ema import EMA
+from sfd_scale.config.bounds import above, at_least
+from sfd_scale.config.loader import Incidental
+from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
-from sfd_scale.files import sha256
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import sha256
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sfd_scale.checkpoint.export import load_part
 from sfd_scale.checkpoint.folder import committed, parts_of, read_state
-from sfd_scale.ema import check_length, length_of, power_exponent
+from sfd_scale.checkpoint.weights import load_part
+from sfd_scale.engines.ema import check_length, length_of, power_exponent
 
 Floats = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sfd_scale.data.manifest import MANIFEST, STATS, Manifest
 from sfd_scale.data.mosaic import streaming
-from sfd_scale.data.schema import MANIFEST, STATS, Manifest
 
 _RETRIES, _TIMEOUT_S = 3, 600.0
 _INCOMING, _LOCKS = ".incoming", ".locks"

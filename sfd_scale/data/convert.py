@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sfd_scale import distributed
-from sfd_scale.checks import at_least
-from sfd_scale.data.rows import LocalRows
-from sfd_scale.data.schema import FLIPPED, Manifest, StoredDtype, encoding, stored
+from sfd_scale.config.bounds import at_least
+from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
+from sfd_scale.data.mds_reader import LocalRows
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
-from sfd_scale.latents import LatentLayout, LatentStats, StatsAccumulator
-from sfd_scale.logs import progress
+from sfd_scale.diffusion.latents import LatentLayout, LatentStats, StatsAccumulator
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -96,7 +96,7 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
         raise ValueError(f"{out}: {manifest.num_samples} samples, of {starts[-1]}; remove it and convert again")
     if config.stats is not None and distributed.is_main():
         texture, semantic = config.stats
-        LatentStats.from_authors(texture, semantic, config.layout).save(out / "stats_authors.safetensors")
+        LatentStats.from_official(texture, semantic, config.layout).save(out / "stats_authors.safetensors")
     logger.info("%s: %d samples of %d files", out, manifest.num_samples, len(files))
     return manifest
 

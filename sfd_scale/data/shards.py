@@ -8,11 +8,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sfd_scale.data.cache import ShardCache, fetch_description
+from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, index_sha256, read_index
+from sfd_scale.data.mds_reader import MEND, LocalRows, Rows, Shard
 from sfd_scale.data.mosaic import streaming
-from sfd_scale.data.rows import MEND, LocalRows, Rows, Shard
-from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256, read_index
-from sfd_scale.files import sha256
-from sfd_scale.latents import LatentStats
+from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.runtime.files import sha256
 
 
 class CachedRows(LocalRows):

@@ -20,12 +20,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save
 
-from sfd_scale import distributed
+from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, index_sha256
 from sfd_scale.data.mosaic import streaming
-from sfd_scale.data.schema import MANIFEST, STATS, Manifest, index_sha256
-from sfd_scale.files import write_json
-from sfd_scale.latents import StatsAccumulator
-from sfd_scale.run_lock import run_lock
+from sfd_scale.diffusion.latents import StatsAccumulator
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.locks import run_lock
 
 CHUNKS = "chunks"
 

@@ -88,7 +88,7 @@ def integrate(
     x: Tensor,
     y: Tensor,
     end: float,
-    jumps: Sequence[float],
+    discontinuities: Sequence[float],
     tolerance: Tolerance,
     *,
     stop_at_end: bool,
@@ -104,8 +104,8 @@ def integrate(
         FloatingPointError: if the field or the step size is not finite.
     """
     last = end if stop_at_end else float("inf")
-    bounds = torch.tensor([0.0, *jumps, last], dtype=torch.float64, device=x.device)
-    inside = bounds if stop_at_end or jumps else torch.tensor([-float("inf"), float("inf")]).to(bounds)
+    bounds = torch.tensor([0.0, *discontinuities, last], dtype=torch.float64, device=x.device)
+    inside = bounds if stop_at_end or discontinuities else torch.tensor([-float("inf"), float("inf")]).to(bounds)
     out, calls = torch.empty_like(x), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     state = _start(field, x, y, inside, tolerance)
     while len(state.row):

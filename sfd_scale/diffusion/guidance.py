@@ -15,9 +15,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale.checks import at_least
+from sfd_scale.config.bounds import at_least
+from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
-from sfd_scale.latents import LatentLayout
 
 Velocity = Callable[[Tensor, Clocks, Tensor], Tensor]
 """(x (N, C, H, W), clocks (N,), labels (N,)) → dx/dt (N, C, H, W)."""
@@ -116,11 +116,11 @@ def guided(
             return _autoguidance(model, config, layout, guide)
 
 
-def interval_kinks(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> tuple[float, ...]:
+def interval_discontinuities(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> tuple[float, ...]:
     """Global times at which guidance sets in, so that the velocity field jumps (arXiv 2404.07724)."""
     if isinstance(config, NoGuidance) or config.interval_start == 0:
         return ()
-    semantic, texture = schedule.crossings(config.interval_start)
+    semantic, texture = schedule.inverse_clock(config.interval_start)
     return tuple(
         time for part, time in (("semantic", semantic), ("texture", texture)) if config.interval_mode in (part, "both")
     )
@@ -199,7 +199,7 @@ def _combine(
     if rows is not None and len(rows) == 0:
         return good
     near, texture, semantic = (part if rows is None else part[rows] for part in (good, acts.texture, acts.semantic))
-    scale = layout.spread(config.scale_texture, config.scale_semantic, like=near)
-    where = layout.spread(texture, semantic, like=near).bool()
+    scale = layout.per_channel(config.scale_texture, config.scale_semantic, like=near)
+    where = layout.per_channel(texture, semantic, like=near).bool()
     mixed = torch.where(where, bad + scale * (near - bad), near)
     return mixed if rows is None else good.index_copy(0, rows, mixed)

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd_scale.checks import at_least
+from sfd_scale.config.bounds import at_least
 from sfd_scale.diffusion.adaptive import INSIDE, Field, Tolerance, integrate
 from sfd_scale.diffusion.guidance import Velocity
+from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.latents import LatentLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def sample(
     schedule: SemanticFirstSchedule,
     layout: LatentLayout,
     config: SamplerConfig,
-    kinks: Sequence[float] = (),
+    discontinuities: Sequence[float] = (),
 ) -> SampleResult:
     """Integrate the flow from noise to data (arXiv 2512.04926).
 
@@ -146,16 +146,16 @@ def sample(
     """
 
     def field(x: Tensor, g: Tensor, labels: Tensor) -> Tensor:
-        mask = layout.spread(*schedule.moving(g), like=x)
+        mask = layout.per_channel(*schedule.active_mask(g), like=x)
         return velocity(x, schedule.clocks(g), labels) * mask
 
-    jumps = sorted({*schedule.kinks(), *kinks}) if config.jump else []
+    discontinuities = sorted({*schedule.discontinuities(), *discontinuities}) if config.jump else []
     if isinstance(config, Dopri5Config):
         tolerance = Tolerance(config.rtol, config.atol, per_sample=config.error_control == "sample")
         # The end as the float32 grid has it: the clocks of fixed-step methods end there too.
         end = schedule.grid(1)[-1].item()
-        return SampleResult(*integrate(field, noise, y, end, jumps, tolerance, stop_at_end=config.jump))
-    times = snap(schedule.grid(config.num_steps, config.shift), jumps)
+        return SampleResult(*integrate(field, noise, y, end, discontinuities, tolerance, stop_at_end=config.jump))
+    times = snap(schedule.grid(config.num_steps, config.shift), discontinuities)
     x = noise
     for state in trajectory(field, noise, y, times, TABLEAUX[config.kind], INSIDE if config.jump else 0.0):
         x = state
@@ -173,19 +173,21 @@ def evaluation_times(schedule: SemanticFirstSchedule, config: SamplerConfig) -> 
     return (times[:-1, None] + stages * times.diff()[:, None]).flatten()
 
 
-def snap(times: Tensor, jumps: Sequence[float]) -> Tensor:
+def snap(times: Tensor, discontinuities: Sequence[float]) -> Tensor:
     """The grid (K + 1,) with its nearest inner points moved onto the jumps, in order.
 
     Raises:
         ValueError: if there are fewer inner points than jumps.
     """
     inner = len(times) - 2
-    if len(jumps) > inner:
-        raise ValueError(f"num_steps: {inner + 1}; allowed: {len(jumps) + 1} and up to end a step at each jump")
+    if len(discontinuities) > inner:
+        raise ValueError(
+            f"num_steps: {inner + 1}; allowed: {len(discontinuities) + 1} and up to end a step at each jump"
+        )
     times, taken = times.clone(), 0
-    for number, jump in enumerate(jumps):
+    for number, jump in enumerate(discontinuities):
         # Leave a point for each jump that is still to come.
-        free = times[taken + 1 : len(times) - 1 - (len(jumps) - 1 - number)]
+        free = times[taken + 1 : len(times) - 1 - (len(discontinuities) - 1 - number)]
         taken += 1 + int((free - jump).abs().argmin())
         times[taken] = jump
     return times

@@ -48,7 +48,7 @@ class SemanticFirstSchedule:
             return Clocks(g, g)
         return Clocks((g - self.delta_t).clamp(min=0), g.clamp(max=1))
 
-    def moving(self, g: Tensor) -> Clocks:
+    def active_mask(self, g: Tensor) -> Clocks:
         """Which part has a velocity at g: semantics while g <= 1, texture from delta_t on (arXiv 2512.04926).
 
         With one clock both always move.
@@ -58,11 +58,11 @@ class SemanticFirstSchedule:
             return Clocks(both, both)
         return Clocks(g >= self.delta_t, g <= 1)
 
-    def kinks(self) -> tuple[float, ...]:
+    def discontinuities(self) -> tuple[float, ...]:
         """Global times at which a part starts or stops, so that the velocity field jumps (from `moving`)."""
         return tuple(sorted({self.delta_t, 1.0} - {0.0, self.end}))
 
-    def crossings(self, time: float) -> tuple[float, float]:
+    def inverse_clock(self, time: float) -> tuple[float, float]:
         """Global times at which the (semantic, texture) clock passes `time` (the inverse of `clocks`)."""
         return time, time + self.delta_t
 
@@ -70,7 +70,7 @@ class SemanticFirstSchedule:
         """Global times for u in [0, 1], a share of the whole run (arXiv 2512.04926)."""
         return u * self.end
 
-    def share(self, g: Tensor) -> Tensor:
+    def progress(self, g: Tensor) -> Tensor:
         """The inverse of `time_from_uniform`: how much of the run (arXiv 2512.04926) has passed, 0 .. 1."""
         return g / self.end
 

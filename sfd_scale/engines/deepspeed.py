@@ -18,21 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sfd_scale import distributed
-from sfd_scale.accelerators import HostCopy
-from sfd_scale.engines.blocks import prepare_blocks
+from sfd_scale.engines.block_transforms import prepare_blocks
 from sfd_scale.engines.build_ops import use_own_builds
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
     StepResult,
     check_fragments,
-    check_replicas,
+    check_same_weights,
     describe_fragments,
     ensure_group,
 )
-from sfd_scale.engines.replicas import Replicas
-from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
+from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
+from sfd_scale.engines.replica_check import Replicas
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.device import HostCopy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> None:
         ensure_group()
-        check_replicas(model)
+        check_same_weights(model)
         use_own_builds()
         import deepspeed  # slow, and it probes the machine: only when it is used
 

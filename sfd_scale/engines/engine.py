@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sfd_scale import distributed
-from sfd_scale.engines.blocks import Checkpointing
-from sfd_scale.engines.replicas import Replicas
+from sfd_scale.engines.block_transforms import Checkpointing
+from sfd_scale.engines.replica_check import Replicas
+from sfd_scale.runtime import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +110,14 @@ def ensure_group() -> None:
         return
     if distributed.launched():
         raise ValueError(
-            "a launcher set WORLD_SIZE and RANK; call sfd_scale.distributed.init() before making an engine"
+            "a launcher set WORLD_SIZE and RANK; call sfd_scale.runtime.distributed.init() before making an engine"
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def check_replicas(model: nn.Module) -> None:
+def check_same_weights(model: nn.Module) -> None:
     """Every rank must bring the same weights: FSDP2 would otherwise join shards of different models in silence."""
     if distributed.world_size() == 1:
         return

@@ -14,20 +14,20 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sfd_scale import distributed
-from sfd_scale.accelerators import HostCopy
-from sfd_scale.engines.blocks import blocks_of, prepare_blocks, use_float8
+from sfd_scale.engines.block_transforms import blocks_of, prepare_blocks, use_float8
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
     StepResult,
     check_fragments,
-    check_replicas,
+    check_same_weights,
     describe_fragments,
     ensure_group,
 )
-from sfd_scale.engines.replicas import Replicas
-from sfd_scale.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
+from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
+from sfd_scale.engines.replica_check import Replicas
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.device import HostCopy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class FSDPEngine:
 
     def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> None:
         ensure_group()
-        check_replicas(model)
+        check_same_weights(model)
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         if config.float8:

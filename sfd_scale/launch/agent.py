@@ -19,8 +19,9 @@ if __name__ == "__main__":
 
 import psutil
 
-from sfd_scale import config, network
+from sfd_scale.config import loader as config
 from sfd_scale.launch import status
+from sfd_scale.runtime import network
 
 RANK_FILE = str(Path(__file__).with_name("rank.py"))
 # Another release of one of these on one host is another numeric result at best, and a hang at worst.

@@ -19,12 +19,13 @@ from typing import Any
 
 import psutil
 
-from sfd_scale import config, network
+from sfd_scale.config import loader as config
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.environment import exported, quoted_for_pdsh, read_env_file, write_env_file
 from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments
-from sfd_scale.launch.supervisor import Launch, new_identity
-from sfd_scale.portions import portions
+from sfd_scale.launch.supervisor import Launch, new_launch_id
+from sfd_scale.runtime import network
+from sfd_scale.runtime.batch_split import split_batch
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
@@ -80,7 +81,7 @@ class Work:
         batch = train.get("global_batch") if isinstance(train, Mapping) and self.arguments[0] == "train" else None
         if isinstance(batch, int) and batch > 0:
             micro = train.get("micro_batch") if isinstance(train, Mapping) else None
-            portions(batch, micro if isinstance(micro, int) and micro > 0 else None, world_size)
+            split_batch(batch, micro if isinstance(micro, int) and micro > 0 else None, world_size)
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -123,7 +124,7 @@ def make_launch(launcher: str, work: Work, environment: Mapping[str, str]) -> La
     folder.mkdir(parents=True, exist_ok=True)
     ready = {
         **environment,
-        status.LAUNCH_ID: environment.get("JOB_ID") or environment.get("SLURM_JOB_ID", "") + new_identity(),
+        status.LAUNCH_ID: environment.get("JOB_ID") or environment.get("SLURM_JOB_ID", "") + new_launch_id(),
         status.LOG_FOLDER: str(folder),
         status.SHUTDOWN_TIMEOUT: str(number(environment, "SHUTDOWN_TIMEOUT", 300)),
     }

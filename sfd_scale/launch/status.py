@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sfd_scale.files import write_json
-from sfd_scale.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
+from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 
 # The environment of everything that one launch starts.
 LAUNCH_ID = "SFD_LAUNCH_ID"

@@ -43,7 +43,7 @@ class Launch:
         hears no stop signal.
     """
 
-    identity: str
+    launch_id: str
     command: Sequence[str]
     environment: dict[str, str]
     log_folder: Path
@@ -57,8 +57,8 @@ class Launch:
     def signal_ranks(self, signum: int) -> int:
         """Signal all ranks on all hosts; returns how many there are (signal 0 only counts)."""
         if not self.hosts:
-            return agent.send(self.identity, signum, self.node)
-        arguments = [{"launch": self.identity, "signum": int(signum), "node": n} for n in range(len(self.hosts))]
+            return agent.send(self.launch_id, signum, self.node)
+        arguments = [{"launch": self.launch_id, "signum": int(signum), "node": n} for n in range(len(self.hosts))]
         answers = ask_each(self.hosts, self.ssh, "signal", arguments)
         for answer in answers:
             if isinstance(answer, ValueError):
@@ -154,7 +154,7 @@ class Supervisor:
 
     def _ranks(self) -> list[status.RankStatus]:
         """Those of this start: an earlier one may have had the same name, which a user gives, and more ranks."""
-        found = status.read(self.launch.log_folder, self.launch.identity)
+        found = status.read(self.launch.log_folder, self.launch.launch_id)
         found = [rank for rank in found if rank.started > self._began - CLOCKS_S]
         world = max(found, key=lambda rank: rank.started).world_size if found else 0
         return [rank for rank in found if rank.rank < world]
@@ -195,6 +195,6 @@ def _ignore_stop_signals() -> None:
     signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_DFL)  # bash ignores it in what it starts in the background
 
 
-def new_identity() -> str:
+def new_launch_id() -> str:
     """A name for one launch: time and process."""
     return f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"

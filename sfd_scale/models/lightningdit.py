@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sfd_scale import seeding
 from sfd_scale.models.alignment import AlignmentConfig, alignment_head
 from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
@@ -32,6 +31,7 @@ from sfd_scale.models.layers import (
     unpatchify,
 )
 from sfd_scale.models.rope import FixedBuffers, RotaryEmbedding2D
+from sfd_scale.runtime import seeding
 
 
 class Size(NamedTuple):

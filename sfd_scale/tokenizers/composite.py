@@ -11,10 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sfd_scale.latents import LatentLayout
-from sfd_scale.tokenizers.codec import (
-    DETERMINISTIC_LOGVAR,
-    Moments,
+from sfd_scale.diffusion.latents import DETERMINISTIC_LOGVAR, LatentLayout
+from sfd_scale.tokenizers.protocols import (
+    Posterior,
     Precision,
     SemanticCodec,
     TextureCodec,
@@ -39,9 +38,9 @@ class FeatureTokenizer:
         self.vision, self.precision = vision, precision
 
     @property
-    def identities(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What was encoded with; for the manifest."""
-        return {} if self.vision is None else {"vision": self.vision.identity}
+        return {} if self.vision is None else {"vision": self.vision.fingerprint}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -87,10 +86,10 @@ class CompositeTokenizer(FeatureTokenizer):
         return self.layout.size * self.texture.downsample
 
     @property
-    def identities(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """What was encoded with; for the manifest."""
         parts = {"texture": self.texture, "vision": self.vision, "semantic": self.semantic}
-        return {name: part.identity for name, part in parts.items() if part is not None}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     def to(self, device: torch.device) -> Self:
         self.texture.to(device)
@@ -127,9 +126,9 @@ class CompositeTokenizer(FeatureTokenizer):
         return self.texture.decode(texture)
 
 
-def _wide(moments: Moments) -> Moments:
-    return Moments(moments.mean.float(), None if moments.logvar is None else moments.logvar.float())
+def _wide(moments: Posterior) -> Posterior:
+    return Posterior(moments.mean.float(), None if moments.logvar is None else moments.logvar.float())
 
 
-def _logvar(moments: Moments) -> Tensor:
+def _logvar(moments: Posterior) -> Tensor:
     return torch.full_like(moments.mean, DETERMINISTIC_LOGVAR) if moments.logvar is None else moments.logvar

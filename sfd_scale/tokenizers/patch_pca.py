@@ -12,9 +12,9 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from sfd_scale.checks import at_least
-from sfd_scale.tokenizers.codec import Moments, from_uint8, identity, to_uint8
+from sfd_scale.config.bounds import at_least
 from sfd_scale.tokenizers.pca import ComponentBuffers, fit_components, load_components
+from sfd_scale.tokenizers.protocols import Posterior, fingerprint, from_uint8, to_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +81,13 @@ class PatchPCA(ComponentBuffers):
         return round((len(self.mean) / 3) ** 0.5)
 
     @property
-    def identity(self) -> str:
-        return identity("patch_pca", self.state_dict())
+    def fingerprint(self) -> str:
+        return fingerprint("patch_pca", self.state_dict())
 
-    def encode(self, images: Tensor) -> Moments:
+    def encode(self, images: Tensor) -> Posterior:
         """(N, 3, H, W) uint8 → (N, C, h, w)."""
         patches = to_patches(from_uint8(images), self.downsample)
-        return Moments(self.project(patches).movedim(-1, 1).contiguous(), None)
+        return Posterior(self.project(patches).movedim(-1, 1).contiguous(), None)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) → (N, 3, H, W) uint8."""

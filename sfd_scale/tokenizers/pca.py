@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfd_scale import distributed
-from sfd_scale.checks import at_least
-from sfd_scale.files import atomically
-from sfd_scale.tokenizers.codec import Moments, identity, read_safetensors
+from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import atomically
+from sfd_scale.tokenizers.protocols import Posterior, fingerprint, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,12 @@ class FeaturePCA(ComponentBuffers):
         return len(self.mean)
 
     @property
-    def identity(self) -> str:
-        return identity("pca", self.state_dict())
+    def fingerprint(self) -> str:
+        return fingerprint("pca", self.state_dict())
 
-    def encode(self, features: Tensor) -> Moments:
+    def encode(self, features: Tensor) -> Posterior:
         """(N, D, h, w) → (N, C, h, w)."""
-        return Moments(self.project(features.movedim(1, -1)).movedim(-1, 1), None)
+        return Posterior(self.project(features.movedim(1, -1)).movedim(-1, 1), None)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) → (N, D, h, w)."""

@@ -15,9 +15,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from sfd_scale.checks import at_least
-from sfd_scale.models.authors import read_weights
-from sfd_scale.tokenizers.codec import Frozen, Moments, from_uint8, identity, to_uint8
+from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime.weight_files import read_weights
+from sfd_scale.tokenizers.protocols import Frozen, Posterior, fingerprint, from_uint8, to_uint8
 
 # What belongs to the autoencoder in an LDM checkpoint, which also holds discriminators and frozen networks.
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -58,7 +58,7 @@ class AutoencoderKLCodec(Frozen[Any]):
         super().__init__(model)
         self.channels: int = model.config.latent_channels
         self.downsample = 2 ** (len(model.config.block_out_channels) - 1)
-        self.identity = identity("autoencoder_kl", model.state_dict())
+        self.fingerprint = fingerprint("autoencoder_kl", model.state_dict())
 
     @classmethod
     def load(cls, config: AutoencoderKLConfig) -> Self:
@@ -82,10 +82,10 @@ class AutoencoderKLCodec(Frozen[Any]):
         return cls(model)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Moments:
+    def encode(self, images: Tensor) -> Posterior:
         """(N, 3, H, W) uint8 → moments (N, C, h, w) float32."""
         posterior = self.model.encode(from_uint8(images)).latent_dist
-        return Moments(posterior.mean, posterior.logvar)
+        return Posterior(posterior.mean, posterior.logvar)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

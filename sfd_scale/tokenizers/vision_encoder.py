@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.models.authors import read_weights
-from sfd_scale.models.convnet import SmallConvNet, config_of
-from sfd_scale.tokenizers.codec import Frozen, identity, read_safetensors, with_weights
+from sfd_scale.runtime.weight_files import read_weights
+from sfd_scale.tokenizers.protocols import Frozen, fingerprint, read_safetensors, with_weights
+from sfd_scale.toy.convnet import SmallConvNet, config_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ class DINOv2(Frozen[Any]):
         super().__init__(model)
         self.image_size = image_size
         self.dim: int = model.embed_dim
-        self.identity = identity("dinov2", model.state_dict())
+        self.fingerprint = fingerprint("dinov2", model.state_dict())
 
     @classmethod
     def load(cls, config: DINOv2Config) -> Self:
@@ -107,7 +107,7 @@ class ConvNetEncoder(Frozen[SmallConvNet]):
     def __init__(self, model: SmallConvNet) -> None:
         super().__init__(model)
         self.dim = model.config.widths[-1]
-        self.identity = identity("convnet", model.state_dict())
+        self.fingerprint = fingerprint("convnet", model.state_dict())
 
     @classmethod
     def load(cls, config: ConvNetEncoderConfig) -> Self:

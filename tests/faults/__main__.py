@@ -1,9 +1,9 @@
 """Break training, encoding and generation in every way that is listed, and count what survives.
 
-    PYTHONPATH=.:tests python -m faults                        # every fault once, and 100 seeded kills
-    PYTHONPATH=.:tests python -m faults --kills 8 --only kill
-    PYTHONPATH=.:tests python -m faults --launchers            # also kills under torchrun and deepspeed
-    PYTHONPATH=.:tests python -m faults --launchers --kills 0 --only "rank, deepspeed"   # one of these alone
+    python -m tests.faults                        # every fault once, and 100 seeded kills
+    python -m tests.faults --kills 8 --only kill
+    python -m tests.faults --launchers            # also kills under torchrun and deepspeed
+    python -m tests.faults --launchers --kills 0 --only "rank, deepspeed"   # one of these alone
 
 Exit code 1 where anything was lost. The table says: fault, times, survived, lost.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 import typer
 
-from faults.cases import Case, cases, kill
-from faults.jobs import Result
-from faults.work import Training, Work
+from tests.faults.cases import Case, cases, kill
+from tests.faults.jobs import Result
+from tests.faults.work import Training, Work
 
 # Imported once, before anything is forked: every rank would do it otherwise.
 _LAZY = ("sfd_scale.build", "torch._dynamo", "torch.distributed.checkpoint.state_dict_saver")

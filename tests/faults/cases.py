@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import small_run
 
-from faults.jobs import Forked, Job, Result, send
-from faults.network import cable
-from faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
+from tests.faults.jobs import Forked, Job, Result, send
+from tests.faults.network import cable
+from tests.faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
+from tests.helpers import small_run
 
 # ------------------------------------------------------------------------------------------------- kills
 

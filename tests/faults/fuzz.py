@@ -1,4 +1,4 @@
-"""Changed files for every parser of ours: `PYTHONPATH=.:tests python -m faults.fuzz --seconds 60`.
+"""Changed files for every parser of ours: `python -m tests.faults.fuzz --seconds 60`.
 
 Each target writes a good file; it is changed at random, by bytes and by the words of its format, and read. A parser may
 read it or refuse it with an error of the user's kind; anything else, a file made elsewhere, or memory beyond a limit is
@@ -28,15 +28,17 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from eval import npz
-from sfd_scale import config, exports
+from eval.images import npz
+from eval.recipes import load_any
+from sfd_scale import export
 from sfd_scale.checkpoint import folder as checkpoint_files
 from sfd_scale.checkpoint import load_weights
-from sfd_scale.data import schema
+from sfd_scale.config import loader as config
+from sfd_scale.data import manifest as schema
 from sfd_scale.data.shards import check_sizes, open_shards
-from sfd_scale.latents import LatentStats
-from sfd_scale.recipe import load_any
-from sfd_scale.torch_file import TorchFile, plain
+from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.runtime.torch_file import TorchFile, plain
+from sfd_scale.sample import load_for_sampling
 
 Allowed = (ValueError, OSError)  # what the command line turns into one sentence
 _MEMORY = 6 << 30  # address space above what the process has at its start
@@ -175,11 +177,11 @@ def _export(folder: Path) -> None:
         "recipe": config.to_dict(recipe), "step": 1, "recipe_digest": "d", "tokenizers": {}, "stats_hash": "h",
         "stats": {"mean": [0.0] * channels, "std": [1.0] * channels},
     }  # fmt: skip
-    save_file({"w": torch.ones(3)}, folder / "x.safetensors", metadata={exports.EXPORT_KEY: json.dumps(note)})
+    save_file({"w": torch.ones(3)}, folder / "x.safetensors", metadata={export.EXPORT_KEY: json.dumps(note)})
 
 
 def _read_export(folder: Path) -> None:
-    exports.load_for_sampling(folder / "x.safetensors", torch.device("cpu"))
+    load_for_sampling(folder / "x.safetensors", torch.device("cpu"))
 
 
 def _read_whole_export(folder: Path) -> None:

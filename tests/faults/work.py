@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import eval_tiny
-import small_run
 import yaml
-from encoded import files
 
 from eval import generate
-from faults.jobs import ROOT, Forked, Job, Launched
-from sfd_scale.__main__ import app, run
+from sfd_scale.__main__ import app
 from sfd_scale.checkpoint import folder as checkpoints
+from sfd_scale.launch.command_line import run_command
+from tests.faults.jobs import ROOT, Forked, Job, Launched
+from tests.helpers import eval_tiny, small_run
+from tests.helpers.encoded import files
 
 STEPS, EVERY = 16, 3
 
@@ -28,7 +28,7 @@ def command(*arguments: str) -> Callable[[], None]:
 
     def work() -> None:
         sys.argv = ["sfd", *arguments]
-        run(app)
+        run_command(app)
 
     return work
 
@@ -146,7 +146,7 @@ class Generation(Work):
         settings = eval_tiny.recipe(self.place, num_samples=120)
 
         def work() -> None:
-            from sfd_scale import distributed
+            from sfd_scale.runtime import distributed
 
             distributed.init(120.0)
             try:

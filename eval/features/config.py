@@ -1,0 +1,83 @@
+"""Settings of feature extractors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionConfig:
+    """torch-fidelity's Inception weights: a file, or none to download them from `url` (91 MB) once a machine."""
+
+    kind: Literal["inception"] = "inception"
+    weights: Path | None = None
+    url: str = INCEPTION_URL
+    sha256: str = INCEPTION_SHA256
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredConfig:
+    """Named layers of an extractor that is registered with torch-fidelity, by it or by a `module`, which is imported.
+
+    weights: loaded without running anything in them. torch-fidelity's own extractors download theirs where none are
+        given, and run what comes (vgg16, clip-*: a pickle; dinov2-*: the code of a repository): `trust_remote_code`
+        allows that.
+    """
+
+    name: str
+    pooled: str
+    spatial: str | None = None
+    logits: str | None = None
+    module: str | None = None
+    weights: Path | None = None
+    url: str | None = None
+    sha256: str | None = None
+    trust_remote_code: bool = False
+    kind: Literal["registered"] = "registered"
+
+    def __post_init__(self) -> None:
+        _check_url(self.url, self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2ExtractorConfig:
+    """The class token of a DINOv2 (arXiv 2304.07193), for FD-DINOv2 (arXiv 2306.04675): no spatial features, no logits.
+
+    `weights`: a file of the DINOv2 authors, such as dinov2_vitl14_pretrain.pth, or its `url` and `sha256`.
+    """
+
+    weights: Path | None = None
+    url: str | None = None
+    sha256: str | None = None
+    model: str = "vit_large_patch14_dinov2"
+    kind: Literal["dinov2"] = "dinov2"
+
+    def __post_init__(self) -> None:
+        _check_url(self.url, self.sha256)
+        if self.weights is None and self.url is None:
+            raise ValueError("weights: null; allowed: a file of the DINOv2 authors, or its url and sha256")
+
+
+def _check_url(url: str | None, sha256: str | None) -> None:
+    if url is not None and sha256 is None:
+        raise ValueError(f"sha256: null, with the url {url}; allowed: the checksum of the file that it gives")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNetConfig:
+    """A SmallConvNet that was trained to classify, from `sfd export`: for data that Inception was not made for."""
+
+    weights: Path
+    kind: Literal["convnet"] = "convnet"
+
+
+ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2ExtractorConfig

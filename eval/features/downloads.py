@@ -1,0 +1,68 @@
+"""Files of weights: given or downloaded once a machine, checked, and loaded without running anything in them."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import file_sha256
+
+logger = logging.getLogger(__name__)
+
+
+def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
+    """The file at `path`, or else that of `url`, which one rank of each machine downloads; its checksum verified.
+
+    All ranks have to call this.
+
+    Raises:
+        ValueError: for a missing file, a wrong checksum, or a download that failed, saying what to do.
+    """
+    if path is None:
+        assert url is not None and sha256 is not None
+        path = Path(torch.hub.get_dir()) / "checkpoints" / f"{sha256[:8]}-{PurePosixPath(urlparse(url).path).name}"
+        if distributed.local_rank() == 0 and not path.exists():
+            _download(url, path, sha256)
+        distributed.barrier()
+    if not path.exists():
+        hint = (
+            "the path of a file"
+            if url is None
+            else f"the path of a download of {url}, or none where there is a network"
+        )
+        raise ValueError(f"extractor.weights: {path} does not exist; allowed: {hint}")
+    found = file_sha256(path)
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"extractor.weights: {path} has SHA-256 {found}, expected {sha256}; download it again, or give its own "
+            "checksum as extractor.sha256 if it is meant to be another network"
+        )
+    return path
+
+
+def _download(url: str, path: Path, sha256: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("downloading %s to %s", url, path)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:
+        # The other ranks wait at the barrier, find no file, and say what to do; so does this one.
+        logger.warning("the download of %s failed: %s", url, error)
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of torch.save, on the CPU.
+
+    Raises:
+        ValueError: if there is more in it than tensors and plain containers: to load that would run it.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"extractor.weights: {path} is not loaded (weights only): {error}") from error

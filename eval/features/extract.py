@@ -1,0 +1,112 @@
+"""Features of images that exist, in the same chunks as those of generated ones; and sets of features read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.features.extractor import Extractor, LazyExtractor
+from eval.images.sources import Images
+from eval.work import chunks
+from eval.work.chunks import ChunkFolder
+from sfd_scale.config.loader import digest
+from sfd_scale.runtime import distributed
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Float32 rows in the order of images: pool (N, P), spatial (N, S) or None, logits (N, K) or None; labels (N,)
+    int64 or None, and the configuration that determined them."""
+
+    pool: Tensor
+    spatial: Tensor | None
+    logits: Tensor | None
+    labels: Tensor | None
+    config: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+
+def open_features(path: Path) -> ChunkFolder:
+    """The folder of features that `generate` or `extract` filled.
+
+    Raises:
+        ValueError: if it is none, or not finished.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no folder of features (no config.json in it)")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or not {"num_samples", "batch", "extractor"} <= config.keys():
+        raise ValueError(f"{file}: not of a folder of features; give a folder of `generate`, or of images without it")
+    folder = ChunkFolder(path, config["num_samples"], config["batch"])
+    missing = folder.missing()
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {folder.count} chunks are missing; give the command that makes it again"
+        )
+    return folder
+
+
+def read_features(folder: ChunkFolder) -> FeatureSet:
+    """All rows of a finished folder, exactly as many as it says, in order of image numbers."""
+    config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    pool = read_rows(folder, "pool")
+    assert pool is not None
+    spatial, logits, labels = (read_rows(folder, name) for name in ("spatial", "logits", "labels"))
+    return FeatureSet(pool, spatial, logits, labels, config)
+
+
+def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
+    """One tensor of a finished folder, in order of image numbers: (N, ...), or None if it has no such."""
+    if name not in folder.names():
+        return None
+    tensor = torch.cat(list(folder.read(name)))
+    if len(tensor) != folder.total:
+        raise ValueError(f"{folder.path}: {len(tensor)} rows of {name}, expected {folder.total}")
+    return tensor
+
+
+def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
+    """Features of all images, on all ranks, in a folder of `cache` named by what determines them; made once."""
+    config = {
+        "kind": "extracted",
+        "images": images.fingerprint,
+        "extractor": extractor.fingerprint,
+        "num_samples": images.count,
+        "batch": batch,
+    }
+    folder = ChunkFolder(cache / f"features-{digest(config)[:16]}", images.count, batch)
+    if distributed.is_main():
+        folder.claim(config)
+    if not distributed.broadcast_object(folder.missing() if distributed.is_main() else None):
+        return folder
+    network = extractor.get()
+
+    def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
+        pixels, labels = images.rows(folder.rows(chunk))
+
+        def finish() -> dict[str, Tensor]:
+            features = extract_padded(network, pixels, batch)
+            return features if labels is None else {**features, "labels": labels}
+
+        return finish, {}
+
+    chunks.run(folder, produce, "features", "images")
+    return folder
+
+
+def extract_padded(extractor: Extractor, images: Tensor, batch: int) -> dict[str, Tensor]:
+    """Features of at most `batch` images, computed in a batch of exactly that size: on a GPU they depend on it; and the
+    images' side in pixels."""
+    count, side = len(images), torch.full((len(images),), images.shape[-1], dtype=torch.int32)
+    if count < batch:
+        images = torch.cat([images, images[-1:].expand(batch - count, *images.shape[1:])])
+    return {name: tensor[:count] for name, tensor in extractor(images).tensors().items()} | {"side": side}

@@ -1,0 +1,164 @@
+"""ADM's .npz files of images and statistics: written and read in a stream, never twice in memory."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sfd_scale.runtime.files import atomically
+
+npy: Any = np.lib.format  # it has no types
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+# What zipfile and numpy let through for damaged files.
+_DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, RuntimeError)
+_MOST_COMPRESSED = 200  # times smaller than its contents: beyond it, a file that is made to fill the memory
+
+
+def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[int, int], labels: Tensor) -> None:
+    """An .npz that ADM's evaluator reads: arr_0 images (count, H, W, 3) uint8, arr_1 labels (count,) int64.
+
+    Args:
+        batches: (n, 3, H, W) uint8 each, together `count` images.
+
+    Raises:
+        ValueError: if the batches do not hold exactly `count` images of `size`, or the disk is full; there is no file
+            then.
+    """
+    with atomically(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            _header(file, (count, *size, 3), np.dtype(np.uint8))
+            written = 0
+            for batch in batches:
+                if tuple(batch.shape[1:]) != (3, *size) or batch.dtype != torch.uint8:
+                    raise ValueError(f"{path}: a batch of {tuple(batch.shape)} {batch.dtype} among images of {size}")
+                file.write(batch.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                written += len(batch)
+        if written != count or len(labels) != count:
+            raise ValueError(f"{path}: {written} images and {len(labels)} labels, expected {count} of both")
+        with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+            _header(file, (count,), np.dtype(np.int64))
+            file.write(labels.to(torch.int64).numpy().tobytes())
+
+
+def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    description = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(file, description)
+
+
+class NpzImages:
+    """arr_0 of an .npz: (count, H, W, 3) uint8. A file as np.savez writes it is mapped, not read; a compressed one is
+    held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        names = keys(path)
+        if "arr_0" not in names:
+            raise ValueError(f"{path}: holds {', '.join(sorted(names)) or 'nothing'}; images have to be named arr_0")
+        self.array = _mapped(path, "arr_0.npy")
+        self.labels = _mapped(path, "arr_1.npy") if "arr_1" in names else None
+        shape, dtype = self.array.shape, self.array.dtype
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+            nan = dtype.kind == "f" and bool(np.isnan(self.array[:64]).any())
+            raise ValueError(
+                f"{path}: arr_0 is {dtype} {shape}{' with NaN in it' if nan else ''}; allowed: uint8 (N, H, W, 3). For "
+                "x in −1..1 that is floor(clamp(127.5·x + 128, 0, 255))"
+            )
+        if self.labels is not None and self.labels.shape != (len(self),):
+            raise ValueError(f"{path}: {len(self)} images and labels (arr_1) of shape {self.labels.shape}")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def rows(self, rows: range) -> tuple[Tensor, Tensor | None]:
+        """Images of consecutive numbers, (n, 3, H, W) uint8, and arr_1 as labels (n,) int64 if there is one."""
+        block = torch.from_numpy(np.array(self.array[rows.start : rows.stop]))
+        labels = None
+        if self.labels is not None:
+            labels = torch.from_numpy(np.array(self.labels[rows.start : rows.stop], dtype=np.int64))
+        return block.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
+    """One array of a zip archive, memory-mapped if it is stored uncompressed in C order.
+
+    Raises:
+        ValueError: for a damaged file, pickled objects, or contents out of proportion to the file.
+    """
+    try:
+        return _map(path, member)
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: {member} cannot be read: {error}") from error
+
+
+def _map(path: Path, member: str) -> npt.NDArray[Any]:
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        with archive.open(info) as file:
+            version = npy.read_magic(file)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            header = file.tell()
+        if dtype.hasobject:
+            raise ValueError("it holds pickled objects, which could run code")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or header + size != info.file_size:
+            raise ValueError(f"its header names {size} bytes, the archive {info.file_size - header}")
+        if info.file_size > max(_MOST_COMPRESSED * info.compress_size, 1 << 20):
+            raise ValueError(f"{info.file_size} bytes packed into {info.compress_size}: not an honest file")
+        if info.compress_type != zipfile.ZIP_STORED or fortran:
+            with archive.open(info) as file:
+                return np.asarray(npy.read_array(file, allow_pickle=False))
+    with path.open("rb") as raw:
+        raw.seek(info.header_offset + 26)
+        # A local file header: 30 bytes, then the name and the extra field, whose lengths are its last two numbers.
+        name, extra = struct.unpack("<HH", raw.read(4))
+    start = info.header_offset + 30 + name + extra + header
+    if start + size > path.stat().st_size:
+        raise ValueError("the file is cut off")
+    return np.memmap(path, dtype, "r", start, shape)
+
+
+def keys(path: Path) -> set[str]:
+    """Names of the arrays in an .npz.
+
+    Raises:
+        ValueError: if it is no readable .npz.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: not a readable .npz file: {error}") from error
+
+
+def read_statistics(path: Path) -> dict[str, Tensor]:
+    """Those of mu, sigma, mu_s, sigma_s that the file has, as float64; other keys are ignored.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or values that are not finite.
+    """
+    arrays = {key: _mapped(path, f"{key}.npy") for key in STATISTICS if key in keys(path)}
+    if any(array.dtype.kind not in "fiu" for array in arrays.values()):
+        raise ValueError(f"{path}: {', '.join(f'{key} is {array.dtype}' for key, array in arrays.items())}")
+    found = {key: torch.from_numpy(np.array(array, dtype=np.float64)) for key, array in arrays.items()}
+    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in found) != (cov in found):
+            raise ValueError(f"{path}: has {mean if mean in found else cov} without its partner")
+        if mean in found:
+            dim = found[mean].numel()
+            found[mean] = found[mean].flatten()
+            if tuple(found[cov].shape) != (dim, dim):
+                raise ValueError(f"{path}: {mean} has {dim} entries and {cov} the shape {tuple(found[cov].shape)}")
+            if not bool(found[mean].isfinite().all() and found[cov].isfinite().all()):
+                raise ValueError(f"{path}: {mean} or {cov} is not finite")
+    return found

@@ -1,0 +1,114 @@
+"""Figures and tables of a study, from its rows of scores."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.pages import figures
+from eval.study.recipe import StudyRecipe
+from sfd_scale.runtime.files import write_atomically
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Scores of the seeds: their number, mean, and standard deviation, None of one seed."""
+
+    count: int
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return f"{self.mean:.4g} (1 seed)"
+        return f"{self.mean:.4g} ± {self.deviation:.2g} ({self.count} seeds)"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Raises ValueError (of statistics) for no values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(len(values), statistics.fmean(values), deviation)
+
+
+def scores(rows: Sequence[Row], cell: str, step: int | None = None, name: str = "fid") -> dict[int, float]:
+    """A score of a cell by seed, at a step, or at the last one that any cell has; without those that the evaluation
+    does not have (IS without logits, precision without images)."""
+    at = max((row["step"] for row in rows), default=0) if step is None else step
+    found = {row["seed"]: row[name] for row in rows if row["cell"] == cell and row["step"] == at}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tuple[float, list[float]]]]:
+    """FID by step of each cell: one value a seed."""
+    steps = sorted({row["step"] for row in rows})
+    curves = {c: [(float(s), list(scores(rows, c, s).values())) for s in steps] for c in cells}
+    return {
+        cell: [point for point in points if point[1]] for cell, points in curves.items() if any(p[1] for p in points)
+    }
+
+
+def lead_curve(rows: Sequence[Row], cells: Sequence[str]) -> list[tuple[float, list[float]]]:
+    """FID of the last step by delta_t."""
+    leads = {row["cell"]: row["delta_t"] for row in rows}
+    found = [(leads[cell], list(scores(rows, cell).values())) for cell in cells if cell in leads]
+    return sorted(point for point in found if point[1])
+
+
+def difference(rows: Sequence[Row], a: str, b: str) -> Spread | None:
+    """FID of `b` less that of `a` on the seeds that both have, which share order of data and noise of evaluation."""
+    first, second = scores(rows, a), scores(rows, b)
+    shared = sorted(first.keys() & second.keys())
+    return spread([second[seed] - first[seed] for seed in shared]) if shared else None
+
+
+def _shown(values: dict[int, float]) -> str:
+    return str(spread(list(values.values()))) if values else "missing"
+
+
+def _table(rows: Sequence[Row], cells: Sequence[str]) -> list[str]:
+    lines = ["| cell | FID | less the row above, same seeds | IS | precision | recall |", "|---|---|---|---|---|---|"]
+    for above, cell in zip((None, *cells), cells, strict=False):
+        change = None if above is None else difference(rows, above, cell)
+        columns = [_shown(scores(rows, cell, name=name)) for name in ("fid", "is_mean", "precision", "recall")]
+        columns.insert(1, "–" if change is None else str(change))
+        lines.append(f"| {cell} | {' | '.join(columns)} |")
+    return lines
+
+
+def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    lines = ["| without | with a lead | FID without | FID with | difference |", "|---|---|---|---|---|"]
+    for a, b in pairs:
+        change = difference(rows, a, b)
+        columns = [_shown(scores(rows, name)) for name in (a, b)]
+        lines.append(f"| {a} | {b} | {' | '.join(columns)} | {'missing' if change is None else change} |")
+    return lines
+
+
+def write(recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str]) -> Path:
+    """report.md and its figures. Tables have the scores of the last step that any cell has reached."""
+    out, text = recipe.out / "report", [f"# Study {recipe.name}", ""]
+    if missing:
+        text += [f"Not done: {', '.join(missing)}.", ""]
+    if curves := convergence(rows, recipe.convergence):
+        png = figures.spread_curves(curves, "FID over training", "step")
+        write_atomically(out / "convergence.png", png)
+        text += ["## Convergence", "", "![FID over training steps](convergence.png)", ""]
+    if points := lead_curve(rows, recipe.lead):
+        png = figures.spread_curves({"": points}, "FID by the lead of semantics", "delta_t")
+        write_atomically(out / "lead.png", png)
+        text += ["## The lead of semantics", "", "![FID by delta_t](lead.png)", ""]
+        text += ["| delta_t | FID |", "|---|---|", *(f"| {lead:g} | {spread(values)} |" for lead, values in points), ""]
+    if recipe.ablation:
+        text += ["## Ablation", "", *_table(rows, recipe.ablation), ""]
+    if recipe.generality:
+        text += ["## Other methods", "", *_pairs(rows, recipe.generality), ""]
+    for name in recipe.sweeps:
+        if (file := recipe.out / "sweeps" / name / "sweep.md").is_file():
+            text += [f"## Sweep: {name}", "", file.read_text(encoding="utf-8").strip(), ""]
+    write_atomically(out / "report.md", "\n".join(text))
+    return out / "report.md"

@@ -1,0 +1,315 @@
+"""`sfd study`: a grid of small trainings, each scored at a few steps, from one recipe.
+
+A study is made of the normal commands: it encodes, fits, trains and exports what its cells need, trains each cell in a
+run folder of its own, evaluates the cell's checkpoints there, and sweeps guidance on trained cells. What a step needs
+follows from the paths in its recipe. A step that is done leaves a stamp; a start does what has none, and several starts
+share the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.recipe import KINDS, EvalRecipe
+from eval.study import report as study_report
+from eval.study.recipe import StudyRecipe, SweepConfig
+from eval.sweep import sweep
+from eval.watch import watch
+from sfd_scale import build, encode, export
+from sfd_scale.config import loader as config
+from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.locks import run_lock
+
+logger = logging.getLogger(__name__)
+_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work. `outputs`: the file or folder that others need, then what else it leaves; `settings` decide
+    them, with the steps that it `needs`; `work` returns False if asked to stop."""
+
+    key: str
+    settings: Any
+    needs: frozenset[str]
+    outputs: tuple[Path, ...]
+    work: Callable[[], bool]
+
+
+class Study:
+    """The steps of a recipe, in the order in which they are best done: all cells of a seed, then the next."""
+
+    def __init__(self, recipe: StudyRecipe) -> None:
+        self.recipe = recipe
+        self.evaluation = self._load(recipe.evaluation, EvalRecipe)
+        self._cells = {name: self._load(self._words(name), TrainRecipe) for name in recipe.cells}
+        self.steps: dict[str, Step] = {}
+        prepared = {f"prepare/{name}": self._load(words) for name, words in recipe.prepare.items()}
+        for key, loaded in prepared.items():
+            if not isinstance(loaded, EncodeRecipe | FitRecipe | TrainRecipe):
+                raise ValueError(f"{key.replace('/', '.')}: kind {loaded.kind}; allowed: encode, fit, train")
+        self._makers = {str(_outputs(loaded)[0]): key for key, loaded in prepared.items()}
+        for key, loaded in prepared.items():
+            self._add(key, [loaded], _outputs(loaded), _preparing(loaded))
+        for seed in recipe.seeds:
+            for name in recipe.cells:
+                cell, folder = self.cell(name, seed), self.folder(name, seed)
+                work = self._training(cell, folder)
+                self._add(f"cells/{name}/seed{seed}", [cell, self.evaluation], (folder,), work)
+        for name, settings in recipe.sweeps.items():
+            key = f"cells/{settings.cell}/seed{recipe.seeds[0]}"
+            work, folder = self._sweeping(name, settings), recipe.out / "sweeps" / name
+            self._add(f"sweeps/{name}", [self.evaluation, settings], (folder,), work, frozenset({key}))
+
+    def folder(self, name: str, seed: int) -> Path:
+        """The run folder of a cell."""
+        return self.recipe.out / "cells" / name / f"seed{seed}"
+
+    def cell(self, name: str, seed: int) -> TrainRecipe:
+        """The training recipe of a cell."""
+        return dataclasses.replace(self._cells[name], name=name, seed=seed, run=self.folder(name, seed))
+
+    def _words(self, name: str) -> str:
+        source, *own = self.recipe.cells[name].split()
+        return " ".join([source, *self.recipe.cell_settings.split(), *own])
+
+    def _load(self, words: str, kind: type | None = None) -> Any:
+        """A recipe with its settings and its paths below `out`."""
+        source, *overrides = words.split()
+        loaded = config.load_by_kind(source, KINDS, overrides) if kind is None else config.load(source, kind, overrides)
+        moved = _moved(config.to_dict(loaded), str(self.recipe.root), str(self.recipe.out))
+        return config.from_dict(type(loaded), moved, source)
+
+    def _add(
+        self, key: str, recipes: Sequence[Any], outputs: tuple[Path, ...], work: Callable[[], bool],
+        needs: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        found = {self._makers[path] for path in _strings(config.to_dict(recipes)) if path in self._makers}
+        self.steps[key] = Step(key, config.decisive(recipes), frozenset(found - {key}) | needs, outputs, work)
+
+    def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
+        def work() -> bool:
+            if not build.train(cell, run, source=self.recipe.name):
+                return False
+            watch(self.evaluation, run, run / "evaluations", once=True)
+            return True
+
+        return work
+
+    def _sweeping(self, name: str, settings: SweepConfig) -> Callable[[], bool]:
+        def work() -> bool:
+            run, out = self.folder(settings.cell, self.recipe.seeds[0]), self.recipe.out / "sweeps" / name
+            chosen = f"checkpoint={export.export(run, out / 'model.safetensors')}"
+            words = [chosen, *settings.grid.split()]
+            if settings.guide_step is not None:
+                guide = export.export(run, out / "guide.safetensors", step=settings.guide_step)
+                words.append(f"guide={guide}")
+            resolved = out / "eval.yaml"
+            write_atomically(resolved, config.to_yaml(self.evaluation))
+            sweep(str(resolved), words, out)
+            return True
+
+        return work
+
+    # ---------------------------------------------------------------------------------------------- state
+
+    def stamp(self, step: Step) -> Path:
+        return self.recipe.out / "steps" / f"{step.key.replace('/', '.')}.json"
+
+    def note(self, step: Step) -> dict[str, Any]:
+        """What a step's stamp records: its settings and those of all that it needs, as digests."""
+        needs = {need: config.digest(self.note(self.steps[need])) for need in sorted(step.needs)}
+        return {"settings": config.digest(step.settings), "needs": needs}
+
+    def done(self, step: Step) -> bool:
+        """Raises ValueError: if the step was done by other settings, or of what was."""
+        stamp = self.stamp(step)
+        if not stamp.is_file() or not step.outputs[0].exists():
+            return False
+        found, now = json.loads(stamp.read_text(encoding="utf-8")), self.note(step)
+        reasons = ["by other settings"] if found.get("settings") != now["settings"] else []
+        reasons += [
+            f"of another {need}" for need, made in now["needs"].items() if found.get("needs", {}).get(need) != made
+        ]
+        if reasons:
+            made = " ".join(map(str, (stamp, *step.outputs)))
+            raise ValueError(f"{step.key} was made {', '.join(reasons)}; give another out=, or remove {made}")
+        return True
+
+    def missing(self, steps: Sequence[Step]) -> list[Step]:
+        """Those that are not done.
+
+        Raises:
+            ValueError: that names all that were done by other settings.
+        """
+        missing, refused = list[Step](), list[str]()
+        for step in steps:
+            try:
+                if not self.done(step):
+                    missing.append(step)
+            except ValueError as error:
+                refused.append(str(error))
+        if refused:
+            raise ValueError("\n".join(refused))
+        return missing
+
+    def chosen(self, only: Sequence[str]) -> list[Step]:
+        """The steps that match a pattern (all without any), and what they need, needs first.
+
+        Raises:
+            ValueError: for a pattern that matches nothing.
+        """
+        keys = [key for key in self.steps if not key.startswith("prepare/")]
+        for pattern in only:
+            if not any(_matches(key, pattern) for key in self.steps):
+                raise ValueError(f"--only: {pattern} matches none of {', '.join(self.steps)}")
+        if only:
+            keys = [key for key in self.steps if any(_matches(key, pattern) for pattern in only)]
+        ordered: dict[str, Step] = {}
+
+        def visit(key: str) -> None:
+            for need in (name for name in self.steps if name in self.steps[key].needs):
+                visit(need)
+            ordered.setdefault(key, self.steps[key])
+
+        for key in keys:
+            visit(key)
+        return list(ordered.values())
+
+
+def _matches(key: str, pattern: str) -> bool:
+    """`cells/sfd/seed0` by its name, `sfd/seed0`, or `sfd`, with wildcards."""
+    parts = key.split("/")
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (key, "/".join(parts[1:]), parts[1]))
+
+
+def _moved(value: Any, root: str, out: str) -> Any:
+    """Plain data with all paths below `root` below `out`."""
+    if isinstance(value, Mapping):
+        return {key: _moved(item, root, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, root, out) for item in value]
+    below = isinstance(value, str) and (value == root or value.startswith(f"{root}/"))
+    return f"{out}{value.removeprefix(root)}" if below else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _outputs(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> tuple[Path, ...]:
+    """What a step that prepares leaves: its `out`, or the exported weights beside its run folder, and that."""
+    if isinstance(recipe, TrainRecipe):
+        return recipe.run.with_name(f"{recipe.run.name}.safetensors"), recipe.run
+    return (recipe.out,)
+
+
+def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], bool]:
+    def work() -> bool:
+        match recipe:
+            case EncodeRecipe():
+                encode.encode(recipe)
+            case FitRecipe():
+                encode.fit(recipe)
+            case TrainRecipe():
+                if not build.train(recipe, recipe.run):
+                    return False
+                export.export(recipe.run, _outputs(recipe)[0])
+        return True
+
+    return work
+
+
+# ------------------------------------------------------------------------------------------------- running
+
+
+def run(study: Study, only: Sequence[str] = ()) -> bool:
+    """Do what is missing, one step at a time, beside other processes that do the same; False if asked to stop."""
+    todo = study.chosen(only)
+    while True:
+        missing = study.missing(todo)
+        if not missing:
+            return True
+        open_needs = {step.key for step in missing}
+        ready = [step for step in missing if not step.needs & open_needs]
+        for step in ready:
+            with _claimed(study, step) as mine:
+                if mine and not study.done(step):
+                    if not _do(study, step, len(todo) - len(missing) + 1, len(todo)):
+                        return False
+                    break
+        else:
+            time.sleep(_POLL_S)  # all that can be done now is being done by others
+
+
+@contextmanager
+def _claimed(study: Study, step: Step) -> Iterator[bool]:
+    """Whether this process may do the step; the claim ends with the context, or with the process."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(study.recipe.out / "claims" / step.key.replace("/", ".")))
+        except ValueError:
+            yield False
+            return
+        yield True
+
+
+def _do(study: Study, step: Step, number: int, total: int) -> bool:
+    logger.info("step %d of %d: %s", number, total, step.key)
+    started = time.monotonic()
+    if not step.work():
+        return False
+    seconds = round(time.monotonic() - started, 1)
+    note = {**study.note(step), "seconds": seconds}
+    write_atomically(study.stamp(step), f"{json.dumps(note)}\n")
+    logger.info("%s: done in %.1f s", step.key, seconds)
+    if step.key.startswith("cells/"):
+        report(study)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+
+def results(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row for each scored step of each cell, from the run folders, and the cells that are not done."""
+    rows, missing = list[dict[str, Any]](), list[str]()
+    for seed in study.recipe.seeds:
+        for name in study.recipe.cells:
+            step = study.steps[f"cells/{name}/seed{seed}"]
+            cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / "results.jsonl"
+            try:
+                if not study.done(step):
+                    missing.append(f"{name}/seed{seed}")
+            except ValueError:
+                missing.append(f"{name}/seed{seed} (made by other settings)")
+                continue
+            lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
+            facts = {"cell": name, "seed": seed, "delta_t": cell.schedule.delta_t}
+            rows += [{**facts, **json.loads(line), "name": name} for line in lines]
+    return rows, missing
+
+
+def report(study: Study) -> list[str]:
+    """Write results.jsonl, and figures and tables into report/; returns the cells that are missing."""
+    recipe = study.recipe
+    rows, missing = results(study)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    write_atomically(recipe.out / "results.jsonl", lines)
+    study_report.write(recipe, rows, missing)
+    return missing

@@ -1,0 +1,205 @@
+"""The YAML files of recipes: found by name, read with bounds, and merged along `extends` by OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+RECIPE_ROOT = Path(__file__).resolve().parents[2] / "recipes"
+# A recipe has a few hundred values; aliases of aliases can make billions of a few lines.
+_MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
+_SECRET = re.compile(r"oc\.env\s*:\s*[^},]*(?:key|token|secret|passw|credential)", re.IGNORECASE)
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be used; the message starts with the dotted key, or with the file."""
+
+
+@contextmanager
+def errors_in(where: Path | str) -> Iterator[None]:
+    """What YAML, OmegaConf and Python object to in settings, as an error that names their file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
+    except (
+        yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
+        raise ConfigError(f"{where}: not readable as settings: {error}") from error
+
+
+def recipe_names() -> list[str]:
+    """Names of all recipes that can be given bare, such as `train/sfd_xl`."""
+    return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
+    given = Path(name)
+    if not given.name:
+        raise ConfigError(f"{str(name)!r}: no name of a recipe; `sfd recipes` lists them")
+    for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
+        if candidate.is_file():
+            return candidate
+    # `recipes/train/x.yaml` typed outside the checkout still means the recipe of that name.
+    near = difflib.get_close_matches(
+        str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4
+    )
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; recipes are looked up in {RECIPE_ROOT}"
+    raise ConfigError(f"{name}: no such recipe or file{hint}")
+
+
+def _parent(name: object, child: Path) -> Path:
+    """The file that `extends: name` in `child` means; parents stay among the recipes or beside their child."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"extends: {name!r} in {child}; allowed: a recipe name, or a file in the same folder")
+    beside = child.parent / f"{name.removesuffix('.yaml')}.yaml"
+    return beside if beside.is_file() and beside != child else find(name)
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe's file and those that it extends, as they are now: what a merged tree is a pure function of."""
+
+    path: Path
+    text: str
+    extends: tuple[str, ...]  # as the file names them
+    parents: tuple[RecipeFile, ...]
+
+
+def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
+    """A file and its parents; `trail` has those that extend it.
+
+    Raises:
+        ConfigError: if one is not there, not readable, or extends itself.
+    """
+    if path.resolve() in trail:
+        raise ConfigError(f"extends: {path} extends itself")
+    text = _text(path)
+    with errors_in(path):
+        parents = _own(path, text).get("extends", [])
+    if not isinstance(parents, str | ListConfig | list):
+        raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
+    names = tuple([parents] if isinstance(parents, str) else parents)
+    trail = (*trail, path.resolve())
+    return RecipeFile(path, text, names, tuple(read_file(_parent(name, path), trail) for name in names))
+
+
+# Hundreds of recipes extend a few parents. A changed file is another key.
+@functools.lru_cache(maxsize=512)
+def merged(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
+    """The merged tree of a file and its parents, and which file set each dotted leaf. Shared: not to be changed."""
+    (tree, origin), own = inherited(file), own_settings(file)
+    with errors_in(file.path):
+        return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
+
+
+def inherited(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
+    """The same of its parents alone."""
+    tree, origin = OmegaConf.create({}), dict[str, str]()
+    for parent, parent_origin in map(merged, file.parents):
+        tree, origin = merge(tree, parent), {**origin, **parent_origin}
+    return tree, origin
+
+
+def own_settings(file: RecipeFile) -> DictConfig:
+    """What a file itself sets."""
+    own = _own(file.path, file.text).copy()
+    own.pop("extends", None)
+    return own
+
+
+def _text(path: Path) -> str:
+    with errors_in(path):
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")
+        return path.read_text(encoding="utf-8")
+
+
+def _own(path: Path, text: str) -> DictConfig:
+    """What a file itself sets. Shared: not to be changed."""
+    with errors_in(path):
+        own = _parse(text)
+    if not isinstance(own, DictConfig):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
+    return own
+
+
+@functools.lru_cache(maxsize=512)
+def _parse(text: str) -> Any:
+    _check_size(text)
+    # As it reads a file; OmegaConf.create would take a bare text for a key.
+    return OmegaConf.load(io.StringIO(text))
+
+
+def _check_size(text: str) -> None:
+    """Refuse a text that would not stay small once it is read, and one that asks for a secret of the environment."""
+    if _SECRET.search(text):
+        raise ValueError(
+            "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and to the "
+            "checkpoints; libraries find their keys by themselves"
+        )
+    known: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if node is None or isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in known:
+            known[id(node)] = _MOST_NODES  # of a node inside itself
+            parts = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+            known[id(node)] = 1 + sum(size(part) for part in parts)
+        return known[id(node)]
+
+    if size(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_NODES:
+        raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed")
+
+
+def merge(base: DictConfig, top: DictConfig) -> DictConfig:
+    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply.
+
+    Changes neither; where one is empty, it is the other itself.
+    """
+    if not base or not top:
+        return base or top
+    merged = base.copy()
+    _drop_replaced(merged, top)
+    merged.merge_with(top)
+    return merged
+
+
+def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
+    for key in list(top):
+        below = base._get_node(key) if key in base else None
+        above = top._get_node(key)
+        if (
+            not (isinstance(below, DictConfig) and isinstance(above, DictConfig))
+            or below._is_none()
+            or above._is_none()
+        ):
+            continue
+        if "kind" in above and "kind" in below and above.kind != below.kind:
+            base.pop(key)
+        else:
+            _drop_replaced(below, above)
+
+
+def leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
+    """The dotted keys of all values."""
+    for key in tree:
+        node = tree._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            yield from leaves(node, f"{prefix}{key!s}.")
+        else:
+            yield f"{prefix}{key!s}"

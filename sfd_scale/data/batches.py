@@ -1,0 +1,86 @@
+"""Batches of training: latents, features or images, with labels and the keys of every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Latents (N, C, H, W) float32 normalised; labels (N,) int64; keys (N, 2) int64 = (epoch, sample id) of every
+    row, which name its random draws; features (N, D, H, W) of the clean image, for alignment, or None, in 16 bits as
+    stored; images (N, 3, H, W) uint8 where the features are to be made from them. All from the same flip."""
+
+    latents: Tensor
+    labels: Tensor
+    keys: Tensor
+    features: Tensor | None = None
+    images: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def slice(self, start: int, stop: int) -> LatentBatch:
+        """Rows start..stop-1, as views."""
+        features, images = (part if part is None else part[start:stop] for part in (self.features, self.images))
+        return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images)
+
+    def to(self, device: torch.device) -> LatentBatch:
+        return self._moved(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> LatentBatch:
+        """In page-locked memory, which a copy to a GPU leaves without the host; the loader calls it."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> LatentBatch:
+        # The keys stay where they are: they seed CPU generators.
+        features, images = (part if part is None else move(part) for part in (self.features, self.images))
+        return LatentBatch(move(self.latents), move(self.labels), self.keys, features, images)
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch: for semantic VAEs."""
+
+    features: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        features, labels = (part.to(device, non_blocking=True) for part in (self.features, self.labels))
+        return FeatureBatch(features, labels, self.keys)
+
+    def pin_memory(self) -> FeatureBatch:
+        """See LatentBatch."""
+        return FeatureBatch(self.features.pin_memory(), self.labels.pin_memory(), self.keys)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch: for models trained on pixels."""
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def slice(self, start: int, stop: int) -> ImageBatch:
+        """Rows start..stop-1, as views."""
+        return ImageBatch(self.images[start:stop], self.labels[start:stop], self.keys[start:stop])
+
+    def to(self, device: torch.device) -> ImageBatch:
+        images, labels = (part.to(device, non_blocking=True) for part in (self.images, self.labels))
+        return ImageBatch(images, labels, self.keys)
+
+    def pin_memory(self) -> ImageBatch:
+        """See LatentBatch."""
+        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)

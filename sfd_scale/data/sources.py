@@ -1,0 +1,186 @@
+"""Where images come from: class folders, tar or Parquet files, digits, the study's scenes, or shards of our own.
+
+A source is a sequence of ((3, H, W) uint8, class index).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sfd_scale.config.bounds import at_least
+from sfd_scale.data.image_io import SUFFIXES, read_image
+from sfd_scale.data.manifest import Manifest
+from sfd_scale.data.parquet import ParquetConfig, ParquetImages
+from sfd_scale.data.shards import open_shards
+from sfd_scale.data.tars import TarConfig, Tars
+from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
+from sfd_scale.toy.scenes import SceneSplit, scene_image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """Real handwritten digits on procedural grounds (sfd_scale.data.synthetic)."""
+
+    kind: Literal["digits"] = "digits"
+    split: Split = "train"
+    num_images: int = 8000
+    size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, num_images=1, size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """Scenes of several handwritten digits on structured grounds (sfd_scale.data.scenes)."""
+
+    kind: Literal["scenes"] = "scenes"
+    split: SceneSplit = "train"
+    num_images: int = 50_000
+    size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, num_images=1, size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """One folder a class, as ImageNet is unpacked; classes are the sorted folder names.
+
+    upright: turn images by their EXIF tag. ADM's references and the authors' data were made without.
+    """
+
+    path: Path
+    kind: Literal["folder"] = "folder"
+    size: int = 256
+    upright: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDSConfig:
+    """The image column of shards that `sfd encode` wrote."""
+
+    path: Path
+    kind: Literal["mds"] = "mds"
+
+
+SourceConfig = DigitsConfig | ScenesConfig | FolderConfig | TarConfig | ParquetConfig | MDSConfig
+
+
+class Source(Protocol):
+    num_classes: int
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+class DrawnImages:
+    """Images that are drawn when they are asked for; see DigitsConfig and ScenesConfig."""
+
+    num_classes = NUM_CLASSES
+
+    def __init__(self, config: DigitsConfig | ScenesConfig) -> None:
+        self.config, self.size = config, config.size
+
+    def __len__(self) -> int:
+        return self.config.num_images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        config = self.config
+        if isinstance(config, DigitsConfig):
+            return digit_image(config.seed, config.split, index, config.size)
+        return scene_image(config.seed, config.split, index, config.size)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    """Whether a name below `root` on the way begins with a dot: what editors and systems put there."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+class Folder:
+    """See FolderConfig; names that begin with a dot are passed over.
+
+    Attributes:
+        classes: the names, by class index.
+
+    Raises:
+        ValueError: if the folder is missing, has no class folders, or one of them holds no image.
+    """
+
+    def __init__(self, config: FolderConfig) -> None:
+        if not config.path.is_dir():
+            raise ValueError(f"source.path: {config.path} is not a folder")
+        classes = sorted(path for path in config.path.iterdir() if path.is_dir() and not _hidden(path, config.path))
+        if not classes:
+            raise ValueError(f"source.path: {config.path} has no class folders")
+        self.files: list[tuple[Path, int]] = []
+        others = Counter[str]()
+        for label, folder in enumerate(classes):
+            files = [path for path in sorted(folder.rglob("*")) if not _hidden(path, folder)]
+            own = [path for path in files if path.suffix.lower() in SUFFIXES]
+            rest = (path for path in files if path.suffix.lower() not in SUFFIXES)
+            others.update(path.suffix.lower() for path in rest if path.is_file())
+            if not own:
+                kinds = ", ".join(sorted(SUFFIXES))
+                raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")
+            self.files += [(path, label) for path in own]
+        if others:
+            counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
+            logger.warning("%s: left out, as no image of %s: %s", config.path, ", ".join(sorted(SUFFIXES)), counts)
+        self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
+        self.classes = tuple(folder.name for folder in classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        return read_image(path, self.size, self.upright), label
+
+
+class Shards:
+    """See MDSConfig."""
+
+    def __init__(self, config: MDSConfig) -> None:
+        manifest = Manifest.read(config.path)
+        if "image" not in manifest.columns:
+            raise ValueError(f"source.path: {config.path} stores no images; encode it with store.image=true")
+        self.num_classes, self.size = manifest.num_classes, manifest.image_size
+        self._rows = open_shards(config.path)
+
+    def __len__(self) -> int:
+        return self._rows.num_samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._rows.gather([index], [["image"], ["label"]])
+        return torch.from_numpy(image[0]), int(label[0])
+
+
+def make_source(config: SourceConfig) -> Source:
+    match config:
+        case DigitsConfig() | ScenesConfig():
+            return DrawnImages(config)
+        case FolderConfig():
+            return Folder(config)
+        case TarConfig():
+            return Tars(config)
+        case ParquetConfig():
+            return ParquetImages(config)
+        case MDSConfig():
+            return Shards(config)

@@ -1,0 +1,198 @@
+"""The composite latent: which channels are texture and which are semantics, and how both are normalised.
+
+The only file that knows the channel order, texture first: [texture 0..T-1, semantic T..T+S-1] (REFERENCE of the
+authors' code; the paper's formulas write [s, z]).
+
+N batch · C channels (T texture + S semantic) · H, W latent grid · D feature channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.torch_file import TorchFile
+
+DETERMINISTIC_LOGVAR = -30.0  # stored for latents of a codec that has no posterior variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentLayout:
+    """Channels of the two parts and the side of the latent grid (ImageNet 256x256: 32 + 16 on 16x16)."""
+
+    texture_channels: int = 32
+    semantic_channels: int = 16
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        at_least(self, texture_channels=1, semantic_channels=0, size=1)
+
+    @property
+    def channels(self) -> int:
+        return self.texture_channels + self.semantic_channels
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return (self.channels, self.size, self.size)
+
+    def split(self, x: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+        """(texture, semantic) views of a tensor with C entries along `dim`.
+
+        Raises:
+            ValueError: if `dim` does not have C entries.
+        """
+        if x.shape[dim] != self.channels:
+            raise ValueError(f"a latent of {x.shape[dim]} channels does not fit the layout of {self.channels}: {self}")
+        texture, semantic = x.split([self.texture_channels, self.semantic_channels], dim)
+        return texture, semantic
+
+    def join(self, texture: Tensor, semantic: Tensor, dim: int = 1) -> Tensor:
+        """The inverse of `split`."""
+        joined = torch.cat([texture, semantic], dim)
+        assert joined.shape[dim] == self.channels
+        return joined
+
+    def per_channel(self, texture: Tensor | float, semantic: Tensor | float, like: Tensor) -> Tensor:
+        """One value a part (a number, a 0-d tensor or (N,)) on every channel: (N or 1, C, 1, 1), with the dtype and
+        device of `like`."""
+        # A number is filled in on the device: a copy of it would make the host wait.
+        parts = [
+            v.to(like).reshape(-1, 1) if isinstance(v, Tensor) else like.new_full((1, 1), v)
+            for v in (texture, semantic)
+        ]
+        rows = max(part.shape[0] for part in parts)
+        wide = [
+            part.expand(rows, count)
+            for part, count in zip(parts, (self.texture_channels, self.semantic_channels), strict=True)
+        ]
+        return self.join(wide[0], wide[1])[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation of each channel over the training set: (C,) float64 each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != self.std.shape or self.mean.ndim != 1:
+            raise ValueError(
+                f"stats of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) twice"
+            )
+        if not bool((self.std > 0).all() and self.std.isfinite().all() and self.mean.isfinite().all()):
+            raise ValueError("stats that are not finite, or with a standard deviation of 0; a channel may be constant")
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x − mean) / std for raw latents (N, C, H, W)."""
+        return (x - self._wide(self.mean, x)) / self._wide(self.std, x)
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return x * self._wide(self.std, x) + self._wide(self.mean, x)
+
+    def to(self, device: torch.device) -> LatentStats:
+        """On a device, where normalising copies nothing to it."""
+        return LatentStats(self.mean.to(device), self.std.to(device))
+
+    @staticmethod
+    def _wide(values: Tensor, like: Tensor) -> Tensor:
+        return values.to(like.device, like.dtype)[:, None, None]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over mean and std as float64 bytes; it follows the data into every checkpoint."""
+        both = torch.cat([self.mean, self.std]).to("cpu", torch.float64).contiguous()
+        return hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save  # the models need torch alone
+
+        write_atomically(path, save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
+
+    @classmethod
+    def load(cls, path: Path) -> LatentStats:
+        """Raises ValueError for a file that holds anything else, or is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return cls(file.get_tensor("mean"), file.get_tensor("std"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a file of latent statistics: {error}") from error
+
+    @classmethod
+    def from_official(cls, texture: Path, semantic: Path, layout: LatentLayout | None = None) -> LatentStats:
+        """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1]).
+
+        Raises:
+            ValueError: that names the file, if it cannot be read or holds something else, such as the other part of
+                `layout`.
+        """
+        counts = (None, None) if layout is None else (layout.texture_channels, layout.semantic_channels)
+        parts = [_official_stats(path, count) for path, count in zip((texture, semantic), counts, strict=True)]
+        mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
+        return cls(mean, std)
+
+
+def _official_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
+    file = TorchFile(path)
+    found = file.load(file.content)
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
+        raise ValueError(f"{path} holds no statistics of latents: tensors mean and std")
+    if channels is not None and found["mean"].numel() != channels:
+        raise ValueError(f"{path}: of {found['mean'].numel()} channels; allowed here: {channels} (texture comes first)")
+    return found
+
+
+class StatsAccumulator:
+    """Per-channel mean and variance in one streaming pass, float64.
+
+    Chan, Golub and LeVeque's pairwise update (1979); merging chunks in a fixed order gives the same bits for any
+    number of ranks that produced them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.mean = torch.zeros(channels, dtype=torch.float64)
+        self.m2 = torch.zeros(channels, dtype=torch.float64)
+
+    def update(self, x: Tensor) -> None:
+        """Add raw latents (N, C, H, W)."""
+        values = x.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (C, N·H·W)
+        mean = values.mean(1)
+        count = torch.tensor(values.shape[1], dtype=torch.float64)
+        self._combine(count, mean, (values - mean[:, None]).square().sum(1))
+
+    def merge(self, other: StatsAccumulator) -> None:
+        self._combine(other.count, other.mean, other.m2)
+
+    def _combine(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        total = self.count + count
+        if total == 0:
+            return
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
+        self.count = total
+
+    def state(self) -> dict[str, Tensor]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> StatsAccumulator:
+        new = cls(state["mean"].numel())
+        new.count, new.mean, new.m2 = (state[key].double() for key in ("count", "mean", "m2"))
+        return new
+
+    def finish(self) -> LatentStats:
+        if self.count == 0:
+            raise ValueError("statistics of no samples")
+        return LatentStats(self.mean, (self.m2 / self.count).sqrt())

@@ -1,0 +1,282 @@
+"""The authors' checkpoints as files and runs of ours and back. All weights and moments arrive, or it is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sfd_scale import build, checkpoint, export, runs
+from sfd_scale.checkpoint import CheckpointManager
+from sfd_scale.checkpoint.boxes import PARAMS_PART
+from sfd_scale.checkpoint.folder import committed
+from sfd_scale.checkpoint.official_checkpoint import (
+    AdamMoments,
+    Architecture,
+    OfficialCheckpoint,
+    check_weights,
+    fixed_tables,
+    infer_architecture,
+    optimizer_state,
+    read_moments,
+    read_official,
+    write_official,
+)
+from sfd_scale.config import loader as config
+from sfd_scale.data.dataloader import read_stats
+from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.engines import ema
+from sfd_scale.models.lightningdit import LightningDiTConfig
+from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime.files import sha256
+from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.weight_files import State
+from sfd_scale.tokenizers.make import make_texture
+from sfd_scale.training.divergence import DivergenceWatch
+from sfd_scale.training.objective import SemanticFirstConfig
+
+logger = logging.getLogger(__name__)
+_HEAD = "repa_projector."
+
+
+# --------------------------------------------------------------------------------------------------- in
+
+
+def recipe_for(file: Path, name: str | None, overrides: Sequence[str]) -> TrainRecipe:
+    """The recipe of that name; without a name `train/sfd_xl` with the size that the weights of the file have.
+
+    Raises:
+        ValueError: if the file's model has none of the known sizes.
+    """
+    if name is not None:
+        return config.load(name, TrainRecipe, overrides)
+    try:
+        found = infer_architecture(read_official(file).weights).config
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
+    if found.size is None:
+        raise ValueError(f"{file}: depth, width, heads {tuple(found.dimensions)} are no known size; name its recipe")
+    shape = [f"model.size={found.size}", f"model.patch_size={found.patch_size}"]
+    return config.load("train/sfd_xl", TrainRecipe, [*shape, f"model.num_classes={found.num_classes}", *overrides])
+
+
+def import_weights(
+    file: Path, out: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = (), weights: Literal["ema", "params"] = "ema"
+) -> Path:
+    """Write one set of weights of an authors' file as a safetensors file of ours, which evaluation takes.
+
+    Args:
+        recipe: what the weights were trained by; a file without alignment head leaves it out of the recipe.
+        stats: of the latents: the authors' two files (texture, semantic) or one of ours; those of the recipe's data
+            if there is such. Without any, the file holds weights alone, and images cannot be drawn from it.
+        weights: `ema`, which the authors sample with, or `params`, the trained ones, their `model`.
+
+    Raises:
+        ValueError: if the file cannot be read, does not fit the recipe, or the recipe's texture codec cannot.
+    """
+    content = read_official(file)
+    state = content.ema if weights == "ema" else content.model
+    if state is None:
+        raise ValueError(f"--weights: {weights}, but {file} holds none; allowed: {'ema' if content.ema else 'params'}")
+    if not any(name.startswith(_HEAD) for name in state):
+        recipe = _without_head(recipe)
+    parameters = _fitted(content, state, recipe, file)
+    found = _stats(stats, recipe)
+    tokenizers = None
+    if found is None:
+        logger.warning("%s: no statistics of latents (--stats): images cannot be drawn from it", out)
+    else:
+        if recipe.tokenizer.texture is None:
+            raise ValueError("tokenizer.texture: null; name the codec of the file's latents, which decodes them")
+        tokenizers = {"texture": make_texture(recipe.tokenizer.texture, torch.device("cpu")).fingerprint}
+    note = export.note_of(recipe, _step_of(file), found, tokenizers)
+    origin = {"imported_from": file.name, "imported_sha256": sha256(file), "weights": weights}
+    path = checkpoint.save_weights(parameters, out, {export.EXPORT_KEY: json.dumps(note), **origin})
+    logger.info("%s: %s weights of %s", path, weights, file)
+    return path
+
+
+def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = ()) -> Path:
+    """Make a run folder that `sfd train` goes on from: weights, both moments, average and step of an authors' file.
+
+    Args:
+        stats: if given, the statistics that the recipe's data has to have.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        ValueError: if something is missing or does not fit, or the folder holds a run already.
+    """
+    if committed(run / "checkpoints"):
+        raise ValueError(f"--run: {run} holds a run already; allowed: a new folder")
+    if recipe.ema.lengths:
+        raise ValueError(f"ema.lengths: {recipe.ema.lengths}; allowed: none, as the authors' files hold one average")
+    content = read_official(file, optimizer=True)
+    moments = read_moments(content, str(file))
+    if content.ema is None or content.model is None:
+        raise ValueError(f"{file} holds no ema, the average that a run goes on with")
+    params, average = (_fitted(content, state, recipe, file) for state in (content.model, content.ema))
+    reader = export.latent_reader(recipe)
+    assert reader is not None  # _fitted has seen to it
+    wanted = _stats(stats, recipe) if stats else None
+    if wanted is not None and wanted.hash != reader.stats.hash:
+        raise ValueError(
+            f"data.path: {recipe.data.path} has other statistics than --stats; give them as data.stats, here and in "
+            "training"
+        )
+    origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
+    with run_lock(run):
+        runs.claim(run, recipe, None, origin, allow_foreign=False)
+        manager = CheckpointManager(run / "checkpoints", recipe.checkpoint)
+        parts = {PARAMS_PART: params, ema.PART: average}
+        parts |= {"optim.exp_avg": moments.exp_avg, "optim.exp_avg_sq": moments.exp_avg_sq}
+        watch = DivergenceWatch(recipe.divergence, run).state()
+        state = {**build.compatibility(recipe, reader), "divergence": watch, "wandb_id": None, **origin}
+        path = manager.save_whole(moments.steps, parts, moments.steps, state)
+    logger.info("%s: %s, with Adam's moments after %d updates", path, file, moments.steps)
+    return path
+
+
+def _fitted(content: OfficialCheckpoint, state: State, recipe: TrainRecipe, file: Path) -> State:
+    """The parameters of a state, fp32, after all has been compared with the recipe; fixed tables are left out."""
+    architecture = _architecture(recipe)
+    theirs = (content.config or {}).get("model")
+    pairs = {
+        "schedule.delta_t": (recipe.schedule.delta_t, "semfirst_delta_t"),
+        "latents.semantic_channels": (recipe.latents.semantic_channels, "semantic_chans"),
+    }
+    for key, (own, name) in pairs.items():
+        if isinstance(theirs, Mapping) and name in theirs and theirs[name] != own:
+            raise ValueError(f"{key}: {own}, but {file} was trained with {name} {theirs[name]}")
+    try:
+        check_weights(architecture, state, str(file))
+    except ValueError as error:
+        raise ValueError(f"{error}{_size_hint(state, architecture)}") from error
+    with torch.device("meta"):
+        names = [name for name, _ in architecture.build().named_parameters()]
+    return {name: state[name].float().contiguous() for name in names}
+
+
+def _size_hint(state: State, wanted: Architecture) -> str:
+    try:
+        found = infer_architecture(state).config
+    except ValueError:
+        return ""
+    if found.dimensions == wanted.config.dimensions:
+        return ""
+    sizes = [c.size or f"of depth, width, heads {tuple(c.dimensions)}" for c in (found, wanted.config)]
+    return f". The file's model is {sizes[0]}, the recipe's {sizes[1]}"
+
+
+def _architecture(recipe: TrainRecipe) -> Architecture:
+    if not isinstance(recipe.model, LightningDiTConfig):
+        raise ValueError(f"model.kind: {recipe.model.kind!r}; allowed: 'lightningdit', which the authors' files hold")
+    layout = recipe.latents
+    return Architecture(recipe.model, layout.channels, layout.size, not recipe.schedule.synchronous)
+
+
+def _without_head(recipe: TrainRecipe) -> TrainRecipe:
+    if not isinstance(recipe.model, LightningDiTConfig) or not isinstance(recipe.objective, SemanticFirstConfig):
+        return recipe
+    objective = dataclasses.replace(recipe.objective, alignment_weight=0.0)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, alignment=None), objective=objective)
+
+
+def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
+    channels = recipe.latents.channels
+    if len(paths) > 2:
+        raise ValueError(f"--stats: {len(paths)} files; allowed: one of ours, or the authors' for texture and semantic")
+    if len(paths) == 2:
+        stats = LatentStats.from_official(paths[0], paths[1], recipe.latents)
+    elif not paths and recipe.data.stats is not None:
+        stats = read_stats(recipe.data.stats)
+    else:
+        path = paths[0] if paths else recipe.data.path / "stats.safetensors"
+        if not path.is_file():
+            if paths:
+                raise ValueError(f"--stats: {path}; allowed: an existing file")
+            return None
+        if path.suffix != ".safetensors":
+            raise ValueError(f"--stats: {path} alone; allowed: both of the authors' files, or one .safetensors of ours")
+        stats = LatentStats.load(path)
+    if len(stats.mean) != channels:
+        raise ValueError(f"--stats: of {len(stats.mean)} channels; allowed: {channels}, as latents has (texture first)")
+    return stats
+
+
+def _step_of(file: Path) -> int:
+    """The step in the name of an authors' file (0400000.pt); 0 if it is named otherwise."""
+    return int(file.stem) if file.stem.isdigit() else 0
+
+
+# -------------------------------------------------------------------------------------------------- out
+
+
+def export_official(source: Path, out: Path, step: int | None = None) -> Path:
+    """Write a file that the authors' code loads: `ema`, and from a run `model`, `opt` and `config` too.
+
+    Args:
+        source: a run folder, one checkpoint of it, or a safetensors file of ours.
+        step: of a run: a saved step; the newest if None.
+
+    Raises:
+        ValueError: if there is no LightningDiT in it.
+    """
+    if source.suffix == ".safetensors":
+        recipe = config.from_dict(TrainRecipe, export.read_note(source)["recipe"], str(source))
+        names = _full(checkpoint.load_weights(source), recipe)
+        write_official(out, ema=names, config=_official_config(recipe))
+    else:
+        folder, recipe = export.run_of(source)
+        found = export.checkpoint_of(source, folder, step)
+        average, params = (_full(checkpoint.load_weights(found, part), recipe) for part in ("ema", "params"))
+        first, second = checkpoint.load_weights(found, "exp_avg"), checkpoint.load_weights(found, "exp_avg_sq")
+        moments = AdamMoments(first, second, checkpoint.read_state(found)["optimizer_steps"])
+        opt = optimizer_state(
+            params, moments, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps,
+            weight_decay=recipe.optimizer.weight_decay,
+        )  # fmt: skip
+        write_official(out, ema=average, model=params, opt=opt, config=_official_config(recipe))
+    logger.info("%s: in the authors' format, from %s", out, source)
+    return out
+
+
+def _full(parameters: Mapping[str, Tensor], recipe: TrainRecipe) -> State:
+    """Parameters and fixed tables in the order of the model's state."""
+    architecture = _architecture(recipe)
+    with torch.device("meta"):
+        names = list(architecture.build().state_dict())
+    tables = fixed_tables(architecture)
+    return {name: tables[name] if name in tables else parameters[name] for name in names}
+
+
+def _official_config(recipe: TrainRecipe) -> dict[str, Any]:
+    """The settings of the model and of its loss under the authors' names, and the whole recipe."""
+    model, objective = recipe.model, recipe.objective
+    assert isinstance(model, LightningDiTConfig)
+    assert isinstance(objective, SemanticFirstConfig)
+    named = {
+        "model_type": f"LightningDiT-{'1p0B' if model.size == 'XXL' else model.size}/{model.patch_size}",
+        "in_chans": recipe.latents.channels,
+        "semantic_chans": recipe.latents.semantic_channels,
+        "semfirst_delta_t": recipe.schedule.delta_t,
+        "semantic_weight": objective.semantic_weight,
+        "use_qknorm": model.qk_norm,
+        "use_swiglu": model.mlp == "swiglu",
+        "use_rope": model.rope,
+        "use_rmsnorm": model.norm == "rmsnorm",
+        "wo_shift": not model.shift,
+        "use_repa": model.alignment is not None,
+        "repa_weight": objective.alignment_weight,
+        "repa_mode": objective.alignment_mode,
+    }
+    if model.alignment is not None:
+        named["repa_feat_depth"] = model.alignment.depth
+    return {"model": named, "sfd_scale": config.to_dict(recipe)}

@@ -1,0 +1,126 @@
+"""Process group up and down, ranks, and the few collectives the project uses.
+
+Without a launcher (no WORLD_SIZE in the environment) there is no process group and every collective is the
+identity, so that one process needs no special case anywhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sfd_scale.runtime import network
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, deepspeed, srun with our launcher) started this process."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def init(timeout_s: float = 600.0) -> None:
+    """Start the default process group if a launcher set RANK and WORLD_SIZE: NCCL on CUDA, gloo on CPU.
+
+    Both use the interface that reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say another one.
+    LOCAL_WORLD_SIZE is filled in from the deepspeed launcher's LOCAL_SIZE, which MosaicML streaming does not read
+    (mosaicml/streaming#717).
+    """
+    if not launched() or dist.is_initialized():
+        return
+    if "LOCAL_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
+    network.set_interfaces(os.environ)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def shutdown() -> None:
+    """Tear the process group down; safe to call twice."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0
+
+
+def local_world_size() -> int:
+    return (
+        int(os.environ["LOCAL_WORLD_SIZE"])
+        if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ
+        else world_size()
+    )
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Maximum over ranks, in place; returns the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank. One collective for all of them."""
+    if not dist.is_initialized():
+        return list(flags)
+    return [bool(flag) for flag in all_reduce_max(torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks, in place; returns the tensor."""
+    return all_reduce_sum(tensor).div_(world_size())
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,68 @@
+"""What a run leaves behind when it hangs: for every rank the stacks of its threads and its last collectives.
+
+A rank that waits for one that never comes fails after the timeout of the collective, on NCCL by an abort. The stacks
+are written before that. Both kinds of file go into `logs/` of the run folder:
+
+    stacks-rank-R.txt     where each thread was; also on demand: kill -USR2 PID
+    collectives-rank-R    PyTorch's flight recorder; `torchfrtrace logs --prefix collectives-rank-` compares the ranks
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+
+from sfd_scale.runtime import distributed
+
+logger = logging.getLogger(__name__)
+RECORDED_COLLECTIVES = 2000
+SHARE = 0.9  # of the timeout, after which a step counts as hung
+
+
+class HangDump:
+    """Within it, a hang is recorded. Enter it before the process group starts, which reads its settings once.
+
+    Args:
+        folder: where the files go.
+        timeout_s: of a collective.
+    """
+
+    def __init__(self, folder: Path, timeout_s: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rank = int(os.environ["RANK"]) if distributed.launched() else 0
+        self.path, self.after_s = folder / f"stacks-rank-{self.rank}.txt", SHARE * timeout_s
+        self._file = self.path.open("a", encoding="utf-8")
+        if not dist.is_initialized():
+            os.environ |= {
+                "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+                "TORCH_FR_DUMP_ON_TIMEOUT": "1",
+                "TORCH_FR_DUMP_TEMP_FILE": str(folder.resolve() / "collectives-rank-"),
+            }
+
+    def __enter__(self) -> HangDump:
+        self._file.write(f"started {datetime.now(UTC).isoformat(timespec='seconds')}, process {os.getpid()}\n")
+        self._file.flush()
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        self.alive()
+        return self
+
+    def alive(self) -> None:
+        """A step begins: it has until the timeout before the stacks are written."""
+        faulthandler.dump_traceback_later(self.after_s, file=self._file)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+        self._file.close()
+        # NCCL's watchdog writes the recorder itself, and ends the process; gloo raises here and writes nothing.
+        if isinstance(error, RuntimeError) and dist.is_initialized() and dist.get_world_size() > 1:
+            c10d._dump_fr_trace_file(self.rank, includeCollectives=True, includeStackTraces=True)
+            logger.warning("rank %d: the last collectives and the stacks are in %s", self.rank, self.path.parent)

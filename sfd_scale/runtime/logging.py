@@ -1,0 +1,53 @@
+"""Logging with ranks, JSONL metrics with W&B behind them, and progress bars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sfd_scale.runtime import distributed
+
+logger = logging.getLogger(__name__)
+console = Console(stderr=True)
+
+
+def setup_logging() -> None:
+    """Log to standard error, one line an event; ranks other than 0 only warnings and worse."""
+    rank = distributed.rank() if distributed.rank() else int(os.environ["RANK"]) if "RANK" in os.environ else 0
+    prefix = f"[rank {rank}] " if distributed.launched() else ""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py where the rank writes to a terminal
+        handlers.append(logging.FileHandler(os.environ["SFD_RANK_LOG"], encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+    for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It has a handler of its own, and without a network it warns of every try: the error at the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").propagate = False
+
+
+def log_summary(title: str, facts: Mapping[str, Any]) -> None:
+    """What is about to run, once, by rank 0: a table on a terminal, a log line a fact otherwise."""
+    if not distributed.is_main():
+        return
+    if not console.is_terminal:
+        for name, value in facts.items():
+            logger.info("%s: %s: %s", title, name, value)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(Text(name, style="dim"), Text(str(value)))
+    console.print(table)

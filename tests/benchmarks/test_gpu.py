@@ -1,0 +1,91 @@
+"""The GPU benchmark: what it needs, what its checks catch, and a tiny run of all of it on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from benchmarks import gpu, harness
+from benchmarks.train_step import our_step
+from sfd_scale.engines.block_transforms import use_float8
+from sfd_scale.engines.fsdp import FSDPConfig
+
+CPU = torch.device("cpu")
+# What a machine with torch and numpy alone has not.
+MISSING = (
+    "deepspeed", "streaming", "omegaconf", "rich", "typer", "wandb", "safetensors", "timm", "diffusers", "torchvision",
+    "scipy", "PIL", "psutil", "torch_fidelity",
+)  # fmt: skip
+
+
+def test_it_needs_torch_and_numpy_alone() -> None:
+    program = f"import sys; sys.modules.update(dict.fromkeys({MISSING})); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_attention_in_bf16_is_within_its_tolerance(head_dim: int) -> None:
+    assert gpu.attention_error(CPU, head_dim) < gpu.TOLERANCE
+
+
+def test_attention_of_another_scale_is_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.scaled_dot_product_attention
+    # A kernel that pads heads of 72 to 80 and scales by the padded width.
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda q, k, v: right(q, k, v, scale=1 / math.sqrt(80))
+    )
+    assert gpu.attention_error(CPU, 72) > gpu.TOLERANCE
+
+
+def test_float8_is_refused_where_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match="engine.float8: true, but it needs"):
+        use_float8(torch.nn.Module(), CPU)
+    with pytest.raises(ValueError, match="float8: true; allowed with precision bf16 and compile true"):
+        FSDPConfig(float8=True)
+
+
+@pytest.mark.gpu
+def test_float8_follows_the_loss_of_bf16() -> None:
+    losses = {}
+    for float8 in (False, True):
+        settings = FSDPConfig(sharding="replicate", compile=True, float8=float8)
+        step = our_step("S", 8, settings, depth=2)
+        losses[float8] = [float(step()) for _ in range(30)]  # type: ignore[arg-type]
+    assert losses[False][-1] < losses[False][0]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+def test_what_fails_is_a_figure_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does not compile, say; the file has the figures so far after each of them."""
+
+    def broken(*args: object) -> Callable[[], object]:
+        raise RuntimeError("Triton Error")
+
+    monkeypatch.setattr(gpu, "our_step", broken)
+    words = ["bench", "--device", "cpu", "--quick", "--part", "training", "--out", str(tmp_path)]
+    assert gpu.main(words) == 0
+    text = (tmp_path / "gpu_training.json").read_text()
+    figures = json.loads(text, parse_constant=pytest.fail)["figures"]
+    assert len(figures) == 4 and all(", failed: RuntimeError" in figure["what"] for figure in figures)
+    assert all(figure["ours"] is None and figure["peer"] > 0 for figure in figures)
+    assert math.isnan(harness.figures_of({"figures": figures})[0].ours)
+    gpu.main([*words, "--seconds", "0"])
+    assert len(json.loads((tmp_path / "gpu_training.json").read_text())["figures"]) == 1
+
+
+@pytest.mark.full
+def test_all_of_it_runs_on_the_cpu(tmp_path: Path) -> None:
+    assert gpu.main(["check", "--device", "cpu"]) == 0
+    assert gpu.main(["bench", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    names = " ".join(figure["what"] for figure in figures)
+    assert all(words in names for words in ("training", "checkpointing block", "AutoGuidance", "eager", "Inception"))
+    assert all(figure["ours"] > 0 for figure in figures)

@@ -1,0 +1,252 @@
+"""Scores against scipy, torch-fidelity and closed forms, and the known-bad variants that must move them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from eval.metrics import metrics
+from eval.metrics import precision_recall as neighbours
+from eval.metrics.metrics import FeatureMoments, MetricsConfig, MomentSums, frechet_distance, inception_score, moments
+from eval.metrics.precision_recall import half_distances, precision_recall, squared_distances
+from sfd_scale.diffusion.sampler import balanced_labels
+
+
+def features(count: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
+    """Correlated, clipped at 0 as Inception's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(99)) / dim**0.5
+    return (torch.randn(count, dim, generator=generator) @ mix + 0.4 + shift).clamp(min=0)
+
+
+def scipy_distance(a: Tensor, b: Tensor) -> float:
+    x, y = a.double().numpy(), b.double().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root = scipy.linalg.sqrtm(np.cov(x, rowvar=False) @ np.cov(y, rowvar=False))
+    trace = np.trace(np.cov(x, rowvar=False) + np.cov(y, rowvar=False) - 2 * root.real)
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + trace)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return frechet_distance(moments(a), moments(b))
+
+
+# ------------------------------------------------------------------------------------------------- FID
+
+
+def test_frechet_equals_scipy_and_torch_fidelity() -> None:
+    a, b = features(500, 64, 0), features(700, 64, 1, shift=0.2)
+    ours = distance(a, b)
+    assert ours > 1  # two sets that differ
+    assert ours == pytest.approx(scipy_distance(a, b), abs=1e-8)
+    theirs = fid_statistics_to_metric(
+        fid_features_to_statistics(a.double()), fid_features_to_statistics(b.double()), verbose=False
+    )["frechet_inception_distance"]
+    assert ours == pytest.approx(theirs, abs=1e-8)
+
+
+def test_frechet_with_dead_features_and_few_samples() -> None:
+    a, b = features(500, 64, 0), features(500, 64, 1, shift=0.2)
+    a[:, 10:20], b[:, 10:20] = 0, 0
+    assert distance(a, b) == pytest.approx(scipy_distance(a, b), abs=1e-8)
+    few = features(30, 64, 3, shift=0.1)
+    assert distance(few, b) == pytest.approx(scipy_distance(few, b), abs=1e-3)
+
+
+def test_frechet_by_the_matrix_root_of_adm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    a, b = features(400, 32, 0), features(300, 32, 1, shift=0.2)
+    theirs = frechet_distance(moments(a), moments(b), "sqrtm")
+    assert theirs == pytest.approx(scipy_distance(a, b), abs=1e-12)
+    assert theirs == pytest.approx(distance(a, b), abs=1e-8)
+    real, calls = scipy.linalg.sqrtm, []
+
+    def first_fails(product: Any) -> Any:
+        calls.append(product)
+        return real(product) if len(calls) > 1 else np.full_like(product, np.nan)
+
+    monkeypatch.setattr(scipy.linalg, "sqrtm", first_fails)
+    assert frechet_distance(moments(a), moments(b), "sqrtm") == pytest.approx(theirs, abs=1e-3)
+    assert "1e-6 is added" in caplog.text and np.abs(calls[1] - calls[0]).max() > 1e-7
+    monkeypatch.setattr(scipy.linalg, "sqrtm", lambda product: real(product) + 1j)
+    with pytest.raises(ValueError, match=r"metrics\.frechet: sqrtm; .* imaginary parts up to 1; allowed: svd"):
+        frechet_distance(moments(a), moments(b), "sqrtm")
+
+
+def test_frechet_of_gaussians_in_closed_form() -> None:
+    # Commuting covariances: |Δμ|² + Σ (√a − √b)².
+    first, second = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 0.0]).double()
+    rotation = torch.linalg.qr(features(3, 3, 5).double())[0]
+    a = FeatureMoments(torch.zeros(3).double(), rotation @ first.diag() @ rotation.T, None)
+    b = FeatureMoments(torch.tensor([1.0, 2, 2]).double(), rotation @ second.diag() @ rotation.T, None)
+    assert frechet_distance(a, b) == pytest.approx(9 + 1 + 1 + 9, abs=1e-9)
+
+
+def test_frechet_with_itself_and_with_other_features() -> None:
+    a = features(300, 32, 0)
+    assert abs(distance(a, a)) < 1e-8
+    with pytest.raises(ValueError, match="32 and of 16"):
+        distance(a, a[:, :16])
+
+
+def test_moments_are_unbiased_and_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = features(300, 16, 0)
+    found = moments(a)
+    np.testing.assert_allclose(found.cov.numpy(), np.cov(a.double().numpy(), rowvar=False), atol=1e-13)
+    monkeypatch.setattr(metrics, "BLOCK", 64)
+    assert torch.allclose(moments(a).cov, found.cov, atol=1e-14)
+    with pytest.raises(ValueError, match="two images"):
+        moments(a[:1])
+
+
+def test_moment_sums_equal_moments() -> None:
+    a, b = features(400, 32, 0, shift=30.0), features(400, 32, 1, shift=30.1)
+    sums = MomentSums(32, shift=a[0])
+    for part in a.split(37):
+        sums.update(part)
+    assert sums.finish().count == 400
+    assert frechet_distance(sums.finish(), moments(b)) == pytest.approx(distance(a, b), abs=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- IS
+
+
+def class_logits(labels: Tensor, classes: int) -> Tensor:
+    noise = torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(7))
+    return noise + 8.0 * torch.nn.functional.one_hot(labels, classes)
+
+
+def test_inception_score_equals_torch_fidelity() -> None:
+    logits = class_logits(balanced_labels(0, 1000, 20), 20)
+    theirs = isc_features_to_metric(logits, splits=5, shuffle=False)
+    ours = inception_score(logits, split=200)
+    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-10)
+    assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-8)
+
+
+def test_inception_score_of_labels_in_class_order_collapses() -> None:
+    """What shuffled labels are for: the same images, in class order, score a fraction."""
+    shuffled = balanced_labels(0, 2000, 100)
+    good = inception_score(class_logits(shuffled, 100), split=200).mean
+    bad = inception_score(class_logits(shuffled.sort().values, 100), split=200).mean
+    assert bad < 0.2 * good
+    # Labels in turn are the opposite mistake: every split is balanced, more than the whole set by chance.
+    assert inception_score(class_logits(torch.arange(2000) % 100, 100), split=200).mean > 1.02 * good
+    assert any("runs of one class" in text for text in metrics.sample_warnings(2000, 64, 200, shuffled.sort().values))
+    assert not any("runs of one class" in text for text in metrics.sample_warnings(2000, 64, 200, shuffled))
+
+
+def test_inception_score_survives_a_certain_class() -> None:
+    logits = class_logits(balanced_labels(0, 400, 10), 10)
+    logits[3, 2] = 120.0
+    assert np.isfinite(inception_score(logits, split=200).mean)
+
+
+def test_inception_score_of_a_short_last_split() -> None:
+    logits = class_logits(balanced_labels(0, 450, 10), 10)
+    found = inception_score(logits, split=200)
+    parts = [inception_score(part, split=200).mean for part in logits.split(200)]
+    assert found.mean == pytest.approx(sum(parts) / 3)
+    assert found.whole_splits == pytest.approx(sum(parts[:2]) / 2)
+    assert any("multiple" in text for text in metrics.sample_warnings(450, 64, 200, None))
+
+
+def test_inception_score_in_closed_form() -> None:
+    # Certain and balanced over K classes: exp(log K) = K.
+    logits = 1000.0 * torch.nn.functional.one_hot(torch.arange(50) % 5, 5).double()
+    assert inception_score(logits, split=50).mean == pytest.approx(5.0)
+
+
+# ------------------------------------------------------------------------------------------------- P, R, KID
+
+
+def torch_fidelity_pr(samples: Tensor, reference: Tensor) -> tuple[float, float]:
+    found = prc_features_to_metric(
+        samples, reference, prc_neighborhood=3, prc_batch_size=10_000, save_cpu_ram=True, verbose=False
+    )
+    return found["precision"], found["recall"]
+
+
+def test_precision_recall_equals_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, reference = features(700, 32, 0, shift=0.1), features(400, 32, 1)
+    found = precision_recall(samples, reference, k=3)
+    assert 0.2 < found.precision < 0.98 and 0.2 < found.recall < 0.98
+    assert found == pytest.approx(torch_fidelity_pr(samples, reference))
+    # Neither rows nor columns of a block matter.
+    monkeypatch.setattr(neighbours, "ROWS", 64)
+    monkeypatch.setattr(neighbours, "COLUMNS", 50)
+    assert precision_recall(samples, reference, k=3) == found
+
+
+def half_by_numpy(a: Tensor, b: Tensor) -> np.ndarray[Any, Any]:
+    """ADM's |u|² − 2·u·v + |v|² with each operation in float16."""
+    u, v = a.numpy().astype(np.float16), b.numpy().astype(np.float16)
+    norms = [np.square(x).astype(np.float64).sum(1).astype(np.float16) for x in (u, v)]
+    product = (u.astype(np.float64) @ v.astype(np.float64).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * product + norms[1], np.float16(0)).astype(np.float32)
+
+
+def test_float16_distances_are_those_of_adm_and_raise_both_scores() -> None:
+    # Squared distances about 1,000, as those of Inception features: float16 has steps of 0.5 to 1 there.
+    samples, reference = 3.0 * features(1500, 128, 0), 3.0 * features(800, 128, 1)
+    found, exact = half_distances(samples, reference), squared_distances(samples, reference)
+    assert (found != torch.from_numpy(half_by_numpy(samples, reference))).float().mean() < 0.02
+    assert 0.1 < (found - exact).abs().mean() < 1.0
+    coarse, fine = precision_recall(samples, reference, 3, "float16"), precision_recall(samples, reference, 3)
+    assert 0.001 < coarse.precision - fine.precision < 0.01 and 0.001 < coarse.recall - fine.recall < 0.01
+    # What overflows is taken in float32, as there.
+    assert torch.equal(half_distances(200 * samples, reference), squared_distances(200 * samples, reference))
+
+
+def test_precision_recall_swap() -> None:
+    samples, reference = features(500, 16, 0, shift=0.3), features(300, 16, 1)
+    one, other = precision_recall(samples, reference, 3), precision_recall(reference, samples, 3)
+    assert (one.precision, one.recall) == (other.recall, other.precision)
+    assert one.precision != one.recall
+    with pytest.raises(ValueError, match="more than 3 samples, not 3"):
+        precision_recall(samples[:3], reference, 3)
+
+
+def test_kernel_distance_equals_torch_fidelity() -> None:
+    samples, reference = features(200, 32, 0, shift=0.2).double(), features(200, 32, 1).double()
+    # One subset that is everything: its order does not matter.
+    theirs = kid_features_to_metric(
+        samples, reference, kid_subsets=1, kid_subset_size=200, kid_kernel="poly", kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=0, verbose=False,
+    )  # fmt: skip
+    ours = metrics.kernel_distance(samples, reference, subsets=1, size=200)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    again = metrics.kernel_distance(samples, reference, subsets=5, size=50)
+    assert again == metrics.kernel_distance(samples, reference, subsets=5, size=50) and again.std > 0
+
+
+# ------------------------------------------------------------------------------------------------- the rest
+
+
+def test_few_samples_are_warned_about() -> None:
+    found = metrics.sample_warnings(1000, 2048, 5000, None)
+    assert any("biased upwards" in text for text in found)
+    assert not metrics.sample_warnings(50_000, 2048, 5000, balanced_labels(0, 50_000, 1000))
+
+
+@pytest.mark.parametrize("field", ["is_split", "neighbours", "reference_images", "kid_subsets", "kid_size"])
+def test_config_refuses_nonsense(field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: -1"):
+        MetricsConfig(**{field: -1})
+
+
+def test_every_metric_cites_its_source() -> None:
+    source = Path(metrics.__file__).read_text() + Path(neighbours.__file__).read_text()
+    for arxiv in ("1706.08500", "1606.03498", "1801.01401", "1904.06991"):
+        assert arxiv in source

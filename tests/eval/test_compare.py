@@ -1,0 +1,82 @@
+"""Whether two results differ: influence functions against scores of really resampled sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from eval.compare import Influence, difference, frechet_influence, inception_influence, resampled_means, share_influence
+from eval.metrics.metrics import frechet_distance, inception_score, moments
+from eval.sweep import split_values
+from tests.eval.metrics.test_metrics import class_logits, features
+
+
+def resampled(score: Callable[[Tensor], float], rows: Tensor, rounds: int) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.tensor(
+        [score(rows[torch.randint(len(rows), (len(rows),), generator=draw)]) for _ in range(rounds)]
+    ).double()
+
+
+def test_frechet_influence_is_the_derivative() -> None:
+    """One image more moves the score by its influence / N."""
+    rows, reference = features(4000, 8, 0, shift=0.2), moments(features(4000, 8, 1))
+    found = frechet_influence(rows, reference)
+    assert found.value == frechet_distance(moments(rows), reference)
+    assert abs(found.per_image.mean().item()) < 1e-12
+    for index in (0, 17, 300):
+        more = frechet_distance(moments(torch.cat([rows, rows[index : index + 1].expand(2, -1)])), reference)
+        assert (more - found.value) * 4002 / 2 == pytest.approx(found.per_image[index].item(), rel=0.05, abs=0.02)
+
+
+def test_influence_spreads_as_resampled_scores_do() -> None:
+    reference = moments(features(3000, 8, 1))
+    cases: list[tuple[Influence, Callable[[Tensor], float], Tensor]] = []
+    rows = features(1500, 8, 0, shift=0.2)
+    cases.append((frechet_influence(rows, reference), lambda x: frechet_distance(moments(x), reference), rows))
+    logits = class_logits(torch.arange(1500) % 7, 7) / 2
+    cases.append((inception_influence(logits, 1500), lambda x: inception_score(x, 1500).mean, logits))
+    for found, score, values in cases:
+        real, linear = resampled(score, values, 300), resampled_means(found.per_image, "x", 300)
+        assert linear.std().item() == pytest.approx(real.std().item(), rel=0.2)
+        # No bias upwards, which sets with copies have.
+        assert abs(linear.mean().item()) < 0.2 * linear.std().item()
+
+
+def test_pairing_finds_what_independent_sets_hide() -> None:
+    """The same images with a small change: paired, the interval is far narrower and leaves zero out."""
+    rows, reference = features(1000, 8, 0, shift=0.2), moments(features(3000, 8, 1))
+    a, b = frechet_influence(rows, reference), frechet_influence(rows + 0.005, reference)
+    paired = difference("fid", a, b, paired=True, rounds=400)
+    alone = difference("fid", a, b, paired=False, rounds=400)
+    assert paired.differs and not alone.differs
+    assert paired.difference == alone.difference == b.value - a.value
+    assert paired.high - paired.low < 0.3 * (alone.high - alone.low)
+    same = difference("fid", a, a, paired=True, rounds=50)
+    assert (same.low, same.high) == (0.0, 0.0) and not same.differs
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """Two sets of one distribution: about 95% of intervals hold zero."""
+    reference = moments(features(3000, 4, 1))
+    held = 0
+    for seed in range(60):
+        a, b = (frechet_influence(features(400, 4, 100 + 2 * seed + side), reference) for side in range(2))
+        held += not difference("fid", a, b, paired=False, rounds=200).differs
+    assert 51 <= held <= 60
+
+
+def test_shares_and_unequal_splits() -> None:
+    inside = torch.tensor([True, False, True, True])
+    assert share_influence(inside).value == 0.75
+    logits = class_logits(torch.arange(250) % 5, 5)
+    found = inception_influence(logits, 100)
+    assert len(found.per_image) == 250 and found.value == inception_score(logits, 100).mean
+
+
+def test_values_of_a_sweep() -> None:
+    assert split_values("1,2.5,x") == ["1", "2.5", "x"]
+    assert split_values("{kind: a, b: [1,2]},null") == ["{kind: a, b: [1,2]}", "null"]

@@ -1,0 +1,254 @@
+"""One small SFD run under every engine, world size and accumulation, and every engine's checkpoint under every other.
+
+The real LightningDiT and the real objective: draws are keyed by the sample, so every division of the global batch sees
+the same numbers. `reference` is the same run in plain torch; tests and docs/engines.md compare all others with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager
+from sfd_scale.data.batches import LatentBatch
+from sfd_scale.diffusion.latents import LatentLayout
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.engines.ema import EMA, EMAConfig
+from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig, learning_rate, param_groups
+from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+from sfd_scale.runtime import distributed, seeding
+from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
+from sfd_scale.training.objective import SemanticFirstConfig, SemanticFirstObjective
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import Spec, distance, make_engine, relative, whole
+
+STEPS, SAVED, AFTER = 50, 25, 5  # of the curves; saved at; resumed for
+BATCH = 16
+CLIP = 1.0
+WORLDS, ACCUMULATIONS = (1, 2, 4), (1, 2, 4)
+BOUNDS = {"fp32": 1e-6, "bf16": 2e-3}
+LAYOUT = LatentLayout(texture_channels=6, semantic_channels=4, size=4)
+SCHEDULE = SemanticFirstSchedule(delta_t=0.3)
+MODEL = LightningDiTConfig(
+    depth=2, width=48, heads=3, num_classes=5, alignment=AlignmentConfig(depth=1, hidden=24, dim=10)
+)
+OPTIMIZER = AdamWConfig(lr=1e-3, weight_decay=0.01)
+RATE = ScheduleConfig(kind="cosine", warmup_steps=5, final=0.1)
+AVERAGES = EMAConfig(decay=0.95, lengths=(0.05, 0.1), snapshot_every=25)
+
+# The engines of the resume matrix, then those that only the curves are compared of.
+RESUMED = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "HSDP")
+ENGINES = (*RESUMED, "ZeRO-0", "replicate")
+
+
+def spec(engine: str, precision: str, world: int, grad_accum_steps: int = 1) -> Spec:
+    shared = {"precision": precision, "grad_clip": CLIP}
+    if engine.startswith("ZeRO"):
+        stage = {"zero_stage": int(engine[-1])}
+        # Most parameters have more elements and are sharded between uses; the others stay whole.
+        small = {"persistent_elements": 100} if engine == "ZeRO-3" else {}
+        return Spec("deepspeed", {**shared, **stage, **small}, grad_accum_steps)
+    sharding: dict[str, dict[str, Any]] = {
+        "FSDP2": {}, "HSDP": {"sharding": "hybrid", "shard_size": max(world // 2, 1)},
+        "replicate": {"sharding": "replicate"},
+    }  # fmt: skip
+    return Spec("fsdp", {**shared, **sharding[engine]}, grad_accum_steps)
+
+
+def make_model(seed: int = 0) -> LightningDiT:
+    model = LightningDiT(MODEL, in_channels=LAYOUT.channels, input_size=LAYOUT.size, two_clocks=True)
+    model.init_weights(seed)
+    return model
+
+
+def objective() -> SemanticFirstObjective:
+    return SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, SCHEDULE, MODEL.num_classes, seed=0)
+
+
+@functools.cache
+def batch(step: int) -> LatentBatch:
+    """The global batch of a step: samples step · BATCH …, by their position."""
+    ids = [(0, step * BATCH + i) for i in range(BATCH)]
+    labels = torch.tensor([i % MODEL.num_classes for _, i in ids])
+    latents = seeding.normal(1, "latents", ids, LAYOUT.shape).mul_(0.7)
+    features = seeding.normal(1, "features", ids, (10, LAYOUT.size, LAYOUT.size))
+    return LatentBatch(latents, labels, torch.tensor(ids), features)
+
+
+def rate(step: int) -> float:
+    return learning_rate(OPTIMIZER.lr, RATE, step, STEPS)
+
+
+def reference(steps: int = STEPS) -> list[float]:
+    """Losses of the run in plain torch: one process, fp32, no engine."""
+    model, loss_of = make_model(), objective()
+    groups = param_groups(model, OPTIMIZER)
+    optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, batch(step)).total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train(engine: Engine, ema: EMA, steps: Sequence[int], grad_accum_steps: int) -> list[float]:
+    """Losses over the global batch, this rank taking its share in `accumulation` portions."""
+    ranks, rank, loss_of = distributed.world_size(), distributed.rank(), objective()
+    size = BATCH // ranks // grad_accum_steps
+    losses = []
+    for step in steps:
+        whole_batch, total = batch(step), torch.zeros(())
+        for micro in range(grad_accum_steps):
+            start = (micro * ranks + rank) * size
+            loss = loss_of(engine.model, whole_batch.slice(start, start + size)).total / grad_accum_steps
+            engine.backward(loss, last=micro == grad_accum_steps - 1)
+            total += loss.detach()
+        if engine.step(rate(step)).applied:
+            ema.update(step)
+        losses.append(distributed.all_reduce_mean(total).item())
+    return losses
+
+
+def opened(spec: Spec, seed: int = 0) -> tuple[Engine, EMA]:
+    engine = make_engine(spec, make_model(seed), OPTIMIZER)
+    return engine, EMA(engine.fragments(), AVERAGES)
+
+
+def state(engine: Engine, ema: EMA) -> dict[str, torch.Tensor]:
+    parts = {"model": [f.param for f in engine.fragments()], **ema.averages}
+    return {f"{part}.{n}": t for part, ts in parts.items() for n, t in whole(engine.fragments(), ts).items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A curve from the start, or, with `by`, the AFTER steps after loading what `by` saved at `at` ranks."""
+
+    engine: str
+    world: int
+    precision: str = "fp32"
+    grad_accum_steps: int = 1
+    by: str = ""
+    at: int = 0
+
+    @property
+    def saves(self) -> bool:
+        return self.engine in RESUMED and self.precision == "fp32" and self.grad_accum_steps == 1 and not self.by
+
+
+def run_cells(root: str, cells: list[Cell], steps: int = STEPS) -> None:
+    """On every rank: train each cell; rank 0 adds a line to cells.jsonl: the cell, its losses, and for a resume the
+    largest difference of weights and averages from those of the run that was saved."""
+    logging.disable(logging.INFO)
+    for cell in cells:
+        row = dataclasses.asdict(cell) | (resume(root, cell) if cell.by else curve(root, cell, steps))
+        if distributed.is_main():
+            with Path(root, "cells.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def curve(root: str, cell: Cell, steps: int) -> dict[str, Any]:
+    """From the start. A cell that `saves` does so at SAVED, in the background, and goes on at once."""
+    engine, ema = opened(spec(cell.engine, cell.precision, cell.world, cell.grad_accum_steps))
+    checkpoints = CheckpointManager(folder(root, cell.engine, cell.world), CheckpointConfig())
+    losses: list[float] = []
+    with bf16_matmul_on_cpu(engine.device):
+        for stop in sorted({min(SAVED, steps), min(SAVED + AFTER, steps), steps}):
+            losses += train(engine, ema, range(len(losses), stop), cell.grad_accum_steps)
+            if cell.saves and stop == SAVED:
+                checkpoints.save(SAVED, engine, ema, {"by": cell.engine})
+            if cell.saves and stop == SAVED + AFTER:
+                after = state(engine, ema)
+                if distributed.is_main():
+                    torch.save(after, folder(root, cell.engine, cell.world) / "after.pt")
+    checkpoints.wait()
+    engine.close()
+    return {"loss": losses}
+
+
+def resume(root: str, cell: Cell) -> dict[str, Any]:
+    """In a new engine that starts from other weights."""
+    engine, ema = opened(spec(cell.engine, cell.precision, cell.world), seed=9)
+    saved = folder(root, cell.by, cell.at)
+    checkpoints = CheckpointManager(saved, CheckpointConfig())
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert checkpoints.load(latest, engine, ema)["by"] == cell.by
+    losses = train(engine, ema, range(SAVED, SAVED + AFTER), 1)
+    difference = distance(state(engine, ema), torch.load(saved / "after.pt", weights_only=True))
+    engine.close()
+    return {"loss": losses, "distance": difference}
+
+
+def folder(root: str, engine: str, world: int) -> Path:
+    path = Path(root, f"{engine}-at-{world}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def matrix() -> list[list[Cell]]:
+    """All cells, as lists of one world size each; what saves comes before what resumes."""
+    of_world = {
+        world: [
+            Cell(engine, world, precision, grad_accum_steps)
+            for precision in BOUNDS
+            for engine in ENGINES
+            for grad_accum_steps in ACCUMULATIONS
+            if (engine, precision) != ("ZeRO-0", "bf16")
+        ]
+        for world in WORLDS
+    }
+    first = [[cell for cell in of_world[world] if cell.saves] for world in WORLDS]
+    pairs = [(by, at, to) for at in WORLDS for by in RESUMED for to in RESUMED]
+    then = [[Cell(to, world, by=by, at=at) for by, at, to in pairs] for world in WORLDS]
+    return first + then + [[cell for cell in of_world[world] if not cell.saves] for world in WORLDS]
+
+
+def measure(root: str, groups: list[list[Cell]], said: Callable[[str], None] = lambda text: None) -> None:
+    """Run what `root` does not hold yet."""
+    for group in groups:
+        done = read(root)
+        left = [cell for cell in group if cell not in done]
+        if left:
+            run_ranks(run_cells, group[0].world, root, left, timeout=7200)
+            said(f"{len(left)} cells at {group[0].world} ranks")
+
+
+def read(root: str) -> dict[Cell, dict[str, Any]]:
+    """The cells that were measured: {"loss", and for resumes "distance"}."""
+    path = Path(root, "cells.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    names = [field.name for field in dataclasses.fields(Cell)]
+    return {Cell(**{name: row[name] for name in names}): row for row in rows}
+
+
+def errors(found: dict[Cell, dict[str, Any]], plain: list[float]) -> dict[Cell, float]:
+    """Largest relative difference of the losses: of a curve from plain torch in fp32, of a resumed run from the run
+    that was saved."""
+    out = {}
+    for cell, row in found.items():
+        expected = found[Cell(cell.by, cell.at)]["loss"][SAVED : SAVED + AFTER] if cell.by else plain
+        out[cell] = relative(row["loss"], expected[: len(row["loss"])])
+    return out
+
+
+def broken(found: dict[Cell, dict[str, Any]], plain: list[float]) -> list[str]:
+    """The bounds that do not hold: agreement, and bit for bit where engine and world size are those of the save."""
+    wrong = [f"{cell}: {e:.1e}" for cell, e in errors(found, plain).items() if not e <= BOUNDS[cell.precision]]
+    same = [cell for cell in found if (cell.by, cell.at) == (cell.engine, cell.world)]
+    return wrong + [f"{cell}: not bit for bit" for cell in same if found[cell]["distance"] > 0]

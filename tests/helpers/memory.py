@@ -1,0 +1,106 @@
+"""What the real engines hold on each rank: bytes of the tensors that are alive, by what they are for."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sfd_scale.engines import fsdp
+from sfd_scale.engines.ema import EMA, EMAConfig
+from sfd_scale.engines.optim import AdamWConfig
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+from sfd_scale.runtime import distributed
+from tests.helpers.tiny import Spec, make_engine
+
+# Two million parameters. Width and depth of no round number of rows, so that shards are padded.
+CONFIG = LightningDiTConfig(depth=5, width=144, heads=3, num_classes=10)
+SIDE, CHANNELS = 4, 48
+
+
+def model() -> LightningDiT:
+    made = LightningDiT(CONFIG, in_channels=CHANNELS, input_size=SIDE, two_clocks=True)
+    made.init_weights(0)
+    return made
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Address → bytes of each storage, once."""
+    found = {}
+    for tensor in tensors:
+        local = _local(tensor)
+        if local.device.type == "cpu" and local.layout == torch.strided:
+            storage = local.untyped_storage()
+            if storage.nbytes():
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def alive() -> dict[int, int]:
+    """Every tensor that Python can reach."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return storages([*tensors, *[t.grad for t in tensors if t.is_leaf and t.grad is not None]])
+
+
+def measure(spec: Spec) -> dict[str, int]:
+    """Bytes on this rank: params, optimizer (fp32 masters and both moments), ema, gradients before the step."""
+    before = alive()
+    engine = make_engine(spec, model(), AdamWConfig())
+    whole = alive()
+    params = storages(_weights(engine.model))
+    masters = storages([t for f in engine.fragments() for t in (f.param, f.exp_avg, f.exp_avg_sq)])
+    ema = EMA(engine.fragments(), EMAConfig())
+    held = alive()
+    x = torch.zeros(2, CHANNELS, SIDE, SIDE)
+    t, y = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.long)
+    for last in (False, True):
+        velocity, _ = engine.model(x, t, t, y)
+        engine.backward(velocity.square().mean(), last=last)
+        del velocity
+    # ZeRO-3 has its gradients from the start, the others once there are some.
+    gradients = {k: v for k, v in whole.items() if k not in before and k not in params and k not in masters}
+    gradients |= {k: v for k, v in alive().items() if k not in held}
+    out = {
+        "params": sum(params.values()),
+        "optimizer": sum(size for key, size in masters.items() if key not in params),
+        "ema": sum(storages(ema.tensors).values()),
+        "gradients": sum(gradients.values()) - sum(storages(list(engine.model.buffers())).values()),
+    }
+    engine.step(1e-4)
+    engine.close()
+    return out
+
+
+def _weights(wrapped: nn.Module) -> list[Tensor]:
+    """Weights as forward finds them: whole, or this rank's part where the engine has cut them."""
+    out: list[Tensor] = []
+    for p in wrapped.parameters():
+        part = getattr(p, "ds_tensor", None)
+        out += [p.detach(), *([] if part is None else [part])]
+    return out
+
+
+def count() -> int:
+    return sum(p.numel() for p in model().parameters())
+
+
+def run(specs: list[Spec]) -> list[dict[str, int]]:
+    distributed.init()
+    return [measure(spec) for spec in specs]
+
+
+def under_fake_ranks(world_size: int) -> dict[str, int]:
+    """Rank 0 of many under FSDP2, with torch's process group that only pretends."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    # It answers for the other ranks with this rank's values: true for equal weights, false for the parts of a whole.
+    fsdp.check_fragments = lambda *arguments: None
+    return measure(Spec("fsdp", {"precision": "bf16"}))

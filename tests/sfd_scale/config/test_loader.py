@@ -1,0 +1,193 @@
+"""Recipes: extends, overrides, typed values, and errors that name key, value, what is allowed and the file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from eval.recipe import EvalRecipe
+from sfd_scale.config import files as recipe_files
+from sfd_scale.config import loader as config
+from sfd_scale.recipe import TrainRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero:
+    kind: Literal["zero"] = "zero"
+    stage: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp:
+    kind: Literal["fsdp"] = "fsdp"
+    shard: Literal["full", "hybrid"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr: {self.lr}; allowed: above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    name: str
+    steps: int = 10
+    widths: tuple[int, ...] = ()
+    engine: Zero | Fsdp = field(default_factory=Zero)
+    optim: Optim = field(default_factory=Optim)
+    path: Path | None = None
+    clip: float | None = None
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def load(folder: Path, name: str = "child", *overrides: str) -> Root:
+    return config.load(folder / f"{name}.yaml", Root, overrides)
+
+
+def test_extends_merges_and_later_wins(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="name: base\nsteps: 5\noptim: {lr: 1e-3, fused: true}\n",
+        other="steps: 7\n",
+        child="extends: [base, other]\nname: child\noptim: {lr: 2e-4}\n",
+    )
+    root = load(tmp_path, "child", "widths=[1,2]", "path=a/b", "clip=1")
+    assert root == Root(
+        name="child", steps=7, widths=(1, 2), optim=Optim(lr=2e-4, fused=True), path=Path("a/b"), clip=1.0
+    )
+    assert config.from_dict(Root, config.to_dict(root)) == root
+    assert config.digest(root) != config.digest(load(tmp_path))
+
+
+def test_a_parent_is_read_once_stays_as_it_is_and_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="name: x\noptim: {lr: 1e-3}\nengine: {kind: zero, stage: 3}\n",
+        child="extends: base\noptim: {lr: 2e-4}\nengine: {kind: fsdp}\n",
+        other="extends: base\nsteps: 7\n",
+    )
+    recipe_files._parse.cache_clear()
+    for _ in range(2):
+        assert load(tmp_path, "child", "optim.fused=true").optim == Optim(lr=2e-4, fused=True)
+        assert load(tmp_path, "other") == Root(name="x", steps=7, engine=Zero(stage=3), optim=Optim(lr=1e-3))
+    assert recipe_files._parse.cache_info().misses == 3
+    write(tmp_path, base="name: y\n")
+    assert load(tmp_path, "other") == Root(name="y", steps=7)
+
+
+def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
+    write(tmp_path, base="name: x\nengine: {kind: zero, stage: 3}\n", child="extends: base\nengine: {kind: fsdp}\n")
+    assert load(tmp_path).engine == Fsdp()
+    assert load(tmp_path, "base", "engine.kind=fsdp", "engine.shard=hybrid").engine == Fsdp(shard="hybrid")
+    assert load(tmp_path, "base", "engine.stage=2").engine == Zero(stage=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stesp=3", ["stesp: unknown key", "did you mean steps?", "command line"]),
+        ("steps=3.5", ["steps: 3.5; allowed: a whole number", "command line"]),
+        ("steps=true", ["steps: True; allowed: a whole number"]),
+        ("optim.lr=fast", ["optim.lr: 'fast'; allowed: a number"]),
+        ("optim.lr=-1", ["optim.lr: -1.0; allowed: above 0", "command line"]),
+        ("optim.betas=[0.9]", ["optim.betas: [0.9]; allowed: a list of 2 values"]),
+        ("engine.kind=ddp", ["engine.kind: 'ddp'; allowed: zero, fsdp"]),
+        ("engine.shard=full", ["engine.shard: unknown key; allowed: kind, stage"]),
+        ("widths=[1,a]", ["widths.1: 'a'"]),
+        ("steps", ["form dotted.key=value"]),
+    ],
+)
+def test_errors_name_key_value_allowed_and_file(tmp_path: Path, override: str, words: list[str]) -> None:
+    write(tmp_path, child="name: x\nengine: {kind: zero}\n")
+    with pytest.raises(config.ConfigError) as caught:
+        load(tmp_path, "child", override)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_file_that_set_a_value_is_named(tmp_path: Path) -> None:
+    write(tmp_path, base="name: x\nsteps: many\n", child="extends: base\nclip: 1.0\n")
+    with pytest.raises(config.ConfigError, match=r"steps: 'many'; allowed: a whole number \(set in .*base\.yaml\)"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("parent", ["../secret", "/etc/passwd", "child"])
+def test_extends_stays_in_its_folder_and_ends(tmp_path: Path, parent: str) -> None:
+    write(tmp_path, child=f"extends: {parent}\nname: x\n")
+    with pytest.raises(config.ConfigError):
+        load(tmp_path)
+
+
+def test_missing_recipe_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match="no such recipe"):
+        config.load("train/no_such_recipe_at_all", Root)
+    write(tmp_path, child="name: [x\n")
+    with pytest.raises(config.ConfigError, match=r"child\.yaml: not readable as settings"):
+        load(tmp_path)
+
+
+def test_yaml_never_builds_objects(tmp_path: Path) -> None:
+    write(tmp_path, child=f"name: !!python/object/apply:os.system ['touch {tmp_path}/made']\n")
+    with pytest.raises(config.ConfigError):
+        load(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "message"),
+    [
+        ("name: x\nengine: {kind: [fsdp]}\n", "steps=1", r"engine\.kind: \['fsdp'\]; allowed: "),
+        ("name: x\n", "steps=[", "the command line: not readable as settings"),
+        ("extends: base\nname: x\nengine: [1]\n", "steps=1", r"child\.yaml: not readable as settings"),
+        ("extends: ${nowhere}\nname: x\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
+        ("name: x\nengine: {kind: '${nowhere}'}\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
+        ("extends: ''\nname: x\n", "steps=1", "'': no name of a recipe"),
+        ("name: x\n", "widths=[1,a]", r"widths\.1: 'a'; allowed: a whole number \(set in the command line\)"),
+    ],
+)
+def test_whatever_is_wrong_is_an_error_of_the_recipe(tmp_path: Path, text: str, override: str, message: str) -> None:
+    write(tmp_path, base="name: base\nengine: {kind: zero}\nwidths: [3]\n", child=text)
+    with pytest.raises(config.ConfigError, match=message):
+        load(tmp_path, "child", override)
+
+
+def test_a_recipe_of_another_kind_is_refused_as_that() -> None:
+    with pytest.raises(config.ConfigError, match="^kind: eval in eval/sfd_xl; allowed here: train"):
+        config.load("eval/sfd_xl", TrainRecipe)
+    with pytest.raises(config.ConfigError, match="^kind: none in data/imagenet256, a part that other recipes extend"):
+        config.load("data/imagenet256", TrainRecipe)
+
+
+def test_a_part_whose_kind_is_not_named_says_so() -> None:
+    with pytest.raises(
+        config.ConfigError, match=r"guidance\.kind: missing, beside scale_texture; allowed: none, cfg, auto"
+    ):
+        config.load("eval/sfd_xl", EvalRecipe, ["guidance.scale_texture=1.5"])
+
+
+def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> None:
+    write(tmp_path, base="name: base\nwidths: [3, a]\n", child="extends: base\nsteps: 3\n")
+    with pytest.raises(config.ConfigError, match=r"widths\.1: 'a'; .*base\.yaml\)"):
+        load(tmp_path)
+
+
+def test_what_changes_no_result_is_left_out_of_what_decides_it() -> None:
+    """Names, places and how the work is done; at any depth, and in lists."""
+    words = ["name=other", "run=elsewhere", "train.log_every=7", "data.num_workers=3", "checkpoint.background=false",
+             "wandb.mode=disabled", "meter.peak=measured"]  # fmt: skip
+    first, free = (config.load("train/sfd_xl", TrainRecipe, extra) for extra in ([], words))
+    assert first != free and config.decisive([first]) == config.decisive([free])
+    for word in ("seed=1", "train.steps=7", "data.shuffle=false", "checkpoint.keep_last=1", "engine.precision=fp32"):
+        assert config.decisive(config.load("train/sfd_xl", TrainRecipe, [word])) != config.decisive(first), word

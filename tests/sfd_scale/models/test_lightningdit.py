@@ -1,0 +1,305 @@
+"""LightningDiT: sizes, counts, start values, precision, attention kernels, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfd_scale.models import attention
+from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, flops_per_sample, parameter_count
+from tests.helpers.golden_arrays import arrays, golden_model
+
+inputs = arrays("inputs")
+CLOCKS = (inputs["fwd_t_tex"], inputs["fwd_t_sem"])
+TINY = LightningDiTConfig(depth=3, width=64, heads=4, num_classes=10, alignment=AlignmentConfig())
+SMALL = {"in_channels": 12, "input_size": 8, "two_clocks": True}
+
+
+# The authors' counts, with the alignment head, for 48 channels on a 16 × 16 grid and 1000 classes.
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("S", 39_483_824),
+        ("B", 137_632_304),
+        ("L", 465_533_712),
+        ("XL", 682_765_424),
+        ("XXL", 1_037_191_472),
+        ("1p6B", 1_639_664_480),
+    ],
+)
+def test_parameter_counts_are_the_authors(size: str, count: int) -> None:
+    start = time.monotonic()
+    config = LightningDiTConfig(size=size, alignment=AlignmentConfig())  # type: ignore[arg-type]
+    assert parameter_count(config) == count
+    body, head = counts_by_hand(*config.dimensions)
+    assert body + head == count
+    assert parameter_count(dataclasses.replace(config, alignment=None)) == body
+    assert time.monotonic() - start < 10
+
+
+def counts_by_hand(depth: int, width: int, heads: int) -> tuple[int, int]:
+    """Of the model without its alignment head, and of the head; a linear layer from a to b has (a + 1) · b."""
+    hidden, channels = int(8 / 3 * width), 48
+    attention = (width + 1) * 3 * width + (width + 1) * width + 2 * (width // heads)
+    mlp = (width + 1) * 2 * hidden + (hidden + 1) * width
+    block = attention + mlp + 2 * width + (width + 1) * 6 * width
+    clock = 257 * (width // 2) + (width // 2 + 1) * (width // 2)
+    ends = (channels + 1) * width + 2 * clock + 1001 * width + 256 * width
+    last = width + (width + 1) * channels + (width + 1) * 2 * width
+    return depth * block + ends + last, (width + 1) * 2048 + 2049 * 2048 + 2049 * 768
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_state_dict_keys_and_shapes(size: str) -> None:
+    with torch.device("meta"):
+        config = LightningDiTConfig(size=size, patch_size=2)  # type: ignore[arg-type]
+        state = LightningDiT(config, in_channels=48, input_size=16, two_clocks=True).state_dict()
+    depth, width, heads = SIZES[size]
+    hidden = int(2 / 3 * 4 * width)
+    assert state[f"blocks.{depth - 1}.mlp.w12.weight"].shape == (2 * hidden, width)
+    assert state["blocks.0.attn.q_norm.weight"].shape == (width // heads,)
+    assert state["t_embedder_sem.mlp.0.weight"].shape == (width // 2, 256)
+    assert state["y_embedder.embedding_table.weight"].shape == (1001, width)
+    assert state["final_layer.linear.weight"].shape == (4 * 48, width)
+    assert state["feat_rope.freqs_cos"].shape == (64, width // heads)
+    assert state["pos_embed"].shape == (1, 64, width)
+    assert f"blocks.{depth}.norm1.weight" not in state
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (TINY, SMALL),
+        (
+            LightningDiTConfig(depth=2, width=96, heads=4, patch_size=2, mlp="gelu", shift=False, learn_sigma=True),
+            {"in_channels": 5, "input_size": 8, "two_clocks": False},
+        ),
+    ],
+)
+def test_flops_are_those_that_torch_counts(config: LightningDiTConfig, shape: dict[str, Any]) -> None:
+    model = LightningDiT(config, **shape)
+    x = torch.zeros(2, shape["in_channels"], shape["input_size"], shape["input_size"])
+    t, y = torch.zeros(2), torch.zeros(2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, t, y)
+    assert counter.get_total_flops() == 2 * flops_per_sample(config, **shape, training=False)
+    assert flops_per_sample(config, **shape, training=True) == 3 * flops_per_sample(config, **shape, training=False)
+
+
+def test_start_values() -> None:
+    model = LightningDiT(TINY, **SMALL)
+    model.init_weights(0)
+    state = model.state_dict()
+    for name in ("blocks.0.adaLN_modulation.1.weight", "final_layer.linear.weight"):
+        assert not state[name].any(), name
+    assert state["t_embedder_tex.mlp.2.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert state["y_embedder.embedding_table.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    # Xavier-uniform: bounds ±√(6 / (fan in + fan out)), over the fused matrix, and over flattened patches.
+    for name, fans in (("blocks.1.attn.qkv.weight", 64 + 192), ("x_embedder.proj.weight", 12 + 64)):
+        bound = (6 / fans) ** 0.5
+        assert 0.97 * bound < state[name].abs().max() <= bound, name
+    assert all(not value.any() for name, value in state.items() if name.endswith("bias"))
+    assert all(bool((value == 1).all()) for name, value in state.items() if "norm" in name)
+    velocity, _ = model(torch.ones(1, 12, 8, 8), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    assert not velocity.any()
+
+
+def test_start_values_depend_on_seed_and_name_alone() -> None:
+    first, second, other = (
+        LightningDiT(TINY, **SMALL),
+        LightningDiT(dataclasses.replace(TINY, alignment=None), **SMALL),
+        LightningDiT(TINY, **SMALL),
+    )
+    with torch.device("meta"):
+        meta = LightningDiT(TINY, **SMALL)
+    late = meta.to_empty(device="cpu")
+    for model, seed in ((first, 3), (second, 3), (late, 3), (other, 4)):
+        model.init_weights(seed)
+    for name, value in second.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
+    for name, value in late.state_dict().items():
+        assert torch.equal(value, first.state_dict()[name]), name
+    assert not torch.equal(other.x_embedder.proj.weight, first.x_embedder.proj.weight)
+    assert not torch.equal(first.blocks[0].attn.qkv.weight, first.blocks[1].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patches_are_those_of_the_convolution_and_lie_token_by_token(patch_size: int) -> None:
+    """Every block gets contiguous tokens: a convolution's transposed output would pass on from sum to sum."""
+    model = LightningDiT(dataclasses.replace(TINY, patch_size=patch_size), **SMALL)
+    model.init_weights(0)
+    seen: list[Tensor] = []
+    for part in (*model.blocks, model.final_layer):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(2, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(x, torch.rand(2), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+    assert len(seen) == 4 and all(tokens.is_contiguous() for tokens in seen)
+    proj = model.x_embedder.proj
+    convolved = functional.conv2d(x, proj.weight, proj.bias, stride=patch_size)
+    torch.testing.assert_close(model.x_embedder(x), convolved.flatten(2).transpose(1, 2))
+
+
+def test_bfloat16_weights() -> None:
+    """Inputs stay float32 and are cast inside; times and tables keep their digits; the velocity is float32."""
+    model = golden_model("main")
+    exact, _ = model(inputs["fwd_x"], *CLOCKS, inputs["fwd_y"])
+    table = model.pos_embed.clone()
+    model.to(torch.bfloat16)
+    assert model.pos_embed.dtype == torch.float32 and torch.equal(model.pos_embed, table)
+    assert model.feat_rope is not None and model.feat_rope.freqs_cos.dtype == torch.float32
+    assert model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    tokens: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: tokens.append(args[0].dtype))
+    rough, projected = model(inputs["fwd_x"], *CLOCKS, inputs["fwd_y"])
+    assert set(tokens) == {torch.float32}, "what blocks add to is not rounded"
+    assert rough.dtype == torch.float32 and projected is not None and projected.dtype == torch.float32
+    assert 1e-4 < ((rough - exact).norm() / exact.norm()).item() < 1e-2
+    # Two times that bfloat16 cannot tell apart still give different time features.
+    times = torch.tensor([0.5, 0.5005])
+    embedded = model.t_embedder_sem(times)
+    assert not torch.equal(embedded[0], embedded[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "B", "depth": 3}, "size: B"),
+        ({"size": None, "depth": 3}, "size: None"),
+        ({"depth": 3, "width": 66, "heads": 4}, "width: 66"),
+        ({"depth": 3, "width": 64, "heads": 4, "num_classes": 0}, "num_classes: 0"),
+        ({"depth": 3, "width": 64, "heads": 4, "patch_size": 0}, "patch_size: 0"),
+        ({"depth": 1, "width": 64, "heads": 4, "alignment": AlignmentConfig()}, "alignment.depth: 2"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LightningDiTConfig(**changes)
+
+
+def test_a_patch_that_does_not_divide_the_grid() -> None:
+    config = LightningDiTConfig(size="S", patch_size=3)
+    with pytest.raises(ValueError, match="patch_size: 3"):
+        LightningDiT(config, in_channels=4, input_size=16, two_clocks=True)
+
+
+@pytest.mark.parametrize("name", ["dim", "depth", "hidden"])
+def test_alignment_settings_that_cannot_be(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: 0"):
+        AlignmentConfig(**{name: 0})
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def default_kernels() -> Iterator[None]:
+    """The choice of a kernel holds for the process: put it back."""
+    yield
+    attention.activate("sdpa", CPU)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "math"])
+def test_attention_is_its_formula(backend: attention.AttentionBackend, default_kernels: None) -> None:
+    layer = attention.Attention(32, 4, qk_norm="none")
+    attention.activate(backend, CPU)
+    x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in layer.qkv(x).chunk(3, dim=-1))
+    mixed = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    expected = layer.proj(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, None), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["flash2", "flash3", "flash4"])
+def test_a_kernel_that_cannot_run_is_refused(backend: attention.AttentionBackend) -> None:
+    with pytest.raises(ValueError, match=f"attention: {backend} cannot run here .it needs a CUDA device"):
+        attention.activate(backend, CPU)
+    with pytest.raises(ValueError, match="attention: 'flash9'; allowed: auto"):
+        attention.assert_supported("flash9", CPU)  # type: ignore[arg-type]
+
+
+ALL = ("flash2", "flash3", "flash4")
+
+
+@pytest.mark.parametrize(
+    ("found", "capability", "head_dim", "dtype", "expected"),
+    [
+        (ALL, (9, 0), 72, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (ALL, (10, 0), 64, torch.bfloat16, ["flash4", "flash2", "sdpa"]),  # no flash-attention 3 on Blackwell
+        (ALL, (12, 0), 64, torch.float16, ["flash2", "sdpa"]),
+        (ALL, (8, 6), 64, torch.bfloat16, ["flash2", "sdpa"]),
+        (ALL, (7, 5), 64, torch.float16, ["sdpa"]),
+        (ALL, None, 64, torch.bfloat16, ["sdpa"]),  # no CUDA device
+        (ALL, (9, 0), 64, torch.float32, ["sdpa"]),
+        (ALL, (9, 0), 192, torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # too large a head for 4
+        (ALL, (9, 0), 264, torch.bfloat16, ["sdpa"]),
+        (ALL, (9, 0), 20, torch.bfloat16, ["sdpa"]),  # no multiple of 8
+        (ALL, (9, 0), None, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (("flash2",), (9, 0), 64, torch.bfloat16, ["flash2", "sdpa"]),
+        (("flash4",), (9, 0), 64, torch.bfloat16, ["flash4", "sdpa"]),
+        ((), (9, 0), 64, torch.bfloat16, ["sdpa"]),
+    ],
+)
+def test_what_auto_tries(
+    found: tuple[str, ...], capability: tuple[int, int] | None, head_dim: int | None, dtype: torch.dtype,
+    expected: list[str],
+) -> None:  # fmt: skip
+    able, reasons = attention.candidates(found, capability, head_dim, dtype)
+    assert able == expected
+    assert len(able) + len(reasons) == 4  # each kernel is either tried, or said why not
+
+
+def test_a_namespace_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention 4 installs `flash_attn/cute` alone: that is not flash-attention 2."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    assert attention.installed() == {"flash4"}
+    del sys.modules["flash_attn"]  # looking for its submodule imported it
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert attention.installed() == {"flash2", "flash4"}
+    del sys.modules["flash_attn"]
+
+
+def test_the_package_is_called_in_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attention 2 takes (N, T, A, F) as we do, SDPA (N, A, T, F): the same function of the same tensors."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("ntaf,nsaf->nats", q, k).float().div(q.shape[-1] ** 0.5).softmax(-1)
+        return torch.einsum("nats,nsaf->ntaf", weights, v.float()).to(q.dtype)
+
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wide = (part.float().transpose(1, 2) for part in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
+    monkeypatch.setattr(attention, "_flash2", flash_attn_func)
+    torch.testing.assert_close(attention.attend(q, k, v).float(), expected, rtol=2e-2, atol=2e-2)
+    monkeypatch.setattr(attention, "_flash2", None)
+    torch.testing.assert_close(attention.attend(q, k, v).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_auto_says_why_it_takes_another_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert attention.activate("auto", CPU) == "sdpa"
+    assert "sdpa; flash3: it needs a CUDA device; flash4" in caplog.text
+
+
+def test_the_operator_that_really_ran(default_kernels: None) -> None:
+    attention.activate("sdpa", CPU)
+    assert "flash_attention_for_cpu" in attention.kernel_name(CPU, torch.float32, 72)
+    attention.activate("math", CPU)
+    assert "flash" not in attention.kernel_name(CPU, torch.float32, 72)

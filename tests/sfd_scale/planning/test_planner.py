@@ -1,0 +1,229 @@
+"""The planner against the real engines, real activations, and closed forms."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from sfd_scale import build
+from sfd_scale import plan as plans
+from sfd_scale.config.loader import load
+from sfd_scale.engines.deepspeed import DeepSpeedConfig
+from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.models.lightningdit import LightningDiT
+from sfd_scale.planning import planner
+from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, memory_per_rank, shard_group
+from sfd_scale.planning.footprint import Activations, Footprint, trace
+from sfd_scale.recipe import TrainRecipe
+from tests.helpers import memory
+from tests.helpers.ranks import run_alone, run_ranks
+from tests.helpers.tiny import Spec
+
+# Small buckets: they are memory too, and the gradients cannot be told from them.
+_DEEPSPEED = {"reduce_bucket_elements": 10_000, "allgather_bucket_elements": 200_000, "persistent_elements": 1000}
+ENGINES = [
+    Spec("deepspeed", {**_DEEPSPEED, "zero_stage": 0, "precision": "fp32"}),
+    Spec("deepspeed", {**_DEEPSPEED, "zero_stage": 1, "precision": "bf16"}),
+    Spec("deepspeed", {**_DEEPSPEED, "zero_stage": 2, "precision": "bf16"}),
+    Spec("deepspeed", {**_DEEPSPEED, "zero_stage": 3, "precision": "bf16"}),
+    Spec("fsdp", {"sharding": "full", "precision": "bf16"}),
+    Spec("fsdp", {"sharding": "replicate", "precision": "bf16"}),
+]
+
+
+def config(spec: Spec) -> AnyEngineConfig:
+    return FSDPConfig(**spec.options) if spec.kind == "fsdp" else DeepSpeedConfig(**spec.options)
+
+
+def forward(model: Any, samples: int) -> Any:
+    x = torch.ones(samples, memory.CHANNELS, memory.SIDE, memory.SIDE)
+    return model(x, torch.ones(samples), torch.ones(samples), torch.zeros(samples, dtype=torch.long))
+
+
+def bare() -> LightningDiT:
+    return LightningDiT(memory.CONFIG, in_channels=memory.CHANNELS, input_size=memory.SIDE, two_clocks=True)
+
+
+def footprint(precision: Any = "bf16") -> Footprint:
+    return trace(bare, forward, 1e9, precision)
+
+
+def check(spec: Spec, ranks: int, found: list[dict[str, int]]) -> None:
+    plan = memory_per_rank(
+        footprint(spec.options["precision"]), config(spec), ranks=ranks, ranks_per_node=ranks, micro_batch=2,
+        grad_accum_steps=1,
+    )  # fmt: skip
+    for part in ("params", "gradients", "optimizer", "ema"):
+        fullest = max(rank[part] for rank in found)
+        assert getattr(plan, part) == pytest.approx(fullest, rel=0.05), (spec, ranks, part)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 4)])
+def test_the_engines_hold_what_is_planned(ranks: int) -> None:
+    hybrid = [Spec("fsdp", {"sharding": "hybrid", "shard_size": 2, "precision": "bf16"})] if ranks == 4 else []
+    specs = [*ENGINES, *hybrid]
+    found = run_ranks(memory.run, ranks, specs, timeout=900)
+    for index, spec in enumerate(specs):
+        check(spec, ranks, [rank[index] for rank in found])
+
+
+@pytest.mark.full
+def test_fsdp_on_64_ranks_holds_what_is_planned() -> None:
+    check(Spec("fsdp", {"precision": "bf16"}), 64, [run_alone(memory.under_fake_ranks, 64, timeout=600)])
+
+
+def test_activations_are_those_that_autograd_saves_on_the_real_model() -> None:
+    model = memory.model()
+    params = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in params:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    sizes = []
+    for samples in (1, 2):
+        kept.clear()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = forward(model, samples)
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        del out
+    planned = footprint("fp32").activations
+    assert planned.none == pytest.approx(sizes[1] - sizes[0], rel=0.01)
+    assert planned.block < planned.selective < planned.none
+    # Of five blocks, four go down to their input: 16 tokens of width 144 in fp32.
+    assert planned.block > 5 * 16 * 144 * 4
+
+
+def test_the_footprint_counts_every_parameter_once() -> None:
+    model = memory.model()
+    made = footprint()
+    assert made.parameters == sum(p.numel() for p in model.parameters())
+    assert len(made.blocks) == 5
+    assert sorted(made.shapes) == sorted(tuple(p.shape) for p in model.parameters())
+
+
+MODEL = Footprint((((1000, 1000),), ((1000, 1000),)), (), 0, Activations(10**9, 10**8, 10**7), 6e12, 1.0)
+P = MODEL.parameters
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "grad_accum_steps", "expected"),
+    [
+        (DeepSpeedConfig(zero_stage=0, precision="fp32"), 4, 2, 3 / 4 * 8 * P),
+        (DeepSpeedConfig(zero_stage=1), 4, 2, 3 / 4 * (4 + 2) * P),
+        (DeepSpeedConfig(zero_stage=2), 4, 2, 3 / 4 * (2 * 4 + 2) * P),
+        (DeepSpeedConfig(zero_stage=3), 4, 1, 3 / 4 * (4 + 2 + 2) * P),
+        (DeepSpeedConfig(zero_stage=3, hpz_partition_size=2), 4, 1, (3 / 4 * (4 + 2) + 1 / 2 * 2) * P),
+        (FSDPConfig(), 4, 2, 3 / 4 * (2 * 2 * 2 + 4) * P),
+        (FSDPConfig(reshard_after_forward=False), 4, 2, 3 / 4 * (2 * 2 + 4) * P),
+        (FSDPConfig(sharding="hybrid", shard_size=2), 4, 1, (1 / 2 * (2 * 2 + 4) + 1 / 2 * 2 * 4 / 2) * P),
+        (FSDPConfig(sharding="replicate"), 4, 1, 3 / 4 * 2 * 4 * P),
+        (FSDPConfig(), 1, 1, 0),
+    ],
+)
+def test_traffic_is_that_of_ring_collectives(
+    engine: AnyEngineConfig, ranks: int, grad_accum_steps: int, expected: float
+) -> None:
+    found = bytes_sent_per_step(MODEL, engine, ranks=ranks, ranks_per_node=2, grad_accum_steps=grad_accum_steps)
+    assert found == pytest.approx(expected)
+
+
+def job(engine: AnyEngineConfig, ranks: int = 8, micro_batch: int | None = None) -> planner.PlannedRun:
+    return planner.PlannedRun(
+        footprint=MODEL, engine=engine, global_batch=256, micro_batch=micro_batch, steps=1000, ranks=ranks,
+        ranks_per_node=8, sample_bytes=1000, samples=5000, kept_checkpoints=3,
+    )  # fmt: skip
+
+
+def test_time_follows_from_flops_and_the_stated_use_of_the_peak() -> None:
+    made = planner.plan(job(DeepSpeedConfig(zero_stage=1)), planner.DEVICES["h100"], peak_flops=1e15, mfu=0.5)
+    assert made.step_seconds == pytest.approx(256 * 6e12 / (8 * 1e15 * 0.5))
+    assert made.gpu_hours == pytest.approx(1000 * made.step_seconds * 8 / 3600)
+    again = DeepSpeedConfig(zero_stage=1, activation_checkpointing="block")
+    assert planner.seconds(job(again), 1e15, 0.5) == pytest.approx(made.step_seconds * 4 / 3)
+    assert (made.checkpoint, made.checkpoints, made.data) == (16 * P, 48 * P, 5_000_000)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
+    # 10^9 bytes a sample: 32 of a rank's share go into 80 GB, and 16 into 24 GB.
+    h100, small = planner.DEVICES["h100"], planner.DEVICES["4090"]
+    assert planner.plan(job(FSDPConfig()), h100, 1e15).largest_micro_batch == 32
+    made = planner.plan(job(FSDPConfig()), small, 1e15)
+    assert (made.largest_micro_batch, made.split.micro_batch, made.split.grad_accum_steps) == (16, 16, 2)
+    assert made.memory.total <= planner.USABLE * small.memory < planner.memory_of(job(FSDPConfig()), 32, 1).total
+    # A recipe that sets its micro-batch is planned with it.
+    assert planner.plan(job(FSDPConfig(), micro_batch=4), small, 1e15).split.micro_batch == 4
+    huge = replace(job(FSDPConfig()), footprint=replace(MODEL, activations=Activations(10**12, 0, 0)))
+    assert planner.plan(huge, h100, 1e15).largest_micro_batch == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (0, "--gpus: 0; allowed: 1 and up"),
+        (12, "--gpus: 12 with 8 a node; allowed: whole nodes, nearest 8 or 16"),
+        (24, r"global_batch: 256 does not divide over 24 ranks.*of which 16 or 32 is nearest"),
+        (512, r"of which 256 is nearest"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused_with_the_nearest_that_can(ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planner.plan(job(FSDPConfig(), ranks), planner.DEVICES["h100"], 1e15)
+
+
+def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine.shard_size: 3 does not divide 8 ranks; allowed here: \[1, 2, 4, 8\]"):
+        shard_group(FSDPConfig(sharding="hybrid", shard_size=3), 8, 8)
+    with pytest.raises(ValueError, match=r"engine.hpz_partition_size: 3 does not divide 8"):
+        shard_group(DeepSpeedConfig(zero_stage=3, hpz_partition_size=3), 8, 8)
+    assert shard_group(FSDPConfig(sharding="hybrid"), 64, 8) == 8
+
+
+def test_a_measured_use_of_the_peak_is_read_from_a_run(tmp_path: Path) -> None:
+    rows = [{"step": n, "mfu": value} for n, value in enumerate((None, 0.1, 0.3, 0.32))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plans.measured_mfu(tmp_path / "metrics.jsonl", 1.0, 1.0) == 0.3
+    # Of a device whose peak is not known: the rate of a rank, in FLOPs of the model over the peak that is planned for.
+    (tmp_path / "cpu.jsonl").write_text('{"mfu": null, "samples_per_s_per_rank": 25.0}\n')
+    assert plans.measured_mfu(tmp_path / "cpu.jsonl", 1e12, 1e14) == 0.25
+    with pytest.raises(ValueError, match=r"--measured: .*none\.jsonl is no file"):
+        plans.measured_mfu(tmp_path / "none.jsonl", 1.0, 1.0)
+    (tmp_path / "results.json").write_text('{"samples_per_s": 100, "world_size": 4}')
+    assert plans.measured_mfu(tmp_path / "results.json", 1e12, 1e14) == 0.25
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="no `mfu`, nor `samples_per_s` with `world_size`"):
+        plans.measured_mfu(tmp_path / "results.json", 1.0, 1.0)
+
+
+def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
+    overrides = ["model.size=S", "model.alignment=null", "objective.alignment_weight=0"]
+    made = plans.make(
+        ["train/sfd_xxl_zero2"], overrides, [8, 64], "h200", gpus_per_node=8, mfu=0.4, measured=None, samples=None
+    )
+    text = plans.table(made, "h200", as_markdown=True)
+    assert isinstance(text, str)
+    lines = text.splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["8", "64"]
+    assert len({line.count("|") for line in lines}) == 1
+    # Shards of the ImageNet recipe: 48 × 16 × 16 values of 16 bits, both flips.
+    assert made[0][1].sample_bytes == 48 * 16 * 16 * 2 * 2
+    assert made[0][1].samples == plans.IMAGENET
+    assert math.isclose(made[0][2].flops_per_step, 256 * made[0][1].footprint.flops)
+    # The summary of a run says the same.
+    recipe, _, plan = made[0]
+    total, state = (size / 2**30 for size in (plan.memory.total, plan.memory.state))
+    assert build.planned_memory(recipe, plan.split, activations=True).startswith(f"{total:.2f} GiB a rank")
+    assert build.planned_memory(recipe, plan.split, False) == f"{state:.2f} GiB a rank, without activations"
+    assert total > state + 1
+    with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g"):
+        plans.make([], [], [8], "h999", gpus_per_node=8, mfu=0.4, measured=None, samples=None)
+    with pytest.raises(ValueError, match="allowed for a plan: lightningdit"):
+        plans.footprint(load("quickstart/vision", TrainRecipe))

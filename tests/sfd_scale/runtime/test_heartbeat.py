@@ -1,0 +1,137 @@
+"""A hang gets a name, and a run folder one job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime import heartbeat as heartbeat
+from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat
+from sfd_scale.runtime.locks import run_lock
+from tests.helpers.ranks import RankError, run_ranks
+
+TIMEOUT_S = 4.0
+
+
+def _one_rank_is_late() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    try:
+        with Heartbeat(TIMEOUT_S, interval_s=0.2) as heartbeat:
+            heartbeat.enter(11, "waiting for data")
+            if distributed.rank() == 1:
+                time.sleep(TIMEOUT_S + 3)
+                return ""
+            heartbeat.enter(11, "optimizer step")
+            dist.all_reduce(torch.ones(1), group=group)
+    except CollectiveError as error:
+        return str(error)
+    raise AssertionError("the collective did not time out")
+
+
+def test_a_timeout_names_the_operation_the_rank_that_is_missing_and_where_it_is() -> None:
+    said, _ = run_ranks(_one_rank_is_late, 2, timeout=400)
+    assert "rank 0 waits in 'optimizer step' of step 11" in said
+    assert "for rank 1 on " in said and "in 'waiting for data' of step 11" in said
+    assert "imed out" in said, "the library's own words stay in the message"
+
+
+def test_what_a_rank_does_between_steps_is_behind_the_forward_pass_of_the_next() -> None:
+    """The trainer counts a step before it agrees, logs and saves."""
+    times = [
+        (5, "waiting for data"), (5, "forward and backward"), (5, "optimizer step"),
+        (6, "agreement"), (6, "metrics"), (6, "checkpoint"), (6, "waiting for data"), (6, "forward and backward"),
+    ]  # fmt: skip
+    assert sorted(times, key=lambda at: heartbeat._position(*at)) == times
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _the_rank_that_serves_the_store_stops() -> str:
+    processes = distributed.all_gather_object(os.getpid())
+    # As under a launcher: rank 0 serves the store, and all connect to it.
+    rank, port = distributed.rank(), distributed.broadcast_object(free_port())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
+    if rank == 0:
+        with Heartbeat(TIMEOUT_S, interval_s=0.5) as heartbeat:
+            heartbeat.enter(11, "waiting for data")
+            dist.all_reduce(torch.ones(1), group=group)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return ""
+    try:
+        with Heartbeat(TIMEOUT_S, interval_s=0.5) as heartbeat:
+            heartbeat.enter(11, "optimizer step")
+            dist.all_reduce(torch.ones(1), group=group)
+            time.sleep(1)
+            dist.all_reduce(torch.ones(1), group=group)
+    except CollectiveError as error:
+        return str(error)
+    finally:
+        os.kill(processes[0], signal.SIGCONT)
+    raise AssertionError("the collective did not time out")
+
+
+def test_a_rank_that_stops_and_serves_the_store_is_named_without_its_answer() -> None:
+    said = run_ranks(_the_rank_that_serves_the_store_stops, 2, timeout=400)[1]
+    assert "rank 1 waits in 'optimizer step' of step 11" in said
+    assert "does not answer: rank 0 or its launcher, which serves it, was last heard of " in said
+
+
+def _hang_without_a_timeout() -> None:
+    with Heartbeat(0.5, interval_s=0.1) as heartbeat:
+        heartbeat.enter(3, "forward and backward")
+        time.sleep(1000)  # as a rank that spins in shared memory
+
+
+def test_a_hang_that_no_collective_ends_is_ended() -> None:
+    with pytest.raises(RankError, match="exit codes of the ranks"):
+        run_ranks(_hang_without_a_timeout, 2, timeout=400)
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="^mine$"), Heartbeat(10.0) as heartbeat:
+        heartbeat.enter(0, "metrics")
+        raise RuntimeError("mine")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sfd_scale.runtime.locks import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_run_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, env=environment
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    in_use = f"run is in use by process {holder.pid} on .*give another --run"
+    with pytest.raises(ValueError, match=in_use), run_lock(tmp_path / "run"):
+        raise AssertionError
+    holder.kill()  # not an orderly end
+    holder.wait()
+    with run_lock(tmp_path / "run"):
+        pass
+    with run_lock(tmp_path / "run"):
+        pass
