@@ -30,8 +30,9 @@ from benchmarks import peer as baseline
 from benchmarks.harness import Figure
 from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
 from benchmarks.train_step import LAYOUT, batch_of, our_model, our_step, randomize
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
-from sfd_scale.diffusion.samplers import EulerConfig, sample
+from sfd_scale.diffusion.samplers import sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.block_transforms import Checkpointing, float8_missing, prepare_blocks
 from sfd_scale.engines.fsdp import FSDPConfig
@@ -284,7 +285,7 @@ def _our_sampling(
 
         def run() -> Tensor:
             with bf16_matmul_on_cpu(chosen.device):
-                return sample(velocity, noise, labels, SemanticFirstSchedule(), LAYOUT, EulerConfig(num_steps=2)).x
+                return sample(velocity, noise, labels, SemanticFirstSchedule(), LAYOUT, FixedStepConfig(num_steps=2)).x
 
         return run
 

@@ -19,9 +19,10 @@ from benchmarks import peer as baseline
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
 from benchmarks.train_step import CPU, LAYOUT, our_model, randomize
-from sfd_scale.diffusion.adaptive import Tolerance, integrate
+from sfd_scale.diffusion.adaptive import Dopri5Config, Tolerance, integrate
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, Velocity, guided
-from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config, RK4Config, SamplerConfig, sample
+from sfd_scale.diffusion.samplers import SamplerConfig, sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.block_transforms import prepare_blocks
 from sfd_scale.models.lightningdit import LightningDiT
@@ -32,13 +33,13 @@ SCHEDULE = SemanticFirstSchedule(delta_t=DELTA_T)
 GUIDANCE = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
 GUIDE_DEPTH = 6
 SOLVERS: dict[str, SamplerConfig] = {
-    "Euler, 50 steps": EulerConfig(num_steps=50),
-    "Euler to the jumps, 20 steps": EulerConfig(num_steps=20, jump=True),
-    "Euler to the jumps, 50 steps": EulerConfig(num_steps=50, jump=True),
-    "Heun to the jumps, 6 steps": Heun2Config(num_steps=6, jump=True),
-    "Heun to the jumps, 10 steps": Heun2Config(num_steps=10, jump=True),
-    "Heun to the jumps, 20 steps": Heun2Config(num_steps=20, jump=True),
-    "RK4 to the jumps, 5 steps": RK4Config(num_steps=5, jump=True),
+    "Euler, 50 steps": FixedStepConfig(num_steps=50),
+    "Euler to the jumps, 20 steps": FixedStepConfig(num_steps=20, jump=True),
+    "Euler to the jumps, 50 steps": FixedStepConfig(num_steps=50, jump=True),
+    "Heun to the jumps, 6 steps": FixedStepConfig(kind="heun2", num_steps=6, jump=True),
+    "Heun to the jumps, 10 steps": FixedStepConfig(kind="heun2", num_steps=10, jump=True),
+    "Heun to the jumps, 20 steps": FixedStepConfig(kind="heun2", num_steps=20, jump=True),
+    "RK4 to the jumps, 5 steps": FixedStepConfig(kind="rk4", num_steps=5, jump=True),
     "dopri5 to the jumps": Dopri5Config(jump=True),
     "dopri5 to the jumps, rtol 1e-2": Dopri5Config(jump=True, rtol=1e-2, atol=1e-5),
 }
@@ -100,7 +101,7 @@ def run(options: Options) -> list[Figure]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(batch, *LAYOUT.shape, generator=generator)
     labels = torch.randint(NULL_LABEL, (batch,), generator=generator)
-    config = EulerConfig(num_steps=steps)
+    config = FixedStepConfig(num_steps=steps)
     figures: list[Figure] = []
     for kind, guidance in (("no guidance", NoGuidance()), ("AutoGuidance", GUIDANCE)):
         guide, their_guide = (None, None) if kind == "no guidance" else (models.guide, models.their_guide)
@@ -138,7 +139,7 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
     velocity = guided(models.ours, NoGuidance(), LAYOUT)
     with torch.no_grad():
         exact = guided(models.theirs, NoGuidance(), LAYOUT)
-        fine = sample(exact, noise, labels, SCHEDULE, LAYOUT, RK4Config(num_steps=24, jump=True)).x
+        fine = sample(exact, noise, labels, SCHEDULE, LAYOUT, FixedStepConfig(kind="rk4", num_steps=24, jump=True)).x
     default = their_default(models, noise, labels)
     last: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -155,7 +156,7 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
         last["peer"] = (x, evaluations.double().max())
 
     # Compiled for this batch: theirs by the fine solution, ours here.
-    our_sampling(velocity, noise, labels, EulerConfig(num_steps=2))()
+    our_sampling(velocity, noise, labels, FixedStepConfig(num_steps=2))()
     seconds = harness.race({"peer": peer} | {name: solver(name) for name in SOLVERS}, repeats, warmup=0)
     errors = {name: _error(x, fine) for name, (x, _) in last.items()}
     notes = {

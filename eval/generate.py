@@ -26,9 +26,10 @@ from eval.work.cuda_graphs import GraphedModel, check_graphs
 from eval.work.side_stream import SideStream
 from sfd_scale.config import loader as config
 from sfd_scale.diffusion import sampler as sample
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_discontinuities
 from sfd_scale.diffusion.sampler import Sampler
-from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig, evaluation_times
+from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
 from sfd_scale.runtime import distributed
@@ -94,7 +95,7 @@ def _fitting(
     """The batch that fits: two steps from noise, then pixels and features of as many images."""
 
     def work(batch: int) -> Iterator[None]:
-        short = dataclasses.replace(recipe, batch=batch, sampler=EulerConfig(num_steps=2))
+        short = dataclasses.replace(recipe, batch=batch, sampler=FixedStepConfig(num_steps=2))
         sampler = make_sampler(short, loaded, guide, device)
         drawn = sampler.draw(range(batch), torch.zeros(batch, dtype=torch.int64))
         yield
@@ -189,7 +190,7 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: S
     Raises:
         ValueError: that says when that is.
     """
-    times = evaluation_times(schedule, sampler)
+    times = sampler.evaluation_times(schedule)
     if isinstance(guidance, NoGuidance) or times is None or guides(guidance, schedule.clocks(times)):
         return
     clocks = schedule.clocks(times)

@@ -13,8 +13,9 @@ from eval.metrics.metrics import MetricsConfig
 from sfd_scale import recipe as training
 from sfd_scale.config.bounds import at_least
 from sfd_scale.config.loader import Incidental
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
-from sfd_scale.diffusion.samplers import EulerConfig, SamplerConfig
+from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.models.attention import AttentionBackend
 
 
@@ -69,7 +70,7 @@ class EvalRecipe:
     checkpoint: Path | None = None
     guide: Path | None = None
     allow_stats_mismatch: bool = False  # of the latents that checkpoint and guide were trained on
-    sampler: SamplerConfig = field(default_factory=EulerConfig)
+    sampler: SamplerConfig = field(default_factory=FixedStepConfig)
     guidance: GuidanceConfig = field(default_factory=NoGuidance)
     num_samples: int = 50_000
     batch: int | Literal["auto"] = 64

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sfd_scale import checkpoint
 from sfd_scale.config import loader as config
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import NoGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
-from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.export import TEXTURE, read_note, require_note
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
@@ -105,7 +105,7 @@ def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | No
         raise ValueError(f"--label: {label}; allowed: 0 to {loaded.num_classes - 1}")
     velocity = guided(loaded.model, NoGuidance(), loaded.layout)
     sampler = Sampler(
-        velocity, loaded.layout, loaded.schedule, EulerConfig(num_steps=steps), loaded.stats, loaded.decode,
+        velocity, loaded.layout, loaded.schedule, FixedStepConfig(num_steps=steps), loaded.stats, loaded.decode,
         seed, count, device,
     )  # fmt: skip
     labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)

@@ -25,9 +25,9 @@ from sfd_scale import build, checkpoint, encode, export, official
 from sfd_scale.config import loader as config
 from sfd_scale.data.manifest import Manifest, restored
 from sfd_scale.data.shards import check_data, open_shards
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import NoGuidance, guided
 from sfd_scale.diffusion.sampler import Sampler
-from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.recipe import EncodeRecipe, TrainRecipe
 from sfd_scale.runs import check_recipe
 from sfd_scale.sample import load_for_sampling, sample_grid
@@ -68,8 +68,8 @@ def drawn(file: Path) -> dict[str, Tensor]:
     loaded = load_for_sampling(file, CPU)
     velocity = guided(loaded.model, NoGuidance(), loaded.layout)
     sampler = Sampler(
-        velocity, loaded.layout, loaded.schedule, EulerConfig(num_steps=STEPS), loaded.stats, loaded.decode, 0, COUNT,
-        CPU,
+        velocity, loaded.layout, loaded.schedule, FixedStepConfig(num_steps=STEPS), loaded.stats, loaded.decode,
+        0, COUNT, CPU,
     )  # fmt: skip
     latents = sampler.draw(range(COUNT), torch.arange(COUNT) % loaded.num_classes)
     return {"latents": latents.latents, "images": sampler.pixels(latents).float()}

@@ -160,8 +160,9 @@ def _filled(kind: Any, value: Any) -> Any:
 
 
 def _by_kind(options: Iterable[Any]) -> dict[Any, Any]:
-    """The dataclasses of a union, by their `kind`."""
-    return {get_args(get_type_hints(o)["kind"])[0]: o for o in options if dataclasses.is_dataclass(o)}
+    """The dataclasses of a union by their `kind`, a Literal of one or more kinds."""
+    classes = [option for option in options if dataclasses.is_dataclass(option)]
+    return {kind: cls for cls in classes for kind in get_args(get_type_hints(cls)["kind"])}
 
 
 def to_dict(config: Any) -> Any:

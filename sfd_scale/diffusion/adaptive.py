@@ -1,21 +1,23 @@
-"""The Dormand-Prince 5(4) method with a step size and an acceptance of its own for every sample of a batch.
+"""dopri5: the adaptive Dormand-Prince 5(4) method. Each sample of a batch has its own step size and error control.
 
-With one norm over the whole batch and no stops it is torchdiffeq's `dopri5`: the same first step, controller and
-interpolation at the end.
+With one error norm over the whole batch, and without `jump`, it reproduces torchdiffeq's `dopri5`: the same first step,
+step-size controller and interpolation at the end.
 
-N samples still under way · C channels · H, W latent grid · S = 7 stages.
+N unfinished samples · C channels · H, W latent grid · S = 7 stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Field = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x (N, C, H, W), global times (N,), labels (N,)) → dx/dg (N, C, H, W)."""
+from sfd_scale.config.bounds import above
+from sfd_scale.diffusion.flow_ode import INSIDE, Field, FlowODE, SampleResult
+from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 
 # Dormand and Prince, J. Comput. Appl. Math. 6 (1980), Table 2. The last stage is the new point (first same as last).
 TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
@@ -27,7 +29,7 @@ STAGES = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-# 5th minus 4th order, the latter as torchdiffeq has it (Shampine, Math. Comp. 46 (1986); not the pair of 1980).
+# 5th minus 4th order. The 4th order is torchdiffeq's (Shampine, Math. Comp. 46 (1986)), not that of the 1980 pair.
 ERROR = (
     35 / 384 - 1951 / 21600,
     0,
@@ -48,36 +50,67 @@ MIDDLE = (
     11237099 / 235043384 / 2,
 )
 ORDER, SAFETY, GROW, SHRINK = 5, 0.9, 10.0, 0.2
-# How far inside a phase its ends are evaluated, so that the field's one-sided limit is seen; float32 keeps it apart.
-INSIDE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dopri5Config:
+    """Dormand-Prince 5(4) with error control.
+
+    error_control: `sample` chooses the steps of every sample by its own error, so that an image does not depend on its
+        batch. `batch` takes one error norm over the batch, as the official code does.
+    jump: end steps at the end of the flow and at the discontinuities of the velocity (where the clock of a part starts
+        or stops). The official code steps across both and interpolates back from beyond the end.
+    """
+
+    kind: Literal["dopri5"] = "dopri5"
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    error_control: Literal["sample", "batch"] = "sample"
+    jump: bool = False
+
+    def __post_init__(self) -> None:
+        above(self, rtol=0, atol=0)
+
+    def solve(self, ode: FlowODE) -> SampleResult:
+        """Raises FloatingPointError if the velocity is not finite."""
+        tolerance = Tolerance(self.rtol, self.atol, per_sample=self.error_control == "sample")
+        # The float32 end of the grid: the clocks of fixed-step methods end there too.
+        end = ode.schedule.grid(1)[-1].item()
+        discontinuities = ode.discontinuities if self.jump else ()
+        x, nfe = integrate(ode.field, ode.noise, ode.labels, end, discontinuities, tolerance, stop_at_end=self.jump)
+        return SampleResult(x, nfe)
+
+    def evaluation_times(self, schedule: SemanticFirstSchedule) -> Tensor | None:
+        """None: the times of the velocity evaluations depend on the error."""
+        return None
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Error allowed per entry, atol + rtol·|x|, in the root mean square over a sample or over the batch."""
+    """Allowed error of an entry, atol + rtol·|x|. The root mean square is over a sample or over the whole batch."""
 
     rtol: float
     atol: float
     per_sample: bool
 
     def norm(self, x: Tensor) -> Tensor:
-        """Root mean square of (N, C, H, W), float64: (N,), N times the same if it is over the batch."""
+        """Root mean square of (N, C, H, W): (N,) float64. One norm over the batch is repeated N times."""
         squares = x.square().flatten(1).mean(1)
         return (squares if self.per_sample else squares.mean().expand(len(x))).sqrt().double()
 
 
 @dataclass(frozen=True)
 class State:
-    """One row a sample under way: its place in the result, x, slope dx/dg at x, time, next step, phase, count."""
+    """The unfinished samples, one row per sample."""
 
-    row: Tensor  # (N,) int64
-    y: Tensor  # (N,) int64
+    row: Tensor  # (N,) int64, index in the result
+    y: Tensor  # (N,) int64, label
     x: Tensor  # (N, C, H, W)
-    slope: Tensor  # (N, C, H, W)
+    slope: Tensor  # (N, C, H, W), dx/dg at x
     time: Tensor  # (N,) float64
-    step: Tensor  # (N,) float64
-    phase: Tensor  # (N,) int64, index into the boundaries
-    nfe: Tensor  # (N,) int64
+    step: Tensor  # (N,) float64, size of the next step
+    phase: Tensor  # (N,) int64, index of the interval between two bounds
+    nfe: Tensor  # (N,) int64, velocity evaluations
 
     def select(self, rows: Tensor) -> State:
         return State(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -97,8 +130,8 @@ def integrate(
 
     Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, Sec. II.4.
 
-    Steps end at each of `jumps`, where the field may be discontinuous, and with `stop_at_end` at the end; otherwise
-    the last step goes beyond the end and x is interpolated.
+    Steps end at each of `discontinuities`, and with `stop_at_end` at the end. Without it the last step goes beyond the
+    end, and x is interpolated.
 
     Raises:
         FloatingPointError: if the field or the step size is not finite.
@@ -126,7 +159,7 @@ def _start(field: Field, x: Tensor, y: Tensor, inside: Tensor, tolerance: Tolera
 
 
 def _first_step(field: Field, state: State, inside: Tensor, tolerance: Tolerance) -> Tensor:
-    """The first step size, at the cost of one evaluation: (N,) float64.
+    """The first step size, (N,) float64. It takes one evaluation.
 
     Hairer, Norsett, Wanner: Solving Ordinary Differential Equations I, Sec. II.4, "Starting Step Size".
     """
@@ -147,7 +180,7 @@ def _attempt(
 ) -> tuple[State, Tensor, Tensor]:
     """Try one step of every sample.
 
-    Returns the new state, which samples have reached the end (N,), and their x there (N, C, H, W).
+    Returns the new state, a mask of the samples that have reached the end (N,), and their x there (N, C, H, W).
     """
     stop = bounds[state.phase + 1]
     clipped = state.time + state.step >= stop
@@ -158,7 +191,7 @@ def _attempt(
     _check(ratio, step, state.time)
     accepted = ratio <= 1
     next_step = step * _factor(ratio)
-    # A step cut short by a boundary says little about the next one.
+    # A step that a bound has cut short says little about the next step size.
     next_step = torch.where(accepted & clipped, torch.maximum(next_step, state.step), next_step)
     ended = accepted & (reached >= end)
     at_end = x
@@ -179,10 +212,10 @@ def _attempt(
 
 
 def _stages(field: Field, state: State, step: Tensor, reached: Tensor, inside: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The slopes of all 7 stages, (N, C, H, W) each, and the new x, at which the last is taken."""
+    """The slopes of all 7 stages, (N, C, H, W) each, and the new x. The last slope is taken at the new x."""
     slopes, x = [state.slope], state.x
-    # In the dtype of x and, at the end of the step, one rounding short of it, as torchdiffeq has them: which side of
-    # a jump a stage is on depends on it.
+    # As in torchdiffeq, times have the dtype of x, and the end of the step is rounded down once. Both decide on which
+    # side of a discontinuity a stage is evaluated.
     start, width, stop = (value.to(x.dtype) for value in (state.time, step, reached))
     stop = torch.nextafter(stop, start)
     for time, weights in zip(TIMES[1:], STAGES, strict=True):
@@ -193,7 +226,7 @@ def _stages(field: Field, state: State, step: Tensor, reached: Tensor, inside: T
 
 
 def _restart(field: Field, state: State, crossed: Tensor, inside: Tensor) -> State:
-    """Take the slope anew for samples that have crossed a jump: the last stage saw the field before it."""
+    """Evaluate the slope again for samples at a discontinuity: the last stage used the field before it."""
     rows = crossed.nonzero().flatten()
     if len(rows) == 0:
         return state
@@ -207,15 +240,15 @@ def _error_ratio(old: Tensor, new: Tensor, error: Tensor, tolerance: Tolerance) 
 
 
 def _factor(ratio: Tensor) -> Tensor:
-    """By how much to change the step: 0.9·ratio^(−1/5), between 0.2 and 10, not below 1 after success: (N,)."""
+    """Factor on the step size, (N,): 0.9·ratio^(−1/5) between 0.2 and 10, at least 1 after an accepted step."""
     least = torch.where(ratio < 1, 1.0, SHRINK)
     return (SAFETY / ratio.clamp(min=1e-300) ** (1 / ORDER)).clamp(max=GROW).maximum(least)
 
 
-def _interpolate(x0: Tensor, x1: Tensor, slopes: list[Tensor], step: Tensor, share: Tensor) -> Tensor:
-    """x at `share` (N,) of a step: the quartic through both ends, both slopes and the middle (Shampine 1986)."""
+def _interpolate(x0: Tensor, x1: Tensor, slopes: list[Tensor], step: Tensor, progress: Tensor) -> Tensor:
+    """x at `progress` (N,) of a step: the quartic through both ends, both slopes and the middle (Shampine 1986)."""
     middle = x0 + _weighted(MIDDLE, slopes, step)
-    width, s = _wide(step, x0), _wide(share.clamp(max=1), x0)
+    width, s = _wide(step, x0), _wide(progress.clamp(max=1), x0)
     d0, d1 = width * slopes[0], width * slopes[-1]
     cubic = x0 + s * (d0 + s * (3 * (x1 - x0) - 2 * d0 - d1 + s * (2 * (x0 - x1) + d0 + d1)))
     # The cubic through the ends misses the middle by `gap`; s²(1 − s)² is 1/16 there and flat at the ends.
@@ -224,14 +257,17 @@ def _interpolate(x0: Tensor, x1: Tensor, slopes: list[Tensor], step: Tensor, sha
 
 
 def _weighted(weights: Sequence[float], slopes: list[Tensor], step: Tensor) -> Tensor:
-    """step · Σ weight·slope: (N, C, H, W). The weights are scaled before they meet the slopes, as torchdiffeq does:
-    the error estimate is what the terms leave of each other, and its rounding moves the steps."""
+    """step · Σ weight·slope: (N, C, H, W).
+
+    As in torchdiffeq, the step multiplies the weights before the slopes. The terms of the error estimate nearly cancel,
+    so that their rounding changes the step sizes.
+    """
     scaled = slopes[0].new_tensor(weights) * _wide(step, slopes[0])[..., None]
     return (torch.stack(slopes, -1) * scaled).sum(-1)
 
 
 def _between(time: Tensor, phase: Tensor, inside: Tensor) -> Tensor:
-    """The time, moved inside its phase when there are phases."""
+    """The time, clamped to `INSIDE` from the bounds of its phase. Without bounds it stays."""
     low, high = inside[phase] + INSIDE, inside[phase + 1] - INSIDE
     return torch.minimum(torch.maximum(time, low.to(time.dtype)), high.to(time.dtype))
 
@@ -247,6 +283,6 @@ def _check(ratio: Tensor, step: Tensor, time: Tensor) -> None:
     if bool(failed.any()):
         row = int(failed.nonzero()[0])
         raise FloatingPointError(
-            f"dopri5 cannot go on at global time {time[row].item():.6g}: error {ratio[row].item()}, step "
-            f"{step[row].item():.3g}; the model's velocity is not finite, or too rough for rtol and atol"
+            f"dopri5 stopped at global time {time[row].item():.6g}: error {ratio[row].item()}, step "
+            f"{step[row].item():.3g}; the model's velocity is not finite, or not smooth enough for rtol and atol"
         )

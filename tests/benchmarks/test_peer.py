@@ -9,8 +9,9 @@ import torch
 
 from benchmarks import peer
 from benchmarks.train_step import LAYOUT, batch_of, our_model, randomize
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, guided
-from sfd_scale.diffusion.samplers import EulerConfig, sample
+from sfd_scale.diffusion.samplers import sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.training.objective import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
@@ -58,5 +59,5 @@ def test_euler_is_that_of_the_sampler(models: tuple[LightningDiT, peer.Peer], gu
         config = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
         velocity = guided(ours, config, LAYOUT, guide=guide)
         field = peer.field(theirs, labels, their_guide, scale=1.5)
-    expected = sample(velocity, noise, labels, SCHEDULE, LAYOUT, EulerConfig(num_steps=5)).x
+    expected = sample(velocity, noise, labels, SCHEDULE, LAYOUT, FixedStepConfig(num_steps=5)).x
     torch.testing.assert_close(peer.euler(field, noise, 5)[-1], expected, rtol=1e-4, atol=1e-4)

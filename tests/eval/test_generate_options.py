@@ -22,8 +22,9 @@ from eval.work.auto_batch import MOST, auto_batch, fitting_batch
 from eval.work.cuda_graphs import GraphedModel, check_graphs
 from eval.work.side_stream import SideStream
 from sfd_scale.config import loader as config
+from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
-from sfd_scale.diffusion.samplers import Dopri5Config, EulerConfig, Heun2Config
 from sfd_scale.runtime import files
 from sfd_scale.tokenizers.protocols import to_uint8
 from tests.helpers import eval_tiny
@@ -113,7 +114,7 @@ def test_decoding_overlaps_with_the_next_batch(tmp_path: Path) -> None:
         return eval_tiny.decode(latents)
 
     settings = eval_tiny.recipe(tmp_path, num_samples=16, outputs=OutputsConfig(grid=0))
-    euler = EulerConfig(num_steps=1)
+    euler = FixedStepConfig(num_steps=1)
     job = eval_tiny.job(settings, velocity=velocity, decode=decode, config=euler)
     generate.generate(settings, tmp_path / "out", job)
     assert decoded == [True, True] and len(threads) == 2
@@ -182,10 +183,11 @@ def test_guidance_that_begins_after_the_last_step_is_refused() -> None:
     late = ClassifierFreeGuidance(scale_texture=2.0, scale_semantic=1.0, interval_start=0.9, interval_mode="both")
     # 10 steps of 0.13: the last begins at 1.17, where texture is at 0.87.
     with pytest.raises(ValueError, match=r"interval_start: 0.9 guides nothing.* allowed: up to 0.87, or more steps"):
-        generate.check_guidance(late, EulerConfig(num_steps=10), SCHEDULE)
-    generate.check_guidance(late, EulerConfig(num_steps=20), SCHEDULE)
-    generate.check_guidance(late, Heun2Config(num_steps=10), SCHEDULE)  # it asks at the end of a step too
-    generate.check_guidance(late, EulerConfig(num_steps=10, jump=True), SCHEDULE)  # a step then begins at the jump
+        generate.check_guidance(late, FixedStepConfig(num_steps=10), SCHEDULE)
+    generate.check_guidance(late, FixedStepConfig(num_steps=20), SCHEDULE)
+    heun = FixedStepConfig(kind="heun2", num_steps=10)  # evaluates the velocity at the end of a step too
+    generate.check_guidance(late, heun, SCHEDULE)
+    generate.check_guidance(late, FixedStepConfig(num_steps=10, jump=True), SCHEDULE)  # a step then begins at the jump
     generate.check_guidance(late, Dopri5Config(), SCHEDULE)
 
 

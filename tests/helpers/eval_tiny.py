@@ -22,10 +22,10 @@ from eval.metrics import precision_recall as neighbours
 from eval.metrics.metrics import MetricsConfig
 from eval.recipe import EvalRecipe
 from eval.work.chunks import ChunkFolder
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
-from sfd_scale.diffusion.samplers import EulerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime import distributed
@@ -81,7 +81,7 @@ def sampler(batch: int, seed: int = 0, **changes: Any) -> Sampler:
     guidance = ClassifierFreeGuidance(scale_texture=1.5, scale_semantic=1.2)
     velocity = guided(model(), guidance, LAYOUT, null_label=CLASSES)
     settings: dict[str, Any] = {
-        "velocity": velocity, "layout": LAYOUT, "schedule": SCHEDULE, "config": EulerConfig(num_steps=4),
+        "velocity": velocity, "layout": LAYOUT, "schedule": SCHEDULE, "config": FixedStepConfig(num_steps=4),
         "stats": STATS, "decode": decode, "seed": seed, "batch": batch, "device": CPU,
     }  # fmt: skip
     return Sampler(**settings | changes)

@@ -17,8 +17,8 @@ from eval.recipes import load_any, summary_table
 from sfd_scale import build
 from sfd_scale.config import files as recipe_files
 from sfd_scale.config import loader as config
+from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance
-from sfd_scale.diffusion.samplers import Dopri5Config
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig, learning_rate

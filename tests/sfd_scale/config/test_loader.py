@@ -25,6 +25,12 @@ class Fsdp:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replicated:
+    kind: Literal["ddp", "replicate"] = "replicate"
+    bucket: int = 25
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -40,7 +46,7 @@ class Root:
     name: str
     steps: int = 10
     widths: tuple[int, ...] = ()
-    engine: Zero | Fsdp = field(default_factory=Zero)
+    engine: Zero | Fsdp | Replicated = field(default_factory=Zero)
     optim: Optim = field(default_factory=Optim)
     path: Path | None = None
     clip: float | None = None
@@ -94,6 +100,18 @@ def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
     assert load(tmp_path, "base", "engine.stage=2").engine == Zero(stage=2)
 
 
+def test_one_dataclass_may_have_several_kinds(tmp_path: Path) -> None:
+    write(tmp_path, child="name: x\nengine: {kind: ddp, bucket: 50}\n")
+    root = load(tmp_path)
+    assert root.engine == Replicated(kind="ddp", bucket=50)
+    assert config.from_dict(Root, config.to_dict(root)) == root
+    assert load(tmp_path, "child", "engine.kind=replicate").engine == Replicated()
+    assert config.with_defaults(Root, {"name": "x", "engine": {"kind": "ddp"}})["engine"] == {
+        "kind": "ddp",
+        "bucket": 25,
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -103,7 +121,7 @@ def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
         ("optim.lr=fast", ["optim.lr: 'fast'; allowed: a number"]),
         ("optim.lr=-1", ["optim.lr: -1.0; allowed: above 0", "command line"]),
         ("optim.betas=[0.9]", ["optim.betas: [0.9]; allowed: a list of 2 values"]),
-        ("engine.kind=ddp", ["engine.kind: 'ddp'; allowed: zero, fsdp"]),
+        ("engine.kind=hybrid", ["engine.kind: 'hybrid'; allowed: zero, fsdp, ddp, replicate"]),
         ("engine.shard=full", ["engine.shard: unknown key; allowed: kind, stage"]),
         ("widths=[1,a]", ["widths.1: 'a'"]),
         ("steps", ["form dotted.key=value"]),

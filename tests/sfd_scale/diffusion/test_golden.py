@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sfd_scale.data.batches import LatentBatch
+from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.fixed_step import TABLEAUX, FixedStepConfig, FixedStepMethod, trajectory
 from sfd_scale.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -20,18 +22,7 @@ from sfd_scale.diffusion.guidance import (
     interval_discontinuities,
 )
 from sfd_scale.diffusion.latents import LatentLayout
-from sfd_scale.diffusion.samplers import (
-    TABLEAUX,
-    Dopri5Config,
-    EulerConfig,
-    Heun2Config,
-    Heun3Config,
-    MidpointConfig,
-    RK4Config,
-    SamplerConfig,
-    sample,
-    trajectory,
-)
+from sfd_scale.diffusion.samplers import SamplerConfig, sample
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 from sfd_scale.training.objective import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
 from tests.helpers.golden_arrays import EXACT, Exact, arrays, check, golden_model, noise, relative_error, settings
@@ -178,7 +169,6 @@ def test_every_guidance_array_is_used() -> None:
 
 # --------------------------------------------------------------------------------------------- sampling
 
-FIXED = {"euler": EulerConfig, "midpoint": MidpointConfig, "heun2": Heun2Config, "heun3": Heun3Config, "rk4": RK4Config}
 GUIDANCE: dict[str, GuidanceConfig] = {
     "plain": NoGuidance(),
     "cfg": CFG_INTERVAL,
@@ -189,14 +179,13 @@ SAMPLES = [name for name in arrays("out_sample") if name.count("/") == 1 and nam
 
 
 def golden_sampler(name: str) -> SamplerConfig:
-    """`euler_shift0.3` and the like; the authors' 10 points are 9 steps."""
-    kind, shift = name.split("_shift")
-    if "_num_steps" in kind:
-        kind, points = kind.split("_num_steps")
-        return FIXED[kind](num_steps=int(points) - 1, shift=float(shift))
-    if kind == "dopri5":
+    """The sampler of an array such as `euler_shift0.3`. The official code's 10 points are 9 steps."""
+    method, shift = name.split("_shift")
+    if method == "dopri5":
         return Dopri5Config(error_control="batch")
-    return FIXED[kind](num_steps=settings["num_steps"] - 1, shift=float(shift))
+    method, _, points = method.partition("_num_steps")
+    kinds = {kind: kind for kind in TABLEAUX}
+    return FixedStepConfig(kind=kinds[method], num_steps=int(points or settings["num_steps"]) - 1, shift=float(shift))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -248,15 +237,15 @@ def test_ending_steps_at_jumps_comes_to_the_exact_solution(what: str, control: A
 
 
 @pytest.mark.parametrize(
-    ("make", "across_over", "ending_under"),
-    [(EulerConfig, 3e-2, 2e-2), (Heun2Config, 9e-3, 1e-3), (RK4Config, 9e-3, 1e-5)],
+    ("kind", "across_over", "ending_under"),
+    [("euler", 3e-2, 2e-2), ("heun2", 9e-3, 1e-3), ("rk4", 9e-3, 1e-5)],
 )
 def test_ten_fixed_steps_come_closer_by_ending_at_jumps(
-    make: type[EulerConfig], across_over: float, ending_under: float
+    kind: FixedStepMethod, across_over: float, ending_under: float
 ) -> None:
     velocity, exact = velocity_of(NoGuidance()), arrays("out_sample")["exact/plain"]
     across, ending = (
-        sample(velocity, inputs["z"], inputs["z_y"], LEAD, LAYOUT, make(num_steps=10, jump=jump))
+        sample(velocity, inputs["z"], inputs["z_y"], LEAD, LAYOUT, FixedStepConfig(kind=kind, num_steps=10, jump=jump))
         for jump in (False, True)
     )
     assert torch.equal(across.nfe, ending.nfe)

@@ -9,27 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.fixed_step import TABLEAUX, FixedStepConfig, FixedStepMethod, snap, trajectory
+from sfd_scale.diffusion.flow_ode import SampleResult
 from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, Velocity, guided, interval_discontinuities
 from sfd_scale.diffusion.latents import LatentLayout
-from sfd_scale.diffusion.samplers import (
-    TABLEAUX,
-    Dopri5Config,
-    EulerConfig,
-    Heun2Config,
-    Heun3Config,
-    MidpointConfig,
-    RK4Config,
-    SamplerConfig,
-    SampleResult,
-    sample,
-    snap,
-    trajectory,
-)
+from sfd_scale.diffusion.samplers import SamplerConfig, sample
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 
 LAYOUT = LatentLayout(texture_channels=2, semantic_channels=1, size=4)
 LEAD, SYNC = SemanticFirstSchedule(delta_t=0.3), SemanticFirstSchedule(delta_t=0.0)
-FIXED = {"euler": EulerConfig, "midpoint": MidpointConfig, "heun2": Heun2Config, "heun3": Heun3Config, "rk4": RK4Config}
 CALLS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
@@ -59,23 +48,23 @@ def run(
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-@pytest.mark.parametrize("kind", FIXED)
-def test_one_clock_integrates_a_constant_velocity_for_unit_time(kind: str, shift: float) -> None:
+@pytest.mark.parametrize("kind", TABLEAUX)
+def test_one_clock_integrates_a_constant_velocity_for_unit_time(kind: FixedStepMethod, shift: float) -> None:
     target = noise(3).flip(0)
-    result = run(lambda x, t, y: target, FIXED[kind](num_steps=13, shift=shift), schedule=SYNC)
+    result = run(lambda x, t, y: target, FixedStepConfig(kind=kind, num_steps=13, shift=shift), schedule=SYNC)
     torch.testing.assert_close(result.x, noise(3) + target)
     assert result.nfe.tolist() == [13 * CALLS[kind]] * 3
 
 
 def test_euler_with_two_clocks_moves_each_part_for_the_steps_of_its_phases() -> None:
     # 10 steps of 0.13: texture moves in those that start at 0.39 or later, semantics in those up to 0.91.
-    result = run(lambda x, t, y: torch.ones_like(x), EulerConfig(num_steps=10))
+    result = run(lambda x, t, y: torch.ones_like(x), FixedStepConfig(num_steps=10))
     gain = LAYOUT.per_channel(7 * 0.13, 8 * 0.13, like=result.x)
     torch.testing.assert_close(result.x, noise(3) + gain)
 
 
-@pytest.mark.parametrize("kind", FIXED)
-def test_orders_of_convergence(kind: str) -> None:
+@pytest.mark.parametrize("kind", TABLEAUX)
+def test_orders_of_convergence(kind: FixedStepMethod) -> None:
     """dx/dt = 2t·x², x(0) = 1/2: x(1) = 1."""
 
     def error(steps: int) -> float:
@@ -87,8 +76,8 @@ def test_orders_of_convergence(kind: str) -> None:
     assert math.log2(error(40) / error(80)) == pytest.approx(ORDERS[kind], abs=0.25)
 
 
-@pytest.mark.parametrize("kind", FIXED)
-def test_a_tableau_is_consistent(kind: str) -> None:
+@pytest.mark.parametrize("kind", TABLEAUX)
+def test_a_tableau_is_consistent(kind: FixedStepMethod) -> None:
     tableau = TABLEAUX[kind]
     assert sum(tableau.weights) == pytest.approx(1)
     assert [sum(row) for row in tableau.stages] == pytest.approx(list(tableau.times))
@@ -101,23 +90,23 @@ def test_texture_keeps_its_noise_until_semantics_have_led() -> None:
         seen.append((t.semantic[0].item(), LAYOUT.split(x)[0].clone()))
         return torch.ones_like(x)
 
-    run(velocity, EulerConfig(num_steps=26))
+    run(velocity, FixedStepConfig(num_steps=26))
     start = LAYOUT.split(noise(3))[0]
     assert all(torch.equal(texture, start) for g, texture in seen if g <= 0.3)
     assert any(not torch.equal(texture, start) for _, texture in seen)
 
 
-@pytest.mark.parametrize("kind", FIXED)
-def test_ending_steps_at_jumps_keeps_the_order_of_a_method(kind: str) -> None:
+@pytest.mark.parametrize("kind", TABLEAUX)
+def test_ending_steps_at_jumps_keeps_the_order_of_a_method(kind: FixedStepMethod) -> None:
     """Two clocks and a nonlinear velocity; across the jumps every method is of first order."""
 
     def field(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         return LAYOUT.per_channel(*(torch.sin(3 * part) + 0.5 for part in t), like=x) * torch.sin(x + x.roll(1, dims=1))
 
     def error(steps: int, jump: bool) -> float:
-        return (run(field, FIXED[kind](num_steps=steps, jump=jump)).x - exact).abs().max().item()
+        return (run(field, FixedStepConfig(kind=kind, num_steps=steps, jump=jump)).x - exact).abs().max().item()
 
-    exact = run(field, RK4Config(num_steps=260, jump=True)).x
+    exact = run(field, FixedStepConfig(kind="rk4", num_steps=260, jump=True)).x
     # 13 or 26 even steps have points on both jumps, so that `jump` changes only which side of them is evaluated.
     assert math.log2(error(13, jump=True) / error(26, jump=True)) > min(ORDERS[kind], 2) - 0.3
     better = {"euler": 1, "midpoint": 1, "heun2": 4, "heun3": 10, "rk4": 100}[kind]
@@ -259,8 +248,8 @@ def test_a_velocity_that_is_not_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EulerConfig(num_steps=0), "num_steps: 0"),
-        (lambda: RK4Config(shift=-1.0), "shift: -1.0"),
+        (lambda: FixedStepConfig(num_steps=0), "num_steps: 0"),
+        (lambda: FixedStepConfig(kind="rk4", shift=-1.0), "shift: -1.0"),
         (lambda: Dopri5Config(rtol=0.0), "rtol: 0.0"),
         (lambda: Dopri5Config(atol=float("nan")), "atol: nan"),
     ],
