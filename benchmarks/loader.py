@@ -26,8 +26,9 @@ from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from benchmarks.official import batches
 from sfd_scale.data.convert import ConvertConfig, convert
-from sfd_scale.data.dataloader import DataConfig, LatentReader
+from sfd_scale.data.dataloader import DataConfig, LatentLoader
 from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.runtime.batch_split import BatchSplit
 
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)
@@ -93,7 +94,7 @@ def theirs(folder: Path, stats: LatentStats, features: bool, workers: int) -> Ba
 def ours(folder: Path, workers: int) -> Batches:
     """Endless batches."""
     config = DataConfig(path=folder, num_workers=workers)
-    return LatentReader(config, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1).batches(0)
+    return LatentLoader(config, seed=0, split=BatchSplit(BATCH, 1, 1), rank=0).batches(0)
 
 
 def drop_from_cache(folder: Path) -> None:

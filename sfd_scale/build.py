@@ -15,7 +15,7 @@ from torch import nn
 
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
 from sfd_scale.config import loader as config
-from sfd_scale.data.dataloader import FeatureReader, ImageReader, LatentReader
+from sfd_scale.data.dataloader import FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine
@@ -55,7 +55,7 @@ from sfd_scale.training.objective import (
 from sfd_scale.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-Reader = LatentReader | ImageReader | FeatureReader
+Reader = LatentLoader | ImageLoader | FeatureLoader
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -160,13 +160,13 @@ def make_engine(model: nn.Module, recipe: TrainRecipe) -> Engine:
 def make_objective(recipe: TrainRecipe, reader: Reader, device: torch.device) -> Objective:
     match recipe.objective, recipe.model:
         case SemanticFirstConfig() as settings, LightningDiTConfig() as model:
-            assert isinstance(reader, LatentReader)
+            assert isinstance(reader, LatentLoader)
             return SemanticFirstObjective(
                 settings, recipe.latents, recipe.schedule, model.num_classes, recipe.seed,
                 make_targets(recipe, reader, device),
             )  # fmt: skip
         case SemanticVAELossConfig() as settings, SemanticVAEConfig() as model:
-            vision = None if isinstance(reader, FeatureReader) else make_features(recipe.tokenizer, device)
+            vision = None if isinstance(reader, FeatureLoader) else make_features(recipe.tokenizer, device)
             return SemanticVAEObjective(settings, vision, model.bottleneck_dim, recipe.seed)
         case ClassificationConfig() as settings, _:
             return ClassificationObjective(settings, recipe.seed)
@@ -174,7 +174,7 @@ def make_objective(recipe: TrainRecipe, reader: Reader, device: torch.device) ->
 
 
 def make_targets(
-    recipe: TrainRecipe, reader: LatentReader, device: torch.device
+    recipe: TrainRecipe, reader: LatentLoader, device: torch.device
 ) -> OnlineFeatures | DecodedFeatures | None:
     """What makes the alignment features; None where they are stored, or not needed.
 
@@ -247,10 +247,8 @@ def make_reader(recipe: TrainRecipe, split: BatchSplit) -> Reader:
     reader = kind(
         data,
         seed=recipe.seed,
-        global_batch=recipe.train.global_batch,
-        micro_batch=split.micro_batch,
+        split=split,
         rank=distributed.rank(),
-        world_size=distributed.world_size(),
     )
     classes = getattr(recipe.model, "num_classes", reader.num_classes)
     own_classes = isinstance(recipe.objective, ClassificationConfig) and recipe.objective.pretext != "none"
@@ -262,18 +260,18 @@ def make_reader(recipe: TrainRecipe, split: BatchSplit) -> Reader:
             recipe.data.path, reader.num_classes,
         )  # fmt: skip
     dim = getattr(recipe.model, "input_dim", None)
-    if isinstance(reader, FeatureReader) and reader.feature_dim != dim:
+    if isinstance(reader, FeatureLoader) and reader.feature_dim != dim:
         raise ValueError(f"model.input_dim: {dim}; the stored features have {reader.feature_dim}")
-    if isinstance(reader, LatentReader) and reader.shape != recipe.latents.shape:
+    if isinstance(reader, LatentLoader) and reader.shape != recipe.latents.shape:
         raise ValueError(f"latents: {recipe.latents.shape}, but the data in {recipe.data.path} has {reader.shape}")
     return reader
 
 
 def reader_kind(recipe: TrainRecipe) -> type[Reader]:
     if isinstance(recipe.objective, SemanticFirstConfig):
-        return LatentReader
+        return LatentLoader
     stored = isinstance(recipe.objective, SemanticVAELossConfig) and recipe.data.features == "shards"
-    return FeatureReader if stored else ImageReader
+    return FeatureLoader if stored else ImageLoader
 
 
 def compatibility(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
@@ -370,4 +368,4 @@ def _flops(recipe: TrainRecipe) -> float:
 
 
 def _stats_hash(reader: Reader) -> str | None:
-    return reader.stats.hash if isinstance(reader, LatentReader) else None
+    return reader.stats.hash if isinstance(reader, LatentLoader) else None

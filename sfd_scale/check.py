@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from sfd_scale import checkpoint
 from sfd_scale.build import make_objective, make_reader, make_targets
-from sfd_scale.data.dataloader import LatentReader
+from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.export import EXPORT_KEY
 from sfd_scale.models.make import bare_model
 from sfd_scale.recipe import TrainRecipe
@@ -98,7 +98,7 @@ def check_checkpoint(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Ch
     weights, record = _read(path)
     device = distributed.device()
     reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentReader)
+    assert isinstance(reader, LatentLoader)
     model = bare_model(recipe.model, recipe.latents, recipe.schedule)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -109,7 +109,8 @@ def check_checkpoint(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Ch
         raise ValueError(f"{path}: not of this recipe's model: missing {missing[:4]}, unexpected {unexpected[:4]}")
     model.to(device).eval()
     objective = make_objective(recipe, reader, device)
-    keys = [key for step in range(-(-samples // reader.global_batch)) for part in reader.keys(step) for key in part]
+    steps = range(-(-samples // recipe.train.global_batch))
+    keys = [key for step in steps for part in reader.keys(step) for key in part]
     clocks, losses = [], []
     with torch.no_grad(), progress(len(keys), "check", "samples") as bar:
         for part in (keys[start : start + 32] for start in range(0, len(keys), 32)):
@@ -148,7 +149,7 @@ def decoded_cosine(recipe: TrainRecipe, samples: int = 2048) -> tuple[float, flo
     if recipe.data.features != "online":
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, features="shards"))
     reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentReader)
+    assert isinstance(reader, LatentLoader)
     if recipe.data.features == "shards" and reader.feature_dim is None:
         raise ValueError(
             f"data.path: {recipe.data.path} stores no features to compare with; encode a part with "

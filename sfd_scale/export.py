@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from sfd_scale import checkpoint
 from sfd_scale.build import make_model, make_reader
 from sfd_scale.config import loader as config
-from sfd_scale.data.dataloader import LatentReader
+from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.batch_split import split_batch
@@ -78,12 +78,12 @@ def run_of(path: Path) -> tuple[Path, TrainRecipe]:
     return folder, config.load(folder / "recipe.yaml", TrainRecipe)
 
 
-def latent_reader(recipe: TrainRecipe) -> LatentReader | None:
+def latent_reader(recipe: TrainRecipe) -> LatentLoader | None:
     """The reader of a diffusion run's data; None for other runs."""
     if not isinstance(recipe.objective, SemanticFirstConfig):
         return None
     reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentReader)
+    assert isinstance(reader, LatentLoader)
     return reader
 
 

@@ -1,4 +1,4 @@
-"""Batches of training: latents, features or images, with labels and the keys of every sample."""
+"""Training batches: latents, features or images, with labels and sample keys."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Latents (N, C, H, W) float32 normalised; labels (N,) int64; keys (N, 2) int64 = (epoch, sample id) of every
-    row, which name its random draws; features (N, D, H, W) of the clean image, for alignment, or None, in 16 bits as
-    stored; images (N, 3, H, W) uint8 where the features are to be made from them. All from the same flip."""
+    """Latents for a diffusion model. All fields come from the same flip of an image.
+
+    latents: (N, C, H, W) float32, normalised. labels: (N,) int64.
+    keys: (N, 2) int64, (epoch, sample id) of each sample. They seed its random draws.
+    features: alignment features (N, D, H, W) of the clean image, in the 16 bits of the shards; or None.
+    images: (N, 3, H, W) uint8, if the features are computed from them during training; or None.
+    """
 
     latents: Tensor
     labels: Tensor
@@ -25,7 +29,7 @@ class LatentBatch:
         return self.latents.shape[0]
 
     def slice(self, start: int, stop: int) -> LatentBatch:
-        """Rows start..stop-1, as views."""
+        """Samples start to stop - 1, as views."""
         features, images = (part if part is None else part[start:stop] for part in (self.features, self.images))
         return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images)
 
@@ -33,18 +37,18 @@ class LatentBatch:
         return self._moved(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> LatentBatch:
-        """In page-locked memory, which a copy to a GPU leaves without the host; the loader calls it."""
+        """Copy to page-locked memory, so that a copy to a GPU is asynchronous. DataLoader calls this."""
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> LatentBatch:
-        # The keys stay where they are: they seed CPU generators.
+        # The keys stay on the CPU: they seed CPU generators.
         features, images = (part if part is None else move(part) for part in (self.features, self.images))
         return LatentBatch(move(self.latents), move(self.labels), self.keys, features, images)
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch: for semantic VAEs."""
+    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch; for semantic VAEs."""
 
     features: Tensor
     labels: Tensor
@@ -58,13 +62,13 @@ class FeatureBatch:
         return FeatureBatch(features, labels, self.keys)
 
     def pin_memory(self) -> FeatureBatch:
-        """See LatentBatch."""
+        """See LatentBatch.pin_memory."""
         return FeatureBatch(self.features.pin_memory(), self.labels.pin_memory(), self.keys)
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch: for models trained on pixels."""
+    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch; for models that train on pixels."""
 
     images: Tensor
     labels: Tensor
@@ -74,7 +78,7 @@ class ImageBatch:
         return self.images.shape[0]
 
     def slice(self, start: int, stop: int) -> ImageBatch:
-        """Rows start..stop-1, as views."""
+        """Samples start to stop - 1, as views."""
         return ImageBatch(self.images[start:stop], self.labels[start:stop], self.keys[start:stop])
 
     def to(self, device: torch.device) -> ImageBatch:
@@ -82,5 +86,5 @@ class ImageBatch:
         return ImageBatch(images, labels, self.keys)
 
     def pin_memory(self) -> ImageBatch:
-        """See LatentBatch."""
+        """See LatentBatch.pin_memory."""
         return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)

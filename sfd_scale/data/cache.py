@@ -1,7 +1,7 @@
-"""A folder that caches the shards of a remote one: any number of processes of a node share it, and any may be killed.
+"""A local cache of a remote folder of shards. All processes of a node share it, and any of them may be killed.
 
-MosaicML streaming downloads, retries and checks the hashes. Its StreamingDataset is not used: after a kill it refuses
-the cache until its shared memory is cleaned by hand, and a shard that fails its check stays in the cache as good.
+MosaicML streaming downloads, retries and checks the hashes. We do not use its StreamingDataset for two reasons: after
+a kill it refuses the cache until its shared memory is cleaned by hand, and it keeps a shard whose hash is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INCOMING, _LOCKS = ".incoming", ".locks"
 
 @contextmanager
 def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock of the cache against other processes and readers; a killed process lets go of it."""
+    """Hold a lock of the cache (flock). The operating system releases the lock of a killed process."""
     folder = path / _LOCKS
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as file:
@@ -30,10 +30,10 @@ def locked(path: Path, name: str) -> Iterator[None]:
 
 
 def fetch_description(path: Path, remote: str) -> None:
-    """Bring manifest, index and statistics into the cache, where they are not there yet.
+    """Download manifest, index and statistics to the cache, unless they are there.
 
     Raises:
-        ValueError: if the remote folder lacks one of them.
+        ValueError: if one of them is missing in the remote folder.
     """
     with locked(path, "description"):
         for name in (MANIFEST, "index.json", STATS):
@@ -46,15 +46,20 @@ def fetch_description(path: Path, remote: str) -> None:
                     f"{remote.rstrip('/')}/{name}", str(partial)
                 )
             except FileNotFoundError as error:
-                raise ValueError(f"data.remote: {remote} has no {name}; upload a whole encoded folder") from error
+                raise ValueError(f"data.remote: {remote} has no {name}; upload a complete encoded folder") from error
             partial.replace(path / name)
 
 
 class ShardCache:
-    """Fetches shards, and drops those fetched longest ago where the cache would outgrow `limit` (such as 100gb).
+    """Downloads shards, and deletes the oldest downloads to keep the cache below its limit.
+
+    Args:
+        path: the cache.
+        limit: the largest size of the cache, such as 100gb; None for no limit.
+        largest: size of the largest shard in bytes.
 
     Raises:
-        ValueError: if the limit is less than four shards.
+        ValueError: if the limit is smaller than four shards.
     """
 
     def __init__(self, path: Path, remote: str, limit: str | None, largest: int) -> None:
@@ -63,7 +68,7 @@ class ShardCache:
         self.limit: int | None = None if limit is None else bytes_to_int(limit)
         if self.limit is not None and self.limit < 4 * largest:
             raise ValueError(
-                f"data.cache_limit: {limit}; allowed: four of the largest shards, {4 * largest} bytes, and up"
+                f"data.cache_limit: {limit}; allowed: {4 * largest} bytes and up (four of the largest shards)"
             )
         self._stream = streaming().Stream(
             remote=remote, local=str(path / _INCOMING), download_retry=_RETRIES, download_timeout=_TIMEOUT_S,
@@ -71,29 +76,31 @@ class ShardCache:
         )  # fmt: skip
 
     def fetch(self, shard: Any) -> None:
-        """Make a shard's file be there, whole and with the hash of the index.
+        """Download a shard to the cache, unless it is there, and check its SHA-256.
 
         Raises:
-            ValueError: if it has another hash.
+            ValueError: if its SHA-256 does not match index.json.
         """
         name = shard.raw_data.basename
         final, incoming = self.path / name, self.path / _INCOMING / name
         with locked(self.path, name):
-            if final.exists():  # another process was faster
+            if final.exists():  # downloaded by another process
                 return
-            incoming.unlink(missing_ok=True)  # of a download that was cut off
+            incoming.unlink(missing_ok=True)  # an interrupted download
             try:
                 self._stream.prepare_shard(shard)
             except ValueError as error:
                 incoming.unlink(missing_ok=True)
-                raise ValueError(f"data.remote: {self.remote}/{name} does not have the hash of index.json") from error
+                raise ValueError(
+                    f"data.remote: the SHA-256 of {self.remote}/{name} does not match index.json"
+                ) from error
             incoming.replace(final)
         if self.limit is not None:
-            self._drop(keep=final, limit=self.limit)
+            self._evict(keep=final, limit=self.limit)
 
-    def _drop(self, keep: Path, limit: int) -> None:
-        with locked(self.path, "drop"):
-            if not keep.exists():  # another process had no room for it
+    def _evict(self, keep: Path, limit: int) -> None:
+        with locked(self.path, "evict"):
+            if not keep.exists():  # evicted by another process
                 return
             cached = sorted((p for p in self.path.glob("*.mds") if p != keep), key=lambda p: p.stat().st_mtime_ns)
             total = keep.stat().st_size + sum(p.stat().st_size for p in cached)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from sfd_scale.config.bounds import at_least
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.mds_reader import LocalRows
+from sfd_scale.data.mds_reader import MDSReader
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats, StatsAccumulator
 from sfd_scale.runtime import distributed
@@ -169,7 +169,7 @@ def _convert_file(file: Path, start: int, config: ConvertConfig, out: Path, numb
     written = hashlib.sha256()
 
     def verify(folder: Path) -> None:
-        back, read = LocalRows(folder), hashlib.sha256()
+        back, read = MDSReader(folder), hashlib.sha256()
         for row in range(back.num_samples):
             _digest(read, back[row])
         if read.digest() != written.digest():

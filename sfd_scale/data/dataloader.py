@@ -1,7 +1,9 @@
-"""Shards → batches. The global order of samples is a pure function of (seed, epoch), so it is the same at every world
-size, accumulation and restart; MosaicML streaming stores and downloads.
+"""Dataloaders: MDS shards → micro-batches of one rank.
 
-G global batch · M micro-batch · N samples of the data.
+The order of samples is a pure function of (seed, epoch). It does not depend on the world size, on gradient
+accumulation or on restarts.
+
+G global batch · N samples of the dataset.
 """
 
 from __future__ import annotations
@@ -26,25 +28,30 @@ from sfd_scale.data.mds_reader import Array
 from sfd_scale.data.shards import open_shards
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.batch_split import BatchSplit
 
 Key = tuple[int, int]  # (epoch, sample id)
-Ranges = tuple[tuple[int, int], ...]  # of steps: disjoint, rising, [start, stop) each
+Ranges = tuple[tuple[int, int], ...]  # of steps: [start, stop) each, disjoint, ascending
 B = TypeVar("B", LatentBatch, ImageBatch, FeatureBatch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """A folder of shards from `sfd encode`, or the cache of `remote`.
+    """The training data.
 
-    flip: train on the mirrored image as often as on the image itself. shuffle_block: samples that are mixed with each
-    other, taken from whole shards in random order; larger mixes better, smaller reads more sequentially.
-    cache_limit: of a node, such as 100gb; no less than two shuffle blocks, else shards come twice.
-    num_workers: processes that read ahead; a remote wants several, as each waits for its own download.
-    stats: other statistics than those of the data: a file of ours, or a folder with the authors' latents_stats.pt and
-    latents_sv_stats.pt.
-    features: where vision features come from, if the objective needs them: `shards`, stored; `online`, the vision
-    encoder of the recipe on stored images; `decoded`, its semantic codec on the semantic latents.
-    allow_stats_mismatch: go on where the statistics of data and checkpoint, or data and manifest, differ.
+    path: a folder that `sfd encode` wrote, or the local cache of `remote`.
+    remote: where the shards are downloaded from: s3://, gs://, azure://, oci://, hf:// or a folder.
+    cache_limit: the largest size of the cache on one node, such as 100gb. Give it at least two shuffle blocks;
+        otherwise shards are downloaded twice in an epoch.
+    flip: random horizontal flip, with probability 1/2.
+    shuffle_block: samples per shuffle block. Shards are shuffled, then the samples inside each block. A larger block
+        mixes better, a smaller block reads more sequentially.
+    num_workers: worker processes of the dataloader. Use several with `remote`: each waits for its own download.
+    stats: latent statistics that replace those of the data: a stats.safetensors, or a folder with the official
+        latents_stats.pt and latents_sv_stats.pt.
+    features: where the alignment features come from. `shards`: stored. `online`: the recipe's vision encoder on stored
+        images. `decoded`: the recipe's semantic codec on the semantic latents.
+    allow_stats_mismatch: continue if the statistics differ between data and checkpoint, or data and manifest.
     """
 
     path: Path
@@ -63,7 +70,10 @@ class DataConfig:
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: tuple[int, ...], block: int) -> Tensor:
-    """The order of an epoch: shards shuffled, then samples shuffled inside blocks of that sequence. (N,) int64."""
+    """The order of the samples in an epoch: (N,) int64.
+
+    Shards are shuffled. Then the samples of each block of `block` consecutive samples are shuffled.
+    """
     starts = torch.tensor([0, *shard_sizes]).cumsum(0)
     shards = seeding.permutation(seed, f"shards/{epoch}", len(shard_sizes)).tolist()
     sequence = torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in shards])
@@ -74,45 +84,47 @@ def epoch_order(seed: int, epoch: int, shard_sizes: tuple[int, ...], block: int)
     return torch.cat(pieces)
 
 
-def data_step(step: int, passed: Ranges) -> int:
-    """Which step's data the training step `step` takes, when the data of the steps `passed` is left out."""
-    for start, stop in passed:
+def data_step(step: int, skipped: Ranges) -> int:
+    """The data step that a training step uses, when the data steps of `skipped` are left out."""
+    for start, stop in skipped:
         if step >= start:
             step += stop - start
     return step
 
 
-class _Keys(Sampler[list[Key]]):
-    """Endless keys of this rank's micro-batches, from a first global step on."""
+class _MicroBatchSampler(Sampler[list[Key]]):
+    """The keys of this rank's micro-batches, without end, from a first global step on."""
 
-    def __init__(self, reader: _Reader[Any], first_step: int, passed: Ranges) -> None:
-        self.reader, self.first_step, self.passed = reader, first_step, passed
+    def __init__(self, loader: BatchLoader[Any], first_step: int, skipped: Ranges) -> None:
+        self.loader, self.first_step, self.skipped = loader, first_step, skipped
 
     def __iter__(self) -> Iterator[list[Key]]:
         step = self.first_step
         while True:
-            yield from self.reader.keys(data_step(step, self.passed))
+            yield from self.loader.keys(data_step(step, self.skipped))
             step += 1
 
 
-class _Batches(Dataset[Any]):
-    """What the loader and its workers ask for: a whole micro-batch at once."""
+class _MicroBatchDataset(Dataset[Any]):
+    """Reads a whole micro-batch for a list of keys."""
 
-    def __init__(self, reader: _Reader[Any]) -> None:
-        self.reader = reader
+    def __init__(self, loader: BatchLoader[Any]) -> None:
+        self.loader = loader
 
     def __getitem__(self, key: Key) -> Any:
-        return self.reader.batch([key])
+        return self.loader.batch([key])
 
     def __getitems__(self, keys: list[Key]) -> Any:
-        return self.reader.batch(keys)
+        return self.loader.batch(keys)
 
 
-def _outlive_a_stop(worker: int) -> None:
-    """A worker ends when its rank tells it to, and not by the signals that a scheduler sends to every process: the rank
-    has a step to finish before it saves."""
+def _ignore_stop_signals(worker: int) -> None:
+    """Make a worker process ignore the stop signals of a scheduler, which reach every process of a job.
+
+    The rank still needs its workers to finish the step before it saves. SIGTERM from the rank itself ends the worker.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS, which has no such schedulers either
+    if not hasattr(signal, "sigwaitinfo"):  # macOS has no sigwaitinfo, and no such schedulers either
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -124,30 +136,32 @@ def _outlive_a_stop(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
+    """collate_fn: the dataset returns whole micro-batches."""
     return batch
 
 
-class _Reader(Generic[B]):
-    """Reads the data for one rank.
+class BatchLoader(Generic[B]):
+    """The micro-batches of one rank.
+
+    Args:
+        seed: of the order, the flips and the posterior samples.
+        split: how the global batch is divided over ranks and micro-batches.
+        rank: 0 to split.world_size - 1.
 
     Raises:
-        ValueError: if the data is incomplete or smaller than a global batch.
+        ValueError: if the dataset is incomplete or smaller than a global batch.
     """
 
-    def __init__(
-        self, config: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
-    ) -> None:
-        assert global_batch % (micro_batch * world_size) == 0
-        self.config, self.seed = config, seed
-        self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
-        self.rows = open_shards(config.path, config.remote, config.cache_limit)
+    def __init__(self, config: DataConfig, *, seed: int, split: BatchSplit, rank: int) -> None:
+        self.config, self.seed, self.split, self.rank = config, seed, split, rank
+        self.samples = open_shards(config.path, config.remote, config.cache_limit)
         self.manifest = Manifest.read(config.path)
         self.shard_sizes = tuple(shard["samples"] for shard in read_index(config.path)["shards"])
-        self._orders: dict[int, Tensor] = {}  # of the epoch that is being read
-        if self.manifest.num_samples < global_batch:
+        self._orders: dict[int, Tensor] = {}  # holds the current epoch alone
+        if self.manifest.num_samples < split.global_batch:
             raise ValueError(
-                f"train.global_batch: {global_batch}, but {config.path} has {self.manifest.num_samples} samples"
+                f"train.global_batch: {split.global_batch}, but {config.path} has {self.manifest.num_samples} samples"
             )
 
     @property
@@ -156,18 +170,18 @@ class _Reader(Generic[B]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches of an epoch; the rest of its order is left out."""
-        return self.manifest.num_samples // self.global_batch
+        """Whole global batches per epoch. The last, incomplete one is dropped."""
+        return self.manifest.num_samples // self.split.global_batch
 
     @property
     def feature_dim(self) -> int | None:
-        """Channels of the stored features, if there are any."""
+        """Channels of the stored features; None if the shards have no features."""
         form = self.manifest.columns.get("features")
         return None if form is None else int(form.split(":")[2].split(",")[0])
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the order of samples; a resumed run must find the same."""
+        """The settings that decide the order and content of the batches. A resumed run must have the same."""
         shuffled = self.config.shuffle_block if self.config.shuffle else 0
         return {
             "index_sha256": index_sha256(self.config.path), "flip": self.config.flip, "shuffle_block": shuffled,
@@ -175,26 +189,33 @@ class _Reader(Generic[B]):
         }  # fmt: skip
 
     def keys(self, step: int) -> Iterator[list[Key]]:
-        """The keys of this rank's micro-batches of a global step. All ranks' micro-batches together are
-        order[b·G : (b + 1)·G] of the epoch, micro-batch by micro-batch, rank by rank."""
+        """The keys of this rank's micro-batches in a global step.
+
+        Global batch b is order[b·G : (b + 1)·G] of the epoch. It is cut into micro-batches in the order of
+        (accumulation step, rank).
+        """
         epoch, batch = divmod(step, self.steps_per_epoch)
-        ids = self._order(epoch)[batch * self.global_batch : (batch + 1) * self.global_batch]
-        for part in ids.split(self.micro_batch * self.world_size):
-            own = part[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]
+        size, micro = self.split.global_batch, self.split.micro_batch
+        ids = self._order(epoch)[batch * size : (batch + 1) * size]
+        for part in ids.split(micro * self.split.world_size):
+            own = part[self.rank * micro : (self.rank + 1) * micro]
             yield [(epoch, index) for index in own.tolist()]
 
-    def batches(self, first_step: int, passed: Ranges = ()) -> Iterator[B]:
-        """Endless micro-batches from a global step on; global_batch / (micro_batch · world_size) make one step. The
-        data of the steps `passed` is left out, that after it moves up."""
+    def batches(self, first_step: int, skipped: Ranges = ()) -> Iterator[B]:
+        """Micro-batches without end, from a global step on; split.grad_accum_steps of them make one step.
+
+        Args:
+            skipped: data steps to leave out; later data moves forward.
+        """
         loader: DataLoader[Any] = DataLoader(
-            _Batches(self),
-            batch_sampler=_Keys(self, first_step, passed),
+            _MicroBatchDataset(self),
+            batch_sampler=_MicroBatchSampler(self, first_step, skipped),
             num_workers=self.config.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_outlive_a_stop,
+            collate_fn=_identity,
+            worker_init_fn=_ignore_stop_signals,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the loader draws a seed that nobody uses from the global generator
+            generator=torch.Generator(),  # without it DataLoader draws a seed from the global generator
         )
         return iter(loader)
 
@@ -206,32 +227,39 @@ class _Reader(Generic[B]):
         return self._orders[epoch]
 
     def batch(self, keys: list[Key]) -> B:
-        raise AssertionError("of the subclasses")
+        """The batch of the given samples."""
+        raise AssertionError("subclasses implement this")
 
     def _gather(self, keys: list[Key], *columns: Sequence[str]) -> tuple[Tensor, list[Array]]:
-        """Labels (N,), and for each of `columns` the values of the column that it names for each sample."""
-        labels, *values = self.rows.gather([index for _, index in keys], [["label"] * len(keys), *columns])
+        """Read labels (N,) and columns. Each entry of `columns` names one column for each sample."""
+        labels, *values = self.samples.gather([index for _, index in keys], [["label"] * len(keys), *columns])
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise ValueError(
-                f"{self.config.path}: labels from {labels.min()} to {labels.max()}, of {self.num_classes} classes; a "
-                "shard is damaged: `sfd check-data` names it"
+                f"{self.config.path}: labels from {labels.min()} to {labels.max()}, but {self.num_classes} classes; a "
+                "shard is damaged: run `sfd check-data` to find it"
             )
         return torch.from_numpy(labels), values
 
     def _flips(self, keys: list[Key]) -> list[bool]:
         return flips(self.seed, keys) if self.config.flip else [False] * len(keys)
 
-    def _need(self, column: str, why: str) -> None:
+    def _require_column(self, column: str, advice: str) -> None:
         if column not in self.manifest.columns:
-            raise ValueError(f"{self.config.path}: no column {column!r} ({why}); it has {list(self.manifest.columns)}")
+            raise ValueError(
+                f"{self.config.path}: no column {column!r} ({advice}); it has {list(self.manifest.columns)}"
+            )
 
 
-class ImageReader(_Reader[ImageBatch]):
-    """Images and labels, for models that train on pixels."""
+class ImageLoader(BatchLoader[ImageBatch]):
+    """Images and labels, for models that train on pixels.
 
-    def __init__(self, config: DataConfig, **split_batch: int) -> None:
-        super().__init__(config, **split_batch)
-        self._need("image", "encode it with store.image=true")
+    Raises:
+        ValueError: if the shards have no images.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int, split: BatchSplit, rank: int) -> None:
+        super().__init__(config, seed=seed, split=split, rank=rank)
+        self._require_column("image", "encode it with store.image=true")
 
     def batch(self, keys: list[Key]) -> ImageBatch:
         labels, (pixels,) = self._gather(keys, ["image"] * len(keys))
@@ -240,37 +268,37 @@ class ImageReader(_Reader[ImageBatch]):
 
 
 def mirrored(images: Tensor, which: Sequence[bool]) -> Tensor:
-    """Images (N, C, H, W), those of `which` turned left to right."""
+    """Images (N, C, H, W); those with `which` true are flipped left to right."""
     if not any(which):
         return images
     return torch.where(torch.tensor(which)[:, None, None, None], images.flip(3), images)
 
 
-class LatentReader(_Reader[LatentBatch]):
-    """Normalised latents, labels and, where stored, alignment features, all from the same flip.
+class LatentLoader(BatchLoader[LatentBatch]):
+    """Normalised latents and labels, and alignment features if stored. All come from the same flip.
 
     Raises:
-        ValueError: if the shards hold no latents, lack the mirrored ones that `flip` asks for, or their statistics are
-            not those of the manifest, or of another number of channels.
+        ValueError: if the shards have no latents, or no mirrored latents although `flip` is true, or if the latent
+            statistics do not match the manifest or the number of channels.
     """
 
-    def __init__(self, config: DataConfig, **split_batch: int) -> None:
-        super().__init__(config, **split_batch)
-        self._need("latents", "these shards hold images; encode them with a tokenizer")
+    def __init__(self, config: DataConfig, *, seed: int, split: BatchSplit, rank: int) -> None:
+        super().__init__(config, seed=seed, split=split, rank=rank)
+        self._require_column("latents", "these shards hold images; encode them with a tokenizer")
         if config.flip:
-            self._need(f"latents{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
+            self._require_column(f"latents{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
         if config.features == "online":
-            self._need("image", "data.features: online; encode with store.image=true")
+            self._require_column("image", "data.features: online; encode with store.image=true")
         self.stats = read_stats(config.path / STATS if config.stats is None else config.stats)
         if config.stats is None and self.stats.hash != self.manifest.stats_hash and not config.allow_stats_mismatch:
             raise ValueError(
-                f"{config.path / STATS}: not the statistics of this data; encode it anew, or set "
+                f"{config.path / STATS}: not the statistics of this data; encode it again, or set "
                 "data.allow_stats_mismatch=true"
             )
         if len(self.stats.mean) != self.shape[0]:
             raise ValueError(
                 f"data.stats: {config.stats or config.path / STATS} has {len(self.stats.mean)} channels, the latents "
-                f"{self.shape[0]}; give the statistics of this data"
+                f"have {self.shape[0]}; give the statistics of this data"
             )
 
     @property
@@ -279,10 +307,10 @@ class LatentReader(_Reader[LatentBatch]):
         return tuple(int(n) for n in self.manifest.columns["latents"].split(":")[2].split(","))
 
     def batch(self, keys: list[Key]) -> LatentBatch:
-        ends = [FLIPPED if flip else "" for flip in self._flips(keys)]
+        suffixes = [FLIPPED if flip else "" for flip in self._flips(keys)]
         wanted = ["latents", "logvar", *(["features"] if self.config.features == "shards" else [])]
         names = [name for name in wanted if name in self.manifest.columns]
-        columns = [[name + end for end in ends] for name in names]
+        columns = [[name + suffix for suffix in suffixes] for name in names]
         if self.config.features == "online":
             names, columns = [*names, "image"], [*columns, ["image"] * len(keys)]
         labels, arrays = self._gather(keys, *columns)
@@ -291,24 +319,26 @@ class LatentReader(_Reader[LatentBatch]):
         if "logvar" in values:
             std = (0.5 * restored(values["logvar"], self.manifest.dtype)).exp()
             latents = latents + std * seeding.normal(self.seed, "posterior", keys, latents.shape[1:])
-        # In 16 bits as they are stored: half the bytes to move, and the loss widens them.
+        # Features stay in 16 bits: half the bytes to copy, and the loss converts them.
         features = as_stored(values["features"], self.manifest.dtype) if "features" in values else None
-        images = mirrored(torch.from_numpy(values["image"]), [end != "" for end in ends]) if "image" in values else None
+        images = None
+        if "image" in values:
+            images = mirrored(torch.from_numpy(values["image"]), [suffix != "" for suffix in suffixes])
         return LatentBatch(self.stats.normalize(latents), labels, torch.tensor(keys), features, images)
 
 
-class FeatureReader(_Reader[FeatureBatch]):
+class FeatureLoader(BatchLoader[FeatureBatch]):
     """Stored features and labels, for semantic VAEs.
 
     Raises:
-        ValueError: if the shards hold no features, or lack the mirrored ones that `flip` asks for.
+        ValueError: if the shards have no features, or no mirrored features although `flip` is true.
     """
 
-    def __init__(self, config: DataConfig, **split_batch: int) -> None:
-        super().__init__(config, **split_batch)
-        self._need("features", "encode with store.features=shards, or set data.features=online")
+    def __init__(self, config: DataConfig, *, seed: int, split: BatchSplit, rank: int) -> None:
+        super().__init__(config, seed=seed, split=split, rank=rank)
+        self._require_column("features", "encode with store.features=shards, or set data.features=online")
         if config.flip:
-            self._need(f"features{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
+            self._require_column(f"features{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
 
     def batch(self, keys: list[Key]) -> FeatureBatch:
         labels, (values,) = self._gather(keys, [f"features{FLIPPED if flip else ''}" for flip in self._flips(keys)])
@@ -316,14 +346,14 @@ class FeatureReader(_Reader[FeatureBatch]):
 
 
 def read_stats(path: Path) -> LatentStats:
-    """Statistics from a file of ours, or from a folder with the authors' two.
+    """Read latent statistics from a stats.safetensors, or from a folder with the two files of the official code.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if `path` is neither.
     """
-    theirs = path / "latents_stats.pt", path / "latents_sv_stats.pt"
-    if all(file.is_file() for file in theirs):
-        return LatentStats.from_official(*theirs)
+    official = path / "latents_stats.pt", path / "latents_sv_stats.pt"
+    if all(file.is_file() for file in official):
+        return LatentStats.from_official(*official)
     if not path.is_file():
         raise ValueError(
             f"data.stats: {path}; allowed: a stats.safetensors, or a folder with latents_stats.pt and "
@@ -333,5 +363,5 @@ def read_stats(path: Path) -> LatentStats:
 
 
 def flips(seed: int, keys: list[Key]) -> list[bool]:
-    """Whether samples are mirrored in their epochs."""
+    """Whether each sample is mirrored; drawn from (seed, epoch, sample id)."""
     return (seeding.uniform(seed, "flip", keys) < 0.5).tolist()

@@ -1,8 +1,7 @@
-"""Samples of MDS shards, column by column, straight into the arrays of a batch.
+"""Random access to the samples of MDS shards (MosaicML streaming's format), column by column.
 
-Every column that is written here has a fixed size, so sample i of a shard starts at start + i·stride: a column of a
-sample is one read at a known place, and what a batch does not need is not read. The library's reader opens the file,
-reads and decodes all columns for each sample.
+All columns of our shards have a fixed size, so sample i of a shard starts at start + i·stride. One column of one sample
+is one read at a known offset. The library's own reader opens the file and decodes all columns for each sample.
 """
 
 from __future__ import annotations
@@ -23,24 +22,29 @@ import numpy as np
 from sfd_scale.data.manifest import read_index
 
 Array = np.ndarray[Any, Any]
-_OPEN_FILES = 256  # of a process; a shard that is read from stays open
+MAX_OPEN_FILES = 256  # shards that one process keeps open
 
 
-class Rows(Protocol):
-    """Random access to samples: `rows[i]` → {column: value}."""
+class SampleReader(Protocol):
+    """Random access to samples: `reader[i]` → {column: value}."""
 
     num_samples: int
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def gather(self, indices: Sequence[int], columns: Sequence[Sequence[str]]) -> list[Array]:
-        """For each entry of `columns`, which names a column a sample: the values of all samples, (N, ...)."""
+        """Read many samples: one array (N, ...) for each entry of `columns`.
+
+        Args:
+            indices: N samples.
+            columns: each entry names one column for each of the N samples.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Column:
-    """Where a column lies in a sample, and what it is."""
+    """The place of a column in a sample (bytes), and its array type."""
 
     offset: int
     size: int
@@ -50,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of samples, as index.json describes it."""
+    """One file of samples, as described by index.json. Sizes are in bytes."""
 
     path: Path
     bytes: int
@@ -60,11 +64,16 @@ class Shard:
 
     @property
     def start(self) -> int:
-        """Where the first sample starts: the samples are the end of the file."""
+        """Offset of the first sample. The samples are the last part of the file."""
         return self.bytes - self.samples * self.stride
 
     @classmethod
-    def of(cls, folder: Path, entry: dict[str, Any]) -> Shard:
+    def from_index(cls, folder: Path, entry: dict[str, Any]) -> Shard:
+        """Describe a shard by its entry in index.json.
+
+        Raises:
+            ValueError: if a column has no fixed size, or the samples do not fit in the file.
+        """
         columns, offset = {}, 0
         for name, form, size in zip(
             entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True
@@ -77,16 +86,16 @@ class Shard:
         raw, samples = entry["raw_data"], entry["samples"]
         if offset == 0 or samples * (offset + 4) + 8 > raw["bytes"]:
             raise ValueError(
-                f"{folder / raw['basename']}: {samples} samples of {offset} bytes, in {raw['bytes']} bytes"
+                f"{folder / raw['basename']}: {samples} samples of {offset} bytes do not fit in {raw['bytes']} bytes"
             )
         return cls(folder / raw["basename"], raw["bytes"], samples, columns, offset)
 
     def open(self) -> int:
-        """A descriptor of the file, whose head is that of index.json.
+        """Open the file; returns its descriptor.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if its size or head is another one.
+            FileNotFoundError: if the file is missing.
+            ValueError: if its size or its header does not match index.json.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -99,19 +108,19 @@ class Shard:
     def _check(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size
         if size != self.bytes:
-            raise ValueError(f"{self.path}: {size} bytes, of {self.bytes}; {MEND}")
-        # MDS: number of samples, where each starts, where the last ends, little-endian uint32.
-        head = os.pread(descriptor, 4 * (self.samples + 2), 0)
-        count, *places = struct.unpack(f"<{self.samples + 2}I", head)
-        if count != self.samples or places != list(range(self.start, self.bytes + 1, self.stride)):
-            raise ValueError(f"{self.path}: its head is not the one of index.json; {MEND}")
+            raise ValueError(f"{self.path}: {size} bytes, expected {self.bytes}; {REPAIR}")
+        # The header of MDS: number of samples, offset of each sample, end of the last one; little-endian uint32.
+        header = os.pread(descriptor, 4 * (self.samples + 2), 0)
+        count, *offsets = struct.unpack(f"<{self.samples + 2}I", header)
+        if count != self.samples or offsets != list(range(self.start, self.bytes + 1, self.stride)):
+            raise ValueError(f"{self.path}: its header does not match index.json; {REPAIR}")
 
 
-MEND = "encode into this folder again, which remakes it, or empty the cache if this is one"
+REPAIR = "encode into this folder again to write it anew, or empty the folder if it is a cache"
 
 
 def _array_of(form: str) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
-    """The array that an MDS encoding stands for; None where its size is not fixed."""
+    """The dtype and shape of an MDS encoding; the dtype is None if the size is not fixed."""
     if form == "int":
         return np.dtype(np.int64), ()
     parts = form.split(":")
@@ -120,19 +129,22 @@ def _array_of(form: str) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
     return np.dtype(parts[1]), tuple(int(side) for side in parts[2].split(","))
 
 
-class LocalRows:
-    """The samples of a local folder, without shared memory, lock files or collectives: any process may open any number
-    of folders, alone, and be killed without a trace.
+class MDSReader:
+    """Reads the samples of a local folder of MDS shards.
 
-    A shard that is missing, cut off or replaced while it is read is an error that names its file.
+    It uses no shared memory, no lock files and no collectives. A process may open any number of folders, and leaves
+    nothing behind when it is killed.
+
+    Args:
+        max_open_files: shards that stay open at the same time.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, the least recently used first
-        self.shards = [Shard.of(path, entry) for entry in read_index(path)["shards"]]
+    def __init__(self, path: Path, max_open_files: int = MAX_OPEN_FILES) -> None:
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard → descriptor, least recently used first
+        self.shards = [Shard.from_index(path, entry) for entry in read_index(path)["shards"]]
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         self.num_samples = self._ends[-1] if self.shards else 0
-        self._limit = _OPEN_FILES
+        self._max_open_files = max_open_files
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         names = list(self.shards[self._place(index)[0]].columns)
@@ -140,10 +152,10 @@ class LocalRows:
         return {name: int(value[0]) if value.ndim == 1 else value[0] for name, value in zip(names, values, strict=True)}
 
     def gather(self, indices: Sequence[int], columns: Sequence[Sequence[str]]) -> list[Array]:
-        """See Rows.
+        """See SampleReader.
 
         Raises:
-            ValueError: naming the file, if a shard is missing or damaged.
+            ValueError: names the shard that is missing, truncated or not the one of index.json.
         """
         out: list[Array] = []
         views: list[memoryview] = []
@@ -165,7 +177,7 @@ class LocalRows:
             os.close(self._open.popitem()[1])
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The shard of a sample, and its place there."""
+        """The shard of a sample, and its index in that shard."""
         if not 0 <= index < self.num_samples:
             raise IndexError(index)
         number = bisect_right(self._ends, index)
@@ -175,16 +187,16 @@ class LocalRows:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        while len(self._open) >= self._limit:
+        while len(self._open) >= self._max_open_files:
             os.close(self._open.popitem(last=False)[1])
-        self._open[number] = self._opened(self.shards[number])
+        self._open[number] = self._open_shard(self.shards[number])
         return self._open[number]
 
-    def _opened(self, shard: Shard) -> int:
+    def _open_shard(self, shard: Shard) -> int:
         try:
             return shard.open()
         except FileNotFoundError as error:
-            raise ValueError(f"{shard.path}: missing; {MEND}") from error
+            raise ValueError(f"{shard.path}: missing; {REPAIR}") from error
 
     def __del__(self) -> None:
         self.close()
@@ -195,5 +207,5 @@ def _read(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
-            raise ValueError(f"{path}: cut off while it was read; {MEND}")
+            raise ValueError(f"{path}: truncated while it was read; {REPAIR}")
         done += count

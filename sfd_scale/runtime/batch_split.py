@@ -1,4 +1,7 @@
-"""How a global batch is divided over ranks. Without torch, so that launchers can ask before anything is started."""
+"""How a global batch is divided over ranks and gradient accumulation.
+
+Imports no torch, so that launchers can check the world size before they start ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """global batch = micro_batch × accumulation × world_size, exactly."""
+    """micro_batch: samples of one forward pass on one rank. grad_accum_steps: forward passes per optimizer step."""
 
     micro_batch: int
     grad_accum_steps: int
     world_size: int
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step, over all ranks."""
+        return self.micro_batch * self.grad_accum_steps * self.world_size
 
 
 def divisors(n: int) -> list[int]:
@@ -19,10 +27,13 @@ def divisors(n: int) -> list[int]:
 
 
 def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> BatchSplit:
-    """Divide the global batch; refuses what does not divide and says which world sizes do.
+    """Divide a global batch without a remainder.
+
+    Args:
+        micro_batch: the largest micro-batch that fits in memory; None takes a rank's whole batch at once.
 
     Raises:
-        ValueError: naming the possible world sizes or micro-batches.
+        ValueError: if it does not divide; names the possible world sizes or micro-batches.
     """
     possible = divisors(global_batch)
     if world_size < 1:
@@ -33,14 +44,13 @@ def split_batch(global_batch: int, micro_batch: int | None, world_size: int) -> 
         nearest = f"{below}" if above is None else f"{below} or {above}"
         raise ValueError(
             f"train.global_batch: {global_batch} does not divide over {world_size} ranks; allowed: {possible} ranks, "
-            f"of which {nearest} is nearest"
+            f"nearest: {nearest}"
         )
-    share = global_batch // world_size
-    # The recipe's micro-batch is a limit of memory: a rank whose whole share is smaller takes it at once.
-    micro = share if micro_batch is None else min(micro_batch, share)
-    if share % micro:
-        allowed = [n for n in possible if share % n == 0]
+    per_rank = global_batch // world_size
+    micro = per_rank if micro_batch is None else min(micro_batch, per_rank)
+    if per_rank % micro:
+        allowed = [n for n in possible if per_rank % n == 0]
         raise ValueError(
-            f"train.micro_batch: {micro} does not divide the {share} samples of a rank; allowed here: {allowed}"
+            f"train.micro_batch: {micro} does not divide the {per_rank} samples of a rank; allowed here: {allowed}"
         )
-    return BatchSplit(micro, share // micro, world_size)
+    return BatchSplit(micro, per_rank // micro, world_size)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sfd_scale.data import convert as module
 from sfd_scale.data.convert import ConvertConfig, convert
-from sfd_scale.data.dataloader import DataConfig, FeatureReader, LatentReader
+from sfd_scale.data.dataloader import DataConfig, FeatureLoader, LatentLoader
 from sfd_scale.data.manifest import restored
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
+from sfd_scale.runtime.batch_split import BatchSplit
 from tests.helpers.encoded import files
 
 COUNTS = (5, 3, 4)  # rows of three files
@@ -83,7 +84,7 @@ def test_the_reader_takes_them_with_the_authors_statistics(source: Path, tmp_pat
         parts.append(tmp_path / name)
     convert(config(source, stats=tuple(parts)), tmp_path / "out")
     data = DataConfig(path=tmp_path / "out", shuffle=False, stats=tmp_path / "out" / "stats_authors.safetensors")
-    reader = LatentReader(data, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1)
+    reader = LatentLoader(data, seed=0, split=BatchSplit(4, 1, 1), rank=0)
     batch = next(reader.batches(0))
     assert batch.features is not None and batch.features.shape == (4, 7, 3, 3) and reader.shape == LAYOUT.shape
     mean = torch.tensor([0.0, 1, 2, 3, 0, 1]).view(6, 1, 1)
@@ -96,12 +97,10 @@ def test_the_reader_takes_them_with_the_authors_statistics(source: Path, tmp_pat
         assert min(errors) < 1e-6 < max(errors)
     # The folder with their two files will do as well.
     named = replace(data, stats=tmp_path)
-    again = next(LatentReader(named, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1).batches(0))
+    again = next(LatentLoader(named, seed=0, split=BatchSplit(4, 1, 1), rank=0).batches(0))
     assert torch.equal(again.latents, batch.latents)
     with pytest.raises(ValueError, match=r"data\.stats: .*absent; allowed: a stats\.safetensors, or a folder"):
-        LatentReader(
-            replace(data, stats=tmp_path / "absent"), seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1
-        )
+        LatentLoader(replace(data, stats=tmp_path / "absent"), seed=0, split=BatchSplit(4, 1, 1), rank=0)
     with pytest.raises(ValueError, match=r"stats: 1 files; allowed: latents_stats\.pt and latents_sv_stats\.pt"):
         config(source, stats=(parts[0],))
 
@@ -125,7 +124,7 @@ def test_features_alone_for_a_semantic_vae(source: Path, tmp_path: Path) -> None
     assert set(manifest.columns) == {"id", "label", "features", "features_flip"} and manifest.stats_hash is None
     assert check_data(tmp_path / "out") == [] and manifest.num_samples == 12
     data = DataConfig(path=tmp_path / "out", flip=False, shuffle=False)
-    reader = FeatureReader(data, seed=0, global_batch=12, micro_batch=12, rank=0, world_size=1)
+    reader = FeatureLoader(data, seed=0, split=BatchSplit(12, 1, 1), rank=0)
     assert torch.equal(next(reader.batches(0)).features, whole("feats_dino"))
     with pytest.raises(ValueError, match="latents: false, with features false too"):
         config(source, latents=False, features=False)
@@ -156,13 +155,13 @@ def test_a_conversion_that_was_cut_off_goes_on(source: Path, tmp_path: Path, mon
 def test_bytes_that_do_not_come_back_are_not_committed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Faulty(module.LocalRows):
+    class Faulty(module.MDSReader):
         def __getitem__(self, index: int) -> dict[str, Any]:
             row = super().__getitem__(index)
             return {**row, "latents": row["latents"] + 2.0**-8} if index == 4 else row
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "LocalRows", Faulty)
+        patch.setattr(module, "MDSReader", Faulty)
         with pytest.raises(ValueError, match=r"shard000\.safetensors: what was written .* reads back differently"):
             convert(config(source), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.mds")) and not (tmp_path / "out" / "chunks" / "000000").exists()

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sfd_scale.data.dataloader import DataConfig, LatentReader
+from sfd_scale.data.dataloader import DataConfig, LatentLoader
 from sfd_scale.data.manifest import read_index
-from sfd_scale.data.mds_reader import LocalRows
+from sfd_scale.data.mds_reader import MDSReader
 from sfd_scale.data.mosaic import streaming
 from sfd_scale.data.shards import open_shards
+from sfd_scale.runtime.batch_split import BatchSplit
 from tests.helpers.encoded import encode_digits, files
 
 COUNT = 32  # four shards of eight
@@ -36,9 +37,9 @@ def data(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "data"))
 
 
-def reader(path: Path, **settings: Any) -> LatentReader:
+def reader(path: Path, **settings: Any) -> LatentLoader:
     config = DataConfig(path=path, shuffle=False, **settings)
-    return LatentReader(config, seed=0, global_batch=8, micro_batch=8, rank=0, world_size=1)
+    return LatentLoader(config, seed=0, split=BatchSplit(8, 1, 1), rank=0)
 
 
 def test_rows_are_what_the_library_reads(whole: Path) -> None:
@@ -61,7 +62,7 @@ def test_rows_are_what_the_library_reads(whole: Path) -> None:
 def test_a_shard_that_disappears_ends_the_run_with_its_name(data: Path, workers: int) -> None:
     """StreamingDataset would end the epoch early without a word; here every batch is whole, or there is an error."""
     (data / "shard.000002.00000.mds").rename(data / "away")
-    rows = LocalRows(data)
+    rows = MDSReader(data)
     assert rows[15]["id"] == 15
     with pytest.raises(ValueError, match=r"shard\.000002\.00000\.mds: missing"):
         rows[16]
@@ -78,10 +79,10 @@ def test_a_shard_that_is_cut_off_while_it_is_read(data: Path) -> None:
     rows, shard = open_shards(data), data / "shard.000001.00000.mds"
     assert rows[8]["id"] == 8  # now it is open
     os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(ValueError, match=rf"{shard.name}: cut off while it was read"):
+    with pytest.raises(ValueError, match=rf"{shard.name}: truncated while it was read"):
         rows[15]
-    with pytest.raises(ValueError, match=rf"{shard.name}: \d+ bytes, of \d+"):
-        LocalRows(data)[8]
+    with pytest.raises(ValueError, match=rf"{shard.name}: \d+ bytes, expected \d+"):
+        MDSReader(data)[8]
 
 
 def test_a_shard_of_other_data_in_its_place(data: Path, tmp_path: Path) -> None:
@@ -89,24 +90,25 @@ def test_a_shard_of_other_data_in_its_place(data: Path, tmp_path: Path) -> None:
     content = bytearray(shard.read_bytes())
     content[4] ^= 1  # where its first sample starts
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{shard.name}: its head is not the one of index\.json"):
+    with pytest.raises(ValueError, match=rf"{shard.name}: its header does not match index\.json"):
         open_shards(data)[8]
 
 
 def test_labels_that_are_no_classes_are_noticed(data: Path) -> None:
     """A shard that is damaged inside, with the right size and head, is found by `sfd check-data`; labels are checked
     as they are read."""
-    shard = LocalRows(data).shards[0]
+    shard = MDSReader(data).shards[0]
     content = bytearray(shard.path.read_bytes())
     content[shard.start + shard.columns["label"].offset + 7] = 1  # the highest byte of the first label
     shard.path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"labels from \d+ to \d+, of 10 classes; a shard is damaged: `sfd check-data"):
+    with pytest.raises(
+        ValueError, match=r"labels from \d+ to \d+, but 10 classes; a shard is damaged: run `sfd check-data"
+    ):
         next(reader(data).batches(0))
 
 
 def test_many_shards_take_few_descriptors(data: Path) -> None:
-    rows = LocalRows(data)
-    rows._limit = 2
+    rows = MDSReader(data, max_open_files=2)
     before = len(os.listdir("/proc/self/fd"))
     for index in (0, 8, 16, 24, 1, 9, 17, 25):
         assert rows[index]["id"] == index
@@ -118,9 +120,10 @@ def test_many_shards_take_few_descriptors(data: Path) -> None:
 READ_FOR_EVER = """
 import multiprocessing, sys
 from pathlib import Path
-from sfd_scale.data.dataloader import DataConfig, LatentReader
+from sfd_scale.data.dataloader import DataConfig, LatentLoader
+from sfd_scale.runtime.batch_split import BatchSplit
 config = DataConfig(path=Path(sys.argv[1]), remote=sys.argv[2], num_workers=2)
-batches = LatentReader(config, seed=0, global_batch=8, micro_batch=8, rank=0, world_size=1).batches(0)
+batches = LatentLoader(config, seed=0, split=BatchSplit(8, 1, 1), rank=0).batches(0)
 for number, _ in enumerate(batches):
     if number == 20:
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfd_scale.data.dataloader import DataConfig, ImageReader, LatentReader, epoch_order
+from sfd_scale.data.dataloader import DataConfig, ImageLoader, LatentLoader, epoch_order
 from sfd_scale.data.manifest import restored
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import distributed, seeding
+from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from tests.helpers.encoded import digits, encode_digits, tokenizer
 from tests.helpers.ranks import run_ranks
 
@@ -35,10 +36,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def reader(path: Path, rank: int = 0, world_size: int = 1, micro: int = GLOBAL, **config: Any) -> LatentReader:
-    return LatentReader(
+def reader(path: Path, rank: int = 0, world_size: int = 1, micro: int = GLOBAL, **config: Any) -> LatentLoader:
+    return LatentLoader(
         DataConfig(path=path, **{"shuffle_block": 20, **config}),
-        seed=5, global_batch=GLOBAL, micro_batch=micro, rank=rank, world_size=world_size,
+        seed=5, split=split_batch(GLOBAL, micro, world_size), rank=rank,
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_another_seed_is_another_order_and_no_shuffle_is_none(data: Path) -> Non
     config = DataConfig(path=data)
     orders = []
     for seed in (5, 6):
-        other = LatentReader(config, seed=seed, global_batch=GLOBAL, micro_batch=GLOBAL, rank=0, world_size=1)
+        other = LatentLoader(config, seed=seed, split=BatchSplit(GLOBAL, 1, 1), rank=0)
         orders.append([index for _, index in next(other.keys(0))])
     assert orders[0] != orders[1]
     plain = reader(data, shuffle=False)
@@ -162,7 +163,7 @@ def test_a_posterior_is_drawn_anew_each_epoch(tmp_path: Path) -> None:
 
 
 def test_images_flip_in_the_reader(data: Path) -> None:
-    own = ImageReader(DataConfig(path=data), seed=5, global_batch=8, micro_batch=8, rank=0, world_size=1)
+    own = ImageLoader(DataConfig(path=data), seed=5, split=BatchSplit(8, 1, 1), rank=0)
     batch = next(own.batches(0))
     assert batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.uint8
     mirrored = 0
@@ -204,7 +205,7 @@ def test_data_that_is_not_whole_is_refused(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, broken)
     shard = broken / "shard.000002.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=rf"{shard.name}: \d+ bytes, of \d+; encode into this folder again"):
+    with pytest.raises(ValueError, match=rf"{shard.name}: \d+ bytes, expected \d+; encode into this folder again"):
         reader(broken)
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name}: missing"):
@@ -221,13 +222,13 @@ def test_data_that_is_not_whole_is_refused(data: Path, tmp_path: Path) -> None:
     # Those of one channel would be spread over all.
     one = torch.ones(1, dtype=torch.float64)
     LatentStats(one, one.clone()).save(broken / "one.safetensors")
-    with pytest.raises(ValueError, match=r"data\.stats: .*one\.safetensors has 1 channels, the latents 9"):
+    with pytest.raises(ValueError, match=r"data\.stats: .*one\.safetensors has 1 channels, the latents have 9"):
         reader(broken, stats=broken / "one.safetensors")
 
 
 def test_too_small_and_wrong_data(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch: 64, but .* has 44 samples"):
-        LatentReader(DataConfig(path=data), seed=0, global_batch=64, micro_batch=64, rank=0, world_size=1)
+        LatentLoader(DataConfig(path=data), seed=0, split=BatchSplit(64, 1, 1), rank=0)
     encode_digits(tmp_path, 8, image=True, latents="none")
     with pytest.raises(ValueError, match="these shards hold images; encode them with a tokenizer"):
         reader(tmp_path)
@@ -262,9 +263,9 @@ def test_a_cache_belongs_to_its_remote(data: Path, tmp_path: Path) -> None:
     reader(tmp_path / "cache", remote=str(data))
     encode_digits(tmp_path / "other", 16)
     (tmp_path / "cache" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="the cache of other data; empty it"):
+    with pytest.raises(ValueError, match="the cache holds other data; empty it"):
         reader(tmp_path / "cache", remote=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"data\.remote: .* has no manifest\.json; upload a whole encoded folder"):
+    with pytest.raises(ValueError, match=r"data\.remote: .* has no manifest\.json; upload a complete encoded folder"):
         reader(tmp_path / "new", remote=str(tmp_path / "absent"))
 
 
@@ -278,7 +279,9 @@ def test_a_remote_shard_that_is_damaged_or_missing_is_an_error_each_time(data: P
     own = open_shards(cache, remote=str(remote))
     assert own[0]["id"] == 0
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"remote/shard\.000001\.00000\.mds does not have the hash of index\.json"):
+        with pytest.raises(
+            ValueError, match=r"the SHA-256 of .*remote/shard\.000001\.00000\.mds does not match index\.json"
+        ):
             own[8]
     (remote / "shard.000002.00000.mds").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard\.000002"):
@@ -298,7 +301,9 @@ def test_a_cache_stays_below_its_limit(data: Path, tmp_path: Path) -> None:
         assert own[index]["id"] == index
     assert sorted(path.name[9:12] for path in tmp_path.glob("*.mds")) == ["002", "003", "004", "005"]
     assert own[0]["id"] == 0  # fetched again
-    with pytest.raises(ValueError, match=rf"data\.cache_limit: {size}; allowed: four of the largest shards"):
+    with pytest.raises(
+        ValueError, match=rf"data\.cache_limit: {size}; allowed: \d+ bytes and up \(four of the largest shards\)"
+    ):
         open_shards(tmp_path, remote=str(data), cache_limit=str(size))
 
 

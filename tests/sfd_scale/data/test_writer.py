@@ -14,7 +14,7 @@ import torch
 
 from sfd_scale.data import writer
 from sfd_scale.data.manifest import Manifest, encoding, read_index, restored, stored
-from sfd_scale.data.shards import LocalRows, check_data, open_shards
+from sfd_scale.data.shards import MDSReader, check_data, open_shards
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_committed, write_chunk
 from sfd_scale.diffusion.latents import LatentStats, StatsAccumulator
 
@@ -151,7 +151,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="leads out of the folder"):
         read_index(tmp_path)
-    with pytest.raises(ValueError, match=r"index\.json is not the one that manifest\.json names"):
+    with pytest.raises(ValueError, match=r"index\.json does not match manifest\.json"):
         open_shards(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_pickled_columns_are_refused(tmp_path: Path) -> None:
     index["shards"][0]["column_encodings"][0] = "pkl"
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="encoding .pkl."):
-        LocalRows(tmp_path)
+        MDSReader(tmp_path)
 
 
 def test_check_data_finds_one_flipped_bit(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_check_data_finds_one_flipped_bit(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in check_data(tmp_path)] == [str(shard)]
     open_shards(tmp_path)  # its size is right: only check-data reads every byte
     shard.write_bytes(data[:-3])
-    assert check_data(tmp_path) == [f"{shard}: {len(data) - 3} bytes, of {len(data)}"]
+    assert check_data(tmp_path) == [f"{shard}: {len(data) - 3} bytes, expected {len(data)}"]
     shard.unlink()
     (tmp_path / "stats.safetensors").write_bytes(b"torn")
     assert [line.rpartition("/")[2].split(":")[0] for line in check_data(tmp_path)] == ["stats.safetensors", shard.name]

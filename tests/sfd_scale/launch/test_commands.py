@@ -128,7 +128,7 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
             "deepspeed",
             {"RANKS": "3"},
             TRAIN,
-            r"train.global_batch: 128 does not divide over 3 ranks.*2 or 4 is nearest",
+            r"train.global_batch: 128 does not divide over 3 ranks.*nearest: 2 or 4",
         ),
         ("deepspeed", {"RANKS": "2"}, ("train", "quickstart/visoin"), "did you mean quickstart/vision"),
         ("deepspeed", {"RANKS": "2"}, (), "nothing to run; give a command and a recipe"),

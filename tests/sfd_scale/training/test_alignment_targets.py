@@ -13,15 +13,16 @@ from torch.nn import functional
 
 from sfd_scale import build
 from sfd_scale.config import loader as config
-from sfd_scale.data.dataloader import DataConfig, FeatureReader, ImageReader, LatentReader
+from sfd_scale.data.dataloader import DataConfig, FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.recipe import EncodeRecipe, TrainRecipe
+from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.tokenizers.composite import FeatureTokenizer
 from sfd_scale.training.alignment_targets import DecodedFeatures, OnlineFeatures
 from sfd_scale.training.objective import SemanticVAELossConfig, SemanticVAEObjective
 from tests.helpers.encoded import LAYOUT, Pooled, encode_digits, tokenizer
 
-PORTIONS = {"seed": 5, "global_batch": 16, "micro_batch": 16, "rank": 0, "world_size": 1}
+ONE_RANK: dict[str, Any] = {"seed": 5, "split": BatchSplit(16, 1, 1), "rank": 0}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch(data: Path, **settings: Any) -> Any:
-    return LatentReader(DataConfig(path=data, **settings), **PORTIONS).batch([(0, index) for index in range(16)])
+    return LatentLoader(DataConfig(path=data, **settings), **ONE_RANK).batch([(0, index) for index in range(16)])
 
 
 def test_features_made_from_stored_images_are_those_that_were_stored(data: Path) -> None:
@@ -50,7 +51,7 @@ def test_features_made_from_stored_images_are_those_that_were_stored(data: Path)
 def test_decoded_features_are_the_codecs_reconstruction(data: Path) -> None:
     stored, decoded = batch(data), batch(data, features="decoded")
     assert decoded.features is None and decoded.images is None
-    reader = LatentReader(DataConfig(path=data), **PORTIONS)
+    reader = LatentLoader(DataConfig(path=data), **ONE_RANK)
     semantic = tokenizer().semantic
     assert semantic is not None
     made = DecodedFeatures(semantic, LAYOUT, reader.stats)(decoded)
@@ -70,7 +71,7 @@ def test_the_reader_brings_only_what_is_asked_for(data: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"no column 'image' \(data\.features: online; encode with store\.image=true"):
         batch(tmp_path, features="online")
     with pytest.raises(ValueError, match=r"no column 'features' \(encode with store\.features=shards, or set data"):
-        FeatureReader(DataConfig(path=tmp_path), **PORTIONS)
+        FeatureLoader(DataConfig(path=tmp_path), **ONE_RANK)
 
 
 def test_a_semantic_vae_learns_the_same_from_stored_features_and_from_images(data: Path, tmp_path: Path) -> None:
@@ -80,15 +81,15 @@ def test_a_semantic_vae_learns_the_same_from_stored_features_and_from_images(dat
     model = SemanticVAE(SemanticVAEConfig(input_dim=6, bottleneck_dim=2, hidden_dim=8, heads=2, blocks=1))
     model.init_weights(0)
     keys = [(0, index) for index in range(16)]
-    stored = FeatureReader(DataConfig(path=tmp_path), **PORTIONS).batch(keys)
-    images = ImageReader(DataConfig(path=data, features="online"), **PORTIONS).batch(keys)
+    stored = FeatureLoader(DataConfig(path=tmp_path), **ONE_RANK).batch(keys)
+    images = ImageLoader(DataConfig(path=data, features="online"), **ONE_RANK).batch(keys)
     losses = [
         SemanticVAEObjective(SemanticVAELossConfig(), vision, 2, seed=0)(model, own).total
         for vision, own in ((None, stored), (FeatureTokenizer(Pooled()), images))
     ]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4) and losses[0].requires_grad
     # Without the mirrored ones, the draws are the same but half of the samples are not.
-    plain = FeatureReader(DataConfig(path=tmp_path, flip=False), **PORTIONS).batch(keys)
+    plain = FeatureLoader(DataConfig(path=tmp_path, flip=False), **ONE_RANK).batch(keys)
     other = SemanticVAEObjective(SemanticVAELossConfig(), None, 2, seed=0)(model, plain).total
     assert other.item() != pytest.approx(losses[1].item(), rel=1e-4)
 
@@ -140,7 +141,7 @@ def test_alignment_without_a_source_is_refused(override: str, message: str) -> N
 
 
 def test_a_codec_that_is_not_the_one_of_the_data_is_refused(data: Path) -> None:
-    reader = LatentReader(DataConfig(path=data), **PORTIONS)
+    reader = LatentLoader(DataConfig(path=data), **ONE_RANK)
     reader.manifest = replace(reader.manifest, tokenizers={"semantic": "pca:1"})
     build._check_fingerprints("semantic", reader, {"semantic": "pca:1"})
     with pytest.raises(ValueError, match=r"tokenizer\.semantic: pca:2, but the data was encoded with pca:1"):

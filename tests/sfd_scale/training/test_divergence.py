@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfd_scale import build
-from sfd_scale.data.dataloader import LatentReader, data_step, epoch_order
+from sfd_scale.data.dataloader import LatentLoader, data_step, epoch_order
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.training.divergence import DivergenceConfig, DivergenceError, DivergenceWatch, joined, spike_limit
@@ -97,7 +97,7 @@ def test_impossible_settings_are_refused(setting: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------- drills
 
 
-class Poisoned(LatentReader):
+class Poisoned(LatentLoader):
     """One sample of one epoch has latents that are NaN, or far too large."""
 
     key, factor = (0, 0), math.nan
@@ -108,7 +108,7 @@ class Poisoned(LatentReader):
         return batch
 
 
-class Passing(LatentReader):
+class Passing(LatentLoader):
     """Whole data, from which the steps `left_out` are taken by hand."""
 
     left_out: tuple[int, ...] = ()
@@ -126,7 +126,7 @@ def drills(root: str, data: str, key: tuple[int, int], deepspeed: bool = False) 
     def run(
         name: str, reader: type, engine: dict[str, Any] = small_run.FSDP, steps: int = STEPS, **policy: Any
     ) -> None:
-        build.LatentReader = reader  # type: ignore[misc]
+        build.LatentLoader = reader  # type: ignore[misc]
         divergence = {"window": 3, "spike_z": 300.0, "rollback_data": 1, **policy}
         settings = small_run.recipe(Path(data), steps=steps, every=EVERY, engine=engine, divergence=divergence)
         try:
@@ -139,7 +139,7 @@ def drills(root: str, data: str, key: tuple[int, int], deepspeed: bool = False) 
         return type("Poison", (Poisoned,), {"key": key, "factor": factor})
 
     run("passed by hand", type("Left", (Passing,), {"left_out": (BAD_STEP,)}))
-    run("undisturbed", LatentReader)
+    run("undisturbed", LatentLoader)
     run("stop", poison(math.nan), not_finite="stop")
     run("skip nan", poison(math.nan))
     run("skip spike", poison(1e3), spike="skip")
