@@ -24,7 +24,7 @@ from eval.work.auto_batch import auto_batch
 from eval.work.chunks import ChunkFolder
 from eval.work.cuda_graphs import GraphedModel, check_graphs
 from eval.work.side_stream import SideStream
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.diffusion import sampler as sample
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_discontinuities

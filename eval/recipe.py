@@ -11,12 +11,11 @@ from eval.images.outputs import OutputsConfig
 from eval.images.sources import ImagesConfig
 from eval.metrics.metrics import MetricsConfig
 from sfd_scale import recipe as training
-from sfd_scale.config.bounds import at_least
-from sfd_scale.config.loader import Incidental
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance
 from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.models.attention import AttentionBackend
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,8 @@ class EvalRecipe:
     """
 
     kind: Literal["eval"] = "eval"
-    name: Incidental[str] = "eval"
-    published: Incidental[str | None] = None  # the number that the evaluation is to reach, and whose it is
+    name: NoEffectOnResults[str] = "eval"
+    published: NoEffectOnResults[str | None] = None  # the number that the evaluation is to reach, and whose it is
     checkpoint: Path | None = None
     guide: Path | None = None
     allow_stats_mismatch: bool = False  # of the latents that checkpoint and guide were trained on
@@ -84,9 +83,9 @@ class EvalRecipe:
     extractor: ExtractorConfig = field(default_factory=InceptionConfig)
     extractor_batch: int = 64
     reference: ImagesConfig | None = None
-    cache: Incidental[Path] = Path("runs/eval-cache")
+    cache: NoEffectOnResults[Path] = Path("runs/eval-cache")
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    outputs: Incidental[OutputsConfig] = field(default_factory=OutputsConfig)
+    outputs: NoEffectOnResults[OutputsConfig] = field(default_factory=OutputsConfig)
 
     def __post_init__(self) -> None:
         at_least(self, num_samples=2, batch=1, decode_batch=1, extractor_batch=1)

@@ -10,8 +10,7 @@ from rich.table import Column, Table
 
 from eval import recipe as harness
 from eval.study.recipe import StudyRecipe
-from sfd_scale.config import files as recipe_files
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 
@@ -27,7 +26,7 @@ def summary_table() -> Table:
     """The complete recipes with model, engine, global batch, and the number they are to reach."""
     names = ("recipe", "kind", "model", "engine", "global batch", "published")
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
-    for name in recipe_files.recipe_names():
+    for name in config.recipe_names():
         if config.kind_of(name) is None:
             continue
         loaded = load_any(name)

@@ -20,8 +20,7 @@ from eval.images import npz, outputs
 from eval.images.sources import Images, NpzSource, open_images
 from eval.metrics.metrics import FeatureMoments, MetricsConfig, moments
 from eval.recipe import EvalRecipe
-from sfd_scale.config import loader as config
-from sfd_scale.config.loader import digest
+from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.files import file_sha256, write_atomically
 
@@ -64,7 +63,7 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
-    file = recipe.cache / f"reference-{digest(determined)[:16]}.safetensors"
+    file = recipe.cache / f"reference-{config.digest(determined)[:16]}.safetensors"
     if not distributed.broadcast_object(file.is_file()):
         found = None if images is None else _features(recipe, images, extractor)
         if distributed.is_main():

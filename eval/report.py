@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.pages import figures
 from eval.score import Results, read_results
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.runtime.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)

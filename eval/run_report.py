@@ -18,7 +18,7 @@ from eval.pages import figures
 from eval.pages.figures import Row
 from eval.report import COLUMNS, Picture, find, flatten, how, path_labels, score_cells, templates
 from eval.score import Results, read_results
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.files import write_atomically
 

@@ -26,7 +26,7 @@ from eval.metrics.precision_recall import precision_recall
 from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
 from eval.work.chunks import ChunkFolder
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import write_json
 from sfd_scale.runtime.progress import progress

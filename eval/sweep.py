@@ -19,7 +19,7 @@ from eval.features.extractor import LazyExtractor, make_extractor
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
 from eval.score import Results, read_results, score
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
 

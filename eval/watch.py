@@ -14,8 +14,7 @@ from eval import generate
 from eval.features.extractor import make_extractor
 from eval.recipe import EvalRecipe
 from eval.score import read_results, score
-from sfd_scale import checkpoint, export
-from sfd_scale.config import loader as config
+from sfd_scale import checkpoint, config, export
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import write_atomically, write_json
@@ -85,7 +84,7 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
         ValueError: naming the settings that differ.
     """
     file = out / RECIPE
-    now: dict[str, Any] = config.decisive(recipe)
+    now: dict[str, Any] = config.settings_affecting_results(recipe)
     del now["checkpoint"]
     if not distributed.broadcast_object(file.is_file()):
         if distributed.is_main():

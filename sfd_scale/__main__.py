@@ -12,8 +12,7 @@ import rich.console
 import typer
 from rich.markup import escape
 
-from sfd_scale.config import files as recipe_files
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
@@ -324,7 +323,7 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
 def main() -> None:
     """The console script `sfd`."""
     # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
-    sys.path.append(str(recipe_files.RECIPE_ROOT.parent))
+    sys.path.append(str(config.RECIPE_ROOT.parent))
     run_command(app)
 
 

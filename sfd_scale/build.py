@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfd_scale import config
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
-from sfd_scale.config import loader as config
 from sfd_scale.data.dataloader import FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.ema import EMA

@@ -10,9 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sfd_scale import checkpoint
+from sfd_scale import checkpoint, config
 from sfd_scale.build import make_model, make_reader
-from sfd_scale.config import loader as config
 from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from sfd_scale import export
-from sfd_scale.config import loader as config
+from sfd_scale import config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe

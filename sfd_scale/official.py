@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfd_scale import build, checkpoint, export, runs
+from sfd_scale import build, checkpoint, config, export, runs
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.checkpoint.boxes import PARAMS_PART
 from sfd_scale.checkpoint.folder import committed
@@ -28,7 +28,6 @@ from sfd_scale.checkpoint.official_checkpoint import (
     read_official,
     write_official,
 )
-from sfd_scale.config import loader as config
 from sfd_scale.data.dataloader import read_stats
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.engines import ema

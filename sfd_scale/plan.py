@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sfd_scale.build import footprint
-from sfd_scale.config.loader import digest, load
+from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.planning import planner

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from sfd_scale.checkpoint import CheckpointConfig
-from sfd_scale.config.bounds import at_least
-from sfd_scale.config.loader import Incidental
 from sfd_scale.data.convert import ConvertConfig
 from sfd_scale.data.dataloader import DataConfig
 from sfd_scale.data.encode import StoreConfig
@@ -26,6 +24,7 @@ from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.models.semantic_vae import SemanticVAEConfig
 from sfd_scale.runtime.profiling import ProfileConfig
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.tokenizers.make import CompositeConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
 from sfd_scale.tokenizers.pca import FeaturePCAFitConfig
@@ -60,14 +59,14 @@ class TrainRecipe:
     """Everything that decides a training run."""
 
     kind: Literal["train"] = "train"
-    name: Incidental[str]
+    name: NoEffectOnResults[str]
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainerConfig
-    published: Incidental[str | None] = None  # the number that the run is to reach, and whose it is
+    published: NoEffectOnResults[str | None] = None  # the number that the run is to reach, and whose it is
     seed: int = 0
-    run: Incidental[Path] = Path("runs/train")
+    run: NoEffectOnResults[Path] = Path("runs/train")
     latents: LatentLayout = field(default_factory=LatentLayout)
     schedule: SemanticFirstSchedule = field(default_factory=SemanticFirstSchedule)
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
@@ -78,11 +77,11 @@ class TrainRecipe:
     init_from: InitConfig | None = None
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    meter: Incidental[TrainingMetricsConfig] = field(default_factory=TrainingMetricsConfig)
-    profile: Incidental[ProfileConfig] = field(default_factory=ProfileConfig)
+    meter: NoEffectOnResults[TrainingMetricsConfig] = field(default_factory=TrainingMetricsConfig)
+    profile: NoEffectOnResults[ProfileConfig] = field(default_factory=ProfileConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
-    wandb: Incidental[WandbConfig] = field(default_factory=WandbConfig)
-    tensorboard: Incidental[bool] = False  # event files beside metrics.jsonl; needs the extra of that name
+    wandb: NoEffectOnResults[WandbConfig] = field(default_factory=WandbConfig)
+    tensorboard: NoEffectOnResults[bool] = False  # event files beside metrics.jsonl; needs the extra of that name
 
     def __post_init__(self) -> None:
         wanted = _PAIRS[type(self.objective)]
@@ -130,9 +129,9 @@ class EncodeRecipe:
     """Images in, shards out."""
 
     kind: Literal["encode"] = "encode"
-    name: Incidental[str]
+    name: NoEffectOnResults[str]
     source: SourceConfig
-    out: Incidental[Path]
+    out: NoEffectOnResults[Path]
     store: StoreConfig = field(default_factory=StoreConfig)
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     latents: LatentLayout = field(default_factory=LatentLayout)
@@ -155,14 +154,14 @@ class FitRecipe:
     tokenizer.vision."""
 
     kind: Literal["fit"] = "fit"
-    name: Incidental[str]
+    name: NoEffectOnResults[str]
     source: SourceConfig
     codec: PatchPCAFitConfig | FeaturePCAFitConfig
-    out: Incidental[Path]
+    out: NoEffectOnResults[Path]
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     num_images: int = 4096
     batch: int = 256
-    num_workers: Incidental[int] = 0
+    num_workers: NoEffectOnResults[int] = 0
 
     def __post_init__(self) -> None:
         at_least(self, num_images=1, batch=1, num_workers=0)
@@ -177,9 +176,9 @@ class ConvertRecipe:
     """The authors' feature files in, shards out."""
 
     kind: Literal["convert"] = "convert"
-    name: Incidental[str]
+    name: NoEffectOnResults[str]
     convert: ConvertConfig
-    out: Incidental[Path]
+    out: NoEffectOnResults[Path]
 
 
 KINDS: dict[str, type] = {"train": TrainRecipe, "encode": EncodeRecipe, "fit": FitRecipe, "convert": ConvertRecipe}

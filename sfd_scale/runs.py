@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from sfd_scale import config
 from sfd_scale.checkpoint import committed
 from sfd_scale.checkpoint.folder import step_of
-from sfd_scale.config import loader as config
 from sfd_scale.engines.optim import learning_rate
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed

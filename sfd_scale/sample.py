@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfd_scale import checkpoint
-from sfd_scale.config import loader as config
+from sfd_scale import checkpoint, config
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import NoGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats

@@ -17,7 +17,7 @@ import eval.__main__ as harness
 import sfd_scale.__main__ as package
 from eval.recipes import load_any
 from eval.sweep import cells
-from sfd_scale.config import loader as config
+from sfd_scale import config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,8 +21,7 @@ from eval.compare import compare
 from eval.recipe import EvalRecipe
 from eval.report import report
 from eval.watch import watch
-from sfd_scale import build, checkpoint, encode, export, official
-from sfd_scale.config import loader as config
+from sfd_scale import build, checkpoint, config, encode, export, official
 from sfd_scale.data.manifest import Manifest, restored
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.diffusion.fixed_step import FixedStepConfig

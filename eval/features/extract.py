@@ -15,7 +15,7 @@ from eval.features.extractor import Extractor, LazyExtractor
 from eval.images.sources import Images
 from eval.work import chunks
 from eval.work.chunks import ChunkFolder
-from sfd_scale.config.loader import digest
+from sfd_scale.config import digest
 from sfd_scale.runtime import distributed
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eval.images import npz
 from eval.work.chunks import ChunkFolder
-from sfd_scale.config.bounds import at_least
 from sfd_scale.runtime.files import atomically, write_atomically
+from sfd_scale.runtime.settings import at_least
 
 GRID, NPZ, PNG = "grid.png", "samples.npz", "png"
 

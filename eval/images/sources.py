@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.images.npz import NpzImages
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.data.image_io import DAMAGE, FORMATS, SUFFIXES
 from sfd_scale.data.sources import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.sources import SourceConfig as LibrarySource

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eval.metrics.precision_recall import Distances
-from sfd_scale.config.bounds import at_least
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.settings import at_least
 
 logger = logging.getLogger(__name__)
 BLOCK = 4096

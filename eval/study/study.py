@@ -24,8 +24,7 @@ from eval.study import report as study_report
 from eval.study.recipe import StudyRecipe, SweepConfig
 from eval.sweep import sweep
 from eval.watch import watch
-from sfd_scale import build, encode, export
-from sfd_scale.config import loader as config
+from sfd_scale import build, config, encode, export
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.locks import run_lock
@@ -95,7 +94,9 @@ class Study:
         needs: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         found = {self._makers[path] for path in _strings(config.to_dict(recipes)) if path in self._makers}
-        self.steps[key] = Step(key, config.decisive(recipes), frozenset(found - {key}) | needs, outputs, work)
+        self.steps[key] = Step(
+            key, config.settings_affecting_results(recipes), frozenset(found - {key}) | needs, outputs, work
+        )
 
     def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
         def work() -> bool:

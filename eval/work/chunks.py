@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import write_atomically, write_json
 from sfd_scale.runtime.progress import progress

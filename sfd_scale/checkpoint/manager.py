@@ -34,12 +34,11 @@ from sfd_scale.checkpoint.boxes import (
     stored_shapes,
 )
 from sfd_scale.checkpoint.folder import CheckpointError
-from sfd_scale.config.bounds import above, at_least
-from sfd_scale.config.loader import Incidental
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import sha256
+from sfd_scale.runtime.settings import NoEffectOnResults, above, at_least
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,7 +53,7 @@ class CheckpointConfig:
     every_s: float | None = None  # seconds between saves, counted from the last one
     keep_last: int | None = 2
     keep_every: int | None = None
-    background: Incidental[bool] = True  # write while training goes on, from a copy in host memory
+    background: NoEffectOnResults[bool] = True  # write while training goes on, from a copy in host memory
 
     def __post_init__(self) -> None:
         at_least(self, every=1, keep_last=1, keep_every=1)

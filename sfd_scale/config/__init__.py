@@ -1,0 +1,44 @@
+"""Recipes: YAML files → typed settings, and back to plain data. Use it as `from sfd_scale import config`.
+
+`config.load("train/sfd_xl", TrainRecipe, ["seed=1"])` reads a recipe; `config.to_dict` and `config.from_dict` convert
+settings to plain data and back. Dataclasses of settings declare bounds by `sfd_scale.runtime.settings`, which needs
+the standard library alone; this package needs OmegaConf and PyYAML.
+"""
+
+from sfd_scale.config.files import RECIPE_ROOT, ConfigError, find_recipe, recipe_names
+from sfd_scale.config.loader import Lineage, kind_of, lineage, load, load_by_kind, tree
+from sfd_scale.config.plain import (
+    differences,
+    digest,
+    flatten,
+    settings_affecting_results,
+    source_of,
+    to_dict,
+    to_yaml,
+    with_defaults,
+    with_source,
+)
+from sfd_scale.config.typed import from_dict
+
+__all__ = [
+    "RECIPE_ROOT",
+    "ConfigError",
+    "Lineage",
+    "differences",
+    "digest",
+    "find_recipe",
+    "flatten",
+    "from_dict",
+    "kind_of",
+    "lineage",
+    "load",
+    "load_by_kind",
+    "recipe_names",
+    "settings_affecting_results",
+    "source_of",
+    "to_dict",
+    "to_yaml",
+    "tree",
+    "with_defaults",
+    "with_source",
+]

@@ -45,7 +45,7 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
 
 
-def find(name: str | Path) -> Path:
+def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
     given = Path(name)
     if not given.name:
@@ -66,7 +66,7 @@ def _parent(name: object, child: Path) -> Path:
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"extends: {name!r} in {child}; allowed: a recipe name, or a file in the same folder")
     beside = child.parent / f"{name.removesuffix('.yaml')}.yaml"
-    return beside if beside.is_file() and beside != child else find(name)
+    return beside if beside.is_file() and beside != child else find_recipe(name)
 
 
 @dataclass(frozen=True)

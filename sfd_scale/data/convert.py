@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.mds_reader import MDSReader
 from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats, StatsAccumulator
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.settings import at_least
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]

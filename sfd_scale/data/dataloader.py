@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sfd_scale.config.bounds import at_least
-from sfd_scale.config.loader import Incidental
 from sfd_scale.data.batches import FeatureBatch, ImageBatch, LatentBatch
 from sfd_scale.data.manifest import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
 from sfd_scale.data.mds_reader import Array
@@ -29,6 +27,7 @@ from sfd_scale.data.shards import open_shards
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
 from sfd_scale.runtime.batch_split import BatchSplit
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 
 Key = tuple[int, int]  # (epoch, sample id)
 Ranges = tuple[tuple[int, int], ...]  # of steps: [start, stop) each, disjoint, ascending
@@ -56,11 +55,11 @@ class DataConfig:
 
     path: Path
     remote: str | None = None
-    cache_limit: Incidental[str | None] = None
+    cache_limit: NoEffectOnResults[str | None] = None
     flip: bool = True
     shuffle: bool = True
     shuffle_block: int = 262_144
-    num_workers: Incidental[int] = 0
+    num_workers: NoEffectOnResults[int] = 0
     stats: Path | None = None
     features: Literal["none", "shards", "online", "decoded"] = "shards"
     allow_stats_mismatch: bool = False

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sfd_scale.config import loader as config
-from sfd_scale.config.bounds import at_least
-from sfd_scale.config.loader import Incidental
+from sfd_scale import config
 from sfd_scale.data.image_io import UnreadableImage
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.sources import Source
@@ -24,6 +22,7 @@ from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete,
 from sfd_scale.diffusion.latents import StatsAccumulator
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,9 @@ class StoreConfig:
     dtype: StoredDtype = "float16"
     flip: bool = True
     chunk: int = 512  # images a chunk
-    batch: Incidental[int] = 64  # images encoded at once
-    num_workers: Incidental[int] = 0  # processes that decode image files
-    skip_unreadable: Incidental[bool] = False
+    batch: NoEffectOnResults[int] = 64  # images encoded at once
+    num_workers: NoEffectOnResults[int] = 0  # processes that decode image files
+    skip_unreadable: NoEffectOnResults[bool] = False
 
     def __post_init__(self) -> None:
         at_least(self, chunk=1, batch=1, num_workers=0)
@@ -65,7 +64,7 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
         ValueError: if the folder holds another recipe's data, or images could not be read and may not be skipped.
     """
     fingerprints = {} if tokenizer is None else tokenizer.fingerprints
-    decisive = {**config.decisive(recipe), "tokenizers": fingerprints}
+    decisive = {**config.settings_affecting_results(recipe), "tokenizers": fingerprints}
     count = -(-len(source) // store.chunk)
     # Rank 0 decides for all, as files of other nodes may show late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.runtime.files import sha256, write_json
 
 FORMAT = 1

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.image_io import UnreadableImage, read_image
+from sfd_scale.runtime.settings import at_least
 
 SPLITS = frozenset({"train", "validation", "val", "test"})
 MOST_BYTES = 4 << 30  # of images in one row group, which is read as a whole

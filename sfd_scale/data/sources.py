@@ -14,12 +14,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.image_io import SUFFIXES, read_image
 from sfd_scale.data.manifest import Manifest
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.shards import open_shards
 from sfd_scale.data.tars import TarConfig, Tars
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
 from sfd_scale.toy.scenes import SceneSplit, scene_image
 

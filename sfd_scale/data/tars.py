@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.image_io import SUFFIXES, UnreadableImage, read_image
+from sfd_scale.runtime.settings import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

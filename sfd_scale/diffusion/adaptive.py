@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import above
 from sfd_scale.diffusion.flow_ode import INSIDE, Field, FlowODE, SampleResult
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.runtime.settings import above
 
 # Dormand and Prince, J. Comput. Appl. Math. 6 (1980), Table 2. The last stage is the new point (first same as last).
 TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)

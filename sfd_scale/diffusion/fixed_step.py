@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.diffusion.flow_ode import INSIDE, Field, FlowODE, SampleResult
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.runtime.settings import at_least
 
 FixedStepMethod = Literal["euler", "midpoint", "heun2", "heun3", "rk4"]
 

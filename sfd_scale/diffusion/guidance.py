@@ -15,9 +15,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
+from sfd_scale.runtime.settings import at_least
 
 Velocity = Callable[[Tensor, Clocks, Tensor], Tensor]
 """(x (N, C, H, W), clocks (N,), labels (N,)) → dx/dt (N, C, H, W)."""

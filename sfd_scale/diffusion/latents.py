@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.torch_file import TorchFile
 
 DETERMINISTIC_LOGVAR = -30.0  # stored for latents of a codec that has no posterior variance

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.engines.engine import Engine, Fragment
+from sfd_scale.runtime.settings import at_least
 
 PART = "ema"  # the name of the average that is exported by default
 

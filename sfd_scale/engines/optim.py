@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfd_scale.config.bounds import above, at_least
+from sfd_scale.runtime.settings import above, at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import psutil
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch import status
 from sfd_scale.runtime import network
 

@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.markup import escape
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.logging import console, setup_logging

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.environment import exported, quoted_for_pdsh, read_env_file, write_env_file
 from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime.settings import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.diffusion.latents import DETERMINISTIC_LOGVAR
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.settings import at_least
 
 _LOGVAR_BOUNDS = (DETERMINISTIC_LOGVAR, 20.0)
 

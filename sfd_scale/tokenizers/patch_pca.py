@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.tokenizers.pca import ComponentBuffers, fit_components, load_components
 from sfd_scale.tokenizers.protocols import Posterior, fingerprint, from_uint8, to_uint8
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import atomically
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.tokenizers.protocols import Posterior, fingerprint, read_safetensors
 
 

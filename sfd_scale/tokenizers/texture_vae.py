@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.weight_files import read_weights
 from sfd_scale.tokenizers.protocols import Frozen, Posterior, fingerprint, from_uint8, to_uint8
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.settings import at_least
 
 _GROUPS = 8
 

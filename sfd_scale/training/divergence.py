@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.dataloader import Ranges, data_step
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.device import HostCopy
+from sfd_scale.runtime.settings import at_least
 from sfd_scale.training.objective import LossTerms
 
 logger = logging.getLogger(__name__)

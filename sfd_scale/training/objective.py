@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.config.bounds import at_least
 from sfd_scale.data.batches import FeatureBatch, ImageBatch, LatentBatch
 from sfd_scale.diffusion import losses, path
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.losses import AlignmentMode
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule, logit_normal
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.settings import at_least
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from sfd_scale.checkpoint import CheckpointManager
-from sfd_scale.config.bounds import at_least
-from sfd_scale.config.loader import Incidental
 from sfd_scale.data.dataloader import Ranges
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
@@ -22,6 +20,7 @@ from sfd_scale.engines.replica_check import check_replicas_agree
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.heartbeat import Heartbeat
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.runtime.signals import StopRequest
 from sfd_scale.training.divergence import DivergenceError, DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
@@ -38,10 +37,10 @@ class TrainerConfig:
     steps: int
     global_batch: int
     micro_batch: int | None = None  # samples a rank takes at once; None: its whole share of the global batch
-    log_every: Incidental[int] = 10
-    max_duration_s: Incidental[float | None] = None  # a clean end before a queue's limit
-    timeout_s: Incidental[float] = 600.0  # of a collective
-    replica_check_every: Incidental[int | None] = None  # steps between comparisons of what ranks hold copies of
+    log_every: NoEffectOnResults[int] = 10
+    max_duration_s: NoEffectOnResults[float | None] = None  # a clean end before a queue's limit
+    timeout_s: NoEffectOnResults[float] = 600.0  # of a collective
+    replica_check_every: NoEffectOnResults[int | None] = None  # steps between comparisons of what ranks hold copies of
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, global_batch=1, log_every=1, micro_batch=1, replica_check_every=1, max_duration_s=0)

@@ -21,7 +21,7 @@ from eval.recipe import EvalRecipe
 from eval.work.auto_batch import MOST, auto_batch, fitting_batch
 from eval.work.cuda_graphs import GraphedModel, check_graphs
 from eval.work.side_stream import SideStream
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance

@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval import run_report
 from eval.pages import figures
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
 from tests.eval.test_report import result
 

@@ -25,8 +25,7 @@ from eval.recipe import EvalRecipe
 from eval.reference import check_spatial_order, load_reference
 from eval.score import read_results, score
 from eval.sweep import cells, varying
-from sfd_scale import checkpoint, export
-from sfd_scale.config import loader as config
+from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import seeding

@@ -13,8 +13,7 @@ import torch
 from eval.images import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
-from sfd_scale import build, checkpoint, export
-from sfd_scale.config import loader as config
+from sfd_scale import build, checkpoint, config, export
 from sfd_scale.data.sources import DigitsConfig, DrawnImages
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig

@@ -30,10 +30,9 @@ from safetensors.torch import save_file
 
 from eval.images import npz
 from eval.recipes import load_any
-from sfd_scale import export
+from sfd_scale import config, export
 from sfd_scale.checkpoint import folder as checkpoint_files
 from sfd_scale.checkpoint import load_weights
-from sfd_scale.config import loader as config
 from sfd_scale.data import manifest as schema
 from sfd_scale.data.shards import check_sizes, open_shards
 from sfd_scale.diffusion.latents import LatentStats

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from eval.images import npz, sources
 from eval.recipes import load_any
+from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.checkpoint.folder import read_metadata
-from sfd_scale.config import loader as config
 from sfd_scale.data import manifest as schema
 from sfd_scale.data.image_io import UnreadableImage, read_image
 from sfd_scale.runtime.torch_file import TorchFile, plain

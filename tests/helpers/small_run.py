@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
-from sfd_scale.config import loader as config
 from sfd_scale.recipe import TrainRecipe
 from tests.helpers.encoded import LAYOUT, encode_digits
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sfd_scale import build, export
+from sfd_scale import build, config, export
 from sfd_scale.__main__ import app
 from sfd_scale.check import binned, check_checkpoint
-from sfd_scale.config import loader as config
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from tests.helpers.encoded import encode_digits

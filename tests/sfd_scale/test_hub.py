@@ -11,8 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from sfd_scale import hub
-from sfd_scale.config import loader as config
+from sfd_scale import config, hub
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.sample import load_for_sampling

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval import generate
 from eval.images.outputs import OutputsConfig
 from eval.recipe import EvalRecipe
-from sfd_scale import build, checkpoint, official
+from sfd_scale import build, checkpoint, config, official
 from sfd_scale.checkpoint.official_checkpoint import (
     AdamMoments,
     OfficialCheckpoint,
@@ -23,7 +23,6 @@ from sfd_scale.checkpoint.official_checkpoint import (
     read_moments,
     read_official,
 )
-from sfd_scale.config import loader as config
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.models.lightningdit import SIZES, LightningDiT
 from sfd_scale.recipe import TrainRecipe

@@ -14,9 +14,7 @@ from eval.features.config import InceptionConfig
 from eval.metrics.metrics import MetricsConfig
 from eval.recipe import BalancedLabels
 from eval.recipes import load_any, summary_table
-from sfd_scale import build
-from sfd_scale.config import files as recipe_files
-from sfd_scale.config import loader as config
+from sfd_scale import build, config
 from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance
 from sfd_scale.engines import fsdp
@@ -29,7 +27,7 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.training.objective import SemanticFirstConfig, SemanticVAELossConfig
 
-COMPLETE = [name for name in recipe_files.recipe_names() if config.kind_of(name) is not None]
+COMPLETE = [name for name in config.recipe_names() if config.kind_of(name) is not None]
 TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 
 
@@ -37,7 +35,7 @@ TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 def test_every_recipe_loads_and_says_how_it_is_run_and_what_comes_of_it(name: str) -> None:
     recipe = load_any(name)
     assert config.from_dict(type(recipe), config.to_dict(recipe)) == recipe
-    text = recipe_files.find(name).read_text()
+    text = config.find_recipe(name).read_text()
     run, expect = (re.search(rf"^# {key}: (.+)$", text, re.M) for key in ("run", "expect"))
     assert text.startswith("# run: ") and run is not None and expect is not None
     assert name in run[1] or name.removeprefix("quickstart/") in run[1]
@@ -240,4 +238,4 @@ def test_settings_that_contradict_each_other_are_refused(override: str, words: s
 
 def test_an_unknown_recipe_proposes_the_nearest() -> None:
     with pytest.raises(config.ConfigError, match="did you mean train/sfd_xxl"):
-        recipe_files.find(Path("train/sfd_xxxl"))
+        config.find_recipe(Path("train/sfd_xxxl"))

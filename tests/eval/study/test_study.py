@@ -22,8 +22,7 @@ from eval.study import report as study_report
 from eval.study import study
 from eval.study.recipe import StudyRecipe
 from eval.work.processes import run_beside
-from sfd_scale import build
-from sfd_scale.config import loader as config
+from sfd_scale import build, config
 from sfd_scale.data.batches import ImageBatch
 from sfd_scale.recipe import FitRecipe, TrainRecipe
 from sfd_scale.tokenizers.pca import CovarianceAccumulator
@@ -199,7 +198,7 @@ sweeps: {{autoguidance: {{cell: dit, guide_step: 2, grid: "guidance.kind=autogui
 """
 KILLED = """
 import os, signal, sys
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from eval.study import study
 from eval.study.recipe import StudyRecipe
 from sfd_scale.checkpoint import CheckpointManager
@@ -296,7 +295,10 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
     )  # fmt: skip
     assert not free.missing(free.chosen([]))
     # A registered extractor is what its name says.
-    named = [config.decisive(RegisteredConfig(name=name, pooled="2048")) for name in ("vgg16", "clip-vit-b-32")]
+    named = [
+        config.settings_affecting_results(RegisteredConfig(name=name, pooled="2048"))
+        for name in ("vgg16", "clip-vit-b-32")
+    ]
     assert named[0] != named[1]
 
 

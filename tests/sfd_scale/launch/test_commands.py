@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch import agent, check, commands, environment, status
 from sfd_scale.launch.hosts import Host, ask, read_hostfile
 from sfd_scale.launch.rank import adopt_rank

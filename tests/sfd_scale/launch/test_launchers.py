@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch import status
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,9 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from sfd_scale import build
+from sfd_scale import build, config
 from sfd_scale.checkpoint.official_checkpoint import infer_architecture, load_lightningdit
-from sfd_scale.config import loader as config
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig, parameter_count
 from sfd_scale.recipe import TrainRecipe
 

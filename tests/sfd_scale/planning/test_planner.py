@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sfd_scale import build
 from sfd_scale import plan as plans
-from sfd_scale.config.loader import load
+from sfd_scale.config import load
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models.lightningdit import LightningDiT

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfd_scale import encode
-from sfd_scale.config import loader as config
+from sfd_scale import config, encode
 from sfd_scale.recipe import FitRecipe
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 from sfd_scale.tokenizers.pca import FeaturePCA, FeaturePCAConfig, fit_components, fit_in_order

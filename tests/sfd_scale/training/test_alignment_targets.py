@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sfd_scale import build
-from sfd_scale.config import loader as config
+from sfd_scale import build, config
 from sfd_scale.data.dataloader import DataConfig, FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.recipe import EncodeRecipe, TrainRecipe

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sfd_scale import build
-from sfd_scale.config.loader import ConfigError
+from sfd_scale.config import ConfigError
 from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
 from sfd_scale.training.trainer import Trainer
 from tests.helpers import small_run
