@@ -45,7 +45,7 @@ def generate(
 def score(
     recipe: Recipe,
     samples: Annotated[Path, typer.Option(help="A folder of `generate`, an .npz, or a folder of images.")],
-    out: Annotated[Path | None, typer.Option(help="results.json; beside the samples by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The results.json to write; beside the samples by default.")] = None,
     overrides: Overrides = None,
     *,
     compat: Annotated[
@@ -57,16 +57,14 @@ def score(
     like_adm = ["metrics.frechet=sqrtm"] if compat == "adm" else []
     like_adm += ["metrics.distances=float16"] if compat == "adm" or prc_fp16 else []
     loaded = _load(recipe, [*(overrides or []), *like_adm])
+    from eval.score import default_out
     from eval.score import score as run
 
     distributed.init(TIMEOUT_S)
-    default = samples.resolve().with_name(f"{samples.resolve().stem}.results.json")
-    if (samples / "config.json").is_file():  # a folder of `generate`; one of images stays as it is
-        default = samples / "results.json"
-    results = run(loaded, samples, default if out is None else out)
+    results = run(loaded, samples, default_out(samples) if out is None else out)
     if distributed.is_main():
-        table = Table("score", "value", title=f"{results['name']}, {results['count']} samples")
-        for name, value in results["scores"].items():
+        table = Table("score", "value", title=f"{results.name}, {results.count} samples")
+        for name, value in results.scores.by_key().items():
             table.add_row(name, "–" if value is None else f"{value:.6g}")
         Console().print(table)
 

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,17 +23,15 @@ from torch import Tensor
 from eval.features.extract import FeatureSet, open_features, read_features
 from eval.metrics import metrics
 from eval.metrics import precision_recall as neighbours
-from eval.metrics.metrics import FeatureMoments
+from eval.metrics.metrics import FeatureMoments, MetricsConfig
 from eval.reference import Reference, read_reference
-from eval.report import flatten
-from eval.score import Results, read_results
+from eval.results import Results
+from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
-# What has to be the same for image i of two evaluations to be of the same noise and label.
-PAIRING = ("seed", "labels", "num_samples")
 
 
 @dataclass(frozen=True)
@@ -68,15 +65,13 @@ def compare(a: Path, b: Path, *, rounds: int = 2000, out: Path | None = None) ->
     Raises:
         ValueError: if they were scored against different references or with different settings.
     """
-    first, second = read_results(a), read_results(b)
+    first, second = Results.read(a), Results.read(b)
     _check_comparable(first, second)
-    paired = _paired(first, second)
-    reference = read_reference(_cached(first, a), first["reference"])
+    paired = first.paired_with(second)
+    reference = read_reference(_cached(first, a), first.reference)
     sets = [read_features(open_features(_features(r, p))) for r, p in ((first, a), (second, b))]
     differences = [
-        difference(
-            name, *(influence(found, reference, first["metrics"]) for found in sets), paired=pairs, rounds=rounds
-        )
+        difference(name, *(influence(found, reference, first.metrics) for found in sets), paired=pairs, rounds=rounds)
         for name, influence, pairs in _scores(sets, reference, paired)
     ]
     if not distributed.is_main():
@@ -164,7 +159,7 @@ def share_influence(inside: Tensor) -> Influence:
     return Influence(values.mean().item(), values - values.mean())
 
 
-Measure = Callable[[FeatureSet, Reference, dict[str, Any]], Influence]
+Measure = Callable[[FeatureSet, Reference, MetricsConfig], Influence]
 
 
 def _scores(sets: list[FeatureSet], reference: Reference, paired: bool) -> list[tuple[str, Measure, bool]]:
@@ -179,30 +174,29 @@ def _scores(sets: list[FeatureSet], reference: Reference, paired: bool) -> list[
     return found
 
 
-def _spatial(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
+def _spatial(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
     assert features.spatial is not None and reference.spatial is not None
     return frechet_influence(features.spatial, reference.spatial)
 
 
-def _inception(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
+def _inception(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
     assert features.logits is not None
-    return inception_influence(features.logits, settings["is_split"])
+    return inception_influence(features.logits, settings.is_split)
 
 
-def _precision(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
+def _precision(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
     assert reference.features is not None
     return share_influence(_inside(features.pool, reference.features, settings))
 
 
-def _recall(features: FeatureSet, reference: Reference, settings: dict[str, Any]) -> Influence:
+def _recall(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
     assert reference.features is not None
     return share_influence(_inside(reference.features, features.pool, settings))
 
 
-def _inside(rows: Tensor, centres: Tensor, settings: dict[str, Any]) -> Tensor:
-    distances = settings.get("distances", "float32")  # results of an older release do not say
-    radii = neighbours.radii(centres, settings["neighbours"], distances)
-    return neighbours.within(rows, centres, radii, distances)
+def _inside(rows: Tensor, centres: Tensor, settings: MetricsConfig) -> Tensor:
+    radii = neighbours.radii(centres, settings.neighbours, settings.distances)
+    return neighbours.within(rows, centres, radii, settings.distances)
 
 
 # ------------------------------------------------------------------------------------------------- two results
@@ -210,30 +204,22 @@ def _inside(rows: Tensor, centres: Tensor, settings: dict[str, Any]) -> Tensor:
 
 def _check_comparable(a: Results, b: Results) -> None:
     for what, key in (("reference", "data"), ("extractor", "extractor")):
-        if a["reference"][key] != b["reference"][key]:
-            raise ValueError(f"{what}: {a['reference'][key]} and {b['reference'][key]}; scores have to share it")
-    if a["metrics"] != b["metrics"]:
-        raise ValueError(f"metrics: {a['metrics']} and {b['metrics']}; scores have to share them")
+        if a.reference[key] != b.reference[key]:
+            raise ValueError(f"{what}: {a.reference[key]} and {b.reference[key]}; scores have to share it")
+    if a.metrics != b.metrics:
+        raise ValueError(f"metrics: {a.metrics} and {b.metrics}; scores have to share them")
 
 
 def settings_that_differ(a: Results, b: Results) -> dict[str, tuple[str, str]]:
     """Everything that determined the two results and is not the same, by dotted key."""
-    left, right = (flatten({key: side[key] for key in ("samples", "versions")}) for side in (a, b))
+    left, right = (config.flatten({"samples": side.samples, "versions": side.versions}) for side in (a, b))
     keys = dict.fromkeys([*left, *right])
-    pairs = {key: (left.get(key, "–"), right.get(key, "–")) for key in keys}
+    pairs = {key: (str(left.get(key, "–")), str(right.get(key, "–"))) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _paired(a: Results, b: Results) -> bool:
-    """Whether image i of both has the same noise and label."""
-    sides = (a["samples"], b["samples"])
-    if any(side["kind"] != "generated" for side in sides):
-        return False
-    return all(sides[0][key] == sides[1][key] for key in PAIRING)
-
-
 def _cached(results: Results, path: Path) -> Path:
-    file = Path(results["run"]["reference"])
+    file = Path(results.run.reference)
     if not file.is_file():
         raise ValueError(f"{path}: its reference {file} is no longer in the cache; score it again")
     return file
@@ -242,9 +228,9 @@ def _cached(results: Results, path: Path) -> Path:
 def _features(results: Results, path: Path) -> Path:
     """The folder of features that the results are of: beside them, or where it was scored."""
     beside = path if path.is_dir() else path.parent
-    for folder in (beside, Path(results["run"]["features"])):
+    for folder in (beside, Path(results.run.features)):
         file = folder / "config.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == results["samples"]:
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == results.samples:
             return folder
     raise ValueError(f"{path}: the features that it was scored from are neither beside it nor where they were")
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.metrics.scores import SCORES
 from eval.pages import figures
-from eval.score import Results, read_results
+from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime.files import write_atomically, write_json
 
@@ -21,27 +22,6 @@ logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "pages" / "templates"
 HTML, MARKDOWN, JSON = "index.html", "report.md", "report.json"
 _COMPARED = ("samples.checkpoint.",)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A score: its key, title, format, factor, and whether the larger value is the better one."""
-
-    key: str
-    title: str
-    form: str
-    larger: bool
-    factor: float = 1.0
-
-
-COLUMNS = (
-    Column("fid", "FID", ".2f", larger=False),
-    Column("sfid", "sFID", ".2f", larger=False),
-    Column("is_mean", "IS", ".2f", larger=True),
-    Column("precision", "Precision", ".3f", larger=True),
-    Column("recall", "Recall", ".3f", larger=True),
-    Column("kid_mean", "KID·10³", ".2f", larger=False, factor=1000.0),
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +45,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
         ValueError: for results or run folders that cannot be read.
     """
     results = list(dict.fromkeys(results))
-    loaded = [read_results(path) for path in results]
+    loaded = [Results.read(path) for path in results]
     if not loaded:
         raise ValueError("--result: none given; allowed: one results.json and more")
     labels = _labels(loaded, results)
@@ -73,7 +53,7 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     values = {
         "title": title,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "columns": COLUMNS,
+        "columns": SCORES,
         "rows": _rows(loaded, labels),
         "differences": differences(loaded, labels),
         "warnings": _warnings(loaded, labels),
@@ -88,7 +68,11 @@ def report(results: Sequence[Path], out: Path, *, runs: Sequence[Path] = (), tit
     write_atomically(out / HTML, environment.get_template("report.html.j2").render(values))
     plain = environment.overlay(autoescape=False)
     write_atomically(out / MARKDOWN, plain.get_template("report.md.j2").render(values))
-    data = {"title": title, "differences": values["differences"], "results": dict(zip(labels, loaded, strict=True))}
+    data = {
+        "title": title,
+        "differences": values["differences"],
+        "results": {label: result.as_json() for label, result in zip(labels, loaded, strict=True)},
+    }
     write_json(out / JSON, data)
     logger.info("%s", out / HTML)
     return out / HTML
@@ -110,7 +94,7 @@ def templates() -> Environment:
 
 def _labels(loaded: Sequence[Results], paths: Sequence[Path]) -> list[str]:
     """A name for each result: its run and step, and its place where these are not enough."""
-    names, places = [_label(result) for result in loaded], path_labels(paths)
+    names, places = [result.title for result in loaded], path_labels(paths)
     return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places, strict=True)]
 
 
@@ -124,65 +108,34 @@ def path_labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in resolved]
 
 
-def _label(result: Results) -> str:
-    samples = result["samples"]
-    if samples["kind"] != "generated":
-        return Path(result["run"]["samples"]).name
-    checkpoint = samples["checkpoint"]
-    step = checkpoint["step"]
-    return f"{checkpoint['name']}, untrained" if step == 0 else f"{checkpoint['name']}, step {step:,}"
-
-
 def _rows(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
     return [
-        {"label": label, "cells": cells, "count": f"{result['count']:,}", "how": how(result)}
+        {"label": label, "cells": cells, "count": f"{result.count:,}", "how": result.sampling}
         for label, cells, result in zip(labels, score_cells(loaded), loaded, strict=True)
     ]
 
 
 def score_cells(loaded: Sequence[Results]) -> list[list[dict[str, Any]]]:
-    """For each result the texts of its scores, by COLUMNS, and which is the best of its column."""
-    best = {column.key: _best(column, [result["scores"][column.key] for result in loaded]) for column in COLUMNS}
+    """For each result the texts of its scores, by SCORES, and which is the best of its column."""
+    best = {score.key: score.best(result.scores.of(score) for result in loaded) for score in SCORES}
     rows = []
-    for result in loaded:
-        cells = []
-        for column in COLUMNS:
-            value = result["scores"][column.key]
-            text = "–" if value is None else format(value * column.factor, column.form)
-            spread = result["scores"]["is_std"] if column.key == "is_mean" else None
-            text += f" ± {spread:.2f}" if spread else ""
-            cells.append({"text": text, "best": len(loaded) > 1 and value is not None and value == best[column.key]})
-        rows.append(cells)
+    for scores in (result.scores for result in loaded):
+        values = {score: scores.of(score) for score in SCORES}
+        several = len(loaded) > 1
+        rows.append(
+            [
+                {"text": scores.text(score), "best": several and value is not None and value == best[score.key]}
+                for score, value in values.items()
+            ]
+        )
     return rows
-
-
-def _best(column: Column, values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    if not present:
-        return None
-    return max(present) if column.larger else min(present)
-
-
-def how(result: Results) -> str:
-    """Sampler and guidance in a few words."""
-    samples = result["samples"]
-    if samples["kind"] != "generated":
-        return "given images"
-    sampler, guidance = samples["sampler"], samples["guidance"]
-    steps = f" {sampler['num_steps']}" if "num_steps" in sampler else ""
-    parts = [f"{sampler['kind']}{steps}", f"NFE {result['nfe']:.0f}"]
-    if guidance["kind"] == "none":
-        parts.append("no guidance")
-    else:
-        parts.append(f"{guidance['kind']} {guidance['scale_texture']:g}/{guidance['scale_semantic']:g}")
-    return ", ".join(parts)
 
 
 def differences(loaded: Sequence[Results], labels: Sequence[str]) -> list[dict[str, Any]]:
     """Settings, other than the checkpoint itself, in which the results differ: what a comparison has to say."""
-    flat = [flatten({key: r[key] for key in ("samples", "reference", "metrics", "versions")}) for r in loaded]
+    flat = [flatten({key: r.as_json()[key] for key in ("samples", "reference", "metrics", "versions")}) for r in loaded]
     # What the results are of may differ: that is what they compare.
-    compared = _COMPARED if any(r["samples"]["kind"] == "generated" for r in loaded) else (*_COMPARED, "samples.images")
+    compared = _COMPARED if any(r.generated for r in loaded) else (*_COMPARED, "samples.images")
     keys = dict.fromkeys(key for settings in flat for key in settings)
     found = []
     for key in keys:
@@ -196,7 +149,7 @@ def _warnings(loaded: Sequence[Results], labels: Sequence[str]) -> list[tuple[st
     """Each warning once, with the results it is about; all of them need no naming."""
     about: dict[str, list[str]] = {}
     for label, result in zip(labels, loaded, strict=True):
-        for warning in result["warnings"]:
+        for warning in result.warnings:
             about.setdefault(warning, []).append(label)
     return [(warning, [] if len(named) == len(loaded) else named) for warning, named in about.items()]
 
@@ -207,7 +160,7 @@ def flatten(tree: Any) -> dict[str, str]:
 
 
 def _shown(result: Results) -> dict[str, Any]:
-    return {key: value for key, value in result.items() if key not in ("warnings", "format")}
+    return {key: value for key, value in result.as_json().items() if key not in ("warnings", "format")}
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -216,11 +169,11 @@ def _shown(result: Results) -> dict[str, Any]:
 def _grids(loaded: Sequence[Results], labels: Sequence[str], paths: Sequence[Path]) -> list[Picture]:
     found, seen = [], set()
     for index, (label, result, path) in enumerate(zip(labels, loaded, paths, strict=True)):
-        for title, key, name in (
-            ("Real images", "reference_grid", f"real-{index}.png"),
-            (f"Samples: {label}", "grid", f"samples-{index}.png"),
+        for title, recorded, name in (
+            ("Real images", result.run.reference_grid, f"real-{index}.png"),
+            (f"Samples: {label}", result.run.grid, f"samples-{index}.png"),
         ):
-            file = find(result["run"].get(key), path)
+            file = find(recorded, path)
             if file is None:
                 continue
             data = file.read_bytes()
@@ -265,9 +218,9 @@ def _files(
     found.append(("all numbers", str(out / JSON)))
     for label, result, path in zip(labels, loaded, paths, strict=True):
         found.append((f"{label}: results", str(path)))
-        found.append((f"{label}: samples", result["run"]["samples"]))
-        if result["run"]["checkpoint"] is not None and result["samples"]["kind"] == "generated":
-            found.append((f"{label}: checkpoint", result["run"]["checkpoint"]))
+        found.append((f"{label}: samples", result.run.samples))
+        if result.run.checkpoint is not None and result.generated:
+            found.append((f"{label}: checkpoint", result.run.checkpoint))
     for run, label in zip(runs, path_labels(runs), strict=True):
         found += [
             (f"{label}: {what}", str(run / name))

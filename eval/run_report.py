@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from eval.metrics.scores import SCORES
 from eval.pages import figures
 from eval.pages.figures import Row
-from eval.report import COLUMNS, Picture, find, flatten, how, path_labels, score_cells, templates
-from eval.score import Results, read_results
+from eval.report import Picture, find, flatten, path_labels, score_cells, templates
+from eval.results import FILE, Results
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.files import write_atomically
@@ -44,7 +45,8 @@ class Run:
 
     @property
     def scores(self) -> list[Row]:
-        return [{"step": step_of(result), **result["scores"]} for _, result in self.results]
+        """The scores of each step, for curves."""
+        return [{"step": result.step, **result.scores.by_key()} for _, result in self.results]
 
 
 def write(folders: Sequence[Path], out: Path | None = None, title: str | None = None) -> Path:
@@ -59,7 +61,7 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
     values = {
         "title": title or ", ".join(run.label for run in runs),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "columns": COLUMNS,
+        "columns": SCORES,
         "runs": [_shown(run, colour) for run, colour in zip(runs, colours, strict=False)],
         "sections": _sections(runs),
         "scores": _scores(runs),
@@ -76,14 +78,10 @@ def read_run(path: Path, label: str) -> Run:
     rows = figures.read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
-    found = [(file, read_results(file)) for file in sorted(path.glob(f"{EVALUATIONS}/step-*/results.json"))]
-    found = [(file, result) for file, result in found if result["samples"]["kind"] == "generated"]
+    found = [(file, Results.read(file)) for file in sorted(path.glob(f"{EVALUATIONS}/step-*/{FILE}"))]
+    found = [(file, result) for file, result in found if result.generated]
     recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    return Run(path, label, rows, sorted(found, key=lambda pair: step_of(pair[1])), recipe)
-
-
-def step_of(result: Results) -> int:
-    return int(result["samples"]["checkpoint"]["step"])
+    return Run(path, label, rows, sorted(found, key=lambda pair: pair[1].step), recipe)
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -103,8 +101,8 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
     scored = {run.label: run.scores for run in runs}  # without any too: a run has its colour in all figures
     if any(scored.values()):
         every = [row for rows in scored.values() for row in rows]
-        titles = {c.key: c.title for c in COLUMNS if any(row[c.key] is not None for row in every)}
-        titles.pop("kid_mean", None)  # with few samples, its noise
+        drawn = [score for score in SCORES if score.in_curves and any(row[score.key] is not None for row in every)]
+        titles = {score.key: score.title for score in drawn}
         sections.append(("Scores over steps", [_picture("of the checkpoints", figures.score_curves(scored, titles))]))
     return sections
 
@@ -118,9 +116,9 @@ def _grids(run: Run) -> list[Picture]:
     found: list[Picture] = []
     real: Picture | None = None
     for file, result in run.results:
-        grid, reference = (find(result["run"].get(key), file) for key in ("grid", "reference_grid"))
+        grid, reference = (find(name, file) for name in (result.run.grid, result.run.reference_grid))
         if grid is not None:
-            found.append(Picture(f"step {step_of(result):,}", "", grid.read_bytes()))
+            found.append(Picture(f"step {result.step:,}", "", grid.read_bytes()))
         if real is None and reference is not None:
             real = Picture("real images", "", reference.read_bytes())
     if len(found) > MOST_GRIDS:
@@ -133,7 +131,7 @@ def _grids(run: Run) -> list[Picture]:
 
 def _shown(run: Run, colour: str) -> dict[str, Any]:
     last = run.rows[-max(1, len(run.rows) // 10) :]
-    fids = [(row["fid"], row["step"]) for row in run.scores if row["fid"] is not None]
+    fids = [(fid, result.step) for _, result in run.results if (fid := result.scores.fid) is not None]
     cells = [
         f"{run.rows[-1]['step']:,} of {run.recipe['train']['steps']:,}",
         _median(last, "loss", "{:.4f}"),
@@ -193,10 +191,10 @@ def _scores(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {
             "run": label,
-            "step": f"{step_of(result):,}",
+            "step": f"{result.step:,}",
             "cells": row,
-            "count": f"{result['count']:,}",
-            "how": how(result),
+            "count": f"{result.count:,}",
+            "how": result.sampling,
         }
         for (label, result), row in zip(results, cells, strict=True)
     ]

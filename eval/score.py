@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,16 @@ from eval.images.sources import NpzSource, open_images, source_for
 from eval.metrics import metrics
 from eval.metrics.metrics import FeatureMoments, MetricsConfig, MomentSums
 from eval.metrics.precision_recall import precision_recall
+from eval.metrics.scores import Scores
 from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
+from eval.results import FILE, Results, ScoringRun
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import write_json
 from sfd_scale.runtime.progress import progress
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
-SCORES = ("fid", "sfid", "is_mean", "is_std", "is_whole_splits", "precision", "recall", "kid_mean", "kid_std")
-Results = dict[str, Any]
 
 
 def score(
@@ -49,31 +47,86 @@ def score(
     Every rank has to call this; the result is the same for any number of them.
 
     Raises:
-        ValueError: for samples of another extractor than the recipe's, or files that cannot be scored.
+        ValueError: for features of another extractor than the recipe's, samples that cannot be scored, or an `out` that
+            holds the results of other samples.
     """
     started = time.monotonic()
     if extractor is None:
         extractor = make_extractor(recipe.extractor, distributed.device())
     folder = features_of(recipe, samples, extractor)
+    _check_replaceable(out, folder)
     if reference is None:
         reference = load_reference(recipe, extractor)
     scores, warnings = score_features(recipe.metrics, folder, reference)
-    results = _results(recipe, folder, reference, scores, warnings)
-    results["run"] = {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 3),
-        "world_size": distributed.world_size(),
-        "made_on": folder.made_on(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "samples": str(samples),
-        "features": str(folder.path),
-        "reference": str(reference.file),
-        "checkpoint": None if recipe.checkpoint is None else str(recipe.checkpoint),
-    }
+    reference_grid = None if reference.grid is None else _reference_grid(out)
+    grid = folder.path / outputs.GRID
+    run = ScoringRun(
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - started, 3),
+        world_size=distributed.world_size(),
+        made_on=tuple(folder.made_on()),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        samples=str(samples),
+        features=str(folder.path),
+        reference=str(reference.file),
+        checkpoint=None if recipe.checkpoint is None else str(recipe.checkpoint),
+        reference_grid=None if reference_grid is None else str(reference_grid),
+        grid=str(grid) if grid.is_file() else None,
+    )
+    results = _results(recipe, folder, reference, scores, warnings, run)
     if distributed.is_main():
-        _write(results, folder, reference, out)
+        if reference_grid is not None:
+            assert reference.grid is not None
+            reference_grid.parent.mkdir(parents=True, exist_ok=True)
+            outputs.to_image(reference.grid).save(reference_grid)
+        results.write(out)
+        logger.info("%s", out)
+        for warning in warnings:
+            logger.warning("%s", warning)
     distributed.barrier()
     return results
+
+
+def default_out(samples: Path) -> Path:
+    """The file for the results of `samples`: in a folder of `generate`; beside given images, with their whole name."""
+    if (samples / "config.json").is_file():
+        return samples / FILE
+    given = samples.resolve()
+    return given.with_name(f"{given.name}.{FILE}")
+
+
+def _reference_grid(out: Path) -> Path:
+    """The picture of real images that belongs to a file of results."""
+    return out.with_name("reference.png" if out.name == FILE else f"{out.name.removesuffix('.json')}.reference.png")
+
+
+def _check_replaceable(out: Path, folder: ChunkFolder) -> None:
+    """Scores of the same samples may be replaced: a score of another reference, or with other settings.
+
+    Raises:
+        ValueError: if `out` holds anything else.
+    """
+    message = None
+    if distributed.is_main() and out.exists():
+        try:
+            before = Results.read(out).samples
+        except ValueError as error:
+            message = f"--out: {out} exists and holds no results ({error}); allowed: a new file, or results to replace"
+        else:
+            differing = config.differences(_identity(before), _identity(_settings(folder)))
+            if differing:
+                message = (
+                    f"--out: {out} holds the results of other samples ({', '.join(differing)} differ); allowed: "
+                    "another file, or remove this one"
+                )
+    message = distributed.broadcast_object(message)
+    if message is not None:
+        raise ValueError(message)
+
+
+def _identity(samples: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What says whether samples are the same: how they were generated, or the hash of given images."""
+    return samples if samples["kind"] == "generated" else {"images": samples["images"]}
 
 
 def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> ChunkFolder:
@@ -104,18 +157,18 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
 
 def score_features(
     settings: MetricsConfig, folder: ChunkFolder, reference: Reference
-) -> tuple[dict[str, float | None], list[str]]:
+) -> tuple[Scores, tuple[str, ...]]:
     """All scores of a finished folder of features, the same on every rank, and warnings about them.
 
     Rows of precision and recall are shared out; every other score is the work of one rank.
     """
     _check_dimensions(folder, reference)
     device = distributed.device()
-    scores: dict[str, float | None] = dict.fromkeys(SCORES)
+    values: dict[str, float] = {}
     if reference.features is not None:
         pool = _rows(folder, "pool").to(device)
         found = precision_recall(pool, reference.features.to(device), settings.neighbours, settings.distances)
-        scores["precision"], scores["recall"] = found
+        values = {"precision": found.precision, "recall": found.recall}
         del pool
     tasks = _tasks(settings, folder, reference, device)
     rank, world = distributed.rank(), distributed.world_size()
@@ -126,8 +179,9 @@ def score_features(
             bar.advance(last=", ".join(mine[-1]))
     for share in distributed.all_gather_object(mine):
         for part in share:
-            scores.update(part)
-    return distributed.broadcast_object((scores, _warnings(settings, folder, reference, scores)))
+            values.update(part)
+    scores: Scores = distributed.broadcast_object(Scores(**values))
+    return scores, distributed.broadcast_object(_warnings(settings, folder, reference, scores))
 
 
 def _tasks(
@@ -193,9 +247,7 @@ def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
             )
 
 
-def _warnings(
-    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: dict[str, float | None]
-) -> list[str]:
+def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: Scores) -> tuple[str, ...]:
     dim = len(reference.pool.mean)
     found = metrics.sample_warnings(folder.total, dim, settings.is_split, read_rows(folder, "labels"))
     if reference.pool.count is not None and reference.pool.count <= dim:
@@ -212,14 +264,14 @@ def _warnings(
         )
     if reference.features is None:
         found.append("the reference has no images: no precision, recall and KID")
-    if scores["sfid"] is None:
+    if scores.sfid is None:
         found.append("no spatial features on both sides: no sFID")
-    if scores["is_mean"] is None:
+    if scores.is_mean is None:
         found.append("the extractor has no logits: no Inception Score")
     machines = folder.made_on()
     if len(machines) > 1:
         found.append(f"made in parts on {'; '.join(machines)}: the last bits of images differ between these")
-    return found
+    return tuple(found)
 
 
 # ------------------------------------------------------------------------------------------------- results
@@ -229,67 +281,44 @@ def _results(
     recipe: EvalRecipe,
     folder: ChunkFolder,
     reference: Reference,
-    scores: dict[str, float | None],
-    warnings: list[str],
+    scores: Scores,
+    warnings: tuple[str, ...],
+    run: ScoringRun,
 ) -> Results:
-    samples = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    samples = _settings(folder)
     determined = {
         "samples": samples,
         "reference": {key: reference.provenance[key] for key in ("data", "extractor", "batch", "reference_images")},
         "metrics": config.to_dict(recipe.metrics),
     }
-    return {
-        "format": FORMAT,
-        "name": recipe.name,
-        "id": config.digest(determined),
-        "scores": scores,
-        "count": folder.total,
-        "nfe": _mean_nfe(folder),
-        "warnings": warnings,
-        "samples": samples,
-        "reference": reference.provenance,
-        "metrics": determined["metrics"],
-        "arithmetic": {"features": "float32", "tf32": False, "autocast": False, "moments": "float64"},
-        "recipe_digest": config.digest(recipe),
-        "versions": {
+    return Results(
+        name=recipe.name,
+        id=config.digest(determined),
+        scores=scores,
+        count=folder.total,
+        nfe=_mean_nfe(folder),
+        warnings=warnings,
+        samples=samples,
+        reference=reference.provenance,
+        metrics=recipe.metrics,
+        arithmetic={"features": "float32", "tf32": False, "autocast": False, "moments": "float64"},
+        recipe_digest=config.digest(recipe),
+        versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity", "numpy", "sfd-scale")},
             "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         },
-    }
+        run=run,
+    )
+
+
+def _settings(folder: ChunkFolder) -> dict[str, Any]:
+    """The settings that determined the features in a folder."""
+    settings: dict[str, Any] = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    return settings
 
 
 def _mean_nfe(folder: ChunkFolder) -> float | None:
     if "nfe" not in folder.names():
         return None
     return torch.cat(list(folder.read("nfe"))).double().mean().item()
-
-
-def _write(results: Results, folder: ChunkFolder, reference: Reference, out: Path) -> None:
-    if reference.grid is not None:
-        path = out.with_name("reference.png" if out.name == "results.json" else f"{out.stem}.reference.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        outputs.to_image(reference.grid).save(path)
-        results["run"]["reference_grid"] = str(path)
-    grid = folder.path / outputs.GRID
-    results["run"]["grid"] = str(grid) if grid.is_file() else None
-    write_json(out, results)
-    logger.info("%s", out)
-    for warning in results["warnings"]:
-        logger.warning("%s", warning)
-
-
-def read_results(path: Path) -> Results:
-    """A results.json.
-
-    Raises:
-        ValueError: if it is none, or of a newer release.
-    """
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable results.json: {error}") from error
-    if not isinstance(results, dict) or "format" not in results or results["format"] > FORMAT:
-        raise ValueError(f"{file}: not a results.json of this release")
-    return results

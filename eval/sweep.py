@@ -8,23 +8,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from eval import generate
-from eval.compare import PAIRING
 from eval.features.extractor import LazyExtractor, make_extractor
+from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
-from eval.score import Results, read_results, score
+from eval.results import FILE, PAIRING, Results
+from eval.score import score
 from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
-SHOWN = ("fid", "sfid", "is_mean", "precision", "recall")
 _COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # loaded and set once
 MODELS = 2  # in memory: a checkpoint and a guide
 
@@ -42,6 +41,16 @@ class Cell:
         words = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in self.settings.items())
         clean = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in words)[:80]
         return f"{clean}_{config.digest(self.settings)[:8]}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one cell: its settings and scores, the mean NFE, and its folder."""
+
+    settings: dict[str, str]
+    scores: Scores
+    nfe: float | None
+    folder: str
 
 
 def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
@@ -79,7 +88,7 @@ def split_values(text: str) -> list[str]:
     return parts
 
 
-def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor | None = None) -> list[dict[str, Any]]:
+def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor | None = None) -> list[Row]:
     """Generate and score every cell; writes sweep.json and sweep.md, anew after each. A second start continues.
 
     Raises:
@@ -95,7 +104,7 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
     note = ""
     if unpaired := varying(todo, PAIRING):
         note = f"These cells do not share noise and labels, as these vary: {', '.join(unpaired)}."
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
         if distributed.is_main():
             logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
@@ -104,10 +113,8 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
             # The batch that `auto` finds for the first cell is that of all.
             own = generate.with_kept_batch(cell.recipe, folder, *folders)
             generate.generate(own, folder, generate.prepare(own, device, extractor, load))
-            results = score(cell.recipe, folder, folder / "results.json", extractor, reference)
-        rows.append(
-            {"settings": cell.settings, "scores": results["scores"], "nfe": results["nfe"], "folder": str(folder)}
-        )
+            results = score(cell.recipe, folder, folder / FILE, extractor, reference)
+        rows.append(Row(cell.settings, results.scores, results.nfe, str(folder)))
         if distributed.is_main():
             _write(rows, len(todo), note, out)
     if distributed.is_main():
@@ -117,18 +124,18 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
 
 def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference: Reference) -> Results | None:
     """The results of a cell that an earlier start finished, if recipe, weights, features and reference are the same."""
-    if not (folder / "results.json").is_file():
+    if not (folder / FILE).is_file():
         return None
-    results = read_results(folder)
-    samples = results["samples"]
+    results = Results.read(folder)
+    samples = results.samples
     files = [
         (path, samples[name]) for name, path in (("checkpoint", recipe.checkpoint), ("guide", recipe.guide)) if path
     ]
     same = (
-        results["recipe_digest"] == config.digest(recipe)
+        results.recipe_digest == config.digest(recipe)
         and all(path.is_file() and file_sha256(path) == used["sha256"] for path, used in files)
         and samples["extractor"] == extractor.fingerprint
-        and results["reference"]["data"] == reference.provenance["data"]
+        and results.reference["data"] == reference.provenance["data"]
         and (
             not isinstance(recipe.labels, LabelFile)
             or file_sha256(recipe.labels.path) == samples["labels"].get("sha256")
@@ -142,27 +149,30 @@ def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:
     return [name for name in names if len({config.digest(getattr(cell.recipe, name)) for cell in todo}) > 1]
 
 
-def _write(rows: list[dict[str, Any]], total: int, note: str, out: Path) -> None:
-    data = {"cells": total, "note": note, "done": rows}
-    write_json(out / "sweep.json", data)
-    keys = list(rows[0]["settings"])
-    lines = [f"| {' | '.join([*keys, 'NFE', *SHOWN])} |", f"|{'---|' * (len(keys) + 1 + len(SHOWN))}"]
+def _write(rows: list[Row], total: int, note: str, out: Path) -> None:
+    write_json(out / "sweep.json", {"cells": total, "note": note, "done": config.to_dict(rows)})
+    heads = _heads(rows)
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     write_atomically(out / "sweep.md", ("\n".join([*lines, "", note] if note else lines) + "\n"))
 
 
-def _show(rows: list[dict[str, Any]], note: str) -> None:
-    table = Table(*rows[0]["settings"], "NFE", *SHOWN, caption=note or None)
-    best = min(rows, key=lambda row: row["scores"]["fid"])
+def _show(rows: list[Row], note: str) -> None:
+    table = Table(*_heads(rows), caption=note or None)
+    fid = SCORES[0]
+    best = fid.best(row.scores.of(fid) for row in rows)
     for row in rows:
-        table.add_row(*_cells(row), style="bold" if row is best else None)
+        table.add_row(*_cells(row), style="bold" if row.scores.of(fid) == best else None)
     Console().print(table)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    scores = [row["scores"][name] for name in SHOWN]
-    shown = ["–" if value is None else f"{value:.4g}" for value in scores]
-    return [*row["settings"].values(), "–" if row["nfe"] is None else f"{row['nfe']:.1f}", *shown]
+def _heads(rows: list[Row]) -> list[str]:
+    return [*rows[0].settings, "NFE", *(score.title for score in SCORES)]
+
+
+def _cells(row: Row) -> list[str]:
+    nfe = "–" if row.nfe is None else f"{row.nfe:.1f}"
+    return [*row.settings.values(), nfe, *(row.scores.text(score, ".4g") for score in SCORES)]
 
 
 def _words(settings: dict[str, str]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from eval import generate
 from eval.features.extractor import make_extractor
 from eval.recipe import EvalRecipe
-from eval.score import read_results, score
+from eval.results import FILE, TABLE, Results, ScoreRow
+from eval.score import score
 from sfd_scale import checkpoint, config, export
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
@@ -47,7 +48,7 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
             # One, then look again: the run may have removed the others meanwhile.
             _evaluate(recipe, run, out, todo[0], saved[todo[0]])
             if distributed.is_main():
-                write_atomically(out / "results.jsonl", table(out))
+                write_atomically(out / TABLE, table(out))
         if distributed.is_main() and not in_use(run):
             log_scores(run, training.wandb)
         if todo:
@@ -72,7 +73,7 @@ def saved_steps(run: Path) -> dict[int, str]:
 def _scored(out: Path, step: int) -> str | None:
     """The identity of the checkpoint whose scores a step has."""
     folder = out / f"step-{step:08d}"
-    if not (folder / "results.json").is_file() or not (folder / SOURCE).is_file():
+    if not (folder / FILE).is_file() or not (folder / SOURCE).is_file():
         return None
     return (folder / SOURCE).read_text(encoding="utf-8")
 
@@ -122,19 +123,13 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str
     own = generate.with_kept_batch(own, folder, *sorted(out.glob("step-*")))
     extractor = make_extractor(own.extractor, device)
     generate.generate(own, folder, generate.prepare(own, device, extractor))
-    results = score(own, folder, folder / "results.json", extractor)
+    results = score(own, folder, folder / FILE, extractor)
     if distributed.is_main():
         weights.unlink()  # the run has it: a series of checkpoints would fill the disk
-        fid: float = results["scores"]["fid"]
-        logger.info("%s, step %d: FID %.4g", run, step, fid)
+        logger.info("%s, step %d: FID %.4g", run, step, results.scores.fid)
 
 
 def table(out: Path) -> str:
-    """All results below `out`, one JSON object a line, by step."""
-    lines = []
-    for file in sorted(out.glob("step-*/results.json")):
-        results = read_results(file)
-        row: dict[str, Any] = {"step": results["samples"]["checkpoint"]["step"], **results["scores"]}
-        row |= {key: results[key] for key in ("count", "nfe", "name", "id")}
-        lines.append(json.dumps(row) + "\n")
-    return "".join(lines)
+    """All results below `out` as lines of JSON, by step."""
+    rows = [ScoreRow.of(Results.read(file)) for file in sorted(out.glob(f"step-*/{FILE}"))]
+    return "".join(f"{json.dumps(row.as_json())}\n" for row in rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from eval.metrics.scores import SCORES, Score
+from eval.results import Results
 from sfd_scale import config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.models.lightningdit import LightningDiTConfig
@@ -20,7 +21,6 @@ from sfd_scale.runtime.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CARD = "model.safetensors", "README.md"
-_SCORES = {"fid": "FID", "sfid": "sFID", "is_mean": "Inception Score", "precision": "Precision", "recall": "Recall"}
 _CITATION = """@article{sfd2025,
   title  = {Semantic-First Diffusion},
   note   = {arXiv:2512.04926},
@@ -79,8 +79,7 @@ def _results(run: Path, step: int) -> Path | None:
 
 
 def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
-    results_file = folder / "results.json"
-    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else None
+    results = Results.read(folder) if (folder / "results.json").is_file() else None
     head: dict[str, Any] = {
         "library_name": "sfd-scale",
         "pipeline_tag": "unconditional-image-generation",
@@ -141,28 +140,31 @@ def _weights(recipe: TrainRecipe, note: Mapping[str, Any]) -> str:
     return f"averaged, decay {recipe.ema.decay:g}" if note["weights"] == "ema" else "of the last step, not averaged"
 
 
-def _scored(results: Mapping[str, Any]) -> dict[str, str]:
-    samples = results["samples"]
-    how = f"{samples['sampler']['kind']}, NFE {results['nfe']:.0f}, guidance {samples['guidance']['kind']}"
-    known = {title: results["scores"][key] for key, title in _SCORES.items() if results["scores"][key] is not None}
+def _scored(results: Results) -> dict[str, str]:
     return {
-        **{title: f"{value:.4g}" for title, value in known.items()},
-        "Samples": f"{results['count']:,}", "Sampling": how, "Extractor": f"`{samples['extractor']}`",
-    }  # fmt: skip
+        **{score.name: f"{value:.4g}" for score, value in _present(results)},
+        "Samples": f"{results.count:,}",
+        "Sampling": results.sampling,
+        "Extractor": f"`{results.samples['extractor']}`",
+    }
 
 
-def _index_entry(results: Mapping[str, Any]) -> dict[str, Any]:
+def _present(results: Results) -> list[tuple[Score, float]]:
+    """The scores of the table that the results have."""
+    found = [(score, results.scores.of(score)) for score in SCORES]
+    return [(score, value) for score, value in found if value is not None]
+
+
+def _index_entry(results: Results) -> dict[str, Any]:
     """The hub's own form of scores, which it shows beside the card."""
-    metrics = [
-        {"type": key, "name": title, "value": float(f"{results['scores'][key]:.6g}")}
-        for key, title in _SCORES.items()
-        if results["scores"][key] is not None
-    ]
-    data = str(results["reference"]["data"])
+    data = str(results.reference["data"])
     return {
         "task": {"type": "unconditional-image-generation"},
         "dataset": {"name": data, "type": data},
-        "metrics": metrics,
+        "metrics": [
+            {"type": score.key, "name": score.name, "value": float(f"{value:.6g}")}
+            for score, value in _present(results)
+        ],
     }
 
 

@@ -20,6 +20,7 @@ from eval import generate, score
 from eval.compare import compare
 from eval.recipe import EvalRecipe
 from eval.report import report
+from eval.results import Results
 from eval.watch import watch
 from sfd_scale import build, checkpoint, config, encode, export, official
 from sfd_scale.data.manifest import Manifest, restored
@@ -95,7 +96,7 @@ def measured() -> dict[str, Any]:
         "checkpoints": checkpoint_sums(),
         "export": sums(checkpoint.load_weights(Path("export.safetensors"))),
         "drawn": sums(drawn(Path("export.safetensors"))),
-        "scores": score.read_results(Path("results"))["scores"],
+        "scores": Results.read(Path("results")).scores.by_key(),
     }
 
 
@@ -151,7 +152,7 @@ def go_on(folder: Path) -> dict[str, Any]:
     resumed = [Path(name, "metrics.jsonl").read_text(encoding="utf-8").startswith(rows[name]) for name in CHECKPOINTS]
     kept = all(after[name] == content for name, content in begun["run/evaluations"].items() if name != "results.jsonl")
     return {
-        "repeated": repeated, "kept": kept, "resumed": resumed, "scores": again["scores"], "id": again["id"],
+        "repeated": repeated, "kept": kept, "resumed": resumed, "scores": again.scores.by_key(), "id": again.id,
         "evaluated": [row["step"] for row in lines(out / "results.jsonl")],
         "curves": curves({"run": run, "run_zero1": Path("run_zero1")}),
     }  # fmt: skip
@@ -262,7 +263,7 @@ def test_the_official_file_is_imported(old: Path) -> None:
 
 
 def test_scores_are_read_compared_and_reported(old: Path, expected: dict[str, Any]) -> None:
-    close(score.read_results(Path("results"))["scores"], expected["scores"], rel=1e-12)
+    close(Results.read(Path("results")).scores.by_key(), expected["scores"], rel=1e-12)
     evaluated = [Path("run/evaluations", f"step-{step:08d}") for step in (2, 4)]
     # The watch and the export drew with the same weights.
     assert all(d.difference == 0 for d in compare(Path("results"), evaluated[1], rounds=50))

@@ -8,11 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.metrics.scores import SCORES, Score
 from eval.pages import figures
+from eval.results import ScoreRow
 from eval.study.recipe import StudyRecipe
 from sfd_scale.runtime.files import write_atomically
 
-Row = dict[str, Any]
+FID = SCORES[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one checkpoint of a cell."""
+
+    cell: str
+    seed: int
+    delta_t: float
+    scored: ScoreRow
+
+    @property
+    def step(self) -> int:
+        return self.scored.step
+
+    def as_json(self) -> dict[str, Any]:
+        """The plain data of a line of the study's results.jsonl; its name is that of the cell."""
+        facts = {"cell": self.cell, "seed": self.seed, "delta_t": self.delta_t}
+        return {**facts, **self.scored.as_json(), "name": self.cell}
 
 
 @dataclass(frozen=True)
@@ -35,17 +56,20 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(len(values), statistics.fmean(values), deviation)
 
 
-def scores(rows: Sequence[Row], cell: str, step: int | None = None, name: str = "fid") -> dict[int, float]:
-    """A score of a cell by seed, at a step, or at the last one that any cell has; without those that the evaluation
-    does not have (IS without logits, precision without images)."""
-    at = max((row["step"] for row in rows), default=0) if step is None else step
-    found = {row["seed"]: row[name] for row in rows if row["cell"] == cell and row["step"] == at}
+def scores(rows: Sequence[Row], cell: str, step: int | None = None, score: Score = FID) -> dict[int, float]:
+    """A score of a cell by seed, without seeds that lack it (IS without logits, precision without images).
+
+    Args:
+        step: by default the last one that any cell has.
+    """
+    at = max((row.step for row in rows), default=0) if step is None else step
+    found = {row.seed: row.scored.scores.of(score) for row in rows if row.cell == cell and row.step == at}
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tuple[float, list[float]]]]:
     """FID by step of each cell: one value a seed."""
-    steps = sorted({row["step"] for row in rows})
+    steps = sorted({row.step for row in rows})
     curves = {c: [(float(s), list(scores(rows, c, s).values())) for s in steps] for c in cells}
     return {
         cell: [point for point in points if point[1]] for cell, points in curves.items() if any(p[1] for p in points)
@@ -54,7 +78,7 @@ def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tup
 
 def lead_curve(rows: Sequence[Row], cells: Sequence[str]) -> list[tuple[float, list[float]]]:
     """FID of the last step by delta_t."""
-    leads = {row["cell"]: row["delta_t"] for row in rows}
+    leads = {row.cell: row.delta_t for row in rows}
     found = [(leads[cell], list(scores(rows, cell).values())) for cell in cells if cell in leads]
     return sorted(point for point in found if point[1])
 
@@ -71,12 +95,16 @@ def _shown(values: dict[int, float]) -> str:
 
 
 def _table(rows: Sequence[Row], cells: Sequence[str]) -> list[str]:
-    lines = ["| cell | FID | less the row above, same seeds | IS | precision | recall |", "|---|---|---|---|---|---|"]
+    """One row per cell: FID, its change from the row above, and every other score that there is."""
+    others = [
+        score for score in SCORES if score != FID and any(row.scored.scores.of(score) is not None for row in rows)
+    ]
+    heads = ["cell", FID.title, "less the row above, same seeds", *(score.title for score in others)]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for above, cell in zip((None, *cells), cells, strict=False):
         change = None if above is None else difference(rows, above, cell)
-        columns = [_shown(scores(rows, cell, name=name)) for name in ("fid", "is_mean", "precision", "recall")]
-        columns.insert(1, "–" if change is None else str(change))
-        lines.append(f"| {cell} | {' | '.join(columns)} |")
+        fid, *columns = [_shown(scores(rows, cell, score=score)) for score in (FID, *others)]
+        lines.append(f"| {' | '.join([cell, fid, '–' if change is None else str(change), *columns])} |")
     return lines
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.recipe import KINDS, EvalRecipe
+from eval.results import TABLE, read_table
 from eval.study import report as study_report
 from eval.study.recipe import StudyRecipe, SweepConfig
 from eval.sweep import sweep
@@ -287,22 +288,20 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
 # ------------------------------------------------------------------------------------------------- results
 
 
-def results(study: Study) -> tuple[list[dict[str, Any]], list[str]]:
+def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
     """A row for each scored step of each cell, from the run folders, and the cells that are not done."""
-    rows, missing = list[dict[str, Any]](), list[str]()
+    rows, missing = list[study_report.Row](), list[str]()
     for seed in study.recipe.seeds:
         for name in study.recipe.cells:
             step = study.steps[f"cells/{name}/seed{seed}"]
-            cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / "results.jsonl"
+            cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / TABLE
             try:
                 if not study.done(step):
                     missing.append(f"{name}/seed{seed}")
             except ValueError:
                 missing.append(f"{name}/seed{seed} (made by other settings)")
                 continue
-            lines = table.read_text(encoding="utf-8").splitlines() if table.is_file() else []
-            facts = {"cell": name, "seed": seed, "delta_t": cell.schedule.delta_t}
-            rows += [{**facts, **json.loads(line), "name": name} for line in lines]
+            rows += [study_report.Row(name, seed, cell.schedule.delta_t, scored) for scored in read_table(table)]
     return rows, missing
 
 
@@ -310,7 +309,7 @@ def report(study: Study) -> list[str]:
     """Write results.jsonl, and figures and tables into report/; returns the cells that are missing."""
     recipe = study.recipe
     rows, missing = results(study)
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write_atomically(recipe.out / "results.jsonl", lines)
+    lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
+    write_atomically(recipe.out / TABLE, lines)
     study_report.write(recipe, rows, missing)
     return missing

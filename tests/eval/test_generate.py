@@ -25,6 +25,7 @@ from eval.images.npz import NpzImages
 from eval.images.outputs import OutputsConfig
 from eval.images.sources import NpzSource
 from eval.recipe import EvalRecipe, FixedLabel, IidLabels, LabelFile
+from eval.results import Results
 from eval.work import chunks
 from sfd_scale.diffusion import sampler as sample
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
@@ -48,9 +49,9 @@ def reference(tmp_path: Path) -> NpzSource:
     return NpzSource(path=tmp_path / "reference.npz")
 
 
-def without_run(results: dict[str, Any]) -> dict[str, Any]:
+def without_run(results: Results) -> dict[str, Any]:
     """What may not depend on ranks, times and places."""
-    return {key: value for key, value in results.items() if key != "run"}
+    return {key: value for key, value in results.as_json().items() if key != "run"}
 
 
 def rows(folder: Path) -> dict[str, Tensor]:
@@ -65,22 +66,23 @@ def rows(folder: Path) -> dict[str, Tensor]:
 def test_any_number_of_ranks_and_a_killed_one(tmp_path: Path, reference: NpzSource) -> None:
     settings = eval_tiny.recipe(tmp_path, reference=reference)
     alone = eval_tiny.whole_run(settings, tmp_path / "alone")
-    assert alone["scores"]["fid"] > 0.1 and None not in alone["scores"].values()
+    assert alone.scores.fid is not None and alone.scores.fid > 0.1
+    assert None not in alone.scores.by_key().values()
 
     with pytest.raises(RankError) as killed:
         run_ranks(eval_tiny.two_ranks, 2, settings, tmp_path, timeout=400.0)
     assert "still running" not in str(killed.value)
-    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    two = Results.read(tmp_path / "two")
     assert without_run(two) == without_run(alone)
-    assert two["run"]["world_size"] == 2
+    assert two.run.world_size == 2
 
     ways, one = (
         json.loads((tmp_path / "two" / "ways.json").read_text()),
         eval_tiny.in_other_ways(settings, tmp_path / "two"),
     )
     assert ways["blocks"] == one["blocks"] and 0 < one["blocks"][0] < 1
-    assert ways["low_memory"] == pytest.approx(alone["scores"], rel=1e-9)
-    assert one["low_memory"] == pytest.approx(alone["scores"], rel=1e-9)
+    assert ways["low_memory"] == pytest.approx(alone.scores.by_key(), rel=1e-9)
+    assert one["low_memory"] == pytest.approx(alone.scores.by_key(), rel=1e-9)
 
     # Ranks take work as they are done with theirs.
     assert sum(ways["made"]) == 7 and ways["made"][0] > ways["made"][1] > 0
@@ -308,8 +310,8 @@ def test_chunks_of_two_machines_are_warned_about(tmp_path: Path, reference: NpzS
     generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
     torch.set_num_threads(1)
     results = scoring.score(settings, tmp_path / "out", tmp_path / "results.json", eval_tiny.lazy())
-    assert len(results["run"]["made_on"]) == 2
-    assert any("made in parts on" in warning and "2 threads" in warning for warning in results["warnings"])
+    assert len(results.run.made_on) == 2
+    assert any("made in parts on" in warning and "2 threads" in warning for warning in results.warnings)
 
 
 def test_tf32_is_of_the_model_and_not_of_the_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

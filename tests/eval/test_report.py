@@ -13,6 +13,7 @@ from PIL import Image
 
 from eval.pages import figures
 from eval.report import differences, find, report
+from eval.results import Results
 
 
 def result(folder: Path, step: int, fid: float, **changes: Any) -> Path:
@@ -32,11 +33,12 @@ def result(folder: Path, step: int, fid: float, **changes: Any) -> Path:
             "precision": 0.75, "recall": 0.5, "kid_mean": 0.0123, "kid_std": 0.001,
         },
         "warnings": ["too few <samples>"], "samples": samples | changes, "reference": {"data": "mds:1"},
-        "metrics": {"is_split": 5000}, "recipe_digest": "e", "versions": {"torch": "2"},
+        "metrics": {"is_split": 5000}, "arithmetic": {"tf32": False}, "recipe_digest": "e", "versions": {"torch": "2"},
         "run": {
-            "samples": str(folder), "features": str(folder),
-            "checkpoint": f"runs/{step}.safetensors", "grid": str(folder / "grid.png"),
-            "reference_grid": "elsewhere/reference.png", "world_size": 2,
+            "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "world_size": 2, "made_on": ["a CPU"],
+            "device": "x86_64", "samples": str(folder), "features": str(folder), "reference": "cache/r.safetensors",
+            "checkpoint": f"runs/{step}.safetensors", "reference_grid": "elsewhere/reference.png",
+            "grid": str(folder / "grid.png"),
         },
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(data))
@@ -83,7 +85,7 @@ def test_report_has_every_score_and_file(tmp_path: Path) -> None:
 
 def test_results_that_differ_otherwise_are_said_to(tmp_path: Path) -> None:
     paths = [result(tmp_path / "a", 1000, 4.5), result(tmp_path / "b", 1000, 4.4, num_samples=1000, seed=1)]
-    loaded = [json.loads(path.read_text()) for path in paths]
+    loaded = [Results.read(path) for path in paths]
     assert [found["key"] for found in differences(loaded, ["x", "y"])] == ["samples.num_samples", "samples.seed"]
     page = report(paths, tmp_path / "out").read_text()
     assert "differ in more than the checkpoint" in page and "samples.num_samples" in page

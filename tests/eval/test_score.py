@@ -23,7 +23,8 @@ from eval.metrics.metrics import MetricsConfig, frechet_distance, inception_scor
 from eval.metrics.precision_recall import precision_recall
 from eval.recipe import EvalRecipe
 from eval.reference import check_spatial_order, load_reference
-from eval.score import read_results, score
+from eval.results import Results
+from eval.score import default_out, score
 from eval.sweep import cells, varying
 from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
@@ -61,15 +62,15 @@ def test_scores_of_an_npz_are_those_of_its_features(tmp_path: Path, reference: N
     results = score(settings, write_npz(tmp_path / "samples.npz", images), tmp_path / "r.json", eval_tiny.lazy())
     ours, theirs = TinyExtractor()(images), TinyExtractor()(real)
     assert ours.spatial is not None and theirs.spatial is not None and ours.logits is not None
-    scores = results["scores"]
-    assert scores["fid"] == pytest.approx(frechet_distance(moments(ours.pool), moments(theirs.pool)), abs=1e-9)
-    assert scores["sfid"] == pytest.approx(frechet_distance(moments(ours.spatial), moments(theirs.spatial)), abs=1e-7)
-    assert scores["is_mean"] == pytest.approx(inception_score(ours.logits, 20).mean)
+    scores = results.scores
+    assert scores.fid == pytest.approx(frechet_distance(moments(ours.pool), moments(theirs.pool)), abs=1e-9)
+    assert scores.sfid == pytest.approx(frechet_distance(moments(ours.spatial), moments(theirs.spatial)), abs=1e-7)
+    assert scores.is_mean == pytest.approx(inception_score(ours.logits, 20).mean)
     chosen = seeding.permutation(0, "reference_images", 60)[:40].sort().values
     expected = precision_recall(ours.pool, theirs.pool[chosen], 3)
-    assert (scores["precision"], scores["recall"]) == (expected.precision, expected.recall)
-    assert results["reference"]["features_count"] == 40 and results["reference"]["count"] == 60
-    assert read_results(tmp_path / "r.json") == results
+    assert (scores.precision, scores.recall) == (expected.precision, expected.recall)
+    assert results.reference["features_count"] == 40 and results.reference["count"] == 60
+    assert Results.read(tmp_path / "r.json") == results
     assert (tmp_path / "r.reference.png").is_file()
 
 
@@ -78,11 +79,11 @@ def test_a_second_score_takes_everything_from_the_cache(tmp_path: Path, referenc
     samples, tiny = write_npz(tmp_path / "samples.npz", pixels(50, 1)), TinyExtractor()
     first = score(settings, samples, tmp_path / "r.json", eval_tiny.lazy())
     second = score(settings, samples, tmp_path / "r.json", eval_tiny.lazy(tiny))
-    assert tiny.calls == [] and second["scores"] == first["scores"] and second["id"] == first["id"]
+    assert tiny.calls == [] and second.scores == first.scores and second.id == first.id
     # Another reference under the same name is seen.
     write_npz(reference.path, pixels(60, 2))
     third = score(settings, samples, tmp_path / "r.json", eval_tiny.lazy(tiny))
-    assert tiny.calls and third["scores"]["fid"] != first["scores"]["fid"] and third["id"] != first["id"]
+    assert tiny.calls and third.scores.fid != first.scores.fid and third.id != first.id
 
 
 def test_low_memory_moments(tmp_path: Path, reference: NpzSource) -> None:
@@ -93,8 +94,8 @@ def test_low_memory_moments(tmp_path: Path, reference: NpzSource) -> None:
             tmp_path, reference=reference, metrics=MetricsConfig(is_split=20, kid_subsets=0, mode=mode)
         )
         results = score(settings, samples, tmp_path / "r.json", eval_tiny.lazy())
-        assert results["scores"]["kid_mean"] is None
-        fids.append((results["scores"]["fid"], results["scores"]["sfid"]))
+        assert results.scores.kid_mean is None
+        fids.append((results.scores.fid, results.scores.sfid))
     assert fids[0] == pytest.approx(fids[1], rel=1e-9)
 
 
@@ -102,15 +103,53 @@ def test_warnings_are_in_the_results(tmp_path: Path, reference: NpzSource) -> No
     settings = eval_tiny.recipe(tmp_path, reference=reference, metrics=MetricsConfig(is_split=12, kid_subsets=0))
     labels = torch.arange(50) // 10
     samples = write_npz(tmp_path / "samples.npz", pixels(50, 1), arr_1=labels.numpy())
-    found = " ".join(score(settings, samples, tmp_path / "r.json", eval_tiny.lazy())["warnings"])
+    found = " ".join(score(settings, samples, tmp_path / "r.json", eval_tiny.lazy()).warnings)
     assert "runs of one class" in found and "no multiple of the split of 12" in found
     few = write_npz(tmp_path / "few.npz", pixels(10, 1))
-    found = " ".join(score(settings, few, tmp_path / "r.json", eval_tiny.lazy())["warnings"])
+    found = " ".join(score(settings, few, tmp_path / "few.json", eval_tiny.lazy()).warnings)
     assert "10 samples for 12 features: the covariance is singular and FID is biased upwards" in found
     assert "pixels" not in found
     larger = write_npz(tmp_path / "larger.npz", pixels(24, 1).repeat_interleave(2, 2).repeat_interleave(2, 3))
-    found = " ".join(score(settings, larger, tmp_path / "r.json", eval_tiny.lazy())["warnings"])
+    found = " ".join(score(settings, larger, tmp_path / "larger.json", eval_tiny.lazy()).warnings)
     assert "samples of 32 pixels, a reference of 16" in found
+
+
+# ------------------------------------------------------------------------------------------------- results.json
+
+
+def test_results_carry_the_whole_name_of_their_samples(tmp_path: Path) -> None:
+    for name in ("cfg-1.25", "cfg-1.5"):
+        (tmp_path / name).mkdir()
+    names = [default_out(tmp_path / name).name for name in ("cfg-1.25", "cfg-1.5", "cfg-1.25.npz")]
+    assert names == ["cfg-1.25.results.json", "cfg-1.5.results.json", "cfg-1.25.npz.results.json"]
+    (tmp_path / "cfg-1.5" / "config.json").write_text("{}")  # a folder of `generate`
+    assert default_out(tmp_path / "cfg-1.5") == tmp_path / "cfg-1.5" / "results.json"
+
+
+def test_pictures_of_the_reference_carry_the_whole_name_too(tmp_path: Path, reference: NpzSource) -> None:
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    samples = write_npz(tmp_path / "samples.npz", pixels(50, 1))
+    results = score(settings, samples, tmp_path / "cfg-1.25", eval_tiny.lazy())
+    assert results.run.reference_grid == str(tmp_path / "cfg-1.25.reference.png")
+    assert (tmp_path / "cfg-1.25.reference.png").is_file()
+
+
+def test_results_of_other_samples_are_not_replaced(tmp_path: Path, reference: NpzSource) -> None:
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    first, other = (write_npz(tmp_path / f"{seed}.npz", pixels(50, seed)) for seed in (1, 2))
+    out = tmp_path / "r.json"
+    score(settings, first, out, eval_tiny.lazy())
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"r\.json holds the results of other samples \(images differ\); allowed"):
+        score(settings, other, out, eval_tiny.lazy())
+    assert out.read_bytes() == before
+    # Other settings of the score, and the same images in another file: the same samples.
+    again = eval_tiny.recipe(tmp_path, reference=reference, metrics=MetricsConfig(is_split=10, kid_subsets=0))
+    assert score(again, shutil.copy(first, tmp_path / "copy.npz"), out, eval_tiny.lazy()).metrics.is_split == 10
+    out.write_text("my notes")
+    with pytest.raises(ValueError, match=r"r\.json exists and holds no results"):
+        score(settings, first, out, eval_tiny.lazy())
+    assert out.read_text() == "my notes"
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -303,10 +342,10 @@ def test_the_commands(tmp_path: Path, recipe: Path) -> None:
     assert run("generate", recipe, "seed=3", "--out", out).exit_code == 0
     shown = run("score", recipe, "--samples", out)
     assert shown.exit_code == 0 and "precision" in shown.stdout
-    results = read_results(out / "results.json")
-    assert None not in results["scores"].values()
-    assert results["samples"]["seed"] == 3 and results["samples"]["checkpoint"]["step"] == 0
-    assert results["samples"]["guidance"]["scale_texture"] == 1.5 and results["nfe"] == 2
+    results = Results.read(out / "results.json")
+    assert None not in results.scores.by_key().values()
+    assert results.samples["seed"] == 3 and results.samples["checkpoint"]["step"] == 0
+    assert results.samples["guidance"]["scale_texture"] == 1.5 and results.nfe == 2
     assert run("report", "--result", out / "results.json", "--out", tmp_path / "report").exit_code == 0
     assert "tiny, untrained" in (tmp_path / "report" / "index.html").read_text()
     assert run("reference", recipe).exit_code == 0

@@ -21,6 +21,7 @@ from eval.images.outputs import OutputsConfig
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.metrics import MetricsConfig
 from eval.recipe import EvalRecipe
+from eval.results import Results
 from eval.work.chunks import ChunkFolder
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, guided
@@ -116,7 +117,7 @@ def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes:
 # ------------------------------------------------------------------------------------------------- ranks
 
 
-def whole_run(settings: EvalRecipe, out: Path) -> dict[str, Any]:
+def whole_run(settings: EvalRecipe, out: Path) -> Results:
     """Generate and score, with the tiny extractor in place of the recipe's."""
     generate.generate(settings, out, job(settings))
     return scoring.score(settings, out, out / "results.json", lazy())
@@ -142,12 +143,12 @@ def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
 def in_other_ways(settings: EvalRecipe, out: Path) -> dict[str, Any]:
     """Scores of a finished folder with moments added up over ranks, and precision and recall in many small blocks."""
     low = dataclasses.replace(settings.metrics, mode="low_memory")
-    scores = scoring.score(dataclasses.replace(settings, metrics=low), out, out / "low.json", lazy())["scores"]
+    scores = scoring.score(dataclasses.replace(settings, metrics=low), out, out / "low.json", lazy()).scores
     features = read_features(open_features(out))
     rows, neighbours.ROWS = neighbours.ROWS, 7
     blocks = neighbours.precision_recall(features.pool, features.pool[:20] + 0.01, 3)
     neighbours.ROWS = rows
-    return {"low_memory": scores, "blocks": list(blocks)}
+    return {"low_memory": scores.by_key(), "blocks": list(blocks)}
 
 
 def with_a_slow_rank(settings: EvalRecipe, out: Path) -> list[int]:
@@ -164,7 +165,7 @@ def with_a_slow_rank(settings: EvalRecipe, out: Path) -> list[int]:
     return distributed.all_gather_object(made)
 
 
-def two_ranks(settings: EvalRecipe, folder: Path) -> dict[str, Any]:
+def two_ranks(settings: EvalRecipe, folder: Path) -> Results:
     results = whole_run(settings, folder / "two")
     ways = in_other_ways(settings, folder / "two") | {"made": with_a_slow_rank(settings, folder / "slow")}
     if distributed.is_main():

@@ -142,8 +142,8 @@ def test_inception_scores_from_files(weights: Path, tmp_path: Path) -> None:
         metrics=MetricsConfig(kid_subsets=2),
     )  # fmt: skip
     results = score(recipe, tmp_path / "0.npz", tmp_path / "results.json")
-    assert None not in results["scores"].values()
-    assert any("8 samples for 2048 features" in warning for warning in results["warnings"])
+    assert None not in results.scores.by_key().values()
+    assert any("8 samples for 2048 features" in warning for warning in results.warnings)
     built = build_extractor(extractor, CPU)
     ours, theirs = (built(pixels) for pixels in sets)
     # Of rank 7 each: the distance of their Gram matrices is that of the covariances.
@@ -151,7 +151,7 @@ def test_inception_scores_from_files(weights: Path, tmp_path: Path) -> None:
     trace = torch.linalg.matrix_norm(both[0] @ both[1].T, "nuc") / 7
     shift = (ours.pool.double().mean(0) - theirs.pool.double().mean(0)).square().sum()
     expected = shift + sum(part.square().sum() for part in both) / 7 - 2 * trace
-    assert results["scores"]["fid"] == pytest.approx(expected.item(), rel=1e-6)
+    assert results.scores.fid == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_resize_is_tensorflow_1() -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from eval.features.config import RegisteredConfig
+from eval.metrics.scores import Scores
+from eval.results import ScoreRow
 from eval.study import report as study_report
 from eval.study import study
 from eval.study.recipe import StudyRecipe
@@ -244,8 +246,8 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
     again = [small_run.weights(out / "cells/dit/seed0", step) for step in (2, 4)]
     assert all(map(small_run.same, again, weights))
     # A checkpoint also notes the losses that its own process saw: the file's hash, and `id` with it, is another.
-    known = [{**row, "id": None} for row in resumed]
-    assert [{**row, "id": None} for row in study.results(done)[0]] == known
+    known = [row.as_json() | {"id": None} for row in resumed]
+    assert [row.as_json() | {"id": None} for row in study.results(done)[0]] == known
     assert study.run(done, ["dit/seed0"]) and time.monotonic() - started < 120
     assert study.report(done) == missing and (out / "report/convergence.png").is_file()
     with pytest.raises(ValueError, match="cells/dit/seed0 was made by other settings"):
@@ -362,10 +364,18 @@ def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) 
     assert time.monotonic() - started < 60
 
 
+def scored(
+    cell: str, seed: int, step: int, fid: float, delta_t: float = 0.0, precision: float | None = None
+) -> study_report.Row:
+    scores = Scores(fid=fid, precision=precision)
+    row = ScoreRow(step=step, scores=scores, count=8, nfe=1.0, name="eval", id=f"{cell}{seed}{step}")
+    return study_report.Row(cell, seed, delta_t, row)
+
+
 def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
     fids = {("a", 0): 3.0, ("a", 1): 5.0, ("a", 2): 4.0, ("b", 0): 2.0, ("b", 1): 3.0}
     rows = [
-        {"cell": cell, "seed": seed, "step": step, "fid": fid + (10 if step == 1 else 0), "delta_t": 0.1}
+        scored(cell, seed, step, fid + (10 if step == 1 else 0), delta_t=0.1)
         for (cell, seed), fid in fids.items()
         for step in (1, 2)
     ]
@@ -378,11 +388,11 @@ def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
 
 
 def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: Path) -> None:
-    scores = {"fid": 3.0, "is_mean": None, "precision": None, "recall": None}
-    rows = [{"cell": "a", "seed": seed, "step": 2, "delta_t": 0.0, **scores} for seed in (0, 1)]
+    rows = [scored("a", seed, 2, 3.0, precision=0.5 if seed == 0 else None) for seed in (0, 1)]
     recipe = StudyRecipe(
         name="x", root=tmp_path, out=tmp_path, prepare={}, cells={"a": "study/dit"}, evaluation="study/eval",
         convergence=("a",), lead=("a",), ablation=("a",),
     )  # fmt: skip
     text = study_report.write(recipe, rows, []).read_text()
-    assert "| a | 3 ± 0 (2 seeds) | – | missing | missing | missing |" in text and "Other methods" not in text
+    assert "| cell | FID | less the row above, same seeds | Precision |\n" in text
+    assert "| a | 3 ± 0 (2 seeds) | – | 0.5 (1 seed) |\n" in text and "Other methods" not in text

@@ -1,0 +1,101 @@
+"""The one table of scores: what each is called, how it is shown, and which direction is better.
+
+A new score is one more field of `Scores`. Whatever lists scores reads this table: results.json, pages, the tables of
+sweeps and studies, curves, W&B and the model card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How one score is named, shown and judged.
+
+    title: of a column. It names the unit, if `factor` changes it. name: the title without the unit, or the long form.
+    form: the format of value · factor.
+    deviation: the key of the standard deviation that is shown after ±.
+    in_curves: whether it is drawn over the steps of a training.
+    key: in results.json, results.jsonl and W&B; the name of the field.
+    """
+
+    title: str
+    better: Literal["lower", "higher"]
+    form: str
+    name: str = ""
+    factor: float = 1.0
+    deviation: str | None = None
+    in_curves: bool = True
+    key: str = ""
+
+    @property
+    def arrow(self) -> str:
+        return "↓" if self.better == "lower" else "↑"
+
+    def best(self, values: Iterable[float | None]) -> float | None:
+        """The best of the values, without the missing ones."""
+        present = [value for value in values if value is not None]
+        if not present:
+            return None
+        return min(present) if self.better == "lower" else max(present)
+
+
+def _shown(score: Score) -> Any:
+    return field(default=None, metadata={"score": score})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The scores of one set of samples, in the order of results.json. None: not computed, for want of its inputs."""
+
+    fid: float | None = _shown(Score(title="FID", better="lower", form=".2f"))
+    sfid: float | None = _shown(Score(title="sFID", better="lower", form=".2f"))
+    is_mean: float | None = _shown(
+        Score(title="IS", name="Inception Score", better="higher", form=".2f", deviation="is_std")
+    )
+    is_std: float | None = None
+    is_whole_splits: float | None = None  # is_mean without a last split that is shorter than the others
+    precision: float | None = _shown(Score(title="Precision", better="higher", form=".3f"))
+    recall: float | None = _shown(Score(title="Recall", better="higher", form=".3f"))
+    # A training is scored with few samples, and KID of few samples is mostly noise.
+    kid_mean: float | None = _shown(
+        Score(title="KID·10³", name="KID", better="lower", form=".2f", factor=1000.0, in_curves=False)
+    )
+    kid_std: float | None = None
+
+    def by_key(self) -> dict[str, float | None]:
+        """Every value by its key, in order."""
+        return {value.name: getattr(self, value.name) for value in dataclasses.fields(self)}
+
+    def of(self, score: Score) -> float | None:
+        """The value of a score, in its own unit: without the factor."""
+        return self.by_key()[score.key]
+
+    def text(self, score: Score, form: str | None = None) -> str:
+        """A score as tables show it; – if there is none.
+
+        Args:
+            form: in place of the score's own format; then without the deviation.
+        """
+        values = self.by_key()
+        value = values[score.key]
+        if value is None:
+            return "–"
+        if form is not None:
+            return format(value * score.factor, form)
+        deviation = None if score.deviation is None else values[score.deviation]
+        after = f" ± {format(deviation * score.factor, score.form)}" if deviation else ""
+        return f"{format(value * score.factor, score.form)}{after}"
+
+
+def _table() -> tuple[Score, ...]:
+    shown = [(value.name, value.metadata["score"]) for value in dataclasses.fields(Scores) if "score" in value.metadata]
+    return tuple(dataclasses.replace(score, key=key, name=score.name or score.title) for key, score in shown)
+
+
+# The scores that tables have a column for, in order.
+SCORES: tuple[Score, ...] = _table()

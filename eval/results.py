@@ -1,0 +1,179 @@
+"""results.json: the scores of one set of samples, and everything that determined them. results.jsonl: their table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.metrics.metrics import MetricsConfig
+from eval.metrics.scores import Scores
+from sfd_scale import config
+from sfd_scale.runtime.files import write_json
+
+FILE, TABLE = "results.json", "results.jsonl"
+FORMAT = 1
+# Image i of two sets has the same noise and label if these settings agree.
+PAIRING = ("seed", "labels", "num_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringRun:
+    """When, where and from which files scores were computed. Nothing here changes a score.
+
+    made_on: the machines that computed the features.
+    reference_grid, grid: PNG files of real images and of samples. `reference_grid` is left out of the file if None.
+    """
+
+    finished: str
+    seconds: float
+    world_size: int
+    made_on: tuple[str, ...]
+    device: str
+    samples: str
+    features: str
+    reference: str
+    checkpoint: str | None
+    reference_grid: str | None = None
+    grid: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """The contents of a results.json, in its order.
+
+    id: hash of `samples`, of what determines the reference, and of `metrics`.
+    nfe: mean number of function evaluations per sample; None for given images.
+    samples: the config.json of their folder of features, unchanged. Its keys depend on `kind`, generated or extracted.
+    reference: what determines the reference, and the numbers of its images.
+    recipe_digest: hash of the evaluation recipe.
+    """
+
+    name: str
+    id: str
+    scores: Scores
+    count: int
+    nfe: float | None
+    warnings: tuple[str, ...]
+    samples: dict[str, Any]
+    reference: dict[str, Any]
+    metrics: MetricsConfig
+    arithmetic: dict[str, Any]
+    recipe_digest: str
+    versions: dict[str, str | int | None]
+    run: ScoringRun
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The results in a file, or in the results.json of a folder.
+
+        Raises:
+            ValueError: for a file that is missing or damaged, that is no results.json, or of a newer release.
+        """
+        file = path / FILE if path.is_dir() else path
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: not a readable results.json: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("format"), int) or data["format"] > FORMAT:
+            raise ValueError(f"{file}: not a results.json of this release")
+        try:
+            return config.from_dict(cls, {key: value for key, value in data.items() if key != "format"}, str(file))
+        except config.ConfigError as error:
+            raise ValueError(f"{file}: not a results.json of this release: {error}") from error
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """The plain data of the file."""
+        data: dict[str, Any] = {"format": FORMAT, **config.to_dict(self)}
+        if self.run.reference_grid is None:
+            del data["run"]["reference_grid"]
+        return data
+
+    # -------------------------------------------------------------------------------------------- the samples
+
+    @property
+    def generated(self) -> bool:
+        """Whether `eval generate` drew the samples. Otherwise they are images that were given."""
+        return bool(self.samples["kind"] == "generated")
+
+    @property
+    def step(self) -> int:
+        """The training step of the checkpoint that drew the samples."""
+        assert self.generated
+        return int(self.samples["checkpoint"]["step"])
+
+    @property
+    def title(self) -> str:
+        """The model and its step, or the name of the folder or file of images."""
+        if not self.generated:
+            return Path(self.run.samples).name
+        model = self.samples["checkpoint"]["name"]
+        return f"{model}, untrained" if self.step == 0 else f"{model}, step {self.step:,}"
+
+    @property
+    def sampling(self) -> str:
+        """Sampler, NFE and guidance in a few words."""
+        if not self.generated:
+            return "given images"
+        sampler, guidance = self.samples["sampler"], self.samples["guidance"]
+        steps = f" {sampler['num_steps']}" if "num_steps" in sampler else ""
+        parts = [f"{sampler['kind']}{steps}", f"NFE {self.nfe:.0f}"]
+        if guidance["kind"] == "none":
+            parts.append("no guidance")
+        else:
+            parts.append(f"{guidance['kind']} {guidance['scale_texture']:g}/{guidance['scale_semantic']:g}")
+        return ", ".join(parts)
+
+    def paired_with(self, other: Results) -> bool:
+        """Whether image i of both has the same noise and label."""
+        if not (self.generated and other.generated):
+            return False
+        return all(self.samples[key] == other.samples[key] for key in PAIRING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One line of results.jsonl, the table of the scored checkpoints of a run."""
+
+    step: int
+    scores: Scores
+    count: int
+    nfe: float | None
+    name: str
+    id: str
+
+    @classmethod
+    def of(cls, results: Results) -> ScoreRow:
+        return cls(
+            step=results.step, scores=results.scores, count=results.count, nfe=results.nfe, name=results.name,
+            id=results.id,
+        )  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        """The plain data of the line; the scores stand beside the other values."""
+        data = config.to_dict(self)
+        return {"step": data.pop("step"), **data.pop("scores"), **data}
+
+
+def read_table(path: Path) -> list[ScoreRow]:
+    """The lines of a results.jsonl; none, if there is no such file.
+
+    Raises:
+        ValueError: for a line that is damaged.
+    """
+    if not path.is_file():
+        return []
+    keys = Scores().by_key().keys()
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            data = json.loads(line)
+            scores = {key: data.pop(key) for key in keys if key in data}
+            found.append(config.from_dict(ScoreRow, {**data, "scores": scores}, str(path)))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no line of a results.jsonl: {error}") from error
+    return found
