@@ -136,7 +136,7 @@ def watch(
 
     loaded = _load(recipe, overrides)
     distributed.init(TIMEOUT_S)
-    follow(loaded, run, run / "evaluations" if out is None else out, interval=interval, once=once)
+    follow(loaded, run, out, interval=interval, once=once)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from eval.pages import figures
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "pages" / "templates"
@@ -221,10 +222,7 @@ def _files(
         found.append((f"{label}: samples", result.run.samples))
         if result.run.checkpoint is not None and result.generated:
             found.append((f"{label}: checkpoint", result.run.checkpoint))
-    for run, label in zip(runs, path_labels(runs), strict=True):
-        found += [
-            (f"{label}: {what}", str(run / name))
-            for what, name in (("recipe", "recipe.yaml"), ("metrics", "metrics.jsonl"), ("checkpoints", "checkpoints"))
-            if (run / name).exists()
-        ]
+    for run, label in zip(map(RunPaths, runs), path_labels(runs), strict=True):
+        parts = {"recipe": run.recipe_file, "metrics": run.metrics_file, "checkpoints": run.checkpoints_folder}
+        found += [(f"{label}: {what}", str(path)) for what, path in parts.items() if path.exists()]
     return found

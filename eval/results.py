@@ -11,8 +11,8 @@ from eval.metrics.metrics import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
 from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.run_paths import RESULTS
 
-FILE, TABLE = "results.json", "results.jsonl"
 FORMAT = 1
 # Image i of two sets has the same noise and label if these settings agree.
 PAIRING = ("seed", "labels", "num_samples")
@@ -71,7 +71,7 @@ class Results:
         Raises:
             ValueError: for a file that is missing or damaged, that is no results.json, or of a newer release.
         """
-        file = path / FILE if path.is_dir() else path
+        file = path / RESULTS if path.is_dir() else path
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

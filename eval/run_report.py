@@ -18,13 +18,13 @@ from eval.metrics.scores import SCORES
 from eval.pages import figures
 from eval.pages.figures import Row
 from eval.report import Picture, find, flatten, path_labels, score_cells, templates
-from eval.results import FILE, Results
+from eval.results import Results
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
-EVALUATIONS = "evaluations"
 # Panels of the second figure, as far as they were logged.
 HEALTH = (
     "lr", "grad_norm", "samples_per_s", "mfu", "data_wait_share", "data_wait_share_max", "step_s/p50", "step_s/p99",
@@ -78,9 +78,10 @@ def read_run(path: Path, label: str) -> Run:
     rows = figures.read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
-    found = [(file, Results.read(file)) for file in sorted(path.glob(f"{EVALUATIONS}/step-*/{FILE}"))]
+    run = RunPaths(path)
+    found = [(file, Results.read(file)) for file in run.evaluations.results_files()]
     found = [(file, result) for file, result in found if result.generated]
-    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
     return Run(path, label, rows, sorted(found, key=lambda pair: pair[1].step), recipe)
 
 
@@ -143,7 +144,7 @@ def _shown(run: Run, colour: str) -> dict[str, Any]:
     ]
     source, parents, changes = _changes(run)
     details = [("every setting", flatten(dict(run.recipe)))]
-    machine = run.path / "environment.json"
+    machine = RunPaths(run.path).environment_file
     if machine.is_file():
         details.append(("environment", flatten(json.loads(machine.read_text(encoding="utf-8")))))
     return {
@@ -160,7 +161,7 @@ def _median(rows: Sequence[Row], name: str, form: str) -> str:
 def _changes(run: Run) -> tuple[str | None, list[str], list[dict[str, str]] | None]:
     """The recipe that the run was started with, what it extends, and every setting that it or the command line sets to
     something else than what it extends; (None, [], None) where the run does not say it or the recipe is gone."""
-    source = config.source_of(run.path / "recipe.yaml")
+    source = config.source_of(RunPaths(run.path).recipe_file)
     if source is None:
         return None, [], None
     try:

@@ -26,11 +26,12 @@ from eval.metrics.precision_recall import precision_recall
 from eval.metrics.scores import Scores
 from eval.recipe import EvalRecipe
 from eval.reference import Reference, load_reference
-from eval.results import FILE, Results, ScoringRun
+from eval.results import Results, ScoringRun
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.run_paths import RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,14 @@ def score(
 def default_out(samples: Path) -> Path:
     """The file for the results of `samples`: in a folder of `generate`; beside given images, with their whole name."""
     if (samples / "config.json").is_file():
-        return samples / FILE
+        return samples / RESULTS
     given = samples.resolve()
-    return given.with_name(f"{given.name}.{FILE}")
+    return given.with_name(f"{given.name}.{RESULTS}")
 
 
 def _reference_grid(out: Path) -> Path:
     """The picture of real images that belongs to a file of results."""
-    return out.with_name("reference.png" if out.name == FILE else f"{out.name.removesuffix('.json')}.reference.png")
+    return out.with_name("reference.png" if out.name == RESULTS else f"{out.name.removesuffix('.json')}.reference.png")
 
 
 def _check_replaceable(out: Path, folder: ChunkFolder) -> None:

@@ -17,11 +17,12 @@ from eval.features.extractor import LazyExtractor, make_extractor
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe, LabelFile
 from eval.reference import Reference, load_reference
-from eval.results import FILE, PAIRING, Results
+from eval.results import PAIRING, Results
 from eval.score import score
 from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
+from sfd_scale.runtime.run_paths import RESULTS
 
 logger = logging.getLogger(__name__)
 _COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # loaded and set once
@@ -113,7 +114,7 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
             # The batch that `auto` finds for the first cell is that of all.
             own = generate.with_kept_batch(cell.recipe, folder, *folders)
             generate.generate(own, folder, generate.prepare(own, device, extractor, load))
-            results = score(cell.recipe, folder, folder / FILE, extractor, reference)
+            results = score(cell.recipe, folder, folder / RESULTS, extractor, reference)
         rows.append(Row(cell.settings, results.scores, results.nfe, str(folder)))
         if distributed.is_main():
             _write(rows, len(todo), note, out)
@@ -124,7 +125,7 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
 
 def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference: Reference) -> Results | None:
     """The results of a cell that an earlier start finished, if recipe, weights, features and reference are the same."""
-    if not (folder / FILE).is_file():
+    if not (folder / RESULTS).is_file():
         return None
     results = Results.read(folder)
     samples = results.samples

@@ -13,43 +13,45 @@ from typing import Any
 from eval import generate
 from eval.features.extractor import make_extractor
 from eval.recipe import EvalRecipe
-from eval.results import FILE, TABLE, Results, ScoreRow
+from eval.results import Results, ScoreRow
 from eval.score import score
-from sfd_scale import checkpoint, config, export
-from sfd_scale.recipe import TrainRecipe
+from sfd_scale import config, export
+from sfd_scale.export import WeightsChoice
+from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import write_atomically, write_json
-from sfd_scale.runtime.locks import in_use
+from sfd_scale.runtime.run_paths import RESULTS, EvaluationPaths
 from sfd_scale.training.metrics_writer import log_scores
 
 logger = logging.getLogger(__name__)
 RECIPE, SOURCE = "recipe.json", "checkpoint"
 
 
-def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, once: bool = False) -> None:
-    """Evaluate every checkpoint of `run` that has no results yet, oldest first, until the run's last step.
+def watch(
+    recipe: EvalRecipe, folder: Path, out: Path | None = None, *, interval: float = 60.0, once: bool = False
+) -> None:
+    """Evaluate every checkpoint of a run folder that has no results yet, oldest first, until the run's last step.
 
-    Each step has a folder in `out`, such as step-00001000, with its results.json; `out`/results.jsonl has all of them.
-    A step that a run has trained again, after going back, is evaluated again.
-    In the run folder's evaluations/ the scores go to the W&B run of the training too: by the training itself while it
-    runs, else from here.
+    `out` is evaluations/ in the run folder by default. In it, each step has a folder such as step-00001000 with its
+    results.json; results.jsonl has all of them. A step that was trained again after a rollback is evaluated again.
+    Scores in the default folder also go to the W&B run of the training: the training sends them while it runs,
+    otherwise this command does.
 
     Raises:
-        ValueError: if `run` is no run folder, or `out` has results of other settings.
+        ValueError: if `folder` is not a run folder, or `out` has results of other settings.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"--run: {run} is no run folder (no recipe.yaml in it)")
-    training = config.load(run / "recipe.yaml", TrainRecipe)
-    _check_same(recipe, out)
+    run = RunFolder(folder)
+    training, scores = run.recipe, run.evaluations if out is None else EvaluationPaths(out)
+    _check_same(recipe, scores)
     while True:
         saved = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
-        todo = distributed.broadcast_object([step for step in saved if _scored(out, step) != saved[step]])
+        todo = distributed.broadcast_object([step for step in saved if _scored(scores, step) != saved[step]])
         if todo:
-            # One, then look again: the run may have removed the others meanwhile.
-            _evaluate(recipe, run, out, todo[0], saved[todo[0]])
+            # One at a time: the run may delete the others meanwhile.
+            _evaluate(recipe, run, scores, todo[0], saved[todo[0]])
             if distributed.is_main():
-                write_atomically(out / TABLE, table(out))
-        if distributed.is_main() and not in_use(run):
+                write_atomically(scores.table, table(scores))
+        if distributed.is_main() and not run.in_use:
             log_scores(run, training.wandb)
         if todo:
             continue
@@ -58,33 +60,33 @@ def watch(recipe: EvalRecipe, run: Path, out: Path, *, interval: float = 60.0, o
         time.sleep(interval)
 
 
-def saved_steps(run: Path) -> dict[int, str]:
-    """Steps of the committed checkpoints, ascending, with the identity of each."""
+def saved_steps(run: RunFolder) -> dict[int, str]:
+    """The steps of the whole checkpoints, ascending, with the hash of each."""
     found: dict[int, str] = {}
-    for folder in checkpoint.committed(run / "checkpoints"):
+    for checkpoint in run.checkpoints:
         try:
-            found[int(checkpoint.read_state(folder)["step"])] = checkpoint.checkpoint_hash(folder)
+            found[int(checkpoint.state["step"])] = checkpoint.hash
         except (ValueError, OSError):
-            if (folder / "COMMIT").is_file():
-                raise
-    return found  # without those that a training has pruned meanwhile
+            if checkpoint.is_whole:
+                raise  # otherwise the training has deleted it since
+    return found
 
 
-def _scored(out: Path, step: int) -> str | None:
-    """The identity of the checkpoint whose scores a step has."""
-    folder = out / f"step-{step:08d}"
-    if not (folder / FILE).is_file() or not (folder / SOURCE).is_file():
+def _scored(out: EvaluationPaths, step: int) -> str | None:
+    """The hash of the checkpoint that the scores of a step belong to."""
+    folder = out.step(step)
+    if not (folder / RESULTS).is_file() or not (folder / SOURCE).is_file():
         return None
     return (folder / SOURCE).read_text(encoding="utf-8")
 
 
-def _check_same(recipe: EvalRecipe, out: Path) -> None:
+def _check_same(recipe: EvalRecipe, out: EvaluationPaths) -> None:
     """One table holds scores of one recipe: whatever changes a score, other than the checkpoint, is that of before.
 
     Raises:
         ValueError: naming the settings that differ.
     """
-    file = out / RECIPE
+    file = out.path / RECIPE
     now: dict[str, Any] = config.settings_affecting_results(recipe)
     del now["checkpoint"]
     if not distributed.broadcast_object(file.is_file()):
@@ -94,11 +96,11 @@ def _check_same(recipe: EvalRecipe, out: Path) -> None:
     before = json.loads(file.read_text(encoding="utf-8"))
     if different := config.differences(before, now):
         names = ", ".join(different)
-        raise ValueError(f"{out}: its scores are of another recipe ({names} differ); choose another --out")
+        raise ValueError(f"{out.path}: its scores are of another recipe ({names} differ); choose another --out")
 
 
-def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str) -> None:
-    folder = out / f"step-{step:08d}"
+def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: int, identity: str) -> None:
+    folder = out.step(step)
     weights, source = folder / "model.safetensors", folder / SOURCE
     gone = None
     if distributed.is_main() and not (source.is_file() and source.read_text(encoding="utf-8") == identity):
@@ -109,7 +111,7 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str
         write_atomically(source, identity)
     if distributed.is_main() and not weights.is_file():
         try:
-            export.export(run, weights, step=step)
+            export.export(run.path, weights, WeightsChoice(step=step))
         except (ValueError, OSError) as error:
             if step in saved_steps(run):
                 raise
@@ -120,16 +122,16 @@ def _evaluate(recipe: EvalRecipe, run: Path, out: Path, step: int, identity: str
         return
     device = distributed.device()
     own = dataclasses.replace(recipe, checkpoint=weights)
-    own = generate.with_kept_batch(own, folder, *sorted(out.glob("step-*")))
+    own = generate.with_kept_batch(own, folder, *out.step_folders())
     extractor = make_extractor(own.extractor, device)
     generate.generate(own, folder, generate.prepare(own, device, extractor))
-    results = score(own, folder, folder / FILE, extractor)
+    results = score(own, folder, folder / RESULTS, extractor)
     if distributed.is_main():
         weights.unlink()  # the run has it: a series of checkpoints would fill the disk
-        logger.info("%s, step %d: FID %.4g", run, step, results.scores.fid)
+        logger.info("%s, step %d: FID %.4g", run.path, step, results.scores.fid)
 
 
-def table(out: Path) -> str:
-    """All results below `out` as lines of JSON, by step."""
-    rows = [ScoreRow.of(Results.read(file)) for file in sorted(out.glob(f"step-*/{FILE}"))]
+def table(out: EvaluationPaths) -> str:
+    """One line of JSON for each results.json below `out`, in the order of the steps."""
+    rows = [ScoreRow.of(Results.read(file)) for file in out.results_files()]
     return "".join(f"{json.dumps(row.as_json())}\n" for row in rows)

@@ -80,7 +80,7 @@ def export(
     hub_folder: Annotated[
         Path | None, typer.Option(help="In its place, a folder for the Hugging Face hub, with a model card.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="ema or params.")] = "ema",
+    weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params.")] = "ema",
     step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
     initial: Annotated[
         bool, typer.Option("--initial", help="The untrained weights that the run started from.")
@@ -94,19 +94,20 @@ def export(
     A name that ends in .pt gives a file for the authors' code: both sets of weights and Adam's moments.
     """
     from sfd_scale import hub, official
+    from sfd_scale.export import WeightsChoice
     from sfd_scale.export import export as export_run
 
-    which = {"weights": weights, "step": step, "initial": initial, "ema_length": ema_length}
+    choice = WeightsChoice(weights=weights, step=step, initial=initial, ema_length=ema_length)
     if (out is None) == (hub_folder is None):
         raise ValueError("--out: a file to write, or --hub-folder in its place; give one of the two")
     if hub_folder is not None:
-        hub.write_folder(run, hub_folder, **which)
+        hub.write_folder(run, hub_folder, choice)
     elif out is not None and out.suffix == ".pt":
         if weights != "ema" or initial or ema_length is not None:
             raise ValueError("--weights, --initial, --ema-length: not for .pt, which holds what the run has")
         official.export_official(run, out, step)
     elif out is not None:
-        export_run(run, out, **which)  # type: ignore[arg-type]
+        export_run(run, out, choice)
 
 
 @app.command("import")

@@ -29,7 +29,7 @@ from sfd_scale.models.semantic_vae import SemanticVAEConfig
 from sfd_scale.planning.costs import memory_per_rank
 from sfd_scale.planning.footprint import Footprint, trace
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runs import check_state, claim, trajectory
+from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches, decisive_settings
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from sfd_scale.runtime.device import peak_flops
@@ -73,23 +73,25 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: s
             size.
     """
     # Before the process group, so that a start that hangs is recorded too.
-    with HangDump(run / "logs", recipe.train.timeout_s) as hangs:
+    with HangDump(RunFolder(run).logs_folder, recipe.train.timeout_s) as hangs:
         distributed.init(recipe.train.timeout_s)
         with run_lock(run):
-            return _train(recipe, run, source, hangs, allow_foreign)
+            return _train(recipe, RunFolder(run), source, hangs, allow_foreign)
 
 
-def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangDump, allow_foreign: bool) -> bool:
+def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangDump, allow_foreign: bool) -> bool:
     split = split_batch(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
     reader = make_reader(recipe, split)
     own = compatibility(recipe, reader)
     check_texture(recipe, reader)
 
     def check(state: Mapping[str, Any]) -> None:
-        check_state(own, state, run, allow_foreign=allow_foreign, any_stats=recipe.data.allow_stats_mismatch)
+        check_checkpoint_matches(
+            own, state, run, allow_foreign=allow_foreign, allow_stats_mismatch=recipe.data.allow_stats_mismatch
+        )
 
     model = make_model(recipe)
-    checkpoints = CheckpointManager(run / "checkpoints", recipe.checkpoint)
+    checkpoints = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
     if recipe.init_from is not None and checkpoints.latest() is None:
         model.load_state_dict(start_weights(recipe.init_from.path, recipe.init_from.weights, model), strict=False)
     engine = make_engine(model, recipe)
@@ -98,9 +100,9 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangDump, 
     attention.activate(recipe.attention, engine.device, *_head(recipe))
     objective = make_objective(recipe, reader, engine.device)
     facts = _facts(recipe, split, engine, reader)
-    claim(run, recipe, source, facts, allow_foreign)
+    begin(run, recipe, source, facts, allow_foreign=allow_foreign)
     writer = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
-    profiler = StepProfiler(recipe.profile, run / "profile", engine.device)
+    profiler = StepProfiler(recipe.profile, run.profile_folder, engine.device)
 
     def before_step(step: int) -> None:
         hangs.alive()
@@ -123,7 +125,7 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangDump, 
         check_state=check,
         before_step=before_step,
     )
-    log_summary(recipe.name, {**facts, "run folder": run})
+    log_summary(recipe.name, {**facts, "run folder": run.path})
     try:
         exact = no_tf32() if recipe.engine.precision == "fp32" else contextlib.nullcontext()
         with exact, bf16_matmul_on_cpu(engine.device):
@@ -137,11 +139,11 @@ def _train(recipe: TrainRecipe, run: Path, source: str | None, hangs: HangDump, 
     return finished
 
 
-def _snapshots(recipe: TrainRecipe, run: Path) -> CheckpointManager | None:
+def _snapshots(recipe: TrainRecipe, run: RunFolder) -> CheckpointManager | None:
     if recipe.ema.snapshot_every is None:
         return None
     every = CheckpointConfig(every=recipe.ema.snapshot_every, keep_last=None, background=recipe.checkpoint.background)
-    return CheckpointManager(run / "snapshots", every, parts=power_averages, replace=True)
+    return CheckpointManager(run.snapshots_folder, every, parts=power_averages, replace=True)
 
 
 def make_model(recipe: TrainRecipe) -> nn.Module:
@@ -276,7 +278,7 @@ def reader_kind(recipe: TrainRecipe) -> type[Reader]:
 
 def compatibility(recipe: TrainRecipe, reader: Reader) -> dict[str, Any]:
     """What every checkpoint records, and what a resumed run has to share with it."""
-    return {"recipe": trajectory(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
+    return {"recipe": decisive_settings(recipe), "data": reader.fingerprint, "stats_hash": _stats_hash(reader)}
 
 
 def _facts(recipe: TrainRecipe, split: BatchSplit, engine: Engine, reader: Reader) -> dict[str, str]:

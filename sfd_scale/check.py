@@ -16,12 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale import checkpoint
 from sfd_scale.build import make_objective, make_reader, make_targets
+from sfd_scale.checkpoint import Checkpoint, load_weights
 from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.export import EXPORT_KEY
 from sfd_scale.models.make import bare_model
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import split_batch
 from sfd_scale.runtime.progress import progress
@@ -171,11 +172,11 @@ def decoded_cosine(recipe: TrainRecipe, samples: int = 2048) -> tuple[float, flo
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of a checkpoint, and what it records of its training."""
     if path.is_file():
-        weights = checkpoint.load_weights(path)
+        weights = load_weights(path)
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
         return weights, json.loads(metadata[EXPORT_KEY]) if EXPORT_KEY in metadata else {}
-    whole = [path] if (path / "COMMIT").is_file() else checkpoint.committed(path / "checkpoints")
+    whole = [Checkpoint(path)] if Checkpoint(path).is_whole else RunFolder(path).checkpoints
     if not whole:
         raise ValueError(f"--checkpoint: {path}; allowed: a run folder, a checkpoint of one, or a file of `sfd export`")
-    return checkpoint.load_weights(whole[-1], "params"), checkpoint.read_state(whole[-1])
+    return whole[-1].weights("params"), whole[-1].state

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from sfd_scale import checkpoint, config
+from sfd_scale import checkpoint as checkpoints
+from sfd_scale import config
 from sfd_scale.build import make_model, make_reader
 from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import open_run
 from sfd_scale.runtime.batch_split import split_batch
 from sfd_scale.training.objective import SemanticFirstConfig
 
@@ -23,58 +26,61 @@ TEXTURE = "texture.safetensors"  # the texture codec's weights in a folder for t
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
 
 
-def export(
-    run: Path, out: Path, *, weights: str = "ema", step: int | None = None, initial: bool = False,
-    ema_length: float | None = None,
-) -> Path:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class WeightsChoice:
+    """Which weights of a run to export."""
+
+    weights: Literal["ema", "params"] = "ema"  # averaged, or raw
+    step: int | None = None  # a saved step; None: the newest
+    initial: bool = False  # the weights before training, drawn anew from the seed
+    ema_length: float | None = None  # sigma_rel of a post-hoc average (arXiv 2312.02696)
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "params"):
+            raise ValueError(f"--weights: {self.weights!r}; allowed: ema, params")
+        if self.ema_length is not None and (self.weights != "ema" or self.initial):
+            raise ValueError("--ema-length: with --weights params or --initial; allowed with averaged weights only")
+
+
+def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path:
     """Write the weights of a run, with the settings that sampling needs, as one safetensors file.
 
     Args:
-        run: a run folder, or one checkpoint folder of it.
-        step: a saved step; the newest if None.
-        initial: the weights before training, drawn anew from the seed.
-        ema_length: sigma_rel of the average, made from the power-function averages that the run kept.
-    """
-    if ema_length is not None and (weights != "ema" or initial):
-        raise ValueError("--ema-length: with --weights params or --initial; allowed with averaged weights only")
-    if weights not in ("ema", "params"):
-        raise ValueError(f"--weights: {weights!r}; allowed: ema, params")
-    folder, recipe = run_of(run)
-    reader = latent_reader(recipe)
-    stats, tokenizers = (None, None) if reader is None else (reader.stats, reader.manifest.tokenizers)
-    if initial:
-        note = note_of(recipe, 0, stats, tokenizers)
-        weights_now = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
-        return checkpoint.save_weights(weights_now, out, {EXPORT_KEY: json.dumps(note)})
-    if ema_length is not None:
-        at = checkpoint.read_state(run)["step"] if run != folder else step
-        tensors, averaged, error = checkpoint.reconstruct(folder, ema_length, at)
-        note = note_of(recipe, averaged, stats, tokenizers)
-        note["ema_length"], note["ema_fit_error"] = ema_length, error
-        text = "%s: averaged with sigma_rel %g at step %d; its profile is met to within %.2g"
-        logger.log(logging.WARNING if error > 0.05 else logging.INFO, text, out, ema_length, averaged, error)
-        return checkpoint.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": weights})
-    found = checkpoint_of(run, folder, step)
-    state = checkpoint.read_state(found)
-    note = note_of(recipe, state["step"], stats, tokenizers) | {"loss_by_clock": state.get("loss_by_clock")}
-    note["weights"] = weights
-    path = checkpoint.export_weights(
-        found, out, "ema" if weights == "ema" else "params", {EXPORT_KEY: json.dumps(note)}
-    )
-    logger.info("%s: %s weights of %s", path, weights, found)
-    return path
-
-
-def run_of(path: Path) -> tuple[Path, TrainRecipe]:
-    """The run folder that `path` is, or is a checkpoint of, and its recipe.
+        source: a run folder, or the folder of one checkpoint.
+        choice: the averaged weights of the newest step by default.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the run lacks such weights.
     """
-    folder = path.parent.parent if path.name.startswith("step-") else path
-    if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{path}: neither a run folder nor a checkpoint of one (no recipe.yaml)")
-    return folder, config.load(folder / "recipe.yaml", TrainRecipe)
+    choice = WeightsChoice() if choice is None else choice
+    run, checkpoint = open_run(source)
+    if checkpoint is not None and choice.step not in (None, checkpoint.step):
+        raise ValueError(f"--step: {choice.step}, but {source} is one checkpoint; give the run folder")
+    recipe = run.recipe
+    reader = latent_reader(recipe)
+    stats, tokenizers = (None, None) if reader is None else (reader.stats, reader.manifest.tokenizers)
+    if choice.initial:
+        note = note_of(recipe, 0, stats, tokenizers)
+        initial = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
+        return checkpoints.save_weights(initial, out, {EXPORT_KEY: json.dumps(note)})
+    if choice.ema_length is not None:
+        at = choice.step if checkpoint is None else checkpoint.step
+        tensors, step, error = checkpoints.reconstruct(run, choice.ema_length, at)
+        note = note_of(recipe, step, stats, tokenizers)
+        note |= {"ema_length": choice.ema_length, "ema_fit_error": error}
+        level = logging.WARNING if error > 0.05 else logging.INFO
+        logger.log(
+            level, "%s: post-hoc EMA with sigma_rel %g at step %d; relative error of its profile: %.2g", out,
+            choice.ema_length, step, error,
+        )  # fmt: skip
+        return checkpoints.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": choice.weights})
+    checkpoint = run.checkpoint(choice.step) if checkpoint is None else checkpoint
+    state = checkpoint.state
+    note = note_of(recipe, state["step"], stats, tokenizers)
+    note |= {"loss_by_clock": state.get("loss_by_clock"), "weights": choice.weights}
+    path = checkpoints.export_weights(checkpoint, out, choice.weights, {EXPORT_KEY: json.dumps(note)})
+    logger.info("%s: %s weights of %s", path, choice.weights, checkpoint.path)
+    return path
 
 
 def latent_reader(recipe: TrainRecipe) -> LatentLoader | None:
@@ -95,18 +101,6 @@ def note_of(
         note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
         note["stats_hash"], note["tokenizers"] = stats.hash, tokenizers
     return note
-
-
-def checkpoint_of(run: Path, folder: Path, step: int | None) -> Path:
-    """`run`, if it is a checkpoint; else the checkpoint of that step, or the newest of the run folder."""
-    if run != folder:
-        return run
-    by_step = {checkpoint.read_state(path)["step"]: path for path in checkpoint.committed(folder / "checkpoints")}
-    if not by_step:
-        raise ValueError(f"{folder}: no whole checkpoint in it yet")
-    if step is not None and step not in by_step:
-        raise ValueError(f"--step: {step}; saved in {folder}: {sorted(by_step)}")
-    return by_step[max(by_step) if step is None else step]
 
 
 def read_note(path: Path) -> dict[str, Any]:

@@ -15,37 +15,42 @@ from eval.metrics.scores import SCORES, Score
 from eval.results import Results
 from sfd_scale import config, export
 from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.export import WeightsChoice
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import open_run
 from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.run_paths import RECIPE, RESULTS
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CARD = "model.safetensors", "README.md"
-_CITATION = """@article{sfd2025,
-  title  = {Semantic-First Diffusion},
-  note   = {arXiv:2512.04926},
-  year   = {2025}
+_CITATION = """@article{pan2025semantics,
+  title   = {Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion},
+  author  = {Pan, Yueming and Feng, Ruoyu and Dai, Qi and Wang, Yuqi and Lin, Wenfeng and Guo, Mingyu and Luo, Chong and
+             Zheng, Nanning},
+  journal = {arXiv preprint arXiv:2512.04926},
+  year    = {2025}
 }"""
 
 
-def write_folder(run: Path, folder: Path, **which: Any) -> Path:
-    """Export the weights of a run into `folder`, with all that others need to draw images from them.
+def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None) -> Path:
+    """Export the weights of a run into `folder`, with everything that others need to draw images from them.
 
     Args:
-        which: the arguments of `exports.export` that choose the weights.
+        source, choice: see `export.export`.
 
     Raises:
-        ValueError: see `exports.export`; or where `folder` holds other files than those of an earlier call.
+        ValueError: see `export.export`; or if `folder` holds files other than those of an earlier call.
     """
-    own = (WEIGHTS, CARD, "recipe.yaml", "config.json", "stats.safetensors", "texture.safetensors", "results.json")
+    own = (WEIGHTS, CARD, RECIPE, "config.json", "stats.safetensors", export.TEXTURE, RESULTS)
     if folder.exists() and (other := sorted({file.name for file in folder.iterdir()} - {*own, "samples.png", ".git"})):
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
-    weights = export.export(run, folder / WEIGHTS, **which)
+    weights = export.export(source, folder / WEIGHTS, choice)
     for name in {*own, "samples.png"} - {WEIGHTS}:
         (folder / name).unlink(missing_ok=True)  # of the weights of an earlier call
     note = export.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
-    write_atomically(folder / "recipe.yaml", config.to_yaml(recipe))
+    write_atomically(folder / RECIPE, config.to_yaml(recipe))
     if "stats" in note:
         stats = {name: torch.tensor(note["stats"][name], dtype=torch.float64) for name in ("mean", "std")}
         LatentStats(**stats).save(folder / "stats.safetensors")
@@ -56,9 +61,9 @@ def write_folder(run: Path, folder: Path, **which: Any) -> Path:
     write_json(folder / "config.json", _config(recipe, note))
     # `watch` scores the plain average: its numbers are not those of other weights of the step.
     plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
-    results = _results(run, note["step"]) if plain else None
+    results = _results(source, note["step"]) if plain else None
     if results is not None:
-        shutil.copyfile(results, folder / "results.json")
+        shutil.copyfile(results, folder / RESULTS)
         if (grid := results.with_name("grid.png")).is_file():
             shutil.copyfile(grid, folder / "samples.png")
     write_atomically(folder / CARD, _card(recipe, note, folder))
@@ -71,15 +76,15 @@ def _config(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, Any]:
     return {"library_name": "sfd-scale", "model_type": recipe.model.kind, **model, "step": note["step"]}
 
 
-def _results(run: Path, step: int) -> Path | None:
+def _results(source: Path, step: int) -> Path | None:
     """The results.json that `python -m eval watch` wrote for the step."""
-    folder = run.parent.parent if run.name.startswith("step-") else run
-    file = folder / "evaluations" / f"step-{step:08d}" / "results.json"
+    run, _ = open_run(source)
+    file = run.evaluations.step(step) / RESULTS
     return file if file.is_file() else None
 
 
 def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
-    results = Results.read(folder) if (folder / "results.json").is_file() else None
+    results = Results.read(folder) if (folder / RESULTS).is_file() else None
     head: dict[str, Any] = {
         "library_name": "sfd-scale",
         "pipeline_tag": "unconditional-image-generation",

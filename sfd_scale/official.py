@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sfd_scale import build, checkpoint, config, export, runs
-from sfd_scale.checkpoint import CheckpointManager
-from sfd_scale.checkpoint.boxes import PARAMS_PART
-from sfd_scale.checkpoint.folder import committed
+from sfd_scale.checkpoint import Checkpoint, CheckpointManager
+from sfd_scale.checkpoint.boxes import EXP_AVG_PART, EXP_AVG_SQ_PART, PARAMS_PART
 from sfd_scale.checkpoint.official_checkpoint import (
     AdamMoments,
     Architecture,
@@ -33,6 +32,7 @@ from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.engines import ema
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import RunFolder
 from sfd_scale.runtime.files import sha256
 from sfd_scale.runtime.locks import run_lock
 from sfd_scale.runtime.weight_files import State
@@ -101,20 +101,18 @@ def import_weights(
     return path
 
 
-def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = ()) -> Path:
+def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = ()) -> Checkpoint:
     """Make a run folder that `sfd train` goes on from: weights, both moments, average and step of an authors' file.
 
     Args:
         stats: if given, the statistics that the recipe's data has to have.
 
-    Returns:
-        The folder of the checkpoint.
-
     Raises:
         ValueError: if something is missing or does not fit, or the folder holds a run already.
     """
-    if committed(run / "checkpoints"):
-        raise ValueError(f"--run: {run} holds a run already; allowed: a new folder")
+    run = RunFolder(folder)
+    if run.checkpoints:
+        raise ValueError(f"--run: {run.path} holds a run already; allowed: a new folder")
     if recipe.ema.lengths:
         raise ValueError(f"ema.lengths: {recipe.ema.lengths}; allowed: none, as the authors' files hold one average")
     content = read_official(file, optimizer=True)
@@ -131,16 +129,16 @@ def import_run(file: Path, run: Path, recipe: TrainRecipe, *, stats: Sequence[Pa
             "training"
         )
     origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
-    with run_lock(run):
-        runs.claim(run, recipe, None, origin, allow_foreign=False)
-        manager = CheckpointManager(run / "checkpoints", recipe.checkpoint)
+    with run_lock(run.path):
+        runs.begin(run, recipe, None, origin, allow_foreign=False)
+        manager = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
         parts = {PARAMS_PART: params, ema.PART: average}
-        parts |= {"optim.exp_avg": moments.exp_avg, "optim.exp_avg_sq": moments.exp_avg_sq}
+        parts |= {EXP_AVG_PART: moments.exp_avg, EXP_AVG_SQ_PART: moments.exp_avg_sq}
         watch = DivergenceWatch(recipe.divergence, run).state()
         state = {**build.compatibility(recipe, reader), "divergence": watch, "wandb_id": None, **origin}
-        path = manager.save_whole(moments.steps, parts, moments.steps, state)
-    logger.info("%s: %s, with Adam's moments after %d updates", path, file, moments.steps)
-    return path
+        saved = manager.save_whole(moments.steps, parts, moments.steps, state)
+    logger.info("%s: %s, with Adam's moments after %d updates", saved.path, file, moments.steps)
+    return saved
 
 
 def _fitted(content: OfficialCheckpoint, state: State, recipe: TrainRecipe, file: Path) -> State:
@@ -233,11 +231,11 @@ def export_official(source: Path, out: Path, step: int | None = None) -> Path:
         names = _full(checkpoint.load_weights(source), recipe)
         write_official(out, ema=names, config=_official_config(recipe))
     else:
-        folder, recipe = export.run_of(source)
-        found = export.checkpoint_of(source, folder, step)
-        average, params = (_full(checkpoint.load_weights(found, part), recipe) for part in ("ema", "params"))
-        first, second = checkpoint.load_weights(found, "exp_avg"), checkpoint.load_weights(found, "exp_avg_sq")
-        moments = AdamMoments(first, second, checkpoint.read_state(found)["optimizer_steps"])
+        run, saved = runs.open_run(source)
+        recipe = run.recipe
+        saved = run.checkpoint(step) if saved is None else saved
+        average, params = (_full(saved.weights(name), recipe) for name in ("ema", "params"))
+        moments = AdamMoments(saved.weights("exp_avg"), saved.weights("exp_avg_sq"), saved.state["optimizer_steps"])
         opt = optimizer_state(
             params, moments, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps,
             weight_decay=recipe.optimizer.weight_decay,

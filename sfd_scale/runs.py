@@ -1,4 +1,4 @@
-"""A run folder: what it says of its run, and what a run that resumes from its checkpoints has to share with them."""
+"""A run folder, and the settings that a resumed run has to share with its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,39 +6,98 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sfd_scale import config
-from sfd_scale.checkpoint import committed
-from sfd_scale.checkpoint.folder import step_of
+from sfd_scale.checkpoint import Checkpoint, whole_checkpoints
 from sfd_scale.engines.optim import learning_rate
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import distributed, locks
 from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.run_paths import RECIPE, RunPaths, step_of
 
 logger = logging.getLogger(__name__)
 
 
-def claim(run: Path, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], allow_foreign: bool) -> None:
-    """Write what runs in the run folder, and where. Rank 0 writes.
+@dataclass(frozen=True)
+class RunFolder(RunPaths):
+    """A run on disk: its paths, its recipe and its checkpoints. Every access reads the folder anew."""
+
+    @property
+    def recipe(self) -> TrainRecipe:
+        """The resolved recipe.
+
+        Raises:
+            ValueError: if this is no run folder, or the recipe is not valid.
+        """
+        if not self.recipe_file.is_file():
+            raise ValueError(f"{self.path}: not a run folder (no {RECIPE} in it)")
+        return config.load(self.recipe_file, TrainRecipe)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The whole checkpoints, oldest first."""
+        return whole_checkpoints(self.checkpoints_folder)
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """The whole checkpoint of a step; the newest without one.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        by_step = {checkpoint.step: checkpoint for checkpoint in self.checkpoints}
+        if not by_step:
+            raise ValueError(f"{self.path}: no whole checkpoint in it yet")
+        if step is not None and step not in by_step:
+            raise ValueError(f"--step: {step}; saved in {self.path}: {sorted(by_step)}")
+        return by_step[max(by_step) if step is None else step]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a job of another process trains in the folder now."""
+        return locks.in_use(self.path)
+
+
+def open_run(path: Path) -> tuple[RunFolder, Checkpoint | None]:
+    """The run folder at `path`; or, for the folder of a checkpoint, its run and that checkpoint.
 
     Raises:
-        ValueError: if its checkpoints are of another recipe, whose files are left as they are.
+        ValueError: if it is neither.
     """
-    if whole := committed(run / "checkpoints"):
-        check_recipe(recipe, run, step_of(whole[-1]) or 0, allow_foreign=allow_foreign)
+    is_step = step_of(path) is not None
+    run = RunFolder(path.parent.parent if is_step else path)
+    if not run.recipe_file.is_file():
+        raise ValueError(f"{path}: neither a run folder nor a checkpoint of one (no {RECIPE})")
+    return run, Checkpoint(path) if is_step else None
+
+
+def begin(
+    run: RunFolder, recipe: TrainRecipe, source: str | None, facts: Mapping[str, str], *, allow_foreign: bool
+) -> None:
+    """Write recipe.yaml and environment.json. Rank 0 writes; all ranks have to call it.
+
+    Args:
+        source: the name or file of the recipe, for readers of the folder.
+        facts: what the run is, in words.
+
+    Raises:
+        ValueError: if the folder's checkpoints are of another recipe. Its files stay as they are.
+    """
+    if whole := run.checkpoints:
+        check_recipe_matches(recipe, run, whole[-1].step, allow_foreign=allow_foreign)
     distributed.barrier()
     if distributed.is_main():
-        write_atomically(run / "recipe.yaml", config.with_source(config.to_yaml(recipe), source))
-        write_json(run / "environment.json", {**environment(), "run": facts})
+        write_atomically(run.recipe_file, config.with_source(config.to_yaml(recipe), source))
+        write_json(run.environment_file, {**environment(), "run": facts})
     distributed.barrier()
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine; no environment variables, which hold secrets."""
+    """Versions and machine. Environment variables are left out: they hold secrets."""
     packages = ("sfd-scale", "torch", "deepspeed", "mosaicml-streaming", "numpy", "wandb", "torch-fidelity")
     return {
         "python": platform.python_version(),
@@ -56,28 +115,31 @@ _DECISIVE = ("seed", "model", "objective", "latents", "schedule", "optimizer", "
 _DECISIVE_PARTS = {"global_batch": "train", "precision": "engine", "grad_clip": "engine", "float8": "engine"}
 
 
-def trajectory(recipe: TrainRecipe) -> dict[str, Any]:
-    """The settings that decide the loss curve, which a resumed run may not change. Engine, portions, logging,
-    retention and where things are may change."""
+def decisive_settings(recipe: TrainRecipe) -> dict[str, Any]:
+    """The settings that decide the loss curve. A resumed run has to keep them; it may change engine, micro-batch,
+    logging, retention and paths."""
     return _decisive(config.to_dict(recipe))
 
 
-def check_recipe(recipe: TrainRecipe, run: Path, step: int, *, allow_foreign: bool) -> None:
-    """Compare with the recipe.yaml of a run, perhaps of another release, that has come to `step`.
+def check_recipe_matches(recipe: TrainRecipe, run: RunFolder, step: int, *, allow_foreign: bool) -> None:
+    """Compare the recipe with the recipe.yaml of a run that is at `step`, perhaps of an older release.
 
-    Other `train.steps` are those of another recipe where the learning rate at this step would be another, too.
+    A different `train.steps` matters only if it changes the learning rate at this step.
+
+    Args:
+        allow_foreign: log the differences as a warning instead of raising an error.
 
     Raises:
         ValueError: naming every setting that differs, with both values; or if the file cannot be read.
     """
-    written = config.with_defaults(TrainRecipe, config.tree(run / "recipe.yaml"))
-    own, stored = {"recipe": trajectory(recipe)}, {"recipe": _decisive(written)}
+    written = config.with_defaults(TrainRecipe, config.tree(run.recipe_file))
+    own, stored = {"recipe": decisive_settings(recipe)}, {"recipe": _decisive(written)}
     before = config.flatten(written).get("train.steps")
     if isinstance(before, int) and step > 0 and own == stored:
         now, then = (learning_rate(1.0, recipe.lr, step, steps) for steps in (recipe.train.steps, before))
         if now != then:
             own["recipe"]["steps"], stored["recipe"]["steps"] = recipe.train.steps, before
-    check_same(own, stored, run, allow_foreign)
+    _refuse_differences(own, stored, run, allow_foreign)
 
 
 def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,45 +148,47 @@ def _decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **{name: flat.get(f"{part}.{name}") or None for name, part in _DECISIVE_PARTS.items()}}
 
 
-def check_state(
-    own: Mapping[str, Any], state: Mapping[str, Any], run: Path, *, allow_foreign: bool = False, any_stats: bool = False
-) -> None:
-    """Compare what a checkpoint records with `own`, what it would record now.
+def check_checkpoint_matches(
+    own: Mapping[str, Any], state: Mapping[str, Any], run: RunFolder, *, allow_foreign: bool = False,
+    allow_stats_mismatch: bool = False,
+) -> None:  # fmt: skip
+    """Compare the state of a checkpoint with `own`, the record that this run would save (`build.compatibility`).
 
     Args:
-        allow_foreign: warn, and name the differences, in place of the error.
-        any_stats: other statistics of the latents are a warning too.
+        allow_foreign: log the differences as a warning instead of raising an error.
+        allow_stats_mismatch: the same for other statistics of the latents alone.
 
     Raises:
         ValueError: naming every setting that differs, with both values.
     """
-    if any_stats and state.get("stats_hash") != own["stats_hash"]:
+    if allow_stats_mismatch and state.get("stats_hash") != own["stats_hash"]:
         logger.warning("statistics %s, in the checkpoint %s", own["stats_hash"], state.get("stats_hash"))
         own = {key: value for key, value in own.items() if key != "stats_hash"}
     stored = {key: state[key] for key in own if key in state}
     if isinstance(stored.get("recipe"), Mapping):
         filled = config.with_defaults(TrainRecipe, stored["recipe"])
         whole = {key: filled[key] for key in _DECISIVE if key in filled}
-        # Of these an older release has recorded some; its recipe.yaml has all.
+        # Older releases recorded only some of these. `check_recipe_matches` compares all of them.
         parts = {key: own["recipe"][key] for key in _DECISIVE_PARTS if key not in stored["recipe"]}
         stored["recipe"] = {**stored["recipe"], **parts, **whole}
-    check_same(own, stored, run, allow_foreign)
+    _refuse_differences(own, stored, run, allow_foreign)
 
 
-def check_same(own: Mapping[str, Any], stored: Mapping[str, Any], run: Path, allow_foreign: bool) -> None:
-    """Compare nested plain data, defaults filled in; see `check_state`."""
+def _refuse_differences(own: Mapping[str, Any], stored: Mapping[str, Any], run: RunFolder, allow_foreign: bool) -> None:
+    """Compare nested plain data, with the defaults filled in."""
     different = config.differences(own, stored)
     if not different:
         return
     if different.keys() == {"stats_hash"} and not allow_foreign:
         raise ValueError(
-            f"{run}: its checkpoints are of other statistics of the latents ({stored.get('stats_hash')}) than these "
-            f"({own.get('stats_hash')}); give the data.stats that it was begun with, or data.allow_stats_mismatch=true"
+            f"{run.path}: its checkpoints are of other latent statistics ({stored.get('stats_hash')}) than the data "
+            f"({own.get('stats_hash')}); set data.stats to the statistics that the run began with, or "
+            "data.allow_stats_mismatch=true"
         )
     listed = "; ".join(f"{n}: {now!r}, in the checkpoint {before!r}" for n, (now, before) in different.items())
     if not allow_foreign:
         raise ValueError(
-            f"{run} holds a run of another recipe ({listed}); give another --run, or that recipe, or "
+            f"{run.path} holds a run of another recipe ({listed}); give another --run, or that recipe, or "
             "--allow-foreign to go on with this one"
         )
-    logger.warning("%s goes on under another recipe: %s", run, listed)
+    logger.warning("%s goes on under another recipe: %s", run.path, listed)

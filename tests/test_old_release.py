@@ -29,7 +29,7 @@ from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import NoGuidance, guided
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.recipe import EncodeRecipe, TrainRecipe
-from sfd_scale.runs import check_recipe
+from sfd_scale.runs import RunFolder, check_recipe_matches
 from sfd_scale.sample import load_for_sampling, sample_grid
 from tests.helpers.encoded import files
 from tests.helpers.ranks import run_alone
@@ -203,11 +203,11 @@ def test_the_recipe_of_a_run_is_read_setting_by_setting(old: Path, run: str) -> 
 
 def test_the_same_recipe_is_the_same_run(old: Path) -> None:
     own = config.load("recipes/sfd.yaml", TrainRecipe, ["train.steps=6"])
-    check_recipe(own, Path("run"), 4, allow_foreign=False)
-    check_recipe(own, Path("run_zero1"), 2, allow_foreign=False)
+    check_recipe_matches(own, RunFolder(Path("run")), 4, allow_foreign=False)
+    check_recipe_matches(own, RunFolder(Path("run_zero1")), 2, allow_foreign=False)
     other = config.load("recipes/sfd.yaml", TrainRecipe, ["optimizer.lr=0.5"])
     with pytest.raises(ValueError, match=r"another recipe \(recipe\.optimizer\.lr: 0\.5, in the checkpoint 0\.01\)"):
-        check_recipe(other, Path("run"), 4, allow_foreign=False)
+        check_recipe_matches(other, RunFolder(Path("run")), 4, allow_foreign=False)
 
 
 def test_checkpoints_hold_the_same_weights_and_moments(old: Path, expected: dict[str, Any]) -> None:
@@ -216,7 +216,7 @@ def test_checkpoints_hold_the_same_weights_and_moments(old: Path, expected: dict
     average = checkpoint.load_weights(checkpoint_folder("run", 4), "ema")
     assert exported.keys() == average.keys() and all(torch.equal(exported[name], average[name]) for name in average)
     for run, steps in CHECKPOINTS.items():
-        assert [checkpoint.read_state(checkpoint_folder(run, s))["optimizer_steps"] for s in steps] == list(steps)
+        assert [checkpoint.Checkpoint(checkpoint_folder(run, s)).state["optimizer_steps"] for s in steps] == list(steps)
 
 
 @pytest.mark.parametrize("run", CHECKPOINTS)

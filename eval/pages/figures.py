@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sfd_scale.runtime.run_paths import RunPaths
+
 logger = logging.getLogger(__name__)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -34,7 +36,7 @@ def read_metrics(run: Path) -> list[Row]:
     Raises:
         ValueError: if the run folder has none.
     """
-    file = run / "metrics.jsonl"
+    file = RunPaths(run).metrics_file
     if not file.is_file():
         raise ValueError(f"{run}: no run folder (no metrics.jsonl in it)")
     rows = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.recipe import KINDS, EvalRecipe
-from eval.results import TABLE, read_table
+from eval.results import read_table
 from eval.study import report as study_report
 from eval.study.recipe import StudyRecipe, SweepConfig
 from eval.sweep import sweep
@@ -29,6 +29,7 @@ from sfd_scale import build, config, encode, export
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
 logger = logging.getLogger(__name__)
 _POLL_S = 2.0
@@ -103,7 +104,7 @@ class Study:
         def work() -> bool:
             if not build.train(cell, run, source=self.recipe.name):
                 return False
-            watch(self.evaluation, run, run / "evaluations", once=True)
+            watch(self.evaluation, run, once=True)
             return True
 
         return work
@@ -114,7 +115,7 @@ class Study:
             chosen = f"checkpoint={export.export(run, out / 'model.safetensors')}"
             words = [chosen, *settings.grid.split()]
             if settings.guide_step is not None:
-                guide = export.export(run, out / "guide.safetensors", step=settings.guide_step)
+                guide = export.export(run, out / "guide.safetensors", export.WeightsChoice(step=settings.guide_step))
                 words.append(f"guide={guide}")
             resolved = out / "eval.yaml"
             write_atomically(resolved, config.to_yaml(self.evaluation))
@@ -294,7 +295,7 @@ def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
     for seed in study.recipe.seeds:
         for name in study.recipe.cells:
             step = study.steps[f"cells/{name}/seed{seed}"]
-            cell, table = study.cell(name, seed), study.folder(name, seed) / "evaluations" / TABLE
+            cell, table = study.cell(name, seed), RunPaths(study.folder(name, seed)).evaluations.table
             try:
                 if not study.done(step):
                     missing.append(f"{name}/seed{seed}")
@@ -310,6 +311,6 @@ def report(study: Study) -> list[str]:
     recipe = study.recipe
     rows, missing = results(study)
     lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
-    write_atomically(recipe.out / TABLE, lines)
+    write_atomically(recipe.out / RESULTS_TABLE, lines)
     study_report.write(recipe, rows, missing)
     return missing

@@ -1,4 +1,4 @@
-"""A fragment (a flat range of a parameter) as the n-dimensional boxes that torch's distributed checkpoints store."""
+"""Fragments (flat ranges of parameters) as n-dimensional boxes, the form in which torch stores shards of a tensor."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sfd_scale.runtime import distributed
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
 
-# Prefix of the stored name → the tensors of this rank's fragments, in their order. The averages come from the EMA.
+# Prefix of the stored name → tensors of this rank, one per fragment in the order of the fragments.
 Parts = Mapping[str, Sequence[Tensor]]
-PARAMS_PART = "model"
+PARAMS_PART, EXP_AVG_PART, EXP_AVG_SQ_PART = "model", "optim.exp_avg", "optim.exp_avg_sq"
 
 
 def state_parts(fragments: Sequence[Fragment], averages: Parts) -> Parts:
-    """All that a run needs to go on."""
+    """The parts of a checkpoint: weights, moments, averages."""
     return {
         PARAMS_PART: [f.param for f in fragments],
-        "optim.exp_avg": [f.exp_avg for f in fragments],
-        "optim.exp_avg_sq": [f.exp_avg_sq for f in fragments],
+        EXP_AVG_PART: [f.exp_avg for f in fragments],
+        EXP_AVG_SQ_PART: [f.exp_avg_sq for f in fragments],
         **averages,
     }
 
@@ -45,7 +45,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
         out += _in_row(shape, first, start % row, min(row, stop - first * row))
     if whole_to > whole_from:
         out.append(((whole_from, *[0] * (len(shape) - 1)), (whole_to - whole_from, *shape[1:])))
-    # The last row, unless it is the first one too and stands above already.
+    # The last row, unless it is also the first row and was added above.
     if stop % row and (last != first or start % row == 0):
         out += _in_row(shape, last, 0, stop % row)
     return out
@@ -60,9 +60,9 @@ class Staged:
     """Host memory for one stored tensor of one fragment: the rows the fragment touches.
 
     Attributes:
-        rows: (r, *shape[1:]) fp32, which tells torch its boxes (torch.distributed.checkpoint.CheckpointableTensor).
+        rows: (r, *shape[1:]) fp32. Its attributes name its boxes (torch.distributed.checkpoint.CheckpointableTensor).
         flat: (n,) the fragment's elements, a view of `rows`.
-        source: (n,) the memory of the engine or the EMA.
+        source: (n,) the tensor of the engine or the EMA.
     """
 
     rows: Tensor
@@ -71,7 +71,7 @@ class Staged:
 
 
 def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) -> dict[str, Staged]:
-    """Host buffers for the tensors of fragments, by stored name; nothing is copied yet.
+    """Allocate host buffers for the tensors of fragments, by stored name. Nothing is copied yet.
 
     Args:
         own: leave out fragments that another rank saves.
@@ -84,15 +84,18 @@ def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) 
     }
 
 
-def check_shares_can_be_stored() -> None:
-    """Raises ValueError where several ranks cannot save together: an older PyTorch takes each rank's box for a whole
-    tensor."""
+def check_torch_stores_shards() -> None:
+    """Refuse several ranks under an older PyTorch, which takes each rank's box for a whole tensor.
+
+    Raises:
+        ValueError: naming the release that is needed.
+    """
     if distributed.world_size() > 1 and not hasattr(torch.distributed.checkpoint, "CheckpointableTensor"):
         raise ValueError(f"torch {torch.__version__}: checkpoints of several ranks need a newer one, such as 2.15")
 
 
 def stored_shapes(parts: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a checkpoint with these parts has for parameters of these names and shapes."""
+    """Names and shapes of the stored tensors, from the parts and the shapes of the parameters."""
     return {f"{prefix}.{name}": shape for prefix in parts for name, shape in shapes.items()}
 
 

@@ -1,96 +1,262 @@
-"""The folder of one checkpoint: names, what it holds, whether it is whole.
+"""The folder of one checkpoint.
 
     step-00001000/
         __<rank>_0.distcp, .metadata   torch's distributed checkpoint: fp32 tensors in full shapes
-        state.json                     step, format, and what the trainer records
-        checksums.json                 sha256 and size of each file above, made by the rank that wrote it
+        state.json                     step, format, and the trainer's record
+        checksums.json                 sha256 and size of each file above, computed by the rank that wrote it
         COMMIT                         sha256 of checksums.json; written last
 
-A folder without COMMIT is not a checkpoint. `step-….tmp` is a save under way or cut off.
+A folder without COMMIT is not a checkpoint. `step-….tmp` is an unfinished save, `step-….deleted` a removal that was cut
+off, and `step-….aside-1` is kept for the user: a damaged or cut-off save, or a checkpoint from before a rollback.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import logging
 import os
-import pickle
-import re
+import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from enum import Enum, EnumType
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from sfd_scale.checkpoint.boxes import EXP_AVG_PART, EXP_AVG_SQ_PART, PARAMS_PART
+from sfd_scale.checkpoint.metadata import CheckpointError, SafeReader, as_checkpoint_error, read_metadata, shapes
+from sfd_scale.engines import ema
 from sfd_scale.runtime.files import sha256
+from sfd_scale.runtime.progress import MB, progress
+from sfd_scale.runtime.run_paths import step_name, step_of
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
-_TENSORS = re.compile(r"__\d+_\d+\.distcp")
-_STEP = re.compile(r"step-(\d{8,})")
+_STATE, _CHECKSUMS, _COMMIT = "state.json", "checksums.json", "COMMIT"
+
+Weights = Literal["ema", "params", "exp_avg", "exp_avg_sq"]
+PART_OF: dict[Weights, str] = {
+    "ema": ema.PART,
+    "params": PARAMS_PART,
+    "exp_avg": EXP_AVG_PART,
+    "exp_avg_sq": EXP_AVG_SQ_PART,
+}
 
 
-class CheckpointError(OSError):
-    """A checkpoint is damaged, or could not be written."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. The properties read its files; the files may be gone by the next call."""
+
+    path: Path
+
+    @classmethod
+    def of_step(cls, root: Path, step: int) -> Checkpoint:
+        """The checkpoint of a step below `root`, whether or not there is one."""
+        return cls(root / step_name(step))
+
+    @property
+    def step(self) -> int:
+        """The step in the folder's name.
+
+        Raises:
+            ValueError: for a folder with another name.
+        """
+        step = step_of(self.path)
+        if step is None:
+            raise ValueError(f"{self.path}: not a checkpoint's name; allowed: one such as {step_name(1000)}")
+        return step
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the save was finished. `damage` tells whether the files are still intact."""
+        return (self.path / _COMMIT).is_file()
+
+    @property
+    def hash(self) -> str:
+        """The fingerprint of the contents: sha256 over the sha256 of the files."""
+        return (self.path / _COMMIT).read_text().strip()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The trainer's record, with `step`, `format` and `optimizer_steps`.
+
+        Raises:
+            ValueError: if the file is damaged, or written by a newer release.
+        """
+        file = self.path / _STATE
+        state = _read_object(file)
+        missing = [key for key in ("format", "step", "optimizer_steps") if type(state.get(key)) is not int]
+        if missing:
+            raise ValueError(f"{file}: no whole number under {', '.join(missing)}; the file is damaged")
+        if state["format"] > FORMAT:
+            raise ValueError(
+                f"{self.path}: checkpoint format {state['format']}; this release of sfd-scale reads up to {FORMAT}: "
+                "update it"
+            )
+        return state
+
+    @property
+    def parts(self) -> list[str]:
+        """The stored parts: `model`, Adam's moments, `ema` and its power-function averages."""
+        parts = self.state.get("parts")
+        return list(PART_OF[name] for name in ("params", "exp_avg", "exp_avg_sq", "ema")) if parts is None else parts
+
+    def checksums(self) -> dict[str, dict[str, Any]]:
+        """File name → {"sha256", "bytes"}, after a check of the list itself against COMMIT.
+
+        Raises:
+            CheckpointError: if the list was changed.
+        """
+        text = (self.path / _CHECKSUMS).read_bytes()
+        if hashlib.sha256(text).hexdigest() != self.hash:
+            raise CheckpointError(f"{self.path}: {_CHECKSUMS} is not the file that was committed")
+        listing = json.loads(text)
+        for name in listing:
+            if Path(name).name != name or name in (".", ".."):
+                raise CheckpointError(f"{self.path}: {_CHECKSUMS} names {name!r}, which leads out of the folder")
+        return listing
+
+    def damage(self, share: slice = slice(None), read: Callable[[int], None] | None = None) -> str | None:
+        """A description of the damage to a finished save; None if the files are as they were written.
+
+        Args:
+            share: which files to check; ranks share them out.
+            read: see `sha256`.
+        """
+        try:
+            for name, expected in sorted(self.checksums().items())[share]:
+                path = self.path / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != expected["bytes"]:
+                    return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
+                if sha256(path, read) != expected["sha256"]:
+                    return f"{name} has changed since it was written"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
+            return str(error)
+        return None
+
+    def weights(self, weights: Weights = "ema") -> dict[str, Tensor]:
+        """Full fp32 weights, or Adam's moments, by parameter name.
+
+        Raises:
+            ValueError: if this is no whole checkpoint, is damaged, or is of a newer release.
+        """
+        if not self.is_whole:
+            raise ValueError(f"{self.path}: not a whole checkpoint (no {_COMMIT} in it)")
+        return self.tensors(PART_OF[weights])
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """Full fp32 tensors of one part, by parameter name.
+
+        Raises:
+            ValueError: if the checkpoint is damaged, of a newer release, or has no such part.
+        """
+        name, prefix, stored_parts = self.path.name, f"{part}.", self.parts
+        size = sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+        with progress(size // MB, f"check {name}", "MB") as bar:
+            wrong = self.damage(read=bar.advance_bytes)
+        if wrong:
+            raise ValueError(f"{self.path}: damaged checkpoint: {wrong}")
+        stored = shapes(read_metadata(self.path))
+        tensors = {name: torch.empty(shape) for name, shape in stored.items() if name.startswith(prefix)}
+        if not tensors:
+            raise ValueError(f"{self.path}: holds no {part!r}; it holds {', '.join(stored_parts)}")
+        with progress(sum(t.nbytes for t in tensors.values()) // MB, f"read {name}", "MB") as bar:
+            for group in _groups(tensors):
+                with warnings.catch_warnings(), as_checkpoint_error(f"{self.path} cannot be read"):
+                    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # due to no_dist
+                    load(group, storage_reader=SafeReader(self.path), no_dist=True)
+                bar.advance_bytes(sum(t.nbytes for t in group.values()))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def move_aside(self) -> None:
+        """Rename the folder, if it exists, to a name that no load sees. It is kept for the user."""
+        if self.path.exists():
+            numbered = (self.path.with_name(f"{self.path.name}.aside-{n}") for n in range(1, 1000))
+            aside = next(path for path in numbered if not path.exists())
+            logger.warning("%s exists; kept as %s", self.path, aside.name)
+            os.replace(self.path, aside)
+
+    def mark_deleted(self) -> None:
+        """Rename the folder first, so that a kill during the removal leaves nothing that looks like a checkpoint."""
+        os.replace(self.path, self.path.with_name(f"{self.path.name}.deleted"))
 
 
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+def whole_checkpoints(root: Path) -> list[Checkpoint]:
+    """The whole checkpoints below `root`, oldest first."""
+    found = [Checkpoint(path) for path in root.glob("step-*") if step_of(path) is not None]
+    return sorted((checkpoint for checkpoint in found if checkpoint.is_whole), key=lambda checkpoint: checkpoint.step)
 
 
-def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint folder; None for any other name."""
-    match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
+def unfinished(root: Path) -> list[Path]:
+    """Folders below `root` that look like checkpoints and are not whole, except those that were set aside."""
+    whole = {checkpoint.path for checkpoint in whole_checkpoints(root)}
+    return [path for path in sorted(root.glob("step-*")) if path not in whole and ".aside-" not in path.name]
 
 
-def committed(root: Path) -> list[Path]:
-    """The committed checkpoints below `root`, oldest first."""
-    found = [path for path in root.glob("step-*") if step_of(path) is not None and (path / "COMMIT").is_file()]
-    return sorted(found, key=lambda path: step_of(path) or 0)
+# ------------------------------------------------------------------------------------------------- writing
 
 
-def write_synced(path: Path, text: str) -> None:
+def partial_path(final: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return final.with_name(f"{final.name}.tmp")
+
+
+def commit(
+    checkpoint: Checkpoint, state: Mapping[str, Any], sums: Mapping[str, Mapping[str, Any]], *, replace: bool
+) -> None:
+    """Turn the folder at `partial_path` into a whole checkpoint.
+
+    Args:
+        sums: the `fingerprint` of each tensor file.
+        replace: delete a whole checkpoint of this step; otherwise it is moved aside.
+    """
+    final, partial = checkpoint.path, partial_path(checkpoint.path)
+    _write_synced(partial / _STATE, json.dumps(state, indent=1, sort_keys=True))
+    sums = {**{name: fingerprint(partial / name) for name in (".metadata", _STATE)}, **sums}
+    listing = json.dumps(sums, indent=1, sort_keys=True)
+    _write_synced(partial / _CHECKSUMS, listing)
+    _sync_folder(partial)
+    if replace and checkpoint.is_whole:
+        checkpoint.mark_deleted()
+    else:
+        checkpoint.move_aside()
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+    _write_synced(final / _COMMIT, hashlib.sha256(listing.encode()).hexdigest() + "\n")
+    _sync_folder(final)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete unfinished saves, and checkpoints that are marked as deleted."""
+    for leftover in [*root.glob("step-*.deleted"), *root.glob("step-*.tmp")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Checksum and size of a file, as in checksums.json."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def _write_synced(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Make renames and new files in a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """The identity of a checkpoint's contents: sha256 over the sha256 of its files."""
-    return (folder / "COMMIT").read_text().strip()
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What the trainer recorded, with `step`, `format` and `optimizer_steps`.
-
-    Raises:
-        ValueError: for a checkpoint of a newer release.
-    """
-    state = _read_object(folder / "state.json")
-    missing = [key for key in ("format", "step", "optimizer_steps") if type(state.get(key)) is not int]
-    if missing:
-        raise ValueError(f"{folder / 'state.json'}: no whole number under {', '.join(missing)}; the file is damaged")
-    if state["format"] > FORMAT:
-        raise ValueError(
-            f"{folder}: checkpoint format {state['format']}; this release of sfd-scale reads up to {FORMAT}: update it"
-        )
-    return state
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -103,185 +269,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """File name → {"sha256", "bytes"}, after checking the list itself against COMMIT.
-
-    Raises:
-        CheckpointError: where the list was changed.
-    """
-    text = (folder / "checksums.json").read_bytes()
-    if hashlib.sha256(text).hexdigest() != checkpoint_hash(folder):
-        raise CheckpointError(f"{folder}: checksums.json is not the file that was committed")
-    listing = json.loads(text)
-    for name in listing:
-        if Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"{folder}: checksums.json names {name!r}, which leads out of the folder")
-    return listing
-
-
-def damage(folder: Path, share: slice, read: Callable[[int], None] | None = None) -> str | None:
-    """What is wrong with the files `share` of a committed checkpoint; None where they are as they were written.
-
-    Args:
-        read: see `sha256`.
-    """
-    try:
-        for name, expected in sorted(checksums(folder).items())[share]:
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes of {expected['bytes']}"
-            if sha256(path, read) != expected["sha256"]:
-                return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
-        return str(error)
-    return None
-
-
-@contextmanager
-def one_error(what: str) -> Iterator[None]:
-    """torch's error for a save or load on several ranks is no Exception, which code that goes on after errors misses.
-
-    Raises:
-        CheckpointError: with the first rank's cause, on all ranks.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """torch stores `.metadata` as a pickle, which could run any code. Only the classes it is made of are let in."""
-
-    _METADATA = (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )  # fmt: skip
-    _KNOWN = frozenset(
-        {
-            *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("torch", "float32"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _member
-        known = (module, name) in self._KNOWN
-        if not known:
-            raise CheckpointError(f".metadata names {module}.{name}, which no checkpoint of ours holds")
-        return super().find_class(module, name)
-
-
-def _member(kind: Any, name: Any) -> Enum:
-    """A member of an enumeration, which Python 3.11.2 (Debian 12's) stores as a call of getattr."""
-    if not (isinstance(kind, EnumType) and name in kind.__members__):
-        raise CheckpointError(f".metadata asks for {name!r} of {kind!r}, which no checkpoint of ours does")
-    member: Enum = kind.__members__[name]
-    return member
-
-
-class Reader(FileSystemReader):
-    """torch's reader, with `.metadata` read by the unpickler above."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint holds, and where.
-
-    Raises:
-        CheckpointError: for anything but tensors that lie in files of this folder.
-    """
-    try:
-        with (folder / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"it holds a {type(metadata).__name__}")
-        _check_places(folder, metadata)
-    except Exception as error:
-        raise CheckpointError(f"{folder}/.metadata cannot be read: {error}") from error
-    return metadata
-
-
-def _check_places(folder: Path, metadata: Metadata) -> None:
-    """Every range lies inside a file of the folder, and no tensor is larger than what there is to fill it."""
-    lengths: dict[str, int] = {}
-    for place in (metadata.storage_data or {}).values():
-        name = place.relative_path
-        if not isinstance(name, str) or not _TENSORS.fullmatch(name):
-            raise CheckpointError(f"it names {name!r}, which is no file of tensors of this folder")
-        if name not in lengths:
-            lengths[name] = (folder / name).stat().st_size if (folder / name).is_file() else -1
-        if lengths[name] >= 0 and not (place.offset >= 0 <= place.length <= lengths[name] - place.offset):
-            raise CheckpointError(f"bytes {place.offset} + {place.length} of {name}, which has {lengths[name]}")
-    volumes = [math.prod(shape) if min(shape, default=0) >= 0 else -1 for shape in shapes(metadata).values()]
-    if -1 not in lengths.values() and (min(volumes, default=0) < 0 or 4 * sum(volumes) > sum(lengths.values())):
-        raise CheckpointError(f"tensors of {4 * sum(volumes)} bytes in files of {sum(lengths.values())}")
-
-
-def shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Stored name → full shape."""
-    return {
-        name: tuple(entry.size)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def parts_of(folder: Path) -> list[str]:
-    """The parts that a checkpoint holds: `model`, the moments, `ema` and its power-function averages."""
-    parts = read_state(folder).get("parts")
-    return ["model", "optim.exp_avg", "optim.exp_avg_sq", "ema"] if parts is None else list(parts)
-
-
-def check_complete(metadata: Metadata, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what was just written with what should be there: names, shapes, types, and every element once.
-
-    Raises:
-        CheckpointError: naming the tensors that differ.
-    """
-    wrong = set(expected) ^ set(metadata.state_dict_metadata)
-    for name, entry in metadata.state_dict_metadata.items():
-        if name in wrong or not isinstance(entry, TensorStorageMetadata):
-            wrong.add(name)
-            continue
-        volume = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-        if (
-            tuple(entry.size) != tuple(expected[name])
-            or volume != math.prod(entry.size)
-            or entry.properties.dtype != torch.float32
-        ):
-            wrong.add(name)
-    if wrong:
-        raise CheckpointError(f"the checkpoint just written is not whole: {', '.join(sorted(wrong)[:8])}")
-
-
-def check_same_model(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint of another architecture.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unknown or of another shape.
-    """
-    problems = [f"{name}: not in the checkpoint" for name in sorted(set(expected) - set(stored))]
-    problems += [f"{name}: not in the model" for name in sorted(set(stored) - set(expected))]
-    problems += [
-        f"{name}: {tuple(stored[name])} in the checkpoint, {tuple(expected[name])} in the model"
-        for name in sorted(set(stored) & set(expected))
-        if tuple(stored[name]) != tuple(expected[name])
-    ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:8])}{more}")
+def _groups(tensors: Mapping[str, Tensor], most: int = 1 << 29) -> Iterator[dict[str, Tensor]]:
+    """Groups of about `most` bytes, so that the progress bar moves between them."""
+    group: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        group[name] = tensor
+        if sum(t.nbytes for t in group.values()) >= most:
+            yield group
+            group = {}
+    if group:
+        yield group

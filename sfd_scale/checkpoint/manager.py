@@ -1,12 +1,9 @@
-"""When to save, what to keep, and the save and load of all ranks together."""
+"""Saving and loading by all ranks together: when to save, and which checkpoints to keep."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-import os
 import shutil
 import threading
 import time
@@ -24,20 +21,21 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from sfd_scale.checkpoint import folder as files
+from sfd_scale.checkpoint import metadata
 from sfd_scale.checkpoint.boxes import (
     PARAMS_PART,
     Parts,
     Staged,
-    check_shares_can_be_stored,
+    check_torch_stores_shards,
     stage,
     state_parts,
     stored_shapes,
 )
-from sfd_scale.checkpoint.folder import CheckpointError
+from sfd_scale.checkpoint.folder import Checkpoint
+from sfd_scale.checkpoint.metadata import CheckpointError
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import sha256
 from sfd_scale.runtime.settings import NoEffectOnResults, above, at_least
 
 logger = logging.getLogger(__name__)
@@ -46,14 +44,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save: every so many steps, seconds, or both. What to keep: the last `keep_last` of them (null: all), and
-    every one whose step `keep_every` divides, which is saved whether or not it is due otherwise."""
+    """When to save: every `every` steps, every `every_s` seconds, or both. Which checkpoints to keep: the last
+    `keep_last` (null: all), and those at multiples of `keep_every` steps, at which a run always saves."""
 
     every: int | None = 5000  # steps between saves
-    every_s: float | None = None  # seconds between saves, counted from the last one
+    every_s: float | None = None  # seconds since the last save
     keep_last: int | None = 2
     keep_every: int | None = None
-    background: NoEffectOnResults[bool] = True  # write while training goes on, from a copy in host memory
+    background: NoEffectOnResults[bool] = True  # write from a copy in host memory, during training
 
     def __post_init__(self) -> None:
         at_least(self, every=1, keep_last=1, keep_every=1)
@@ -66,29 +64,29 @@ def whole_state(fragments: Sequence[Fragment], ema: EMA) -> Parts:
 
 
 def power_averages(fragments: Sequence[Fragment], ema: EMA) -> Parts:
-    """The parts of a snapshot, which averages of other lengths are made from after training."""
+    """The parts of a snapshot: the power-function averages, for post-hoc EMA."""
     return ema.powers
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every method but `due`, `overdue` and `read_state` is called by all ranks together.
+    """The checkpoints of one run. All ranks have to call its methods together, except `due` and `overdue`.
 
     Args:
-        parts: what a checkpoint holds.
-        replace: a save takes the place of a whole checkpoint of the same step, rather than keep it under another name.
+        parts: selects the tensors to save.
+        replace: delete a whole checkpoint of the same step when a save takes its place. By default it is moved aside.
     """
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, parts: Callable[[Sequence[Fragment], EMA], Parts] = whole_state,
         replace: bool = False,
     ) -> None:  # fmt: skip
-        check_shares_can_be_stored()
+        check_torch_stores_shards()
         self.folder, self.config, self.parts, self.replace = folder, config, parts, replace
         self._group: dist.ProcessGroup | None = None
         self._staged: dict[str, Staged] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._damaged: set[Path] = set()
+        self._damaged: set[Checkpoint] = set()
         self._saved_at, self._stalled_s = time.monotonic(), 0.0
         self._timings: dict[str, float] = {}
 
@@ -97,16 +95,16 @@ class CheckpointManager:
         return any(every is not None and step % every == 0 for every in (self.config.every, self.config.keep_every))
 
     def overdue(self) -> bool:
-        """Whether the last save is too long ago by this rank's clock: the ranks have to agree on it."""
+        """Whether the last save is too long ago by the clock of this rank. The ranks have to agree on the answer."""
         return self.config.every_s is not None and time.monotonic() - self._saved_at > self.config.every_s
 
     def timings(self) -> dict[str, float]:
-        """Of the last save, once: seconds from its call to its commit, seconds that the caller stood still for it."""
+        """Seconds of the last save, from its call to its commit, and seconds that it held up the caller. Told once."""
         found, self._timings = self._timings, {}
         return found
 
     def check_space(self, engine: Engine, ema: EMA) -> None:
-        """Warn where the disk has no room for the next checkpoint, which is written before an old one is removed."""
+        """Warn if the disk has no room for the next checkpoint, which is written before an old one is removed."""
         shapes = stored_shapes(self.parts(engine.fragments(), ema), _all_shapes(engine))
         self._warn_of_space(_bytes(shapes))
 
@@ -124,10 +122,10 @@ class CheckpointManager:
     # --------------------------------------------------------------------------------------------- save
 
     def save(self, step: int, engine: Engine, ema: EMA, state: Mapping[str, Any]) -> None:
-        """Save as `step-<step>`; in the background, if so configured, once the tensors are copied to host memory.
+        """Save as `step-<step>`; with `background`, return once the tensors are copied to host memory.
 
         Raises:
-            CheckpointError: where this save, or the one before it in the background, failed on any rank.
+            CheckpointError: if this save, or the one before it in the background, failed on any rank.
         """
         called = time.monotonic()
         self.wait()
@@ -140,9 +138,9 @@ class CheckpointManager:
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         expected = stored_shapes(parts, _all_shapes(engine))
-        text = _record(step, engine.optimizer_steps, parts, state)
+        record = _record(step, engine.optimizer_steps, parts, state)
         tensors = {name: s.rows for name, s in self._staged.items()}
-        work = (called, step, tensors, expected, text, self._checkpoint_group())
+        work = (called, step, tensors, expected, record, self._checkpoint_group())
         self._saved_at = time.monotonic()
         if self.config.background:
             self._thread = threading.Thread(target=self._in_background, args=work, name="checkpoint")
@@ -154,19 +152,19 @@ class CheckpointManager:
 
     def save_whole(
         self, step: int, parts: Mapping[str, Mapping[str, torch.Tensor]], optimizer_steps: int, state: Mapping[str, Any]
-    ) -> Path:
-        """Save full fp32 tensors as `step-<step>`, on one process without an engine: what comes from elsewhere.
+    ) -> Checkpoint:
+        """Save full fp32 tensors as `step-<step>`, in one process without an engine: for imported runs.
 
         Args:
-            parts: the tensors by parameter, for each prefix of a stored name (boxes.state_parts).
+            parts: for each part (boxes.state_parts), the tensors by parameter name.
         """
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
         expected = stored_shapes(parts, {name: tuple(tensor.shape) for name, tensor in parts[PARAMS_PART].items()})
         self._write(time.monotonic(), step, tensors, expected, _record(step, optimizer_steps, parts, state), None)
-        return self.folder / files.folder_name(step)
+        return Checkpoint.of_step(self.folder, step)
 
     def wait(self) -> None:
-        """Wait for the save in the background; raises what it raised."""
+        """Wait for the save in the background, and raise its error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -182,12 +180,13 @@ class CheckpointManager:
             self._error = error
 
     def _write(
-        self, called: float, step: int, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]], state: str,
+        self, called: float, step: int, tensors: dict[str, Any], expected: dict[str, tuple[int, ...]],
+        record: Mapping[str, Any],
         group: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
-        """Write, check, commit. Every stage is agreed on by all ranks, so that one failing rank fails them all."""
-        final = self.folder / files.folder_name(step)
-        partial = final.with_name(f"{final.name}.tmp")
+        """Write, check, commit. The ranks agree after every stage, so that a failure of one rank fails all of them."""
+        checkpoint = Checkpoint.of_step(self.folder, step)
+        final, partial = checkpoint.path, files.partial_path(checkpoint.path)
         first = distributed.is_main()
 
         def prepare() -> None:
@@ -197,29 +196,19 @@ class CheckpointManager:
                 self._warn_of_space(_bytes(expected))
 
         def write() -> dict[str, dict[str, Any]]:
-            # Nothing to copy ahead: all is in host memory, and this thread must not meet the GPU, which trains.
+            # No copies ahead: the tensors are in host memory, and this thread must leave the GPU to training.
             writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist asks for it
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # due to no_dist
                 save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             own = partial.glob(f"__{distributed.rank()}_*.distcp")
-            return {path.name: _fingerprint(path) for path in own}
+            return {path.name: files.fingerprint(path) for path in own}
 
         def commit() -> None:
             if first:
-                files.check_complete(files.read_metadata(partial), expected)
-                files.write_synced(partial / "state.json", state)
-                sums = {name: _fingerprint(partial / name) for name in (".metadata", "state.json")}
-                for written in by_rank:
-                    sums |= written
-                listing = json.dumps(sums, indent=1, sort_keys=True)
-                files.write_synced(partial / "checksums.json", listing)
-                files.sync_folder(partial)
-                _move_aside(final, delete=self.replace)
-                os.replace(partial, final)
-                files.sync_folder(self.folder)
-                files.write_synced(final / "COMMIT", hashlib.sha256(listing.encode()).hexdigest() + "\n")
-                files.sync_folder(final)
+                metadata.check_complete(metadata.read_metadata(partial), expected)
+                sums = {name: sum_ for written in by_rank for name, sum_ in written.items()}
+                files.commit(checkpoint, record, sums, replace=self.replace)
                 self._prune()
 
         _together(prepare, group, f"{final.name}: making the folder")
@@ -228,7 +217,7 @@ class CheckpointManager:
             _together(commit, group, f"{final.name}: committing")
         except CheckpointError:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+                shutil.rmtree(partial, ignore_errors=True)  # it may fill the disk
             raise
         self._timings = {"checkpoint_save_s": time.monotonic() - called}
         if first:
@@ -237,60 +226,56 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------- load
 
-    def latest(self, before: int | None = None) -> Path | None:
-        """The newest whole checkpoint, of those older than step `before` if it is given. Damaged ones are reported,
-        skipped and left where they are."""
+    def latest(self, before: int | None = None) -> Checkpoint | None:
+        """The newest intact checkpoint; with `before`, the newest one of an earlier step. Damaged checkpoints are
+        reported, skipped and kept."""
         self.wait()
         for candidate in reversed(self._candidates()):
-            if before is not None and (files.step_of(candidate) or 0) >= before:
+            if before is not None and candidate.step >= before:
                 continue
             share = slice(distributed.rank(), None, distributed.world_size())
-            reports = [r for r in distributed.all_gather_object(files.damage(candidate, share)) if r]
+            reports = [r for r in distributed.all_gather_object(candidate.damage(share)) if r]
             if not reports:
                 return candidate
             self._damaged.add(candidate)
             if distributed.is_main():
-                logger.warning("%s is damaged and skipped: %s", candidate, "; ".join(reports))
+                logger.warning("%s is damaged and skipped: %s", candidate.path, "; ".join(reports))
         return None
 
     def set_aside(self, after: int) -> None:
-        """Checkpoints newer than step `after` keep their files under a name that `latest` passes by."""
+        """Rename the checkpoints of steps after `after`, so that no load sees them."""
         self.wait()
         if distributed.is_main():
-            for path in files.committed(self.folder):
-                if (files.step_of(path) or 0) > after:
-                    _move_aside(path, delete=False)
+            for checkpoint in files.whole_checkpoints(self.folder):
+                if checkpoint.step > after:
+                    checkpoint.move_aside()
         distributed.barrier()
 
-    def _candidates(self) -> list[Path]:
-        found: list[Path] = []
+    def _candidates(self) -> list[Checkpoint]:
+        found: list[Checkpoint] = []
         if distributed.is_main() and self.folder.is_dir():
-            found = files.committed(self.folder)
-            for path in sorted(self.folder.glob("step-*")):
-                if path not in found and ".aside-" not in path.name:
-                    logger.warning("%s is not a whole checkpoint and is skipped", path)
+            found = files.whole_checkpoints(self.folder)
+            for path in files.unfinished(self.folder):
+                logger.warning("%s is not a whole checkpoint and is skipped", path)
         return distributed.broadcast_object(found)
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """See `folder.read_state`."""
-        return files.read_state(path)
-
-    def load(self, path: Path, engine: Engine, ema: EMA) -> dict[str, Any]:
-        """Fill weights, moments, averages and the optimizer's step count; returns the trainer's state.
+    def load(self, checkpoint: Checkpoint, engine: Engine, ema: EMA) -> dict[str, Any]:
+        """Fill weights, moments, averages and the optimizer's step count; returns `checkpoint.state`.
 
         Raises:
-            ValueError: where the checkpoint is of another model, naming the tensors, or of a newer release.
+            ValueError: if the checkpoint is of another model, naming the tensors, or of a newer release.
         """
         self.wait()
-        state = files.read_state(path)
+        state = checkpoint.state
         parts = self.parts(engine.fragments(), ema)
         expected = stored_shapes(parts, _all_shapes(engine))
-        files.check_same_model(files.shapes(files.read_metadata(path)), expected)
+        metadata.check_same_model(metadata.shapes(metadata.read_metadata(checkpoint.path)), expected)
         staged = stage(engine.fragments(), parts, pinned=False, own=False)
         tensors = {name: s.rows for name, s in staged.items()}
         group = self._checkpoint_group()
-        with files.one_error(f"{path} cannot be read"):
-            load(tensors, storage_reader=files.Reader(path), process_group=group, no_dist=group is None)
+        with metadata.as_checkpoint_error(f"{checkpoint.path} cannot be read"):
+            reader = metadata.SafeReader(checkpoint.path)
+            load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
         with torch.no_grad():
             for s in staged.values():
                 s.source.copy_(s.flat)
@@ -301,39 +286,32 @@ class CheckpointManager:
     # --------------------------------------------------------------------------------------------- keep
 
     def _prune(self) -> None:
-        """On rank 0, after a commit: remove what retention does not keep, and what earlier saves left unfinished."""
-        whole = [path for path in files.committed(self.folder) if path not in self._damaged]
-        for path in whole[: -self.config.keep_last] if self.config.keep_last is not None else []:
-            step = files.step_of(path) or 0
-            if self.config.keep_every is None or step % self.config.keep_every:
-                # First the name, so that a kill in between leaves nothing that looks like a checkpoint.
-                os.replace(path, path.with_name(f"{path.name}.deleted"))
-        for leftover in [*self.folder.glob("step-*.deleted"), *self.folder.glob("step-*.tmp")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        """On rank 0, after a commit: delete the checkpoints that need not be kept, and unfinished saves."""
+        whole = [checkpoint for checkpoint in files.whole_checkpoints(self.folder) if checkpoint not in self._damaged]
+        for checkpoint in whole[: -self.config.keep_last] if self.config.keep_last is not None else []:
+            if self.config.keep_every is None or checkpoint.step % self.config.keep_every:
+                checkpoint.mark_deleted()
+        files.remove_leftovers(self.folder)
 
     def _checkpoint_group(self) -> dist.ProcessGroup | None:
-        """A gloo group of all ranks for checkpoints alone, so that the background thread meets no other collective."""
+        """A gloo group of all ranks for checkpoints, so that the background thread disturbs no other collective."""
         if self._group is None and dist.is_initialized():
             group = dist.new_group(backend="gloo")
-            assert isinstance(group, dist.ProcessGroup)  # only a rank outside of it gets something else
+            assert isinstance(group, dist.ProcessGroup)  # every rank is a member
             self._group = group
         return self._group
 
 
-def _record(step: int, optimizer_steps: int, parts: Iterable[str], state: Mapping[str, Any]) -> str:
-    """state.json."""
-    record = {**state, "step": step, "format": files.FORMAT, "optimizer_steps": optimizer_steps, "parts": list(parts)}
-    return json.dumps(record, indent=1, sort_keys=True)
+def _record(step: int, optimizer_steps: int, parts: Iterable[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of state.json."""
+    own = {"step": step, "format": files.FORMAT, "optimizer_steps": optimizer_steps, "parts": list(parts)}
+    return {**state, **own}
 
 
 def _all_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Name → full shape of every parameter, from the fragments of all ranks."""
     local = {fragment.name: fragment.shape for fragment in engine.fragments()}
     return {name: shape for part in distributed.all_gather_object(local) for name, shape in part.items()}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -345,32 +323,18 @@ def _readable(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _move_aside(path: Path, delete: bool) -> None:
-    """A folder (a cut-off or damaged save of this step, or one that a run went back from) is kept under another name.
-
-    Args:
-        delete: if it is whole, give it the name of one that `_prune` removes.
-    """
-    if delete and (path / "COMMIT").is_file():
-        os.replace(path, path.with_name(f"{path.name}.deleted"))
-    elif path.exists():
-        aside = next(p for n in range(1, 1000) if not (p := path.with_name(f"{path.name}.aside-{n}")).exists())
-        logger.warning("%s exists; kept as %s", path, aside.name)
-        os.replace(path, aside)
-
-
 def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str) -> list[T]:
-    """Do `work` on every rank; the results of all, or CheckpointError on all where it failed on one."""
+    """Do `work` on every rank; returns the results of all. If one rank fails, all raise CheckpointError."""
     result: T | None = None
     failure = None
     try:
         result = work()
     except CheckpointException as error:
-        # torch's, no Exception, and on all ranks already: each says what is its own.
+        # It is raised on all ranks, and is no subclass of Exception. Each rank reports its own failure.
         own = error.failures.get(distributed.rank())
         failure = f"{type(own[0]).__name__}: {own[0]}" if own else None
     except Exception as error:
-        # Every rank must hear of it, or the others would wait for this one.
+        # The other ranks have to be told, or they would wait for this one.
         failure = f"{type(error).__name__}: {error}"
         logger.exception("%s", what)
     outcomes: list[Any] = [(result, failure)]

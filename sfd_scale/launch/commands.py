@@ -26,6 +26,7 @@ from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments
 from sfd_scale.launch.supervisor import Launch, new_launch_id
 from sfd_scale.runtime import network
 from sfd_scale.runtime.batch_split import split_batch
+from sfd_scale.runtime.run_paths import LOGS, RunPaths
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
@@ -58,12 +59,12 @@ class Work:
         match self.arguments[0]:
             case "train":
                 filled = self.option("--run") or self.tree().get("run")
-            case "watch" if self.option("--out") is None and self.option("--run") is not None:
-                filled = f"{self.option('--run')}/evaluations"  # not among the logs of the training
+            case "watch" if self.option("--out") is None and (run := self.option("--run")) is not None:
+                filled = str(RunPaths(Path(run)).evaluations.path)  # not among the logs of the training
             case "generate" | "sweep" | "watch":
                 filled = self.option("--out")
         if isinstance(filled, str):
-            return Path(filled).absolute() / "logs"
+            return Path(filled).absolute() / LOGS
         return Path("runs/logs").absolute() / "-".join(self.arguments[:2]).replace("/", "-")
 
     def option(self, name: str) -> str | None:

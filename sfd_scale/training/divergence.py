@@ -14,7 +14,6 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from sfd_scale.data.dataloader import Ranges, data_step
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.device import HostCopy
+from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.training.objective import LossTerms
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 Policy = Literal["stop", "skip", "rollback"]
 Reason = Literal["loss not finite", "gradient not finite", "loss spike"]
-RECORD = "divergence.jsonl"
 _MOST_BYTES = 64 << 20  # of the record; the log goes on
 _NAMED = 8  # sample ids in a log line; the record has them all
 _NORMAL = 1.4826  # median absolute deviation → standard deviation of a normal distribution
@@ -96,8 +95,8 @@ class DivergenceWatch:
         passed: data left out since a rollback; part of every checkpoint, so that a resumed run leaves it out too.
     """
 
-    def __init__(self, config: DivergenceConfig, run: Path) -> None:
-        self.config, self.record = config, run / RECORD
+    def __init__(self, config: DivergenceConfig, run: RunPaths) -> None:
+        self.config, self.record = config, run.divergence_file
         self.passed: Ranges = ()
         self.skipped, self.spikes, self.rollbacks = 0, 0, 0
         self._in_row = 0

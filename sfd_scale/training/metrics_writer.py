@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +35,18 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, run_dir: Path, wandb: WandbConfig, config: Mapping[str, Any], *, tensorboard: bool = False
+        self, run: RunPaths, wandb: WandbConfig, config: Mapping[str, Any], *, tensorboard: bool = False
     ) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run.metrics_file
         self._file = self.path.open("a", encoding="utf-8") if distributed.is_main() else None
         self.wandb_id: str | None = None
         self._wandb: Any = None
         self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
-            self._wandb = open_wandb(run_dir, wandb, config)
-            self.wandb_id, self._scores, self._row = self._wandb.id, ScoreTable(run_dir), self._wandb.step - 1
+            self._wandb = open_wandb(run, wandb, config)
+            self.wandb_id, self._scores, self._row = self._wandb.id, ScoreTable(run), self._wandb.step - 1
         if self._file is not None and tensorboard:
-            self._board = _event_writer(run_dir / "tensorboard")
+            self._board = _event_writer(run.tensorboard_folder)
 
     def truncate(self, step: int) -> None:
         """Drop lines after `step`: a run resumed from its checkpoint writes them anew. A torn last line goes too."""
@@ -89,16 +90,14 @@ class MetricsWriter:
             self._board.close()
 
 
-def open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] | None = None) -> Any:
+def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any] | None = None) -> Any:
     """The W&B run of a run folder, begun or continued: its id is kept there."""
     import wandb  # one file imports it, and only when it is used: it takes a second to import
 
-    id_file = run_dir / "wandb_run_id"
-
     def start(mode: Literal["online", "offline", "disabled"]) -> Any:
         return wandb.init(
-            project=settings.project, entity=settings.entity, mode=mode, dir=str(run_dir), name=run_dir.name,
-            id=id_file.read_text().strip() if id_file.exists() else None,
+            project=settings.project, entity=settings.entity, mode=mode, dir=str(folder.path), name=folder.path.name,
+            id=folder.wandb_id_file.read_text().strip() if folder.wandb_id_file.exists() else None,
             resume="allow" if mode == "online" else None, config=None if config is None else dict(config),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
@@ -109,19 +108,19 @@ def open_wandb(run_dir: Path, settings: WandbConfig, config: Mapping[str, Any] |
         if settings.mode != "online":
             raise
         # A run of days must not depend on a server: `wandb sync` brings it there later.
-        logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, run_dir)
+        logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, folder.path)
         run = start("offline")
     run.define_metric("*", step_metric="step")
     run.define_metric("eval/*", step_metric="eval/step")
-    write_atomically(id_file, f"{run.id}\n")
+    write_atomically(folder.wandb_id_file, f"{run.id}\n")
     return run
 
 
 class ScoreTable:
     """Scores of checkpoints, which `python -m eval watch` writes, and those that W&B has already."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.table, self.seen = run_dir / "evaluations" / "results.jsonl", run_dir / "wandb_scores.json"
+    def __init__(self, run: RunPaths) -> None:
+        self.table, self.seen = run.evaluations.table, run.wandb_scores_file
 
     def pending(self) -> list[tuple[str, dict[str, Any]]]:
         """What W&B lacks: identity, and the row for it, `eval/step`, `eval/fid`, …"""
@@ -141,14 +140,14 @@ class ScoreTable:
             write_json(self.seen, [*logged, identity])
 
 
-def log_scores(run_dir: Path, settings: WandbConfig) -> None:
+def log_scores(folder: RunPaths, settings: WandbConfig) -> None:
     """Add what is pending to the W&B run of a training that is not running: two writers would overwrite each other."""
-    scores, metrics = ScoreTable(run_dir), run_dir / "metrics.jsonl"
+    scores, metrics = ScoreTable(folder), folder.metrics_file
     if settings.mode == "disabled" or not scores.pending():
         return
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []  # an imported run has none
     step = max((_step_of(line, default=0) for line in lines), default=0)
-    run = open_wandb(run_dir, settings)
+    run = open_wandb(folder, settings)
     for number, (identity, row) in enumerate(scores.pending(), start=max(step + 1, run.step)):
         run.log(row, step=number)
         scores.done(identity)

@@ -197,10 +197,10 @@ class Trainer:
             if self.watch.config.rolls_back:
                 self.save(0)  # something to go back to
             return 0
-        self.check_state(self.checkpoints.read_state(latest))
+        self.check_state(latest.state)
         state = self.checkpoints.load(latest, self.engine, self.ema)
         self.watch.load(state.get("divergence", {}))
         self.metrics.clock_losses = state.get("loss_by_clock")
         self.writer.truncate(int(state["step"]))
-        logger.info("resumed from %s", latest)
+        logger.info("resumed from %s", latest.path)
         return int(state["step"])

@@ -13,9 +13,10 @@ import torch
 from eval.images import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
-from sfd_scale import build, checkpoint, config, export
+from sfd_scale import build, checkpoint, config
 from sfd_scale.data.sources import DigitsConfig, DrawnImages
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import RunFolder
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.training.metrics_writer import ScoreTable
 from tests.helpers.encoded import encode_digits, tokenizer
@@ -88,8 +89,9 @@ def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
     assert [json.loads(line)["fid"] for line in third[1].splitlines()] == [
         json.loads(line)["fid"] for line in second[1].splitlines()
     ]
-    assert export.checkpoint_of(tmp_path / "run", tmp_path / "run", None).name == "step-00000004"
-    assert list(saved_steps(tmp_path / "run")) == [2, 4]
+    run = RunFolder(tmp_path / "run")
+    assert run.checkpoint().path.name == "step-00000004"
+    assert list(saved_steps(run)) == [2, 4]
     assert list(first[0]) == ["step-00000002"] and len(second[0]) == 2
     assert second[0]["step-00000002"] == first[0]["step-00000002"]
     rows = [json.loads(line) for line in second[1].splitlines()]
@@ -103,7 +105,7 @@ def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
     logged = [record["history"]["item"] for record in records if record["type"] == "history"]
     scores = [(row["eval/step"], row["eval/fid"]) for row in logged if "eval/fid" in row]
     assert scores == [(row["step"], pytest.approx(row["fid"])) for row in (*rows, rows[1])]
-    assert not ScoreTable(tmp_path / "run").pending()
+    assert not ScoreTable(run).pending()
     # One table is of one recipe.
     other = config.load(tmp_path / "eval.yaml", EvalRecipe, ["seed=1"])
     with pytest.raises(ValueError, match=r"its scores are of another recipe \(seed differ\)"):

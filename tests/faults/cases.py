@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from sfd_scale.checkpoint import Checkpoint
 from tests.faults.jobs import Forked, Job, Result, send
 from tests.faults.network import cable
 from tests.faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
@@ -43,15 +44,15 @@ def kill(work: Work, draw: random.Random, victim: str) -> Result:
             send(process, signal.SIGKILL)
         problem = None
     job.wait()
-    before = work.committed(out) if isinstance(work, Training) else []
+    before = work.intact(out) if isinstance(work, Training) else []
     problem = problem or work.finished(out)
     return Result.of(problem or _forgotten(work, before))
 
 
-def _forgotten(work: Work, before: list[Path]) -> str | None:
+def _forgotten(work: Work, before: list[Checkpoint]) -> str | None:
     """Whether the next start did not go on from the newest checkpoint."""
-    if before and f"resumed from {before[-1]}" not in work.log.read_text().replace("\n", ""):
-        return f"{before[-1].name} was committed and not resumed from"
+    if before and f"resumed from {before[-1].path}" not in work.log.read_text().replace("\n", ""):
+        return f"{before[-1].path.name} was committed and not resumed from"
     return None
 
 
@@ -71,7 +72,7 @@ def terminated(work: Training, draw: random.Random) -> Result:
     job = work.start(out)
     _until(job, out, draw.randint(2, 6))
     send(draw.choice(job.ranks()), signal.SIGTERM)
-    code, saved = job.wait(), [int(path.name[5:]) for path in work.committed(out)]
+    code, saved = job.wait(), [checkpoint.step for checkpoint in work.intact(out)]
     logged = len(small_run.lines(out / "metrics.jsonl"))
     problem = None if code == 75 and logged in saved else f"ended with {code}, {logged} steps, saved {saved}"
     return Result.of(problem or work.finished(out))
@@ -119,7 +120,7 @@ def full_disk(work: Work, draw: random.Random, size: str) -> Result:
         said = "No space left" in work.log.read_text() or "disk is full" in work.log.read_text()
         said = said or "free" in work.log.read_text()  # the check of free space before the first step
         problem = None if code and said else f"ended with {code} and said {work.log.read_text()[-1500:]}"
-        before = work.committed(out) if isinstance(work, Training) else []
+        before = work.intact(out) if isinstance(work, Training) else []
         subprocess.run(["mount", "-o", "remount,size=200m", str(out)], check=True)
         problem = problem or work.finished(out)
         problem = problem or _forgotten(work, before)
@@ -136,10 +137,10 @@ def damaged(work: Training, draw: random.Random, harm: str) -> Result:
     _until(job, out, 3 * EVERY + 1)
     job.kill_all()
     job.wait()
-    found = work.committed(out)
+    found = work.intact(out)
     if len(found) < 2:
         return Result(0, 0)
-    file = draw.choice([path for path in sorted(found[-1].iterdir()) if path.name != "COMMIT"])
+    file = draw.choice([path for path in sorted(found[-1].path.iterdir()) if path.name != "COMMIT"])
     data = bytearray(file.read_bytes())
     if harm == "truncated":
         file.write_bytes(data[: draw.randrange(len(data))])
@@ -150,12 +151,12 @@ def damaged(work: Training, draw: random.Random, harm: str) -> Result:
         file.unlink()
     problem = work.finished(out)
     log = work.log.read_text().replace("\n", "")
-    if f"{found[-1].name} is damaged and skipped" not in log or file.name not in log:
-        problem = problem or f"{file.name} of {found[-1].name} was {harm}, and the log does not name it"
-    if f"resumed from {found[-2]}" not in log:
-        problem = problem or f"did not resume from {found[-2].name}"
-    kept = [p for p in out.glob("checkpoints/*") if p.name.startswith(found[-1].name)]
-    return Result.of(problem, None if kept else f"{found[-1].name} was deleted")
+    if f"{found[-1].path.name} is damaged and skipped" not in log or file.name not in log:
+        problem = problem or f"{file.name} of {found[-1].path.name} was {harm}, and the log does not name it"
+    if f"resumed from {found[-2].path}" not in log:
+        problem = problem or f"did not resume from {found[-2].path.name}"
+    kept = [p for p in out.glob("checkpoints/*") if p.name.startswith(found[-1].path.name)]
+    return Result.of(problem, None if kept else f"{found[-1].path.name} was deleted")
 
 
 def other_world_size(work: Training, draw: random.Random) -> Result:
@@ -282,19 +283,18 @@ def wandb_unreachable(work: Training, draw: random.Random) -> Result:
 def reader_beside_saves(work: Training, draw: random.Random) -> Result:
     """What `eval watch` does, over and over while checkpoints are saved and pruned: a checkpoint that it sees is whole,
     or gone altogether by the time it is read."""
-    from sfd_scale.checkpoint import load_weights
-    from sfd_scale.checkpoint.folder import committed
+    from sfd_scale.runs import RunFolder
 
     out, reads = work.fresh("watched"), 0
     job = work.start(out, overrides=["checkpoint.every=1", "checkpoint.keep_last=1"])
     while job.running():
-        for checkpoint in committed(out / "checkpoints") if (out / "checkpoints").is_dir() else []:
+        for checkpoint in RunFolder(out).checkpoints:
             try:
-                weights = load_weights(checkpoint)
+                weights = checkpoint.weights()
             except (ValueError, OSError) as error:
-                if (checkpoint / "COMMIT").exists():
+                if checkpoint.is_whole:
                     job.kill_all()
-                    return Result.of(f"{checkpoint.name} is there and cannot be read: {error}")
+                    return Result.of(f"{checkpoint.path.name} is there and cannot be read: {error}")
                 continue
             reads += all(bool(tensor.isfinite().all()) for tensor in weights.values())
     left = sorted(path.name for path in (out / "checkpoints").iterdir())

@@ -31,11 +31,13 @@ from safetensors.torch import save_file
 from eval.images import npz
 from eval.recipes import load_any
 from sfd_scale import config, export
-from sfd_scale.checkpoint import folder as checkpoint_files
-from sfd_scale.checkpoint import load_weights
+from sfd_scale.checkpoint import Checkpoint, load_weights
+from sfd_scale.checkpoint.folder import fingerprint
+from sfd_scale.checkpoint.metadata import read_metadata, shapes
 from sfd_scale.data import manifest as schema
 from sfd_scale.data.shards import check_sizes, open_shards
 from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.runtime.files import sha256
 from sfd_scale.runtime.torch_file import TorchFile, plain
 from sfd_scale.sample import load_for_sampling
 
@@ -156,16 +158,15 @@ def _checkpoint(folder: Path) -> None:
 
     save({"model.w": torch.ones(3, 5)}, storage_writer=FileSystemWriter(folder), no_dist=True)
     (folder / "state.json").write_text(json.dumps({"format": 1, "step": 3, "optimizer_steps": 3, "recipe": {"a": 1}}))
-    sums = {f.name: {"sha256": checkpoint_files.sha256(f), "bytes": f.stat().st_size} for f in folder.iterdir()}
-    (folder / "checksums.json").write_text(json.dumps(sums))
-    checkpoint_files.write_synced(folder / "COMMIT", checkpoint_files.sha256(folder / "checksums.json") + "\n")
+    (folder / "checksums.json").write_text(json.dumps({file.name: fingerprint(file) for file in folder.iterdir()}))
+    (folder / "COMMIT").write_text(f"{sha256(folder / 'checksums.json')}\n")
 
 
 def _read_checkpoint(folder: Path) -> None:
-    checkpoint_files.read_state(folder)
-    checkpoint_files.damage(folder, slice(None))
-    metadata = checkpoint_files.read_metadata(folder)
-    wanted = {name: torch.empty(shape) for name, shape in checkpoint_files.shapes(metadata).items()}
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.state
+    checkpoint.damage()
+    wanted = {name: torch.empty(shape) for name, shape in shapes(read_metadata(folder)).items()}
     assert sum(tensor.numel() for tensor in wanted.values()) < 1 << 20
 
 

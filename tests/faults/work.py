@@ -14,8 +14,9 @@ import yaml
 
 from eval import generate
 from sfd_scale.__main__ import app
-from sfd_scale.checkpoint import folder as checkpoints
+from sfd_scale.checkpoint import Checkpoint
 from sfd_scale.launch.command_line import run_command
+from sfd_scale.runs import RunFolder
 from tests.faults.jobs import ROOT, Forked, Job, Launched
 from tests.helpers import eval_tiny, small_run
 from tests.helpers.encoded import files
@@ -108,10 +109,9 @@ class Training(Work):
         return None
 
     @staticmethod
-    def committed(out: Path) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        found = checkpoints.committed(out / "checkpoints") if out.exists() else []
-        return [path for path in found if checkpoints.damage(path, slice(None)) is None]
+    def intact(out: Path) -> list[Checkpoint]:
+        """Checkpoints without damage, oldest first."""
+        return [checkpoint for checkpoint in RunFolder(out).checkpoints if checkpoint.damage() is None]
 
 
 class Encoding(Work):

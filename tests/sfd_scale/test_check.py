@@ -63,7 +63,7 @@ def test_other_statistics_are_found_by_their_hash_and_by_the_losses(root: Path) 
 def test_the_command_and_an_export(root: Path) -> None:
     config_file = root / "recipe.yaml"
     config_file.write_text(config.to_yaml(recipe_of(root)))
-    exported = export.export(root / "run", root / "raw.safetensors", weights="params")
+    exported = export.export(root / "run", root / "raw.safetensors", export.WeightsChoice(weights="params"))
     right = CliRunner().invoke(app, ["check", str(config_file), "--checkpoint", str(exported), "--samples", "320"])
     assert right.exit_code == 0 and "belongs to this data" in right.output
     wrong = CliRunner().invoke(
@@ -77,7 +77,7 @@ def test_the_command_and_an_export(root: Path) -> None:
 
 def test_a_resume_on_other_statistics_is_refused_unless_allowed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     stats = str(root / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other statistics of the latents .*; give the data\.stats that"):
+    with pytest.raises(ValueError, match=r"other latent statistics .*; set data\.stats to the statistics that"):
         build.train(recipe_of(root, {"stats": stats}, steps=61), root / "run")
     allowed = recipe_of(root, {"stats": stats, "allow_stats_mismatch": True}, steps=61)
     with caplog.at_level(logging.WARNING):

@@ -88,14 +88,15 @@ def test_other_steps_are_another_recipe_where_the_learning_rate_falls(data: Path
     assert build.train(small_run.recipe(data, steps=HALF, every=HALF, **falling), tmp_path / "cosine")
     with pytest.raises(ValueError, match=rf"\(recipe\.steps: {ALL}, in the checkpoint {HALF}\)"):
         build.train(small_run.recipe(data, steps=ALL, **falling), tmp_path / "cosine")
+    run = runs.RunFolder(tmp_path / "cosine")
     for steps in (ALL + 4, ALL + 8):
         recipe = small_run.recipe(data, steps=steps, every=1, lr={"kind": "wsd", "decay_steps": 2})
-        runs.claim(tmp_path / "cosine", recipe, None, {}, allow_foreign=True)
-    claimed = yaml.safe_load((tmp_path / "cosine" / "recipe.yaml").read_text())
-    assert claimed["train"]["steps"] == ALL + 8
-    runs.claim(tmp_path / "cosine", small_run.recipe(data, steps=ALL, lr=claimed["lr"]), None, {}, False)
+        runs.begin(run, recipe, None, {}, allow_foreign=True)
+    written = yaml.safe_load(run.recipe_file.read_text())
+    assert written["train"]["steps"] == ALL + 8
+    runs.begin(run, small_run.recipe(data, steps=ALL, lr=written["lr"]), None, {}, allow_foreign=False)
     with pytest.raises(ValueError, match=r"recipe\.steps: 5, in the checkpoint 8"):
-        runs.claim(tmp_path / "cosine", small_run.recipe(data, steps=5, lr=claimed["lr"]), None, {}, False)
+        runs.begin(run, small_run.recipe(data, steps=5, lr=written["lr"]), None, {}, allow_foreign=False)
 
 
 def test_another_clipping_is_another_recipe(data: Path, half: Path, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ from huggingface_hub import ModelCard
 
 from sfd_scale import config, hub
 from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.export import WeightsChoice
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.sample import load_for_sampling
 from tests.eval.test_report import result
 from tests.helpers.encoded import tokenizer
 from tests.helpers.small_run import encode, settings
+
+INITIAL = WeightsChoice(initial=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_is_a_model_elsewhere(run: Path, tmp_path: Path) -> None:
-    folder = hub.write_folder(run, tmp_path / "hub", initial=True)
+    folder = hub.write_folder(run, tmp_path / "hub", INITIAL)
     codec = run.parent / "codec.safetensors"
     original = load_for_sampling(folder / "model.safetensors", torch.device("cpu"))
     codec.rename(codec.with_suffix(".gone"))  # another machine
@@ -51,17 +54,17 @@ def test_the_folder_is_a_model_elsewhere(run: Path, tmp_path: Path) -> None:
     assert (folder / "samples.png").read_bytes() == (run / "evaluations/step-00000000/grid.png").read_bytes()
     # Again over itself, without what belonged to the former weights alone, but never over what is someone else's.
     shutil.move(run / "evaluations", tmp_path / "evaluations")
-    hub.write_folder(run, folder, initial=True)
+    hub.write_folder(run, folder, INITIAL)
     shutil.move(tmp_path / "evaluations", run / "evaluations")
     assert not {"samples.png", "results.json"} & {file.name for file in folder.iterdir()}
     assert "![samples]" not in (folder / "README.md").read_text() and (folder / "texture.safetensors").is_file()
     (folder / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds other files \\(thesis.tex\\)"):
-        hub.write_folder(run, folder, initial=True)
+        hub.write_folder(run, folder, INITIAL)
 
 
 def test_the_card_is_what_the_hub_reads(run: Path, tmp_path: Path) -> None:
-    folder = hub.write_folder(run, tmp_path / "hub", initial=True)
+    folder = hub.write_folder(run, tmp_path / "hub", INITIAL)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "sfd-scale" and "semantic-first-diffusion" in card.data.tags
     scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}

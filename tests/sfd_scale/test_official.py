@@ -146,14 +146,14 @@ def go_on(folder: str, engines: list[str]) -> dict[str, Any]:
     for engine in (*engines, "forgetful"):
         recipe = recipe_of(Path(folder), engine if engine in ENGINES else "fsdp")
         run, file = Path(folder, f"run-{engine}-{engines[0]}"), Path(folder, "0000003.pt")
-        path = official.import_run(file, run, recipe)
-        assert path.name == "step-00000003"
+        saved = official.import_run(file, run, recipe)
+        assert saved.path.name == "step-00000003"
         if engine == "forgetful":
-            params, average = (checkpoint.load_weights(path, part) for part in ("params", "ema"))
+            params, average = (saved.weights(name) for name in ("params", "ema"))
             zeros = {name: torch.zeros_like(value) for name, value in params.items()}
             parts = {"model": params, "ema": average, "optim.exp_avg": zeros, "optim.exp_avg_sq": zeros}
             manager = checkpoint.CheckpointManager(run / "checkpoints", recipe.checkpoint)
-            manager.save_whole(SAVED, parts, SAVED, checkpoint.read_state(path))
+            manager.save_whole(SAVED, parts, SAVED, saved.state)
         assert build.train(recipe, run)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         end = run / "checkpoints" / f"step-{STEPS:08d}"

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sfd_scale.checkpoint import CheckpointError, folder, load_weights
+from sfd_scale.checkpoint import Checkpoint, CheckpointError, load_weights, metadata
 from sfd_scale.checkpoint.boxes import stage
-from sfd_scale.checkpoint.manager import files
 from tests.helpers.ranks import RankError, run_alone
 from tests.helpers.tiny import TinyModel
 from tests.helpers.whole_engine import flip, manager, names, saved, started, state_of
@@ -25,7 +24,7 @@ def _killed_while_saving(root: str) -> None:
     def die(*args: Any) -> None:
         os.kill(os.getpid(), 9)
 
-    files.check_complete = die  # all tensors are written, nothing is committed
+    metadata.check_complete = die  # all tensors are written, nothing is committed
     checkpoints.save(2, engine, ema, {})
 
 
@@ -34,18 +33,18 @@ def test_a_save_cut_off_by_a_kill_is_not_seen(tmp_path: Path) -> None:
         run_alone(_killed_while_saving, str(tmp_path))
     assert names(tmp_path) == ["step-00000001", "step-00000002.tmp"]
     checkpoints = manager(tmp_path)
-    assert checkpoints.latest() == tmp_path / "step-00000001"
+    assert checkpoints.latest() == Checkpoint(tmp_path / "step-00000001")
     engine, ema = started()
-    checkpoints.load(tmp_path / "step-00000001", engine, ema)
+    checkpoints.load(Checkpoint(tmp_path / "step-00000001"), engine, ema)
     checkpoints.save(2, engine, ema, {})
-    assert checkpoints.latest() == tmp_path / "step-00000002"
+    assert checkpoints.latest() == Checkpoint(tmp_path / "step-00000002")
 
 
 def test_without_commit_a_folder_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
     checkpoints, engine, ema = saved(tmp_path, 2)
     (tmp_path / "step-00000002" / "COMMIT").unlink()
-    assert checkpoints.latest() == tmp_path / "step-00000001"
-    with pytest.raises(ValueError, match="neither a committed checkpoint"):
+    assert checkpoints.latest() == Checkpoint(tmp_path / "step-00000001")
+    with pytest.raises(ValueError, match="neither the folder of a whole checkpoint"):
         load_weights(tmp_path / "step-00000002")
     checkpoints.save(2, engine, ema, {})
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000002.aside-1"]
@@ -64,7 +63,7 @@ def test_damage_is_reported_skipped_and_kept(
         file.write_bytes(file.read_bytes()[:-1])
     else:
         file.unlink()
-    assert checkpoints.latest() == tmp_path / "step-00000001"
+    assert checkpoints.latest() == Checkpoint(tmp_path / "step-00000001")
     assert "step-00000002 is damaged" in caplog.text and name in caplog.text
     for step in (3, 4, 5):
         checkpoints.save(step, engine, ema, {})
@@ -92,13 +91,13 @@ def test_another_architecture_is_refused_by_tensor_name(tmp_path: Path) -> None:
     checkpoints, *_ = saved(tmp_path)
     wider, ema = started(TinyModel(width=38))
     with pytest.raises(ValueError, match=r"another model: .*blocks\.0\.down\.bias: \(37,\) in the checkpoint, \(38,\)"):
-        checkpoints.load(tmp_path / "step-00000001", wider, ema)
+        checkpoints.load(Checkpoint(tmp_path / "step-00000001"), wider, ema)
     deeper = TinyModel()
     deeper.blocks.append(deeper.blocks[0].__class__(37))
     more, ema = started(deeper)
     before = state_of(more, ema)
     with pytest.raises(ValueError, match=r"ema\.blocks\.3\.down\.bias: not in the checkpoint"):
-        checkpoints.load(tmp_path / "step-00000001", more, ema)
+        checkpoints.load(Checkpoint(tmp_path / "step-00000001"), more, ema)
     assert all(torch.equal(a, b) for a, b in zip(state_of(more, ema), before, strict=True))
 
 
@@ -107,7 +106,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "step-00000001" / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
     with pytest.raises(ValueError, match="checkpoint format 2; this release of sfd-scale reads up to 1"):
-        checkpoints.load(tmp_path / "step-00000001", engine, ema)
+        checkpoints.load(Checkpoint(tmp_path / "step-00000001"), engine, ema)
 
 
 class _Trap:
@@ -119,5 +118,5 @@ def test_metadata_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Trap()))
     with pytest.raises(CheckpointError, match="posix.mkdir"):
-        folder.read_metadata(tmp_path)
+        metadata.read_metadata(tmp_path)
     assert not (tmp_path / "trapped").exists()

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from sfd_scale.checkpoint import CheckpointConfig, CheckpointError, CheckpointManager
-from sfd_scale.checkpoint.manager import files
+from sfd_scale.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointManager, metadata
 from sfd_scale.runtime import distributed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import TinyModel
@@ -27,7 +26,7 @@ def test_everything_comes_back(tmp_path: Path, background: bool) -> None:
     expected = state_of(engine, ema)
     other, other_ema = started(TinyModel(seed=5))
     latest = checkpoints.latest()
-    assert latest is not None and latest.name == "step-00000002"
+    assert latest == Checkpoint(tmp_path / "step-00000002")
     state = manager(tmp_path).load(latest, other, other_ema)
     assert all(torch.equal(a, b) for a, b in zip(state_of(other, other_ema), expected, strict=True))
     assert state == {
@@ -35,7 +34,7 @@ def test_everything_comes_back(tmp_path: Path, background: bool) -> None:
         "parts": ["model", "optim.exp_avg", "optim.exp_avg_sq", "ema"],
     }  # fmt: skip
     assert {s["step"].item() for s in other.optimizer.state.values()} == {2.0}
-    assert names(latest) == [".metadata", "COMMIT", "__0_0.distcp", "checksums.json", "state.json"]
+    assert names(latest.path) == [".metadata", "COMMIT", "__0_0.distcp", "checksums.json", "state.json"]
 
 
 def test_a_background_save_holds_the_state_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +57,14 @@ def test_a_background_save_holds_the_state_of_the_call(tmp_path: Path, monkeypat
     go.set()
     checkpoints.wait()
     other, other_ema = started(TinyModel(seed=5))
-    checkpoints.load(tmp_path / "step-00000001", other, other_ema)
+    checkpoints.load(Checkpoint(tmp_path / "step-00000001"), other, other_ema)
     assert all(torch.equal(a, b) for a, b in zip(state_of(other, other_ema), expected, strict=True))
 
 
 def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = manager(tmp_path, background=True)
     engine, ema = started()
-    monkeypatch.setattr(files, "check_complete", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(metadata, "check_complete", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     checkpoints.save(1, engine, ema, {})
     with pytest.raises(CheckpointError, match="rank 0: OSError: disk full"):
         checkpoints.save(2, engine, ema, {})
@@ -144,7 +143,7 @@ def test_a_full_disk_leaves_no_rest_and_the_last_checkpoint(tmp_path: Path, monk
     monkeypatch.setattr("sfd_scale.checkpoint.manager.save", full)
     with pytest.raises(CheckpointError, match="step-00000002: writing tensors failed on rank 0: .*No space left"):
         checkpoints.save(2, engine, ema, {})
-    assert names(tmp_path) == ["step-00000001"] and checkpoints.latest() == tmp_path / "step-00000001"
+    assert names(tmp_path) == ["step-00000001"] and checkpoints.latest() == Checkpoint(tmp_path / "step-00000001")
 
 
 def fail_on_one_rank(folder: Path) -> str:

@@ -14,6 +14,7 @@ from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_aver
 from sfd_scale.checkpoint.posthoc import coefficients, profile_product
 from sfd_scale.engines.ema import EMA, EMAConfig, length_of, part_name, power_exponent, power_weight
 from sfd_scale.engines.engine import Fragment
+from sfd_scale.runtime.run_paths import RunPaths
 from tests.helpers.whole_engine import WholeEngine, advance, manager
 
 LENGTHS = (0.05, 0.10)
@@ -112,7 +113,7 @@ def test_the_average_of_another_length_is_that_which_training_would_have_kept(
     run: tuple[Path, list[torch.Tensor]], length: float, step: int
 ) -> None:
     root, weights = run
-    tensors, at, error = reconstruct(root, length, None if step == 80 else step)
+    tensors, at, error = reconstruct(RunPaths(root), length, None if step == 80 else step)
     assert at == step and error < 0.03
     expected = followed(length, lambda i: weights[i], step)
     scale = (weights[step - 1].double() - expected).norm()
@@ -137,11 +138,11 @@ def test_a_snapshot_holds_the_power_averages_alone_and_is_made_anew(run: tuple[P
 def test_what_was_not_kept_is_refused(run: tuple[Path, list[torch.Tensor]], tmp_path: Path) -> None:
     root, _ = run
     with pytest.raises(ValueError, match=r"--step: 55; averages in .* are of the steps \[10, 20"):
-        reconstruct(root, 0.1, 55)
+        reconstruct(RunPaths(root), 0.1, 55)
     with pytest.raises(ValueError, match=r"--ema-length: 0.5; allowed"):
-        reconstruct(root, 0.5)
+        reconstruct(RunPaths(root), 0.5)
     with pytest.raises(ValueError, match="no power-function averages; train with ema.lengths"):
-        reconstruct(tmp_path, 0.1)
+        reconstruct(RunPaths(tmp_path), 0.1)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def _torn(root: str) -> str:
     except CheckpointError as error:
         latest = checkpoints.latest()
         assert latest is not None
-        return f"{latest.name}: {error}"
+        return f"{latest.path.name}: {error}"
     raise AssertionError("a torn save went through")
 
 

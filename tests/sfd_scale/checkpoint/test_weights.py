@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sfd_scale.checkpoint import folder, load_weights, start_weights
-from sfd_scale.checkpoint.weights import export_weights
+from sfd_scale.checkpoint import Checkpoint, export_weights, load_weights, start_weights
 from tests.helpers.tiny import TinyModel
 from tests.helpers.whole_engine import flip, names, saved, started
 
@@ -25,7 +24,7 @@ def test_a_start_takes_the_weights_that_are_named_and_nothing_else(tmp_path: Pat
         "file": tmp_path / "w.safetensors",
     }
     if source == "file":
-        export_weights(path["checkpoint"], path["file"], weights)
+        export_weights(Checkpoint(path["checkpoint"]), path["file"], weights, {})
     model = TinyModel(seed=5)
     model.load_state_dict(start_weights(path[source], weights, model), strict=False)
     expected = ema.tensors if weights == "ema" else [f.param for f in engine.fragments()]
@@ -37,7 +36,7 @@ def test_a_start_takes_the_weights_that_are_named_and_nothing_else(tmp_path: Pat
 
 def test_a_start_from_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints")
-    export_weights(tmp_path / "checkpoints" / "step-00000001", tmp_path / "ema.safetensors", "ema")
+    export_weights(Checkpoint(tmp_path / "checkpoints" / "step-00000001"), tmp_path / "ema.safetensors", "ema", {})
     with pytest.raises(ValueError, match="holds the weights 'ema', not 'params'; set init_from.weights=ema"):
         start_weights(tmp_path / "ema.safetensors", "params", TinyModel())
     with pytest.raises(ValueError, match=r"another model: blocks\.0\.down\.bias: \(37,\) in the checkpoint, \(38,\)"):
@@ -50,7 +49,7 @@ def test_a_start_from_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", ["ema", "params"])
 def test_export_has_the_names_the_weights_and_the_notes(tmp_path: Path, weights: Any) -> None:
     _, engine, ema = saved(tmp_path / "run", 2)
-    checkpoint = tmp_path / "run" / "step-00000002"
+    checkpoint = Checkpoint(tmp_path / "run" / "step-00000002")
     out = export_weights(checkpoint, tmp_path / "out" / "model.safetensors", weights, {"stats": "def"})
     tensors = load_weights(out)
     source = ema.tensors if weights == "ema" else [f.param for f in engine.fragments()]
@@ -58,20 +57,21 @@ def test_export_has_the_names_the_weights_and_the_notes(tmp_path: Path, weights:
     for fragment, value in zip(engine.fragments(), source, strict=True):
         assert tensors[fragment.name].shape == fragment.shape
         assert torch.equal(tensors[fragment.name].view(-1), value)
-    assert all(torch.equal(tensors[n], t) for n, t in load_weights(checkpoint, weights).items())
+    assert all(torch.equal(tensors[n], t) for n, t in load_weights(checkpoint.path, weights).items())
     with safe_open(out, "pt") as file:
         notes = file.metadata()
     assert notes == {
         "step": "2", "format": "1", "optimizer_steps": "2", "recipe_digest": "abc", "stats": "def",
-        "weights": weights, "checkpoint_sha256": folder.checkpoint_hash(checkpoint),
+        "weights": weights, "checkpoint_sha256": checkpoint.hash,
     }  # fmt: skip
     assert names(tmp_path / "out") == ["model.safetensors"]
 
 
 def test_export_refuses_damage_and_other_names(tmp_path: Path) -> None:
     saved(tmp_path)
+    checkpoint = Checkpoint(tmp_path / "step-00000001")
     with pytest.raises(ValueError, match="ends in .safetensors"):
-        export_weights(tmp_path / "step-00000001", tmp_path / "model.pt")
+        export_weights(checkpoint, tmp_path / "model.pt", "ema", {})
     flip(tmp_path / "step-00000001" / "__0_0.distcp")
     with pytest.raises(ValueError, match="__0_0.distcp has changed"):
-        export_weights(tmp_path / "step-00000001", tmp_path / "model.safetensors")
+        export_weights(checkpoint, tmp_path / "model.safetensors", "ema", {})

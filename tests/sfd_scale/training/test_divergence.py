@@ -16,6 +16,7 @@ from sfd_scale import build
 from sfd_scale.data.dataloader import LatentLoader, data_step, epoch_order
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.training.divergence import DivergenceConfig, DivergenceError, DivergenceWatch, joined, spike_limit
 from sfd_scale.training.objective import LossTerms
 from tests.helpers import small_run
@@ -46,7 +47,7 @@ def test_passed_data_is_left_out_and_nothing_else(passed: list[tuple[int, int]])
 
 
 def _watch(tmp_path: Path, **settings: Any) -> DivergenceWatch:
-    return DivergenceWatch(DivergenceConfig(**settings), tmp_path)
+    return DivergenceWatch(DivergenceConfig(**settings), RunPaths(tmp_path))
 
 
 def _step(watch: DivergenceWatch, step: int, *losses: float) -> tuple[float, str]:

@@ -13,6 +13,7 @@ import pytest
 
 from sfd_scale import build
 from sfd_scale.config import ConfigError
+from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
 from sfd_scale.training.trainer import Trainer
 from tests.helpers import small_run
@@ -33,7 +34,7 @@ def test_metrics_are_valid_after_a_kill_at_any_byte(tmp_path: Path) -> None:
     ends = [len("\n".join(lines[:count]).encode()) for count in (1, 2)]
     for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
-        resumed = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {})
+        resumed = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {})
         resumed.truncate(2)
         resumed.write(3, {"loss": 0.5})
         resumed.close()

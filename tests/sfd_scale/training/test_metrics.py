@@ -14,6 +14,7 @@ from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Fragment
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.matmul import measured_flops
+from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.training.metrics import TrainingMetrics
 from sfd_scale.training.metrics_writer import MetricsWriter, ScoreTable, WandbConfig, log_scores
 from sfd_scale.training.objective import LossTerms
@@ -75,7 +76,7 @@ def test_what_is_not_finite_is_left_out_of_the_means() -> None:
 
 
 def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {})
+    writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {})
     writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "mfu": None})
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
@@ -86,8 +87,8 @@ def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
 def test_an_imported_run_has_scores_before_it_has_metrics(tmp_path: Path) -> None:
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "results.jsonl").write_text('{"step": 4, "id": "a", "fid": 4.5}\n')
-    log_scores(tmp_path, WandbConfig(mode="offline"))
-    assert not ScoreTable(tmp_path).pending()
+    log_scores(RunPaths(tmp_path), WandbConfig(mode="offline"))
+    assert not ScoreTable(RunPaths(tmp_path)).pending()
 
 
 def test_replicas_count_once() -> None:
@@ -109,7 +110,7 @@ def test_without_a_known_peak_there_is_no_utilisation() -> None:
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {}, tensorboard=True)
+    writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {}, tensorboard=True)
     for step in (1, 2):
         writer.write(step, {"loss": 1.0 / step, "mfu": None})
     writer.close()
@@ -130,7 +131,7 @@ def test_a_wandb_run_is_read_back_by_its_own_reader(tmp_path: Path, monkeypatch:
     table = tmp_path / "evaluations" / "results.jsonl"
     table.parent.mkdir()
     for first in (1, 3):  # a resumed run continues the same run
-        writer = MetricsWriter(tmp_path, WandbConfig(mode="offline"), {"seed": 7, "model": {"depth": 2}})
+        writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="offline"), {"seed": 7, "model": {"depth": 2}})
         for step in (first, first + 1, first + 1):  # the last after going back by one
             writer.write(step, {"loss": 1.0 / step, "loss_by_clock/3": float(step), "mfu": None})
         writer.close()

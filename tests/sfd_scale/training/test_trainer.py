@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
+from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.runtime.signals import StopRequest
 from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
 from sfd_scale.training.trainer import TrainerConfig
@@ -55,7 +56,7 @@ def test_a_signal_is_remembered_until_the_step_boundary() -> None:
 
 
 def test_metrics_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, WandbConfig(mode="disabled"), {})
+    writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {})
     for step in (1, 2, 3):
         writer.write(step, {"loss": 1.0 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
