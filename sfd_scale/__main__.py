@@ -239,8 +239,8 @@ def recipes() -> None:
     """List the recipes that a command can be given by name."""
     from eval.recipes import summary_table
 
-    # As wide as it needs to be: a row stays a line, in a narrow terminal and in a pipe to grep.
-    rich.console.Console(width=240).print(summary_table())
+    # Wider than any row: a row stays one line, in a narrow terminal and in a pipe to grep.
+    rich.console.Console(width=1000).print(summary_table())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -16,6 +16,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sfd_scale.config.renamed import new_recipe
+
 RECIPE_ROOT = Path(__file__).resolve().parents[2] / "recipes"
 # A recipe has a few hundred values; aliases of aliases can make billions of a few lines.
 _MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
@@ -53,10 +55,11 @@ def find_recipe(name: str | Path) -> Path:
     for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
         if candidate.is_file():
             return candidate
-    # `recipes/train/x.yaml` typed outside the checkout still means the recipe of that name.
-    near = difflib.get_close_matches(
-        str(name).removesuffix(".yaml").removeprefix("recipes/"), recipe_names(), n=3, cutoff=0.4
-    )
+    # A user outside the checkout may type `recipes/train/x.yaml`.
+    bare = str(name).removesuffix(".yaml").removeprefix("recipes/")
+    if renamed := new_recipe(bare):
+        raise ConfigError(f"{name}: this recipe was renamed; give: {renamed}")
+    near = difflib.get_close_matches(bare, recipe_names(), n=3, cutoff=0.4)
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; recipes are looked up in {RECIPE_ROOT}"
     raise ConfigError(f"{name}: no such recipe or file{hint}")
 

@@ -30,11 +30,9 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override has the form dotted.key=value")
-    path, command = files.find_recipe(source), _command(overrides)
+    path, merged, origin = _merged(source, overrides)
     with files.errors_in(path):
-        tree, origin = files.merged(files.read_file(path))
-        data = OmegaConf.to_container(files.merge(tree, command), resolve=True)
-    origin = {**origin, **dict.fromkeys(files.leaves(command), _COMMAND_LINE)}
+        data = OmegaConf.to_container(merged, resolve=True)
     _check_kind(cls, data, str(source))
     return typed(cls, data, origin, str(path))
 
@@ -53,17 +51,33 @@ def load_by_kind(source: str | Path, kinds: Mapping[str, type], overrides: Seque
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """The `kind` key of a recipe; None for a part that other recipes extend."""
-    return tree(source, overrides).get("kind")
+    path, merged, _ = _merged(source, overrides)
+    with files.errors_in(path):
+        kind: str | None = merged.get("kind")
+    return kind
 
 
 def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe with its parents and overrides as plain data, unchecked and without defaults: for launchers."""
-    path, command = files.find_recipe(source), _command([o for o in overrides if "=" in o])
+    path, merged, _ = _merged(source, [o for o in overrides if "=" in o])
     with files.errors_in(path):
-        own = files.merged(files.read_file(path))[0]
-        plain = OmegaConf.to_container(files.merge(own, command))
+        plain = OmegaConf.to_container(merged, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _merged(source: str | Path, overrides: Sequence[str]) -> tuple[Path, DictConfig, dict[str, str]]:
+    """The file of a recipe, its tree with parents and overrides, and what set each dotted key.
+
+    A recipe without a `name` is named for its file.
+    """
+    path, command = files.find_recipe(source), _command(overrides)
+    with files.errors_in(path):
+        own, origin = files.merged(files.read_file(path))
+        tree = files.merge(own, command)
+        if "kind" in tree and "name" not in tree:
+            tree = files.merge(OmegaConf.create({"name": path.stem}), tree)
+    return path, tree, {**origin, **dict.fromkeys(files.leaves(command), _COMMAND_LINE)}
 
 
 def _check_kind(cls: type[Any], data: Any, source: str) -> None:

@@ -12,16 +12,14 @@ from typing import Any
 
 # Old dotted key → new dotted key, by the kind of the recipe.
 RENAMED_KEYS: dict[str, dict[str, str]] = {}
-# Old recipe name (a pattern) → the new words for the command line.
-_RENAMED_RECIPES: dict[str, str] = {}
+# Pattern of an old recipe name → the new name, with overrides.
+_RENAMED_RECIPES = {r"train/ablation/delta_t_(\d\.\d)": r"train/ablation/delta_t schedule.delta_t=\1"}
 
 
-def new_words(recipe: str) -> str | None:
-    """What to give a command in place of the old name of a recipe; None for other names."""
-    for pattern, words in _RENAMED_RECIPES.items():
-        if found := re.fullmatch(pattern, recipe):
-            return found.expand(words)
-    return None
+def new_recipe(name: str) -> str | None:
+    """The new name of a renamed recipe, with the overrides that it needs; None for all other names."""
+    matches = ((re.fullmatch(pattern, name), words) for pattern, words in _RENAMED_RECIPES.items())
+    return next((match.expand(words) for match, words in matches if match), None)
 
 
 def new_keys(key: str, kinds: Sequence[str]) -> dict[str, str]:

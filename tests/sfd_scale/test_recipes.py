@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from typer.testing import CliRunner
 
 from eval.features.config import InceptionConfig
 from eval.metrics.metrics import MetricsConfig
 from eval.recipe import BalancedLabels
 from eval.recipes import load_any, summary_table
 from sfd_scale import build, config
+from sfd_scale.__main__ import app
 from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
@@ -32,13 +35,17 @@ TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_every_recipe_loads_and_says_how_it_is_run_and_what_comes_of_it(name: str) -> None:
+def test_every_recipe_loads_and_says_its_command_and_its_expected_result(name: str) -> None:
     recipe = load_any(name)
     assert config.from_dict(type(recipe), config.to_dict(recipe)) == recipe
     text = config.find_recipe(name).read_text()
     run, expect = (re.search(rf"^# {key}: (.+)$", text, re.M) for key in ("run", "expect"))
-    assert text.startswith("# run: ") and run is not None and expect is not None
-    assert name in run[1] or name.removeprefix("quickstart/") in run[1]
+    assert text.startswith("# run: ") and run is not None
+    assert name in run[1]
+    # The expected result stands once: as `published`, or else in the header.
+    assert (expect is None) == (getattr(recipe, "published", None) is not None)
+    # A name that is the file's is left out.
+    assert f"\nname: {name.rpartition('/')[2]}\n" not in text
     # About ten lines: what a run shares with others is a part that it extends.
     assert len([line for line in text.splitlines() if line and not line.startswith("#")]) <= 13
 
@@ -86,6 +93,8 @@ def test_the_table_names_model_engine_batch_and_number() -> None:
     ]  # fmt: skip
     assert columns["published"][row].startswith("FID 2.38")
     assert set(columns["recipe"]) == set(COMPLETE)
+    printed = CliRunner().invoke(app, ["recipes"]).output.splitlines()
+    assert len(printed) == len(COMPLETE) + 1 and not any("…" in line for line in printed)
 
 
 def of(name: str) -> TrainRecipe:
@@ -109,7 +118,7 @@ ABLATIONS = {
     "redi_semantic_first_xl": (False, 32, 8, 0.3), "vavae_xl": (False, 32, 0, 0.0),
     "vavae_semantic_first_xl": (False, 32, 16, 0.3), "dit_xl": (False, 4, 0, 0.0),
     "repa_b": (True, 32, 0, 0.0), "repa_l": (True, 32, 0, 0.0), "repa_xl_800ep": (True, 32, 0, 0.0),
-    **{f"delta_t_{n / 10}": (True, 32, 16, n / 10) for n in range(11)},
+    "delta_t": (True, 32, 16, 0.3),
 }  # fmt: skip
 
 
@@ -122,7 +131,7 @@ def test_an_ablation_changes_what_it_is_named_for() -> None:
         head = recipe.model.alignment is not None
         found = (head, latents.texture_channels, latents.semantic_channels, recipe.schedule.delta_t)
         assert found == wanted, name
-        assert recipe.run == Path("runs", name) and recipe.name == name
+        assert recipe.name == ("delta_t_0.3" if name == "delta_t" else name) and recipe.run == Path("runs", recipe.name)
         # The latents of its data are those of the encode recipe, by the same tokenizer.
         made_by = f"data/encode_{recipe.data.path.name}"
         encode = load_any(f"{made_by}_features" if f"{made_by}_features" in COMPLETE else made_by)
@@ -131,13 +140,21 @@ def test_an_ablation_changes_what_it_is_named_for() -> None:
         assert (encode.store.features == "shards" and recipe.data.features == "shards") or not head
 
 
-def test_the_ablations_of_one_table_differ_in_nothing_else() -> None:
-    base = config.to_dict(of("ablation/semantic_first_xl"))
-    for name in ABLATIONS:
-        if name.startswith("delta_t"):
-            other = config.to_dict(of(f"ablation/{name}"))
-            different = {key for key in base if base[key] != other[key]}
-            assert different <= {"schedule", "name", "run", "published"}, name
+@pytest.mark.parametrize("delta_t", [n / 10 for n in range(11)])
+def test_the_runs_of_the_delta_t_figure_differ_in_delta_t_alone(delta_t: float) -> None:
+    recipe = config.load("train/ablation/delta_t", TrainRecipe, [f"schedule.delta_t={delta_t}"])
+    name = f"delta_t_{delta_t}"
+    assert (recipe.name, recipe.run, recipe.schedule.delta_t) == (name, Path("runs", name), delta_t)
+    different = config.differences(config.to_dict(of("ablation/semantic_first_xl")), config.to_dict(recipe))
+    assert different.keys() - {"schedule.delta_t"} == {"name", "run", "published"}
+    # A launcher puts its logs where the run goes.
+    assert config.tree("train/ablation/delta_t", [f"schedule.delta_t={delta_t}"])["run"] == f"runs/{name}"
+
+
+@pytest.mark.parametrize("old", ["train/ablation/delta_t_0.4", "recipes/train/ablation/delta_t_0.4.yaml"])
+def test_an_old_recipe_name_is_an_error_that_says_the_new_one(old: str) -> None:
+    with pytest.raises(config.ConfigError, match=r"give: train/ablation/delta_t schedule\.delta_t=0\.4$"):
+        load_any(old)
 
 
 AUTHORS = SemanticFirstConfig(
@@ -167,7 +184,8 @@ def test_the_authors_runs_have_their_settings(
     assert recipe.schedule.delta_t == 0.3 and recipe.data.flip and recipe.latents.shape == (48, 16, 16)
 
 
-# The table of the authors' repository: training run, step, guide's step, scale, and FID on NPUs and GPUs.
+# The table of the official repository: training run, step, step of the guidance model (thousands), scale, and FID on
+# NPUs and GPUs. GUIDED_SCORES has the paper's Table 2: sFID, IS, precision, recall.
 EVALUATIONS = {
     "sfd_xl_80ep": ("sfd_xl", 400_000, None, None, ("3.43", "3.50")),
     "sfd_xl_80ep_autoguidance": ("sfd_xl", 400_000, 70, 1.6, ("1.30", "1.29")),
@@ -182,6 +200,14 @@ EVALUATIONS = {
 }
 
 
+GUIDED_SCORES = {
+    "sfd_xl_80ep_autoguidance": ("3.87", "233.4", "0.78", "0.64"),
+    "sfd_xl_autoguidance": ("3.89", "267.0", "0.78", "0.67"),
+    "sfd_xxl_80ep_autoguidance": ("4.00", "240.4", "0.78", "0.65"),
+    "sfd_xxl_autoguidance": ("3.75", "264.2", "0.78", "0.66"),
+}
+
+
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_published(name: str) -> None:
     run, step, guide, scale, scores = EVALUATIONS[name]
@@ -189,7 +215,11 @@ def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_p
     last = step == training.train.steps
     assert recipe.checkpoint == Path(f"runs/{run}.safetensors" if last else f"runs/{run}_{step // 1000}k.safetensors")
     assert training.checkpoint.keep_every and step % training.checkpoint.keep_every == 0
-    assert re.findall(r"\b\d\.\d\d\b", recipe.published) == list(scores)
+    fids, *others = re.split(r"[;(]", recipe.published)
+    assert tuple(re.findall(r"\d\.\d\d", fids)) == scores
+    assert (
+        tuple(re.findall(r"\d+\.\d+", others[0])) == GUIDED_SCORES[name] if name in GUIDED_SCORES else len(others) == 1
+    )
     assert all(score in (training.published or "") for score in scores if last)
     if guide is None:
         assert recipe.guide is None and recipe.guidance == NoGuidance()
@@ -202,6 +232,16 @@ def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_p
     assert recipe.sampler == Dopri5Config(rtol=1e-3, atol=1e-6) and recipe.precision == "tf32"
     assert recipe.metrics == MetricsConfig(is_split=5000, neighbours=3, reference_images=10_000, kid_size=1000)
     assert recipe.extractor == InceptionConfig() and recipe.reference.path.name == "VIRTUAL_imagenet256_labeled.npz"
+
+
+def test_the_evaluation_with_euler_steps_has_the_settings_of_its_measurement() -> None:
+    recipe, base = load_any("eval/h200_euler100"), load_any("eval/sfd_xxl_autoguidance")
+    assert (recipe.sampler, recipe.precision) == (FixedStepConfig(kind="euler", num_steps=99), "tf32")
+    assert (
+        recipe.guide == Path("runs/autoguidance_b_70k.safetensors") and "FID 1.0461 by pytorch-fid" in recipe.published
+    )
+    different = config.differences(config.to_dict(base), config.to_dict(recipe))
+    assert {key.split(".")[0] for key in different} == {"name", "published", "guide", "sampler"}
 
 
 def test_the_data_and_the_tokenizers_of_the_authors() -> None:

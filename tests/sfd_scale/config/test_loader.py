@@ -90,6 +90,29 @@ def test_a_parent_stays_as_it_is_and_is_read_again_when_it_changes(tmp_path: Pat
     assert load(tmp_path, "other") == Root(name="y", steps=7)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    kind: Literal["named"] = "named"
+    name: str
+    run: Path = Path()
+
+
+def test_a_recipe_without_a_name_is_named_for_its_file(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        base="kind: named\nrun: runs/${name}\n",
+        child="extends: base\n",
+        named="extends: base\nname: mine\n",
+        inheriting="extends: named\n",
+    )
+    found = {name: config.load(tmp_path / f"{name}.yaml", Named) for name in ("base", "child", "named", "inheriting")}
+    names = {"base": "base", "child": "child", "named": "mine", "inheriting": "mine"}
+    assert found == {file: Named(name=name, run=Path("runs", name)) for file, name in names.items()}
+    assert config.load(tmp_path / "child.yaml", Named, ["name=given"]).run == Path("runs/given")
+    # A launcher reads the same name and folder without the class.
+    assert config.tree(tmp_path / "child.yaml") == {"kind": "named", "name": "child", "run": "runs/child"}
+
+
 def test_another_kind_replaces_the_node(tmp_path: Path) -> None:
     write(tmp_path, base="name: x\nengine: {kind: zero, stage: 3}\n", child="extends: base\nengine: {kind: fsdp}\n")
     assert load(tmp_path).engine == Fsdp()
