@@ -177,7 +177,7 @@ def score_features(
     with progress(len(tasks[rank::world]), "scores", "scores") as bar:
         for task in tasks[rank::world]:
             mine.append(task())
-            bar.advance(last=", ".join(mine[-1]))
+            bar.advance(1, {"last": ", ".join(mine[-1])})
     for share in distributed.all_gather_object(mine):
         for part in share:
             values.update(part)

@@ -212,7 +212,7 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
             pending = writer.submit(_complete, folder, chunk, finish)
             done = queue.finished(len(folder.rows(chunk)))
             # The bar counts what all ranks have done; it is drawn by rank 0, when that has a result of its own.
-            bar.advance(done - shown, **fields)
+            bar.advance(done - shown, fields)
             shown = done
         _finish(pending)
         distributed.barrier()

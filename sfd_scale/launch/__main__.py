@@ -1,4 +1,4 @@
-"""What the scripts in launchers/ call: `python -m sfd_scale.launch LAUNCHER [--module M] COMMAND RECIPE ...`."""
+"""Entry point of the scripts in launchers/: `python -m sfd_scale.launch LAUNCHER [--module M] COMMAND RECIPE ...`."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from collections.abc import Sequence
 
 from sfd_scale.launch import status
 from sfd_scale.launch.check import RecipeCheck
-from sfd_scale.launch.commands import LAUNCHERS, Work, make_launch
+from sfd_scale.launch.commands import LAUNCHERS, RankCommand, make_launch
 from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
 
 logger = logging.getLogger(__name__)
 
 
 def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
-    """Start the ranks, pass stop requests on to them, and return the exit code: 0, 75 after a stop, 2 for a mistake."""
+    """Start the ranks and wait for them; forward stop signals to them.
+
+    Returns:
+        The exit code: 0, 75 if the run saved and stopped on request, 2 for a user's error, else the launcher's.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [launch] %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    for signum in STOP_SIGNALS:  # nothing has started; the first process of a container has no other way to be stopped
+    # Until ranks start, a stop signal exits. Process 1 of a container has no default handlers.
+    for signum in STOP_SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda *_: sys.exit(status.REQUEUE_EXIT_CODE))
     environment = dict(os.environ)
     check = RecipeCheck(module, arguments, environment)
     try:
-        made = make_launch(launcher, Work(module, tuple(arguments)), environment)
+        made = make_launch(launcher, RankCommand(module, tuple(arguments)), environment)
         if environment.get("HOSTFILE") and check.wait():
-            sys.stderr.write(check.sentence())
+            sys.stderr.write(check.error())
             return status.USER_ERROR_EXIT_CODE
         return Supervisor(made, check).run()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What the command lines `sfd` and `python -m eval` share: their arguments, and what becomes of an error."""
+"""Shared by the command lines `sfd` and `python -m eval`: arguments, recipe loading, and error output."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sfd_scale.runtime.logging import console, setup_logging
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 T = TypeVar("T")
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `sfd recipes`) or a YAML file.")]
+Recipe = Annotated[str, typer.Argument(help="The name of a recipe (see `sfd recipes`), or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings of the recipe to change.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings that override the recipe.")
 ]
 
 
 def load_recipe(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T:
-    """Load the typed recipe of a command. Exit with code 0 where a launcher only asks whether the recipe is valid."""
+    """Load the typed recipe of a command. Exit with code 0 if a launcher only checks the recipe (launch/check.py)."""
     try:
         loaded = config.load(recipe, cls, overrides or ())
     except config.ConfigError:
         if CHECKED in os.environ:
-            time.sleep(CHECK_WAIT_S)  # the launcher prints the error and ends this process
+            time.sleep(CHECK_WAIT_S)  # the launcher prints the error and kills this process
         raise
     if CHECK_ONLY in os.environ:
         raise typer.Exit
@@ -38,10 +38,9 @@ def load_recipe(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T
 
 
 def run_command(command_line: typer.Typer) -> None:
-    """Run a command; a mistake of the user is one sentence, not a traceback (SFD_DEBUG=1 shows it).
+    """Run a command. A user's error is printed as one sentence; SFD_DEBUG=1 shows the traceback.
 
-    A rank that fails leaves the process group as it is: to tear it down it would wait for the others, which may wait
-    for this one.
+    A rank that fails does not destroy the process group: this would wait for the other ranks, which may wait for it.
     """
     setup_logging()
     try:
@@ -53,7 +52,7 @@ def run_command(command_line: typer.Typer) -> None:
     except ModuleNotFoundError as error:
         if "SFD_DEBUG" in os.environ or (error.name or "").split(".")[0] != "eval":
             raise
-        _fail("the evaluation harness is not installed; run this in a checkout of sfd-scale")
+        _fail("the evaluation code (package eval) is not installed; run this command in a checkout of sfd-scale")
     except (ValueError, FloatingPointError, OSError) as error:
         if "SFD_DEBUG" in os.environ:
             raise

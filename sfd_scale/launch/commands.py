@@ -1,6 +1,7 @@
-"""From the environment and `COMMAND RECIPE [key=value ...]` to a launch, with everything checked that can be before.
+"""Builds the command and environment of a launch from environment variables and `COMMAND RECIPE [key=value ...]`.
 
-No training option lives here: what a rank runs is passed on as it was given.
+All errors that can be found before the ranks start are raised here. Launchers know no training options: the ranks get
+their arguments unchanged.
 """
 
 from __future__ import annotations
@@ -9,17 +10,13 @@ import base64
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from sfd_scale import config
+from sfd_scale.config import loader as config
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.environment import exported, quoted_for_pdsh, read_env_file, write_env_file
 from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments
@@ -30,13 +27,13 @@ from sfd_scale.runtime.run_paths import LOGS, RunPaths
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
-_NODE_COUNTS = ("SLURM_JOB_NUM_NODES", "PET_NNODES")  # by which others say that they start one command a node
-NAME_WAIT_S = 120.0  # for the name of a first node, which Kubernetes makes known when its pod is up
+_NODE_COUNTS = ("SLURM_JOB_NUM_NODES", "PET_NNODES")  # set by schedulers that start one command per node
+NAME_WAIT_S = 120.0  # Kubernetes publishes the name of the first node when its pod runs
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the ranks run: a module and its arguments, and what can be read from those without loading anything."""
+class RankCommand:
+    """The command that every rank runs: `python -m MODULE ARGUMENTS`. The recipe is read as YAML, without torch."""
 
     module: str
     arguments: Sequence[str]
@@ -54,21 +51,21 @@ class Work:
         return {} if self.recipe is None else config.tree(self.recipe, self.overrides)
 
     def log_folder(self) -> Path:
-        """`logs` in the folder that the command fills; beside the runs for one that writes a file."""
-        filled: str | None = None
+        """`logs` in the command's output folder; below runs/logs for commands that write a file."""
+        output: str | None = None
         match self.arguments[0]:
             case "train":
-                filled = self.option("--run") or self.tree().get("run")
+                output = self.option("--run") or self.tree().get("run")
             case "watch" if self.option("--out") is None and (run := self.option("--run")) is not None:
-                filled = str(RunPaths(Path(run)).evaluations.path)  # not among the logs of the training
+                output = str(RunPaths(Path(run)).evaluations.path)  # the run folder has the logs of the training
             case "generate" | "sweep" | "watch":
-                filled = self.option("--out")
-        if isinstance(filled, str):
-            return Path(filled).absolute() / LOGS
+                output = self.option("--out")
+        if isinstance(output, str):
+            return Path(output).absolute() / LOGS
         return Path("runs/logs").absolute() / "-".join(self.arguments[:2]).replace("/", "-")
 
     def option(self, name: str) -> str | None:
-        """The value of an option among the arguments, after a space or an equals sign."""
+        """The value of an option: `--name value` or `--name=value`."""
         for argument, following in zip(self.arguments, [*self.arguments[1:], None], strict=True):
             if argument == name:
                 return following
@@ -77,7 +74,7 @@ class Work:
         return None
 
     def check_world_size(self, world_size: int) -> None:
-        """Raises ValueError where a training run's global batch does not divide over the ranks."""
+        """Raises ValueError if the global batch of a training does not divide over the ranks."""
         train = self.tree().get("train")
         batch = train.get("global_batch") if isinstance(train, Mapping) and self.arguments[0] == "train" else None
         if isinstance(batch, int) and batch > 0:
@@ -85,11 +82,11 @@ class Work:
             split_batch(batch, micro if isinstance(micro, int) and micro > 0 else None, world_size)
 
 
-def number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """A positive whole number of the environment.
+def positive_int(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The value of an environment variable.
 
     Raises:
-        ValueError: naming the variable.
+        ValueError: if it is not a whole number from 1 up.
     """
     text = environment.get(name, "") or str(default)
     if not text.isdigit() or int(text) < 1:
@@ -97,142 +94,141 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def choose(environment: Mapping[str, str]) -> str:
-    """What `auto` means here: torchrun where something starts one command a node, otherwise deepspeed."""
-    one_command_a_node = any(environment.get(name, "1") != "1" for name in ("NODES", *_NODE_COUNTS))
-    return "torchrun" if one_command_a_node and not environment.get("HOSTFILE") else "deepspeed"
+def auto_launcher(environment: Mapping[str, str]) -> str:
+    """The launcher for `auto`: torchrun if a scheduler starts one command per node, otherwise deepspeed."""
+    one_command_per_node = any(environment.get(name, "1") != "1" for name in ("NODES", *_NODE_COUNTS))
+    return "torchrun" if one_command_per_node and not environment.get("HOSTFILE") else "deepspeed"
 
 
-def make_launch(launcher: str, work: Work, environment: Mapping[str, str]) -> Launch:
-    """Everything that a launch needs.
+def make_launch(launcher: str, run: RankCommand, environment: Mapping[str, str]) -> Launch:
+    """Build a launch. Starts nothing.
 
     Raises:
-        ValueError: one sentence that says what to change, before anything is started.
+        ValueError: one sentence that says what to change.
     """
-    if not work.arguments:
+    if not run.arguments:
         raise ValueError("nothing to run; give a command and a recipe, such as `train quickstart/sfd`")
-    work.tree()  # an unknown recipe or a file that is not YAML is told here, once
+    run.tree()  # raises for an unknown recipe or a file that is not YAML
     if launcher not in LAUNCHERS:
         raise ValueError(f"--launcher: {launcher!r}; allowed: {', '.join(LAUNCHERS)}")
-    kind = choose(environment) if launcher == "auto" else launcher
+    kind = auto_launcher(environment) if launcher == "auto" else launcher
     several = [name for name in _NODE_COUNTS if environment.get(name, "1") != "1"]
     if kind == "torchrun" and several and not environment.get("NODES"):
         raise ValueError(
             f"NODES: not set, but {several[0]} is {environment[several[0]]}; use launchers/slurm.sbatch, or set "
             "NODES=1 for this node alone, or NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
         )
-    folder = Path(environment.get("LOG_FOLDER") or work.log_folder()).absolute()
+    folder = Path(environment.get("LOG_FOLDER") or run.log_folder()).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {
         **environment,
         status.LAUNCH_ID: environment.get("JOB_ID") or environment.get("SLURM_JOB_ID", "") + new_launch_id(),
         status.LOG_FOLDER: str(folder),
-        status.SHUTDOWN_TIMEOUT: str(number(environment, "SHUTDOWN_TIMEOUT", 300)),
+        status.SHUTDOWN_TIMEOUT: str(positive_int(environment, "SHUTDOWN_TIMEOUT", 300)),
     }
     ready["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
     if kind == "torchrun":
-        return _torchrun(work, ready, folder)
-    return _deepspeed(work, ready, folder)
+        return _torchrun(run, ready)
+    return _deepspeed_hosts(run, ready) if environment.get("HOSTFILE") else _deepspeed_one_host(run, ready)
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    return number(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 32000))
-
-
-def _launch(command: Sequence[str], environment: dict[str, str], folder: Path, ranks: int, **more: Any) -> Launch:
-    timeout = float(environment[status.SHUTDOWN_TIMEOUT])
-    return Launch(environment[status.LAUNCH_ID], command, environment, folder, ranks, timeout, **more)
+    return positive_int(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 32000))
 
 
 # ---------------------------------------------------------------------------------------------- deepspeed
 
 
-def _deepspeed(work: Work, environment: dict[str, str], folder: Path) -> Launch:
-    if environment.get("HOSTFILE"):
-        return _deepspeed_hosts(work, environment, folder)
+def _deepspeed_one_host(run: RankCommand, environment: dict[str, str]) -> Launch:
     if environment.get("NO_SSH"):
-        raise ValueError("NO_SSH: needs HOSTFILE, a file with a line for each host: NAME slots=GPUS")
-    ranks = number(environment, "RANKS", 1) if _on_cpu(environment) or environment.get("RANKS") else _gpus(environment)
-    work.check_world_size(ranks)
+        raise ValueError("NO_SSH: needs HOSTFILE, a file with one line per host: NAME slots=GPUS")
+    given = _on_cpu(environment) or environment.get("RANKS")
+    ranks = positive_int(environment, "RANKS", 1) if given else _gpus(environment)
+    run.check_world_size(ranks)
     slots = list(range(ranks))
     if visible := environment.get("CUDA_VISIBLE_DEVICES", ""):
-        # DeepSpeed's launcher sets the variable of a rank from the slots that it is given.
+        # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES of each rank from its slots.
         chosen = visible.split(",")
         if len(chosen) < ranks or not all(device.strip().isdigit() for device in chosen):
             raise ValueError(f"CUDA_VISIBLE_DEVICES: {visible!r}; allowed with RANKS={ranks}: numbers of {ranks} GPUs")
         slots = [int(device) for device in chosen[:ranks]]
-    return _launch(_one_host(environment, work, {"localhost": slots}), environment, folder, ranks)
+    command = _deepspeed_launch(environment, run, {"localhost": slots})
+    return Launch(command=command, environment=environment, world_size=ranks)
 
 
-def _deepspeed_hosts(work: Work, environment: dict[str, str], folder: Path) -> Launch:
-    path = Path(environment["HOSTFILE"])
+def _deepspeed_hosts(run: RankCommand, environment: dict[str, str]) -> Launch:
+    """One command for all hosts of a hostfile: DeepSpeed's runner reaches them by pdsh, mpirun or srun."""
+    path, folder = Path(environment["HOSTFILE"]), Path(environment[status.LOG_FOLDER])
     hosts, runner, ssh = read_hostfile(path), environment.get("LAUNCHER") or "pdsh", ssh_arguments(environment)
     if runner not in RUNNERS:
         raise ValueError(f"LAUNCHER: {runner!r}; allowed: {', '.join(RUNNERS)}")
-    ranks = sum(host.slots for host in hosts)
-    work.check_world_size(ranks)
-    options = ["--hostfile", str(path), "--no_ssh_check"]
+    world_size = sum(host.slots for host in hosts)
+    run.check_world_size(world_size)
     if environment.get("NO_SSH"):
-        return _deepspeed_no_ssh(work, environment, folder, hosts)
+        return _deepspeed_no_ssh(run, environment, hosts)
     if runner == "slurm":
         address = environment.get("MASTER_ADDR") or network.resolve(hosts[0].name)
     else:
-        address = preflight(hosts, ssh, work.recipe, work.overrides, folder, _on_cpu(environment))
+        address = preflight(hosts, ssh, run.recipe, run.overrides, folder, _on_cpu(environment))
         address = environment.get("MASTER_ADDR") or address
     if len(hosts) > 1 and network.is_loopback(address):
-        raise ValueError(f"MASTER_ADDR: {address} is this host's own loopback; set it to an address the others reach")
+        raise ValueError(
+            f"MASTER_ADDR: {address} is the loopback address of this host; set an address that the other hosts reach"
+        )
     environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(_port(environment)), "PDSH_SSH_ARGS_APPEND": ssh}
     _write_exports(environment, folder / "deepspeed_env")
-    options += ["--launcher", runner, "--master_addr", address, "--force_multi"]
-    arguments = [quoted_for_pdsh(a) for a in work.arguments] if runner == "pdsh" else list(work.arguments)
+    extra = _launcher_args(runner, environment.get("LAUNCHER_ARGS", ""), hosts, address)
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning",
+        "--hostfile", str(path), "--no_ssh_check", "--force_multi", "--launcher", runner,
+        "--master_addr", address, "--master_port", environment["MASTER_PORT"],
+        *([f"--launcher_args={extra}"] if extra else []), agent.RANK_FILE, run.module,
+        *(map(quoted_for_pdsh, run.arguments) if runner == "pdsh" else run.arguments),
+    ]  # fmt: skip
+    if runner == "slurm":
+        return Launch(command=command, environment=environment, world_size=world_size, srun=True)
+    return Launch(command=command, environment=environment, world_size=world_size, hosts=hosts, ssh=ssh)
+
+
+def _launcher_args(runner: str, given: str, hosts: Sequence[Host], address: str) -> str:
+    """Options for mpirun or srun: the user's LAUNCHER_ARGS and what DeepSpeed's runner leaves out."""
     if runner == "openmpi":
-        given, interface = environment.get("LAUNCHER_ARGS", ""), network.interface_of(network.source_address(address))
-        environment["LAUNCHER_ARGS"] = f"{given} --mca btl_tcp_if_include {interface}" if interface else given
+        interface = network.interface_of(network.source_address(address))
+        given = f"{given} --mca btl_tcp_if_include {interface}" if interface else given
     if runner == "slurm":
-        # DeepSpeed's runner gives srun the number of ranks alone, and Slurm then does not tell how many a node has.
-        given = environment.get("LAUNCHER_ARGS", "")
-        environment["LAUNCHER_ARGS"] = f"{given} --nodes {len(hosts)} --ntasks-per-node {hosts[0].slots}".strip()
-    if environment.get("LAUNCHER_ARGS"):
-        options += [f"--launcher_args={environment['LAUNCHER_ARGS']}"]
-    command = _runner(environment, options, arguments, work.module)
-    if runner == "slurm":
-        return _launch(command, environment, folder, ranks, stop=_signal_srun)
-    return _launch(command, environment, folder, ranks, hosts=hosts, ssh=ssh)
+        # DeepSpeed gives srun only the number of ranks. Without these, Slurm sets no SLURM_NTASKS_PER_NODE.
+        given = f"{given} --nodes {len(hosts)} --ntasks-per-node {hosts[0].slots}"
+    return given.strip()
 
 
-def _deepspeed_no_ssh(work: Work, environment: dict[str, str], folder: Path, hosts: list[Host]) -> Launch:
-    """One command a node, without ssh: NODE_RANK says which line of the hostfile this is."""
+def _deepspeed_no_ssh(run: RankCommand, environment: dict[str, str], hosts: Sequence[Host]) -> Launch:
+    """One command per node, without ssh. NODE_RANK is the line of this node in the hostfile."""
     node, address = environment.get("NODE_RANK", ""), environment.get("MASTER_ADDR", "")
     if not node.isdigit() or int(node) >= len(hosts):
         raise ValueError(f"NODE_RANK: {node!r}; allowed with NO_SSH: 0 to {len(hosts) - 1}, the line of the hostfile")
     if not address or not environment.get("MASTER_PORT"):
-        raise ValueError("MASTER_ADDR: with MASTER_PORT, both needed with NO_SSH: an address of the first host, a port")
+        raise ValueError(
+            "MASTER_ADDR: NO_SSH needs MASTER_ADDR and MASTER_PORT, an address and a port of the first host"
+        )
     slots = {host.name: list(range(host.slots)) for host in hosts}
-    command = _one_host(environment, work, slots, ["--node_rank", node, "--master_addr", address])
-    return _launch(command, environment, folder, sum(map(len, slots.values())), node=int(node))
+    command = _deepspeed_launch(environment, run, slots, ["--node_rank", node, "--master_addr", address])
+    world_size = sum(host.slots for host in hosts)
+    return Launch(command=command, environment=environment, world_size=world_size, node=int(node))
 
 
-def _one_host(
-    environment: dict[str, str], work: Work, slots: Mapping[str, Sequence[int]], options: Sequence[str] = ()
+def _deepspeed_launch(
+    environment: dict[str, str], run: RankCommand, slots: Mapping[str, Sequence[int]], options: Sequence[str] = ()
 ) -> list[str]:
-    """DeepSpeed's launcher of one host. Its runner would only import DeepSpeed, for seconds, to start it.
+    """The command of DeepSpeed's per-host launcher. On one host the runner, which takes seconds, is not needed.
 
     Args:
-        slots: of each host, the numbers of its GPUs, or of its ranks on the CPU.
+        slots: for each host the numbers of its GPUs, or of its ranks on the CPU.
     """
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     return [
         sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", *options,
         "--master_port", environment.setdefault("MASTER_PORT", str(_port(environment))),
-        "--no_local_rank", "--log_level", "warning", agent.RANK_FILE, work.module, *work.arguments,
-    ]  # fmt: skip
-
-
-def _runner(environment: dict[str, str], options: list[str], arguments: Sequence[str], module: str) -> list[str]:
-    port = environment.setdefault("MASTER_PORT", str(_port(environment)))
-    return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning",
-        "--master_port", port, *options, agent.RANK_FILE, module, *arguments,
+        "--no_local_rank", "--log_level", "warning", agent.RANK_FILE, run.module, *run.arguments,
     ]  # fmt: skip
 
 
@@ -245,13 +241,6 @@ def _write_exports(environment: dict[str, str], path: Path) -> None:
     environment["DS_ENV_FILE"] = str(path)
 
 
-def _signal_srun(process: subprocess.Popen[bytes]) -> None:
-    """srun passes signals on to its tasks; DeepSpeed's runner does not pass them on to srun."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.name() == "srun":
-            child.send_signal(signal.SIGUSR1)
-
-
 def _on_cpu(environment: Mapping[str, str]) -> bool:
     return environment.get("DS_ACCELERATOR") == "cpu"
 
@@ -260,31 +249,35 @@ def _gpus(environment: Mapping[str, str]) -> int:
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     found = len(visible.split(",")) if visible else agent.gpu_count()
     if found == 0:
-        raise ValueError("RANKS: no GPU here to count; set RANKS, and DS_ACCELERATOR=cpu to train on the CPU")
+        raise ValueError(
+            "RANKS: not set, and this host has no GPU; to train on the CPU set RANKS and DS_ACCELERATOR=cpu"
+        )
     return found
 
 
 # ----------------------------------------------------------------------------------------------- torchrun
 
 
-def _torchrun(work: Work, environment: dict[str, str], folder: Path) -> Launch:
-    ranks = number(environment, "RANKS", 1) if environment.get("RANKS") else _gpus(environment)
-    rendezvous, nodes = environment.get("RENDEZVOUS") or "static", environment.get("NODES") or "1"
+def _torchrun(run: RankCommand, environment: dict[str, str]) -> Launch:
+    ranks = positive_int(environment, "RANKS", 1) if environment.get("RANKS") else _gpus(environment)
+    rendezvous, node = environment.get("RENDEZVOUS") or "static", None
     if rendezvous == "static":
-        count = number(environment, "NODES", 1)
-        options, node = _static(environment, count)
-        work.check_world_size(count * ranks)
+        nodes = positive_int(environment, "NODES", 1)
+        options, node = _static(environment, nodes)
+        run.check_world_size(nodes * ranks)
     elif rendezvous == "c10d":
-        options, node, count = _c10d(work, environment, nodes, ranks), None, int(nodes.split(":")[0])
+        options, nodes = _c10d(run, environment, ranks)
     else:
         raise ValueError(f"RENDEZVOUS: {rendezvous!r}; allowed: static, c10d")
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = environment[status.SHUTDOWN_TIMEOUT]
-    # After `--`, or torchrun takes `--run` for an abbreviation of an option of its own.
+    # The `--` keeps torchrun from reading `--run` as an abbreviation of its own option.
     command = [
         sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", str(ranks),
-        "--signals-to-handle", status.TORCHRUN_SIGNAL.name, "--", agent.RANK_FILE, work.module, *work.arguments,
+        "--signals-to-handle", status.TORCHRUN_SIGNAL.name, "--", agent.RANK_FILE, run.module, *run.arguments,
     ]  # fmt: skip
-    return _launch(command, environment, folder, count * ranks, node=node, end_signal=status.TORCHRUN_SIGNAL)
+    return Launch(
+        command=command, environment=environment, world_size=nodes * ranks, node=node, end_signal=status.TORCHRUN_SIGNAL
+    )
 
 
 def _static(environment: Mapping[str, str], nodes: int) -> tuple[list[str], int]:
@@ -295,31 +288,38 @@ def _static(environment: Mapping[str, str], nodes: int) -> tuple[list[str], int]
     if nodes > 1 and node != "0":
         network.resolve(address, NAME_WAIT_S)
     if nodes > 1 and network.is_loopback(address):
-        raise ValueError(f"MASTER_ADDR: {address} with NODES={nodes}; set it to an address of node 0 the others reach")
+        raise ValueError(
+            f"MASTER_ADDR: {address} with NODES={nodes}; set an address of node 0 that the other nodes reach"
+        )
     if nodes > 1 and not environment.get("MASTER_PORT"):
-        raise ValueError(f"MASTER_PORT: needed with NODES={nodes}, the same on every node")
+        raise ValueError(f"MASTER_PORT: needed with NODES={nodes}; give every node the same port")
     options = ["--nnodes", str(nodes), "--node-rank", node, "--master-addr", address]
     return [*options, "--master-port", str(_port(environment))], int(node)
 
 
-def _c10d(work: Work, environment: Mapping[str, str], nodes: str, ranks: int) -> list[str]:
-    """Elastic: NODES=2:4 starts with two to four nodes, and again with those that are left, MAX_RESTARTS times."""
+def _c10d(run: RankCommand, environment: Mapping[str, str], ranks: int) -> tuple[list[str], int]:
+    """Options of an elastic launch, and the least number of nodes.
+
+    NODES=2:4 starts with two to four nodes. If a node is lost, it restarts with the others, up to MAX_RESTARTS times.
+    """
+    nodes = environment.get("NODES") or "1"
     limits = nodes.split(":")
     if len(limits) > 2 or not all(n.isdigit() and int(n) > 0 for n in limits) or int(limits[0]) > int(limits[-1]):
         raise ValueError(f"NODES: {nodes!r}; allowed: a number, or MIN:MAX with RENDEZVOUS=c10d")
     for count in range(int(limits[0]), int(limits[-1]) + 1):
-        work.check_world_size(count * ranks)
+        run.check_world_size(count * ranks)
     address, job = environment.get("MASTER_ADDR", ""), environment.get("JOB_ID", "")
     if not address or not environment.get("MASTER_PORT") or not job:
         raise ValueError(
-            "MASTER_ADDR: with MASTER_PORT and JOB_ID, all needed with RENDEZVOUS=c10d, equal on every node"
+            "MASTER_ADDR: RENDEZVOUS=c10d needs MASTER_ADDR, MASTER_PORT and JOB_ID, with the same values on every node"
         )
     network.resolve(address, NAME_WAIT_S)
-    # Without both of these, nodes whose names resolve to the loopback wait for each other until the timeout.
+    # is_host and --local-addr: without them, nodes whose names resolve to the loopback wait until the timeout.
     here = network.is_here(address)
     own = network.resolve(address) if here else network.source_address(address)
-    return [
-        "--nnodes", nodes, "--max-restarts", str(number(environment, "MAX_RESTARTS", 3)),
+    options = [
+        "--nnodes", nodes, "--max-restarts", str(positive_int(environment, "MAX_RESTARTS", 3)),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{environment['MASTER_PORT']}", "--rdzv-id", job,
         "--rdzv-conf", f"is_host={int(here)}", "--local-addr", own,
     ]  # fmt: skip
+    return options, int(limits[0])

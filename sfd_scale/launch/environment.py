@@ -1,7 +1,7 @@
-"""Which environment variables reach the ranks of other hosts.
+"""Which environment variables are exported to the ranks of other hosts.
 
-DeepSpeed's pdsh runner exports PYTHON*, MLFLOW*, UCX*, MV2* and NCCL* only, and reads more from a file of its own that
-must hold neither comments nor blank lines. That file is written here.
+DeepSpeed's pdsh runner exports only PYTHON*, MLFLOW*, UCX*, MV2* and NCCL*. It reads further variables from a file
+(DS_ENV_FILE), without comments or blank lines. This module writes that file.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ PREFIXES = (
     "WANDB_", "HF_", "UCX_", "FI_", "SFD_",
 )  # fmt: skip
 NAMES = ("LD_LIBRARY_PATH", "MAX_JOBS", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "S3_ENDPOINT_URL", "TMPDIR")
-# A host has its own.
+# These differ from host to host.
 _NEVER = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
 
 def exported(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """The variables to export: those of `PREFIXES` and `NAMES`, and those `wanted` by name.
+    """The variables to export: those that match `PREFIXES` or `NAMES`, and those in `wanted`.
 
-    What looks like a secret goes only by name: it would stand in command lines that any user of the hosts can read.
+    A variable that looks like a secret is exported only if `wanted` names it: exported values are part of command
+    lines, which every user of a host can read.
 
     Raises:
-        ValueError: for a wanted name that is not set, or a value of more than one line.
+        ValueError: if a wanted variable is not set, or a value has several lines.
     """
     for name in wanted:
         if name not in environment:
@@ -38,15 +39,15 @@ def exported(environment: Mapping[str, str], wanted: Sequence[str] = ()) -> dict
     out = {name: environment[name] for name in sorted({*names, *wanted})}
     for name, value in out.items():
         if "\n" in value:
-            raise ValueError(f"{name}: a value of several lines, which no launcher passes on; unset it")
+            raise ValueError(f"{name}: its value has several lines, which launchers cannot export; unset it")
     return out
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """A user's own `.deepspeed_env`, with the comments and blank lines that DeepSpeed stumbles over.
+    """Read a user's `.deepspeed_env`; unlike DeepSpeed, allow comments and blank lines.
 
     Raises:
-        ValueError: for a line that is not NAME=VALUE.
+        ValueError: if a line is not NAME=VALUE.
     """
     out = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -60,18 +61,18 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 def write_env_file(path: Path, variables: Mapping[str, str]) -> None:
-    """The file that DeepSpeed reads (DS_ENV_FILE); it puts quotes around values with blanks by itself."""
+    """Write the file that DeepSpeed reads (DS_ENV_FILE). DeepSpeed quotes values that contain blanks."""
     path.touch(mode=0o600)
     path.write_text("".join(f"{name}={_escaped(value)}\n" for name, value in variables.items()), encoding="utf-8")
 
 
 def _escaped(value: str) -> str:
-    """What a shell would still read between double quotes."""
+    """Escape the characters that a shell interprets between double quotes."""
     return re.sub(r'([\\"$`])', r"\\\1", value)
 
 
 def quoted_for_pdsh(argument: str) -> str:
-    """An argument that arrives as it is: pdsh joins them for a shell, and DeepSpeed quotes only those with a blank."""
+    """Quote an argument for pdsh, which runs a shell. DeepSpeed's runner quotes only arguments with a blank."""
     if " " in argument:
-        return re.sub(r"([\\$`])", r"\\\1", argument)  # DeepSpeed adds double quotes, and escapes those inside
+        return re.sub(r"([\\$`])", r"\\\1", argument)  # DeepSpeed adds double quotes and escapes inner ones
     return shlex.quote(argument)

@@ -1,4 +1,4 @@
-"""The hosts of a launch: read from a hostfile, and asked over ssh whether they can take part."""
+"""The hosts of a launch: read from a hostfile, and checked over ssh before the launch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 AGENT = str(Path(__file__).with_name("agent.py"))
-# A host that loses its power is noticed within a minute.
+# With these a dead host is noticed within a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 
@@ -27,13 +27,13 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Lines of `host slots=N`; comments and blank lines are allowed.
+    """Read a hostfile: lines of `host slots=N`, comments and blank lines.
 
     Raises:
-        ValueError: for a missing file, a bad or repeated line, no slots, or hosts with different numbers of them.
+        ValueError: if the file is missing, a line is malformed or repeated, or the hosts have different slot counts.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such hostfile; write one line a host: NAME slots=GPUS")
+        raise ValueError(f"{path}: no such hostfile; write one line per host: NAME slots=GPUS")
     hosts: list[Host] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         line = line.split("#")[0].strip()
@@ -46,30 +46,30 @@ def read_hostfile(path: Path) -> list[Host]:
         if slots < 1:
             raise ValueError(f"{path}, line {number}: {name} has 0 slots; allowed: 1 and up, or leave the host out")
         if name in {host.name for host in hosts}:
-            raise ValueError(f"{path}, line {number}: {name} is there twice; give it one line with all its slots")
+            raise ValueError(f"{path}, line {number}: {name} occurs twice; give it one line with all its slots")
         hosts.append(Host(name, slots))
     if not hosts:
-        raise ValueError(f"{path}: no hosts; write one line a host: NAME slots=GPUS")
+        raise ValueError(f"{path}: no hosts; write one line per host: NAME slots=GPUS")
     counts = {host.slots for host in hosts}
     if len(counts) > 1:
         listed = ", ".join(f"{host.name} has {host.slots}" for host in hosts)
         raise ValueError(
-            f"{path}: hosts with different numbers of slots ({listed}); give every host {min(counts)}: groups of ranks "
-            "(HSDP, ZeRO++) are made of whole hosts of one size"
+            f"{path}: hosts with different numbers of slots ({listed}); give every host {min(counts)}: the rank groups "
+            "of HSDP and ZeRO++ need hosts of equal size"
         )
     return hosts
 
 
 def ssh_arguments(environment: Mapping[str, str]) -> str:
-    """Options of every ssh of a launch, pdsh's too: the user's PDSH_SSH_ARGS_APPEND, then ours."""
+    """The options of every ssh and pdsh call of a launch: the user's PDSH_SSH_ARGS_APPEND, then SSH_OPTIONS."""
     return f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
 
 
 def ask(host: Host, ssh: str, command: str, arguments: Mapping[str, Any], timeout_s: float = 60.0) -> Any:
-    """One answer of the agent on a host.
+    """Run a command of the agent (launch/agent.py) on a host; returns its answer.
 
     Raises:
-        ValueError: with the reason, where the host or what has to be on it is not there.
+        ValueError: if the host is not reachable, or has no checkout or Python environment at this path.
     """
     folder, here = shlex.quote(os.getcwd()), shlex.quote(str(Path(AGENT).parents[2]))
     call = shlex.join([sys.executable, AGENT, command, json.dumps(arguments)])
@@ -81,12 +81,13 @@ def ask(host: Host, ssh: str, command: str, arguments: Mapping[str, Any], timeou
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise ValueError(
-            f"{host.name}: no answer over ssh within {timeout_s:.0f} s; take it out of the hosts"
+            f"{host.name}: no answer over ssh within {timeout_s:.0f} s; remove it from the hostfile"
         ) from error
     said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if done.returncode == 255:
         raise ValueError(
-            f"{host.name}: not reachable by ssh without a password ({said}); check `ssh {host.name}`, or take it out"
+            f"{host.name}: not reachable by ssh without a password ({said}); check `ssh {host.name}`, or remove it "
+            "from the hostfile"
         )
     if done.returncode != 0:
         raise ValueError(
@@ -97,7 +98,7 @@ def ask(host: Host, ssh: str, command: str, arguments: Mapping[str, Any], timeou
 
 
 def ask_each(hosts: Sequence[Host], ssh: str, command: str, arguments: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The answers of all hosts at once, by host; in the place of an answer, the ValueError of a host without one."""
+    """`ask` all hosts in parallel; returns their answers, or a ValueError for a host that does not answer."""
 
     def answer(host: Host, argument: Mapping[str, Any]) -> Any:
         try:
@@ -112,18 +113,18 @@ def ask_each(hosts: Sequence[Host], ssh: str, command: str, arguments: Sequence[
 def preflight(
     hosts: Sequence[Host], ssh: str, recipe: str | None, overrides: Sequence[str], log_folder: Path, cpu: bool
 ) -> str:
-    """Ask every host whether it can take part; returns the address of the first one that the others reach it by.
+    """Check every host before a launch; returns the address at which the others reach the first host.
 
     Raises:
-        ValueError: naming the hosts that cannot, and why.
+        ValueError: names each host that cannot run the launch, and the reason.
     """
     if shutil.which("ssh") is None:
         raise ValueError("ssh: not installed here; install openssh-client, or start each host with NO_SSH=1")
     names = [_ssh_name(host, ssh) for host in hosts]
-    # The first host towards the second, the others towards the first: no host has to know its own name.
-    towards = [names[min(1, len(names) - 1)], *[names[0]] * (len(names) - 1)]
+    # The first host looks up its route to the second, the others theirs to the first. Own names are not resolved.
+    peers = [names[min(1, len(names) - 1)], *[names[0]] * (len(names) - 1)]
     shared = {"recipe": recipe, "overrides": list(overrides), "log_folder": str(log_folder)}
-    answers = ask_each(hosts, ssh, "probe", [{**shared, "towards": name} for name in towards])
+    answers = ask_each(hosts, ssh, "describe", [{**shared, "peer": name} for name in peers])
     problems = [str(answer) for answer in answers if isinstance(answer, ValueError)]
     if problems:
         raise ValueError("; ".join(problems))
@@ -132,13 +133,16 @@ def preflight(
         if "problem" in answer:
             problems.append(f"{host.name}: {answer['problem']}")
         elif answer["recipe"] != first["recipe"]:
-            problems.append(f"{host.name}: another {recipe} than on {hosts[0].name}; bring the checkouts in line")
+            problems.append(f"{host.name}: its {recipe} differs from that of {hosts[0].name}; update the checkouts")
         if answer["packages"] != first["packages"] or answer["python"] != first["python"]:
             problems.append(f"{host.name}: {_versions(answer)}, but {hosts[0].name} has {_versions(first)}")
         if not answer["shared"]:
             problems.append(f"{host.name}: does not see {log_folder}; put the run folder on a shared file system")
         if not cpu and answer["gpus"] < host.slots:
-            problems.append(f"{host.name}: slots={host.slots}, but it has {answer['gpus']} GPUs (DS_ACCELERATOR=cpu?)")
+            problems.append(
+                f"{host.name}: slots={host.slots}, but it has {answer['gpus']} GPUs; to train on the CPU set "
+                "DS_ACCELERATOR=cpu"
+            )
     if problems:
         raise ValueError("; ".join(problems))
     address: str = first["address"]
@@ -152,7 +156,7 @@ def _versions(answer: Mapping[str, Any]) -> str:
 
 
 def _ssh_name(host: Host, ssh: str) -> str:
-    """The host name behind an alias of ssh_config."""
+    """The host name that ssh_config gives for an alias."""
     done = subprocess.run(
         ["ssh", *shlex.split(ssh), "-G", host.name], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -1,8 +1,8 @@
-"""What runs in every rank, under every launcher: `python rank.py MODULE ARGS...`.
+"""The entry point of every rank, under every launcher: `python rank.py MODULE ARGS...`.
 
-It gives the rank its number where only the scheduler's variables say it, keeps what it prints in `rank-N.log`, runs
-the module as `python -m` would, and writes how it ended to `rank-N.json`. A file, not a module, because DeepSpeed's
-Slurm runner can start nothing else.
+It sets RANK and its siblings from the variables of MPI or Slurm, copies the output to `rank-N.log`, runs the module
+like `python -m`, and writes the final status to `rank-N.json`. It is started as a file, not as a module, because
+DeepSpeed's Slurm runner can start only files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__":  # this file's folder is no place to import from; the checkout is
+if __name__ == "__main__":  # import from the checkout, not from the folder of this file
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from sfd_scale.launch import status
 
-# Launcher's variable → ours. DeepSpeed's MPI and Slurm runners set no RANK.
-_ADOPTED = {
+# Our variable → the launcher's. DeepSpeed's MPI and Slurm runners set no RANK.
+_SOURCES = {
     "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
@@ -35,13 +35,13 @@ _ADOPTED = {
 }
 
 
-def adopt_rank(environment: os._Environ[str] | dict[str, str]) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE from what the launcher set.
+def set_rank_variables(environment: os._Environ[str] | dict[str, str]) -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE from the variables of the launcher.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: names the variable that the launcher did not set.
     """
-    for name, sources in _ADOPTED.items():
+    for name, sources in _SOURCES.items():
         if name not in environment:
             source = next((s for s in sources if s in environment), None)
             if source is None:
@@ -50,10 +50,10 @@ def adopt_rank(environment: os._Environ[str] | dict[str, str]) -> None:
 
 
 def copy_output(path: Path) -> Callable[[], None]:
-    """Copy standard output and error to a file, native libraries' included; returns what ends it.
+    """Copy standard output and error to a file, also those of native libraries; returns a function that ends the copy.
 
-    A process of its own does it, which outlives the rank and ignores what stops the rank: so the last lines of a crash
-    are kept. A terminal stays a terminal; there only Python's log goes to the file (`SFD_RANK_LOG`).
+    A separate process (tee) copies. It outlives the rank and ignores stop signals, so that the last lines of a crash
+    are kept. On a terminal the output is not redirected; there only Python's log is copied (`SFD_RANK_LOG`).
     """
     with path.open("a", encoding="utf-8") as stream:
         stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -78,7 +78,7 @@ def copy_output(path: Path) -> Callable[[], None]:
         sys.stderr.flush()
         for fd, original, copier in ends:
             os.dup2(original, fd)
-            # Later where a child of the rank still holds the pipe: the copier ends with that child.
+            # A child of the rank may still hold the pipe; then tee ends later, with that child.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 copier.wait(timeout=2)
 
@@ -86,9 +86,9 @@ def copy_output(path: Path) -> Callable[[], None]:
 
 
 def wait_for_peers(own: status.RankStatus, folder: Path, timeout_s: float) -> None:
-    """Wait until no rank of this host is still at work.
+    """Wait until no rank of this host is running.
 
-    Launchers end the others as soon as one rank is gone with a code, and the first rank may still be writing.
+    Launchers kill all ranks when one exits with a nonzero code, and another rank may still write its checkpoint.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -99,28 +99,28 @@ def wait_for_peers(own: status.RankStatus, folder: Path, timeout_s: float) -> No
 
 
 def run_module(module: str, arguments: list[str]) -> tuple[int, BaseException | None]:
-    """`python -m module arguments`; its exit code, and the exception that it ended with."""
+    """Run `python -m module arguments`; returns the exit code, and the exception that ended it."""
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         return code, end.__context__ if code else None
-    except BaseException as error:  # noqa: BLE001  it is recorded, printed, and ends the rank
+    except BaseException as error:  # noqa: BLE001  it is printed, recorded, and ends the rank
         traceback.print_exc()
         return 1, error
     return 0, None
 
 
 def main() -> None:
-    # The launcher ignores what a scheduler sends to all; told to stop, it passes its own signal on to its ranks.
+    # A rank inherits torchrun's handlers: torchrun ignores the stop signals, and forwards its own signal to the ranks.
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_IGN)
-    adopt_rank(os.environ)
+    set_rank_variables(os.environ)
     folder = Path(os.environ[status.LOG_FOLDER])
     folder.mkdir(parents=True, exist_ok=True)
-    own = status.now(os.environ[status.LAUNCH_ID], os.environ, socket.gethostname())
+    own = status.started(os.environ[status.LAUNCH_ID], os.environ, socket.gethostname())
     own.write(folder)
     finish = copy_output(folder / f"rank-{own.rank}.log")
     faulthandler.enable()
@@ -134,7 +134,7 @@ def main() -> None:
         own.ending("failed", error or RuntimeError(f"exit code {code}")).write(folder)
     finish()
     if code not in (0, status.REQUEUE_EXIT_CODE):
-        os._exit(code)  # an orderly end would wait for communication that the other ranks no longer take part in
+        os._exit(code)  # a normal exit would wait for collectives of ranks that have ended
     sys.exit(code)
 
 

@@ -1,7 +1,7 @@
-"""What became of each rank: one small file a rank in the log folder, and the summary of a launch that is made of them.
+"""The status of each rank, kept in `rank-N.json` in the log folder, and the summary of a launch.
 
-A rank writes `rank-N.json` when it starts and when it ends. One that is killed leaves it at `running`, which is how a
-host that went away shows.
+A rank writes its file when it starts and when it ends. The file of a killed rank still says `running`; this reveals a
+dead host.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Literal
 from sfd_scale.runtime.files import write_json
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 
-# The environment of everything that one launch starts.
+# Environment variables of a launcher and its ranks.
 LAUNCH_ID = "SFD_LAUNCH_ID"
 LOG_FOLDER = "SFD_LOG_FOLDER"
 SHUTDOWN_TIMEOUT = "SFD_SHUTDOWN_TIMEOUT"
 
-# What torchrun listens to, in place of the stop signals: a scheduler may send those to every process, and torchrun
-# serves the store that the ranks need to save.
+# The only signal that torchrun handles. A scheduler may send stop signals to every process, but torchrun must not end
+# before its ranks: it serves the store that they need to save.
 TORCHRUN_SIGNAL = signal.SIGQUIT
 USER_ERROR_EXIT_CODE = 2
-# What a rank meets when another one is gone: the consequence of a failure and hardly ever the first one.
-_ECHOES = (
+# Errors of a rank that lost its connection to a failed rank: consequences, hardly ever the first failure.
+_CONSEQUENCES = (
     "connection closed by peer",
     "connection reset",
     "broken pipe",
@@ -43,7 +43,7 @@ _ECHOES = (
 
 @dataclass(frozen=True)
 class RankStatus:
-    """A rank's life; times are seconds since 1970 by the clock of its host."""
+    """The status of a rank. Times are seconds since 1970, by the clock of its host."""
 
     launch: str
     rank: int
@@ -61,45 +61,45 @@ class RankStatus:
         write_json(folder / f"rank-{self.rank}.json", dataclasses.asdict(self))
 
     def ending(self, state: Literal["done", "stopped", "failed"], error: BaseException | None = None) -> RankStatus:
-        """This status at the end of the rank."""
+        """The final status of this rank."""
         text = None if error is None else f"{type(error).__name__}: {error}"
         trace = None if error is None else "".join(traceback.format_exception(error))
         return dataclasses.replace(self, state=state, ended=time.time(), error=text, traceback=trace)
 
     @property
-    def is_echo(self) -> bool:
-        return self.error is not None and any(word in self.error.lower() for word in _ECHOES)
+    def is_consequence(self) -> bool:
+        return self.error is not None and any(word in self.error.lower() for word in _CONSEQUENCES)
 
 
 def read(folder: Path, launch: str) -> list[RankStatus]:
-    """The ranks of one launch that have started, by rank."""
+    """The status of every rank of a launch that has started, sorted by rank."""
     found = []
     for path in folder.glob("rank-*.json"):
         try:
             status = RankStatus(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            continue  # being replaced at this moment, on a file system without atomic renames
+            continue  # half-written, on a file system without atomic renames
         if status.launch == launch:
             found.append(status)
     return sorted(found, key=lambda status: status.rank)
 
 
 def first_failure(ranks: Sequence[RankStatus]) -> RankStatus | None:
-    """The failure that the others follow from: the first one, and before those that only lost a connection."""
+    """The first failed rank; ranks that only lost a connection come last."""
     failed = [status for status in ranks if status.state == "failed"]
-    return min(failed, key=lambda status: (status.is_echo, status.ended or 0.0), default=None)
+    return min(failed, key=lambda status: (status.is_consequence, status.ended or 0.0), default=None)
 
 
-def vanished(ranks: Sequence[RankStatus]) -> list[RankStatus]:
-    """Once a launch is over: ranks that ended without a word."""
+def killed(ranks: Sequence[RankStatus]) -> list[RankStatus]:
+    """After the end of a launch: ranks that wrote no final status."""
     return [status for status in ranks if status.state == "running"]
 
 
 def exit_code(ranks: Sequence[RankStatus], launcher: int, stop_requested: bool) -> int:
-    """The exit code of a launch, whatever the launcher made of those of its ranks.
+    """The exit code of a launch, from the status of its ranks and the exit code of its launcher.
 
-    75 where ranks stopped on request (also before their first step, when only a signal ended them), so that a
-    scheduler starts the same command again.
+    75 if the ranks stopped on request, so that a scheduler starts the same command again. This includes ranks that a
+    stop signal ended before their first step.
     """
     states = {status.state for status in ranks}
     if "failed" in states or (not ranks and not stop_requested):
@@ -112,33 +112,33 @@ def exit_code(ranks: Sequence[RankStatus], launcher: int, stop_requested: bool) 
 
 
 def summary(ranks: Sequence[RankStatus], world_size: int, folder: Path) -> str:
-    """One paragraph on a launch that failed: which rank came first, where, with what, and where its log is."""
+    """A summary of a failed launch: the first failed rank, its host, error and log file."""
     lines = []
-    gone = vanished(ranks)
+    gone = killed(ranks)
     first = first_failure(ranks)
-    if gone and (first is None or first.is_echo):
+    if gone and (first is None or first.is_consequence):
         hosts = sorted({status.host for status in gone})
         listed = ", ".join(str(status.rank) for status in gone)
         lines.append(
-            f"rank {listed} on {', '.join(hosts)} ended without a word: killed (out of memory?), or the host is gone; "
-            f"last lines in {folder / f'rank-{gone[0].rank}.log'}"
+            f"rank {listed} on {', '.join(hosts)} was killed (out of memory?), or the host is down; "
+            f"log: {folder / f'rank-{gone[0].rank}.log'}"
         )
     if first is not None:
         lines.append(
-            f"rank {first.rank} on {first.host} failed {'after that' if lines else 'first'}: {first.error} "
-            f"({folder / f'rank-{first.rank}.log'})"
+            f"rank {first.rank} on {first.host} failed {'after that' if lines else 'first'}: {first.error}; "
+            f"log: {folder / f'rank-{first.rank}.log'}"
         )
     others = [status.rank for status in ranks if status.state == "failed" and status is not first]
     if others:
-        lines.append(f"after it failed rank {', '.join(map(str, others))}")
+        lines.append(f"later failures: rank {', '.join(map(str, others))}")
     missing = sorted(set(range(world_size)) - {status.rank for status in ranks})
     if missing:
         lines.append(f"never started: rank {', '.join(map(str, missing))} of {world_size}")
     return "\n".join(lines)
 
 
-def now(launch: str, environment: os._Environ[str] | dict[str, str], host: str) -> RankStatus:
-    """The status of a rank that starts in this process."""
+def started(launch: str, environment: os._Environ[str] | dict[str, str], host: str) -> RankStatus:
+    """The status of this process, a rank that starts now."""
     rank, local = int(environment["RANK"]), int(environment["LOCAL_RANK"])
     per_node = int(environment["LOCAL_WORLD_SIZE"])
     node = (rank - local) // max(per_node, 1)

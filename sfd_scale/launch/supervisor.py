@@ -1,8 +1,8 @@
-"""Runs a launcher, passes stop requests on to the ranks, and says at the end what happened.
+"""Runs a launcher, forwards stop signals to the ranks, and reports how the launch ended.
 
-DeepSpeed's runner dies of a signal and leaves its ranks behind; its per-host launcher signals them one after another;
-torchrun knows no SIGUSR1 and turns every exit code into 1. So the ranks get the signal from here, all at once, and the
-exit code comes from what they wrote.
+The launchers' own signal handling does not suffice. DeepSpeed's runner dies of a signal and leaves its ranks running,
+and its per-host launcher signals them one after another. torchrun ignores SIGUSR1 and turns every exit code into 1. So
+the supervisor signals all ranks at once, and takes the exit code from the status files of the ranks.
 """
 
 from __future__ import annotations
@@ -26,38 +26,51 @@ from sfd_scale.launch.hosts import Host, ask_each
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# Seconds that the other ranks get to end by themselves once one has failed.
-GRACE_S = 30.0
-# By how many seconds the clocks of hosts may differ.
-CLOCKS_S = 60.0
-# Seconds that the launcher gets to notice that its ranks were killed.
-KILL_WAIT_S = 15.0
+GRACE_S = 30.0  # after a rank has failed, before the others are killed
+MAX_CLOCK_SKEW_S = 60.0  # between the clocks of two hosts
+KILL_WAIT_S = 15.0  # after the ranks were killed, before the launcher is killed too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One start of ranks.
+    """The command and environment of a launcher, and how its ranks are signalled.
 
-    hosts: those that ssh reaches; empty where this process only starts ranks of its own host.
-    end_signal: what ends the launcher itself. Where it is no stop signal, the launcher is told of a stop by it too, and
-        hears no stop signal.
+    environment: of the launcher; holds the launch id, the log folder and the shutdown timeout (`status`).
+    hosts: hosts of the ranks, signalled over ssh. If empty, the ranks run on this host or below srun.
+    srun: Slurm's srun starts the ranks; srun forwards signals to them.
+    node: this node's number, if the same command starts on every node.
+    end_signal: ends the launcher itself. If it is not one of STOP_SIGNALS, the launcher ignores STOP_SIGNALS, and gets
+        this signal also at a stop request.
     """
 
-    launch_id: str
     command: Sequence[str]
     environment: dict[str, str]
-    log_folder: Path
     world_size: int
-    shutdown_timeout_s: float
     hosts: Sequence[Host] = ()
     ssh: str = ""
+    srun: bool = False
     node: int | None = None
     end_signal: signal.Signals = signal.SIGTERM
 
+    @property
+    def launch_id(self) -> str:
+        return self.environment[status.LAUNCH_ID]
+
+    @property
+    def log_folder(self) -> Path:
+        return Path(self.environment[status.LOG_FOLDER])
+
+    @property
+    def shutdown_timeout_s(self) -> float:
+        """The longest time for a save after a stop request."""
+        return float(self.environment[status.SHUTDOWN_TIMEOUT])
+
     def signal_ranks(self, signum: int) -> int:
-        """Signal all ranks on all hosts; returns how many there are (signal 0 only counts)."""
+        """Signal all ranks on all hosts; returns the number of signalled processes (signal 0 only counts)."""
+        if self.srun:
+            return agent.signal_srun(self.launch_id, signum)
         if not self.hosts:
-            return agent.send(self.launch_id, signum, self.node)
+            return agent.signal_ranks(self.launch_id, signum, self.node)
         arguments = [{"launch": self.launch_id, "signum": int(signum), "node": n} for n in range(len(self.hosts))]
         answers = ask_each(self.hosts, self.ssh, "signal", arguments)
         for answer in answers:
@@ -67,10 +80,10 @@ class Launch:
 
 
 class Supervisor:
-    """See the module; `run` returns the exit code.
+    """Runs one launch to its end.
 
     Args:
-        check: of the recipe; once it refuses, everything is ended, and all that is said is the sentence that says why.
+        check: a running check of the recipe. If it finds an error, the launch ends, and only that error is printed.
     """
 
     def __init__(self, launch: Launch, check: RecipeCheck | None = None) -> None:
@@ -78,18 +91,21 @@ class Supervisor:
         self.requests: list[tuple[int, float]] = []
 
     def run(self) -> int:
-        # What was ignored already stays so: nohup's SIGHUP.
+        """Run the launcher; returns the exit code of the launch."""
+        # Signals that are ignored stay ignored: nohup ignores SIGHUP.
         previous = {s: signal.signal(s, self._remember) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
         launch = self.launch
-        # A session of its own, so that Ctrl-C in a terminal comes here alone.
-        deaf = _ignore_stop_signals if self._apart else None
-        process = subprocess.Popen(launch.command, env=launch.environment, start_new_session=True, preexec_fn=deaf)
+        # In a new session, so that Ctrl-C in a terminal reaches the supervisor only.
+        process = subprocess.Popen(
+            launch.command, env=launch.environment, start_new_session=True,
+            preexec_fn=_ignore_stop_signals if self._ignores_stop_signals else None,
+        )  # fmt: skip
         try:
             code = self._watch(process)
             if self.check is not None and code != 0 and not self.stopping and self.check.wait():
-                sys.stderr.write(self.check.sentence())
+                sys.stderr.write(self.check.error())
                 return status.USER_ERROR_EXIT_CODE
-            self._sweep()
+            self._end_left_ranks()
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
@@ -99,8 +115,8 @@ class Supervisor:
         self.requests.append((signum, time.monotonic()))
 
     @property
-    def _apart(self) -> bool:
-        """Whether what ends the launcher is no stop signal."""
+    def _ignores_stop_signals(self) -> bool:
+        """Whether the launcher ignores stop signals, and ends by a signal of its own."""
         return self.launch.end_signal not in STOP_SIGNALS
 
     @property
@@ -108,59 +124,60 @@ class Supervisor:
         return bool(self.requests)
 
     def _watch(self, process: subprocess.Popen[bytes]) -> int:
-        """Wait for the launcher: pass a stop request on, and end what hangs."""
-        asked, failed_at, killed_at = False, math.inf, math.inf
+        """Wait for the launcher. Forward a stop request to the ranks, and kill a launch that hangs."""
+        forwarded, failed_at, killed_at = False, math.inf, math.inf
         while (code := process.poll()) is None:
             time.sleep(0.2)
-            if self.check is not None and self.check.refused:
-                self._end_at_once(process)
+            if self.check is not None and self.check.failed:
+                self._kill(process)
             now = time.monotonic()
-            if self.stopping and not asked:
-                asked = True
+            if self.stopping and not forwarded:
+                forwarded = True
                 name = signal.Signals(self.requests[0][0]).name
-                logger.info("%s: the ranks save and stop; once more ends them at once", name)
-                self._ask_to_stop(process)
-            # An elastic launcher starts ranks again, which then have not failed any more.
+                logger.info("%s: the ranks save and stop; send it again to kill them", name)
+                self._forward_stop(process)
+            # An elastic launcher restarts failed ranks; their status then is running again.
             failed = any(rank.state == "failed" for rank in self._ranks())
             failed_at = min(failed_at, now) if failed else math.inf
             hung = now - failed_at > GRACE_S
             if killed_at == math.inf and (hung or self._impatient()):
                 killed_at = now
-                logger.warning("%s: ending all ranks", "a rank has failed" if hung else "told to stop at once")
+                reason = "a rank has failed" if hung else "second stop signal, or no save in time"
+                logger.warning("%s: killing all ranks", reason)
                 self.launch.signal_ranks(signal.SIGKILL)
                 process.send_signal(self.launch.end_signal)
             if now - killed_at > KILL_WAIT_S:
                 process.kill()
         return code
 
-    def _end_at_once(self, process: subprocess.Popen[bytes]) -> None:
-        """No rank has begun its work, and none shall: first what would start more of them."""
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill the launcher, which might start more ranks, and then the ranks."""
         os.killpg(process.pid, signal.SIGKILL)
         self.launch.signal_ranks(signal.SIGKILL)
         process.wait()
 
     def _impatient(self) -> bool:
-        """Whether it was asked again more than a second later, or the time for a save is over."""
+        """Whether a second stop signal came more than a second later, or the shutdown timeout is over."""
         if not self.stopping:
             return False
         first, last = self.requests[0][1], self.requests[-1][1]
         return last - first > 1.0 or time.monotonic() - first > self.launch.shutdown_timeout_s
 
-    def _ask_to_stop(self, process: subprocess.Popen[bytes]) -> None:
-        if self._apart:
-            # It must know that it is a stop: with elastic restarts it would start the stopped ranks again.
+    def _forward_stop(self, process: subprocess.Popen[bytes]) -> None:
+        if self._ignores_stop_signals:
+            # Otherwise an elastic launcher would restart the stopped ranks.
             process.send_signal(self.launch.end_signal)
         self.launch.signal_ranks(signal.SIGUSR1)
 
     def _ranks(self) -> list[status.RankStatus]:
-        """Those of this start: an earlier one may have had the same name, which a user gives, and more ranks."""
+        """The ranks of this start. An earlier start may have had the same JOB_ID, and more ranks."""
         found = status.read(self.launch.log_folder, self.launch.launch_id)
-        found = [rank for rank in found if rank.started > self._began - CLOCKS_S]
+        found = [rank for rank in found if rank.started > self._began - MAX_CLOCK_SKEW_S]
         world = max(found, key=lambda rank: rank.started).world_size if found else 0
         return [rank for rank in found if rank.rank < world]
 
-    def _sweep(self) -> None:
-        """The launcher is gone: nothing of it may stay behind. Ranks that are saving get their time."""
+    def _end_left_ranks(self) -> None:
+        """Kill ranks that outlive their launcher, after the time for a save."""
         started = time.monotonic()
         patience = self.launch.shutdown_timeout_s if self.stopping else GRACE_S
         states = {rank.state for rank in self._ranks()}
@@ -172,29 +189,29 @@ class Supervisor:
             if late and killed_at == math.inf:
                 self.launch.signal_ranks(signal.SIGKILL)
                 killed_at = time.monotonic()
-            time.sleep(0.1 if late else 0.5)  # a killed process is there for as long as its memory is given back
+            time.sleep(0.1 if late else 0.5)  # a killed process still exists while its memory is freed
 
     def _report(self, code: int) -> int:
         ranks = self._ranks()
         out = status.exit_code(ranks, code, self.stopping)
         if out == status.REQUEUE_EXIT_CODE:
-            logger.info("stopped on request; the same command goes on from the last checkpoint (exit code %d)", out)
+            logger.info("stopped on request; the same command resumes from the last checkpoint (exit code %d)", out)
         elif out != 0:
-            # Of other nodes, which were started there, nothing is known here.
+            # With one command per node, this node does not know which ranks started elsewhere.
             world = self.launch.world_size if self.launch.node is None else 0
             text = status.summary(ranks, world, self.launch.log_folder)
-            for line in text.splitlines() or [f"the launcher ended with code {code} before any rank had started"]:
+            for line in text.splitlines() or [f"the launcher exited with code {code} before a rank started"]:
                 logger.error("%s", line)
         return out
 
 
 def _ignore_stop_signals() -> None:
-    """In torchrun, before it begins; the ranks take the signals again (`rank.main`)."""
+    """Runs in torchrun's process before torchrun. The ranks restore the default handlers (`rank.main`)."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_DFL)  # bash ignores it in what it starts in the background
+    signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_DFL)  # bash ignores SIGQUIT in background jobs
 
 
 def new_launch_id() -> str:
-    """A name for one launch: time and process."""
+    """A new id of a launch: time and process id."""
     return f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"

@@ -1,8 +1,8 @@
-"""Who holds the others up: every rank tells the others where it is, so that a hang has a name.
+"""Heartbeat: every rank publishes its step and operation, so that the message of a hang names the missing ranks.
 
-A collective that times out says only that it did. Each rank therefore writes its step and operation to the store of
-the process group every few seconds, from a thread; when a collective fails, or lasts too long, the ranks that did not
-arrive are read from there.
+A collective that times out says only that it timed out. Each rank therefore writes its position to the store of the
+process group every few seconds, from a thread. When a collective fails or lasts too long, the other ranks' positions
+are read from the store, and the ranks that did not arrive are named.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,45 +24,67 @@ from sfd_scale.runtime import distributed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-# In their order after the count of steps has gone up by one.
-OPERATIONS = ("agreement", "metrics", "checkpoint", "waiting for data", "forward and backward", "optimizer step")
+_MAX_NAMED_RANKS = 8
+
+
+class Operation(Enum):
+    """What a rank is doing. The order is that of the training loop, which counts a step before it agrees and logs."""
+
+    START = "start"
+    AGREEMENT = "agreement"
+    METRICS = "metrics"
+    CHECKPOINT = "checkpoint"
+    DATA = "waiting for data"
+    FORWARD_BACKWARD = "forward and backward"
+    OPTIMIZER = "optimizer step"
+    ROLLBACK = "going back to a checkpoint"
+
+    @property
+    def exempt(self) -> bool:
+        """Whether it may last longer than the timeout: a slow file system is not a hang."""
+        return self in (Operation.START, Operation.CHECKPOINT, Operation.ROLLBACK)
+
+    @property
+    def order(self) -> int:
+        return list(Operation).index(self)
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out; the message names the operation and the ranks that were missing."""
+    """A collective failed or timed out. The message names the operation and the missing ranks."""
 
 
 class Heartbeat:
-    """Watches one training loop: a context manager around it, and `enter` before each operation.
+    """A context manager around a training loop, which calls `enter` before each operation.
 
-    An exception of a collective leaves the block as CollectiveError. A hang that no timeout of a collective ends (the
-    CPU collectives of DeepSpeed have none) is ended after twice `timeout_s`: the message is logged and the process
-    leaves with code 1. Saving is exempt, as a slow disk is no hang.
+    If a collective raises inside the block, the block raises CollectiveError. Some hangs raise nothing: DeepSpeed's CPU
+    collectives have no timeout. Those end after twice `timeout_s`: the message is logged and the process exits with
+    code 1, unless the operation is exempt.
 
     Args:
-        timeout_s: that of the process group.
-        interval_s: seconds between two notes of a rank.
+        timeout_s: timeout of the process group.
+        interval_s: seconds between two heartbeats.
     """
 
     def __init__(self, timeout_s: float, interval_s: float = 5.0) -> None:
         self.timeout_s, self.interval_s = timeout_s, min(interval_s, timeout_s / 4)
-        self._at = (0, "start", time.monotonic())
+        self._at = (0, Operation.START, time.monotonic())
         self._done, self._warned = threading.Event(), False
         self._thread: threading.Thread | None = None
         self._store: Any = None
-        self._asking: threading.Thread | None = None
+        self._request: threading.Thread | None = None
         self._answered = time.monotonic()
 
-    def enter(self, step: int, operation: str) -> None:
+    def enter(self, step: int, operation: Operation) -> None:
+        """This rank begins an operation of a step."""
         self._at = (step, operation, time.monotonic())
 
     def __enter__(self) -> Heartbeat:
         if dist.is_initialized() and dist.get_world_size() > 1:
             store = dist.distributed_c10d._get_default_store()
-            # A connection of its own: the thread must not wait for what the main thread waits for.
+            # A clone has its own connection, so that this thread does not wait for requests of the main thread.
             self._store = dist.PrefixStore("sfd_scale.heartbeat", store.clone())  # type: ignore[attr-defined]
-            self._tell()  # at once, so that a rank that stops in its first seconds has a host too
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._beat()  # before the thread starts, so that the others know this rank's host from the beginning
+            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
         return self
 
@@ -74,43 +97,45 @@ class Heartbeat:
             raise CollectiveError(f"{self.explain()} ({type(error).__name__}: {first_line})") from error
 
     def explain(self) -> str:
-        """Where this rank is, and which ranks are not there."""
+        """Where this rank waits, and which ranks have not arrived there."""
         step, operation, since = self._at
-        own = f"rank {distributed.rank()} waits in {operation!r} of step {step} for {time.monotonic() - since:.0f} s"
+        own = (
+            f"rank {distributed.rank()} waits in {operation.value!r} of step {step} for "
+            f"{time.monotonic() - since:.0f} s"
+        )
         try:
-            self._ask(self._note)
-            others = self._ask(lambda: self._behind(step, operation))
+            self._with_deadline(self._publish)
+            missing = self._with_deadline(lambda: self._missing_ranks(step, operation))
         except TimeoutError:
             silent = time.monotonic() - self._answered
             return (
-                f"{own}; the store of the process group does not answer: rank 0 or its launcher, which serves it, was "
-                f"last heard of {silent:.0f} s ago"
+                f"{own}; the store of the process group does not answer. Rank 0 or its launcher serves the store; its "
+                f"last answer was {silent:.0f} s ago"
             )
         except (dist.DistError, RuntimeError) as error:
-            return f"{own}; the store of the process group is gone, and rank 0 or its launcher with it ({error})"
-        return f"{own} for {others}" if others else f"{own}; no rank is behind it"
+            return f"{own}; the store of the process group is gone, and so is rank 0 or its launcher ({error})"
+        return f"{own} for {missing}" if missing else f"{own}; no rank is behind it"
 
-    def _ask(self, question: Callable[[], T]) -> T:
-        """What the store answers. In a thread: whoever serves it may be the one that has stopped, and then a question
-        waits for ever.
+    def _with_deadline(self, request: Callable[[], T]) -> T:
+        """The result of a request to the store, made in a thread: a request to a stopped process waits for ever.
 
         Raises:
-            TimeoutError: if no answer has come after `interval_s`, or one is still being waited for.
+            TimeoutError: if there is no answer after `interval_s`, or an earlier request still waits.
         """
-        if self._asking is not None and self._asking.is_alive():
+        if self._request is not None and self._request.is_alive():
             raise TimeoutError
         answers: list[T] = []
         errors: list[Exception] = []
 
-        def ask() -> None:
+        def make() -> None:
             try:
-                answers.append(question())
+                answers.append(request())
             except (dist.DistError, RuntimeError) as error:
                 errors.append(error)
 
-        self._asking = threading.Thread(target=ask, name="watchdog-store", daemon=True)
-        self._asking.start()
-        self._asking.join(self.interval_s)
+        self._request = threading.Thread(target=make, name="heartbeat-store", daemon=True)
+        self._request.start()
+        self._request.join(self.interval_s)
         if errors:
             raise errors[0]
         if not answers:
@@ -118,52 +143,48 @@ class Heartbeat:
         self._answered = time.monotonic()
         return answers[0]
 
-    def _tell(self) -> None:
+    def _beat(self) -> None:
         try:
-            self._ask(self._note)
+            self._with_deadline(self._publish)
         except (dist.DistError, RuntimeError, TimeoutError):
-            logger.debug("watchdog: no store", exc_info=True)
+            logger.debug("heartbeat: the store does not answer", exc_info=True)
 
-    def _note(self) -> None:
+    def _publish(self) -> None:
         step, operation, since = self._at
-        note = {"step": step, "operation": operation, "seconds": time.monotonic() - since, "time": time.time()}
+        note = {"step": step, "operation": operation.value, "seconds": time.monotonic() - since, "time": time.time()}
         self._store.set(str(distributed.rank()), json.dumps({**note, "host": socket.gethostname()}))
 
-    def _behind(self, step: int, operation: str) -> str:
+    def _missing_ranks(self, step: int, operation: Operation) -> str:
         found = []
         for rank in range(distributed.world_size()):
             if rank == distributed.rank():
                 continue
             if not self._store.check([str(rank)]):
-                found.append(f"rank {rank}, which has not been heard of")
+                found.append(f"rank {rank}, which has sent no heartbeat")
                 continue
             note = json.loads(self._store.get(str(rank)))
-            silent = time.time() - note["time"]
-            where = f"rank {rank} on {note['host']}, in {note['operation']!r} of step {note['step']}"
+            silent, at = time.time() - note["time"], Operation(note["operation"])
+            where = f"rank {rank} on {note['host']}, in {at.value!r} of step {note['step']}"
             if silent > 3 * self.interval_s + 1:
-                found.append(f"{where} when it was last heard of {silent:.0f} s ago")
-            elif _position(note["step"], note["operation"]) < _position(step, operation):
+                found.append(f"{where} at its last heartbeat {silent:.0f} s ago")
+            elif (note["step"], at.order) < (step, operation.order):
                 found.append(f"{where} for {note['seconds']:.0f} s")
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        return "; ".join(found[:8]) + more
+        more = f" and {len(found) - _MAX_NAMED_RANKS} more" if len(found) > _MAX_NAMED_RANKS else ""
+        return "; ".join(found[:_MAX_NAMED_RANKS]) + more
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._done.wait(self.interval_s):
-            self._tell()
-            step, operation, since = self._at
+            self._beat()
+            _, operation, since = self._at
             waited = time.monotonic() - since
-            if operation == "start" or operation.endswith("checkpoint") or self._done.is_set():
+            if operation.exempt or self._done.is_set():
                 continue
             if waited > self.timeout_s / 2 and not self._warned:
                 self._warned = True
                 logger.warning("%s", self.explain())
             if waited > 2 * self.timeout_s:
-                logger.critical("%s; this hang is ended", self.explain())
+                logger.critical("%s; exiting because of this hang", self.explain())
                 os._exit(1)
-
-
-def _position(step: int, operation: str) -> tuple[int, int]:
-    return step, OPERATIONS.index(operation) if operation in OPERATIONS else -1
 
 
 def _is_collective(error: BaseException) -> bool:

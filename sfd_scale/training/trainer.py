@@ -18,7 +18,7 @@ from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
 from sfd_scale.engines.replica_check import check_replicas_agree
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.heartbeat import Heartbeat
+from sfd_scale.runtime.heartbeat import Heartbeat, Operation
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.runtime.signals import StopRequest
@@ -101,10 +101,10 @@ class Trainer:
                 step += 1
                 if self.config.replica_check_every and step % self.config.replica_check_every == 0:
                     check_replicas_agree(self.engine.replicas(), step)
-                self.heartbeat.enter(step, "agreement")
+                self.heartbeat.enter(step, Operation.AGREEMENT)
                 stopped, overdue = distributed.any_rank(stop.requested(), self.checkpoints.overdue())
                 if step % self.config.log_every == 0 or step == self.config.steps:
-                    bar.advance(0, **self.log(step))
+                    bar.advance(0, self.log(step))
                 bar.advance(1)
                 if self.checkpoints.due(step) or overdue or stopped:
                     self.save(step)
@@ -119,16 +119,16 @@ class Trainer:
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""
         for micro in range(self.grad_accum_steps):
-            self.heartbeat.enter(step, "waiting for data")
+            self.heartbeat.enter(step, Operation.DATA)
             waited = time.monotonic()
             batch = next(batches).to(self.engine.device)
             waited = time.monotonic() - waited
-            self.heartbeat.enter(step, "forward and backward")
+            self.heartbeat.enter(step, Operation.FORWARD_BACKWARD)
             losses, last = self.objective(self.engine.model, batch), micro == self.grad_accum_steps - 1
             loss = self.watch.guarded(losses, batch.keys, last)
             self.engine.backward(loss / self.grad_accum_steps, last)
             self.metrics.add(losses, len(batch), waited)
-        self.heartbeat.enter(step, "optimizer step")
+        self.heartbeat.enter(step, Operation.OPTIMIZER)
         result = self.engine.step(self.learning_rate(step))
         self.metrics.step(result.grad_norm)
         if result.applied:
@@ -137,7 +137,7 @@ class Trainer:
 
     def roll_back(self, step: int) -> int:
         """Go back to the last checkpoint before the trouble; those after it are set aside."""
-        self.heartbeat.enter(step, "going back to a checkpoint")
+        self.heartbeat.enter(step, Operation.ROLLBACK)
         found = (self.checkpoints.latest(before) for before in self.watch.targets(step))
         to = next((checkpoint for checkpoint in found if checkpoint is not None), None)
         if to is None:
@@ -157,7 +157,7 @@ class Trainer:
 
     def log(self, step: int) -> dict[str, float]:
         """Write one line of metrics; returns what the progress bar shows."""
-        self.heartbeat.enter(step, "metrics")
+        self.heartbeat.enter(step, Operation.METRICS)
         values = self.metrics.reduce(self.ema.squares())
         values |= {
             "samples": step * self.config.global_batch, "lr": self.learning_rate(step - 1),
@@ -168,7 +168,7 @@ class Trainer:
         return {name: math.nan if value is None else value for name, value in shown.items()}
 
     def save(self, step: int) -> None:
-        self.heartbeat.enter(step, "checkpoint")
+        self.heartbeat.enter(step, Operation.CHECKPOINT)
         state = {
             **self.state,
             "step": step,
@@ -180,7 +180,7 @@ class Trainer:
 
     def save_snapshot(self, step: int) -> None:
         if self.snapshots is not None and self.snapshots.due(step):
-            self.heartbeat.enter(step, "checkpoint")
+            self.heartbeat.enter(step, Operation.CHECKPOINT)
             self.snapshots.save(step, self.engine, self.ema, self.state)
 
     def finish_saves(self) -> None:

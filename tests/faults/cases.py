@@ -19,6 +19,8 @@ from tests.faults.network import cable
 from tests.faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
 from tests.helpers import small_run
 
+LAST_SIGN = ("at its last heartbeat", "its last answer was")  # of a silent rank, of a silent store
+
 # ------------------------------------------------------------------------------------------------- kills
 
 
@@ -92,7 +94,7 @@ def stopped(work: Training, draw: random.Random) -> Result:
     late = "the others waited on" if len(job.ranks()) > 1 else None
     send(victim, signal.SIGKILL)
     job.wait()
-    named = f"rank {number}" in job.output() and "last heard of" in job.output()
+    named = f"rank {number}" in job.output() and any(words in job.output() for words in LAST_SIGN)
     return Result.of(
         late, None if named else f"rank {number} was not named: {job.output()[-1500:]}", work.finished(out)
     )
@@ -245,7 +247,7 @@ def network_cut(work: Training, draw: random.Random, seconds: float | None) -> R
     text = job.output()
     if seconds:
         return Result.of(f"ended with {code}: {text[-1500:]}" if code else work.difference(out))
-    said = "waits in" in text and ("last heard of" in text or "the store of the process group is gone" in text)
+    said = "waits in" in text and any(words in text for words in (*LAST_SIGN, "the store of the process group is gone"))
     problem = None if code and said else f"ended with {code} and said {text[-1500:]}"
     return Result.of(problem, work.finished(out))
 

@@ -20,7 +20,7 @@ import pytest
 from sfd_scale import config
 from sfd_scale.launch import agent, check, commands, environment, status
 from sfd_scale.launch.hosts import Host, ask, read_hostfile
-from sfd_scale.launch.rank import adopt_rank
+from sfd_scale.launch.rank import set_rank_variables
 from sfd_scale.runtime import network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,11 +42,11 @@ def test_a_hostfile_may_hold_comments_and_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no hosts; write one line a host"),
+        ("", "no hosts; write one line per host"),
         ("node-a\n", "line 1: 'node-a'; allowed: NAME slots=GPUS"),
         ("a slots=4\nb slots=8\n", r"different numbers of slots \(a has 4, b has 8\); give every host 4"),
         ("a slots=0\n", "a has 0 slots; allowed: 1 and up"),
-        ("a slots=2\na slots=2\n", "line 2: a is there twice"),
+        ("a slots=2\na slots=2\n", "line 2: a occurs twice"),
     ],
 )
 def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -62,7 +62,7 @@ def test_variables_go_to_other_hosts_by_a_list_and_secrets_by_name_only() -> Non
     assert environment.exported({**given, **kept}, ["HF_TOKEN"]) == {**given, "HF_TOKEN": "y"}
     with pytest.raises(ValueError, match="EXPORT: WANDB_KEY is not set"):
         environment.exported(given, ["WANDB_KEY"])
-    with pytest.raises(ValueError, match="NCCL_X: a value of several lines"):
+    with pytest.raises(ValueError, match="NCCL_X: its value has several lines"):
         environment.exported({"NCCL_X": "1\n2"})
 
 
@@ -108,7 +108,7 @@ def test_arguments_arrive_through_pdsh_as_they_were_typed() -> None:
     shown = subprocess.run(
         ["bash", "-c", f"{sys.executable} -c {shlex.quote(code)} {line}"], capture_output=True, text=True, check=True
     )
-    assert __import__("json").loads(shown.stdout) == NASTY
+    assert json.loads(shown.stdout) == NASTY
 
 
 def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
 def test_what_cannot_run_is_told_before_anything_starts(
     launcher: str, variables: dict[str, str], arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    work = commands.Work("sfd_scale", arguments)
+    work = commands.RankCommand("sfd_scale", arguments)
     with pytest.raises(ValueError, match=message):
         commands.make_launch(launcher, work, {**CPU, "LOG_FOLDER": str(tmp_path), **variables})
 
@@ -165,7 +165,7 @@ def test_what_cannot_run_is_told_before_anything_starts(
     ],
 )
 def test_logs_lie_in_the_folder_that_the_command_fills(module: str, arguments: Sequence[str], folder: str) -> None:
-    found = commands.Work(module, arguments).log_folder()
+    found = commands.RankCommand(module, arguments).log_folder()
     assert found == Path(folder).absolute() / ("" if folder.startswith("runs/logs") else "logs")
 
 
@@ -175,7 +175,7 @@ def test_a_recipe_check_that_says_much_does_not_wait_for_a_reader(
     (tmp_path / "talkative.py").write_text("import sys\nsys.stderr.write('x' * 300_000)\nsys.exit(2)\n")
     monkeypatch.setitem(check.COMMANDS, "talkative", ("train",))
     asked = check.RecipeCheck("talkative", ("train",), {**os.environ, "PYTHONPATH": str(tmp_path), "HOSTFILE": "h"})
-    assert asked.wait() and len(asked.sentence()) == 300_000
+    assert asked.wait() and len(asked.error()) == 300_000
 
 
 def test_the_scripts_exit_with_2_and_one_sentence(tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_no_launcher_knows_a_training_option() -> None:
 
 
 def test_auto_takes_torchrun_where_something_starts_one_command_a_node() -> None:
-    assert commands.choose({}) == "deepspeed"
-    assert commands.choose({"SLURM_JOB_NUM_NODES": "4"}) == "torchrun"
-    assert commands.choose({"PET_NNODES": "2"}) == "torchrun"
-    assert commands.choose({"NODES": "2", "HOSTFILE": "hosts"}) == "deepspeed"
+    assert commands.auto_launcher({}) == "deepspeed"
+    assert commands.auto_launcher({"SLURM_JOB_NUM_NODES": "4"}) == "torchrun"
+    assert commands.auto_launcher({"PET_NNODES": "2"}) == "torchrun"
+    assert commands.auto_launcher({"NODES": "2", "HOSTFILE": "hosts"}) == "deepspeed"
 
 
 def read_by_deepspeed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[Namespace, list[Any]]:
@@ -223,7 +223,7 @@ def read_by_deepspeed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_torchrun_hears_of_a_stop_by_a_signal_that_no_scheduler_sends(tmp_path: Path) -> None:
     asked = {**CPU, "RANKS": "1", "LOG_FOLDER": str(tmp_path)}
-    made = commands.make_launch("torchrun", commands.Work("sfd_scale", TRAIN), asked)
+    made = commands.make_launch("torchrun", commands.RankCommand("sfd_scale", TRAIN), asked)
     assert made.end_signal == signal.SIGQUIT
     at = list(made.command).index("--signals-to-handle")
     assert list(made.command)[at + 1 : at + 3] == ["SIGQUIT", "--"]
@@ -231,7 +231,7 @@ def test_torchrun_hears_of_a_stop_by_a_signal_that_no_scheduler_sends(tmp_path: 
 
 def test_one_host_gets_the_gpus_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"PATH": os.environ["PATH"], "RANKS": "2", "LOG_FOLDER": str(tmp_path), "MASTER_PORT": "29512"}
-    work = commands.Work("eval", ("generate", "quickstart/eval", "--out", "x y"))
+    work = commands.RankCommand("eval", ("generate", "quickstart/eval", "--out", "x y"))
     for visible, slots in (("", [0, 1]), ("3,5,6", [3, 5])):
         made = commands.make_launch("deepspeed", work, {**given, "CUDA_VISIBLE_DEVICES": visible})
         options, hosts = read_by_deepspeed(made.command, monkeypatch)
@@ -247,7 +247,7 @@ def test_a_host_that_is_started_without_ssh_knows_the_others(tmp_path: Path, mon
         **CPU, "HOSTFILE": str(write(tmp_path, "b slots=3\na slots=3\n")), "NO_SSH": "1", "NODE_RANK": "1",
         "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29512", "LOG_FOLDER": str(tmp_path),
     }  # fmt: skip
-    work = commands.Work("sfd_scale", ("train", "quickstart/vision", "train.global_batch=120"))
+    work = commands.RankCommand("sfd_scale", ("train", "quickstart/vision", "train.global_batch=120"))
     made = commands.make_launch("deepspeed", work, given)
     options, hosts = read_by_deepspeed(made.command, monkeypatch)
     assert hosts == [("b", [0, 1, 2]), ("a", [0, 1, 2])]
@@ -261,7 +261,7 @@ def test_elastic_torchrun_is_told_who_hosts_the_rendezvous_and_by_which_address(
     for master, here in ((own, "is_host=1"), ("192.0.2.77", "is_host=0")):
         command = list(
             commands.make_launch(
-                "torchrun", commands.Work("sfd_scale", TRAIN), {**given, "MASTER_ADDR": master}
+                "torchrun", commands.RankCommand("sfd_scale", TRAIN), {**given, "MASTER_ADDR": master}
             ).command
         )
         assert command[command.index("--rdzv-conf") + 1] == here
@@ -321,24 +321,24 @@ def test_the_summary_names_the_first_failure_and_not_its_echo(tmp_path: Path) ->
     first = status.first_failure(ranks)
     assert first == CAUSE
     text = status.summary(ranks, 4, tmp_path)
-    assert f"rank 3 on host-b failed first: ValueError: bad shard ({tmp_path / 'rank-3.log'})" in text
-    assert "after it failed rank 0" in text
+    assert f"rank 3 on host-b failed first: ValueError: bad shard; log: {tmp_path / 'rank-3.log'}" in text
+    assert "later failures: rank 0" in text
     assert "never started: rank 1 of 4" in text
     gone = status.summary([ECHO, silent], 2, tmp_path)
-    assert gone.startswith("rank 2 on host-b ended without a word: killed (out of memory?), or the host is gone")
+    assert gone.startswith("rank 2 on host-b was killed (out of memory?), or the host is down")
     assert "rank 0 on host-a failed after that: RuntimeError: Connection closed by peer" in gone
 
 
 def test_ranks_take_their_number_from_mpi_and_slurm() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "8"}
     found = {**mpi, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    adopt_rank(found)
+    set_rank_variables(found)
     assert [found[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")] == ["5", "1", "8", "4"]
     slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "1"}
-    adopt_rank(slurm)
+    set_rank_variables(slurm)
     assert (slurm["RANK"], slurm["WORLD_SIZE"]) == ("3", "4")
     with pytest.raises(ValueError, match="RANK: not set, nor any of"):
-        adopt_rank({})
+        set_rank_variables({})
 
 
 def start_rank(folder: Path, code: str, rank: int = 0, ranks: int = 1, node: int = 0) -> "subprocess.Popen[bytes]":
@@ -385,14 +385,14 @@ def test_signals_reach_the_ranks_of_one_launch_and_node_and_not_their_children(t
         assert process.stdout.readline() == b"up\n"
     children = [psutil.Process(p.pid).children() for p in processes]
     try:
-        assert {p.pid for p in agent.ranks("one")} == {p.pid for p in processes}
-        assert [p.pid for p in agent.ranks("one", node=1)] == [processes[1].pid]
-        assert agent.ranks("another") == []
-        assert agent.send("one", 10, node=0) == 1
+        assert {p.pid for p in agent.find_ranks("one")} == {p.pid for p in processes}
+        assert [p.pid for p in agent.find_ranks("one", node=1)] == [processes[1].pid]
+        assert agent.find_ranks("another") == []
+        assert agent.signal_ranks("one", 10, node=0) == 1
         assert processes[0].wait(timeout=20) == -10
         assert processes[1].poll() is None
     finally:
-        agent.send("one", 9)
+        agent.signal_ranks("one", 9)
         for child in [c for group in children for c in group if c.is_running()]:
             child.kill()
     assert processes[1].wait(timeout=20) == -9
@@ -406,8 +406,8 @@ def test_a_host_that_ssh_does_not_reach_is_named() -> None:
 
 
 def test_a_probe_says_what_a_host_has(tmp_path: Path) -> None:
-    found = agent.probe("quickstart/vision", ["train.steps=5"], str(tmp_path), None)
+    found = agent.describe("quickstart/vision", ["train.steps=5"], str(tmp_path), None)
     assert found["shared"]
     assert found["recipe"] == config.digest(config.tree("quickstart/vision", ["train.steps=5"]))
-    assert not agent.probe(None, [], str(tmp_path / "other"), None)["shared"]
-    assert "no such recipe" in agent.probe("quickstart/none", [], str(tmp_path), None)["problem"]
+    assert not agent.describe(None, [], str(tmp_path / "other"), None)["shared"]
+    assert "no such recipe" in agent.describe("quickstart/none", [], str(tmp_path), None)["problem"]

@@ -114,7 +114,7 @@ def test_a_host_is_killed_and_the_run_goes_on_with_one_fewer(trio: Network, imag
     trio.hosts[2].kill()
     code, out = finish(process)
     assert code not in (0, 75), out
-    assert "rank 2 on node-c ended without a word: killed (out of memory?), or the host is gone" in out
+    assert "rank 2 on node-c was killed (out of memory?), or the host is down" in out
     assert 5 <= max(losses(run)) < 40, "the run ended before the host was killed"
 
     code, out = finish(start(trio, trio.hostfile(tmp_path / "two", count=2), images, run, *longer))

@@ -47,10 +47,11 @@ def launch(folder: Path, work: str, **more: float) -> Launch:
     (folder / "work.py").write_text(work)
     (folder / "launcher.py").write_text(LAUNCHER)
     launch_id = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    variables = {status.LAUNCH_ID: launch_id, status.LOG_FOLDER: str(folder / "logs"), status.SHUTDOWN_TIMEOUT: "20"}
+    timeout = str(more.get("timeout", 20))
+    variables = {status.LAUNCH_ID: launch_id, status.LOG_FOLDER: str(folder / "logs"), status.SHUTDOWN_TIMEOUT: timeout}
     ranks = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "PYTHONPATH": str(folder)}
     command = [sys.executable, str(folder / "launcher.py"), agent.RANK_FILE]
-    return Launch(launch_id, command, {**os.environ, **variables, **ranks}, folder / "logs", 2, more.get("timeout", 20))
+    return Launch(command=command, environment={**os.environ, **variables, **ranks}, world_size=2)
 
 
 def when_started(made: Launch, *signals: tuple[float, int]) -> None:
@@ -85,7 +86,7 @@ def test_a_stop_that_is_sent_to_every_process_leaves_the_launcher_to_the_ranks(
     threading.Thread(target=to_all, daemon=True).start()
     assert Supervisor(made).run() == 75
     assert (tmp_path / "told").exists() and {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
-    assert agent.ranks(made.launch_id) == []
+    assert agent.find_ranks(made.launch_id) == []
 
 
 def test_a_stop_request_reaches_every_rank_and_the_code_asks_for_a_requeue(
@@ -96,7 +97,7 @@ def test_a_stop_request_reaches_every_rank_and_the_code_asks_for_a_requeue(
     when_started(made, (0.0, signal.SIGTERM))
     assert Supervisor(made).run() == 75
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
-    assert agent.ranks(made.launch_id) == []
+    assert agent.find_ranks(made.launch_id) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -113,8 +114,8 @@ def test_ranks_that_do_not_stop_are_ended(
     started = time.monotonic()
     assert Supervisor(made).run() == 75  # nothing failed: the last checkpoint is whole
     assert time.monotonic() - started < 40
-    assert agent.ranks(made.launch_id) == []
-    assert "told to stop at once: ending all ranks" in caplog.text
+    assert agent.find_ranks(made.launch_id) == []
+    assert "second stop signal, or no save in time: killing all ranks" in caplog.text
 
 
 def test_the_ranks_that_a_launcher_leaves_behind_end_and_the_first_failure_is_named(
@@ -127,7 +128,7 @@ def test_the_ranks_that_a_launcher_leaves_behind_end_and_the_first_failure_is_na
         assert Supervisor(made).run() == 1
     assert "failed first: MemoryError: no room" in caplog.text
     assert str(made.log_folder / "rank-1.log") in caplog.text
-    assert agent.ranks(made.launch_id) == []
+    assert agent.find_ranks(made.launch_id) == []
 
 
 def test_a_rank_that_is_killed_is_named_too(
@@ -138,7 +139,7 @@ def test_a_rank_that_is_killed_is_named_too(
         tmp_path, "import os, time\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"
     )
     assert Supervisor(made).run() == 1
-    assert "ended without a word: killed (out of memory?), or the host is gone" in caplog.text
+    assert "was killed (out of memory?), or the host is down" in caplog.text
 
 
 def test_a_launch_that_does_its_work_ends_with_0(tmp_path: Path) -> None:

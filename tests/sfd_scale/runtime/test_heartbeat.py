@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime import heartbeat as heartbeat
-from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat
+from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat, Operation
 from sfd_scale.runtime.locks import run_lock
 from tests.helpers.ranks import RankError, run_ranks
 
@@ -28,11 +27,11 @@ def _one_rank_is_late() -> str:
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
     try:
         with Heartbeat(TIMEOUT_S, interval_s=0.2) as heartbeat:
-            heartbeat.enter(11, "waiting for data")
+            heartbeat.enter(11, Operation.DATA)
             if distributed.rank() == 1:
                 time.sleep(TIMEOUT_S + 3)
                 return ""
-            heartbeat.enter(11, "optimizer step")
+            heartbeat.enter(11, Operation.OPTIMIZER)
             dist.all_reduce(torch.ones(1), group=group)
     except CollectiveError as error:
         return str(error)
@@ -46,13 +45,30 @@ def test_a_timeout_names_the_operation_the_rank_that_is_missing_and_where_it_is(
     assert "imed out" in said, "the library's own words stay in the message"
 
 
-def test_what_a_rank_does_between_steps_is_behind_the_forward_pass_of_the_next() -> None:
-    """The trainer counts a step before it agrees, logs and saves."""
-    times = [
-        (5, "waiting for data"), (5, "forward and backward"), (5, "optimizer step"),
-        (6, "agreement"), (6, "metrics"), (6, "checkpoint"), (6, "waiting for data"), (6, "forward and backward"),
-    ]  # fmt: skip
-    assert sorted(times, key=lambda at: heartbeat._position(*at)) == times
+POSITIONS = [
+    (5, Operation.DATA), (5, Operation.FORWARD_BACKWARD), (5, Operation.OPTIMIZER), (6, Operation.AGREEMENT),
+    (6, Operation.METRICS), (6, Operation.CHECKPOINT), (6, Operation.DATA),
+]  # fmt: skip
+
+
+def _rank_0_explains_each_position_of_rank_1() -> list[str]:
+    said = []
+    with Heartbeat(60.0, interval_s=5.0) as heartbeat:
+        heartbeat.enter(6, Operation.METRICS)
+        for position in POSITIONS:
+            if distributed.rank() == 1:
+                heartbeat.enter(*position)
+                heartbeat.explain()  # sends a heartbeat
+            distributed.barrier()
+            said.append(heartbeat.explain())
+            distributed.barrier()
+    return said
+
+
+def test_the_ranks_behind_are_those_earlier_in_the_loop_which_logs_and_saves_after_it_counts_a_step() -> None:
+    said, _ = run_ranks(_rank_0_explains_each_position_of_rank_1, 2, timeout=400)
+    assert ["for rank 1 on" in text for text in said] == [True] * 4 + [False] * 3
+    assert said[-1].endswith("no rank is behind it")
 
 
 def free_port() -> int:
@@ -70,13 +86,13 @@ def _the_rank_that_serves_the_store_stops() -> str:
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
     if rank == 0:
         with Heartbeat(TIMEOUT_S, interval_s=0.5) as heartbeat:
-            heartbeat.enter(11, "waiting for data")
+            heartbeat.enter(11, Operation.DATA)
             dist.all_reduce(torch.ones(1), group=group)
             os.kill(os.getpid(), signal.SIGSTOP)
         return ""
     try:
         with Heartbeat(TIMEOUT_S, interval_s=0.5) as heartbeat:
-            heartbeat.enter(11, "optimizer step")
+            heartbeat.enter(11, Operation.OPTIMIZER)
             dist.all_reduce(torch.ones(1), group=group)
             time.sleep(1)
             dist.all_reduce(torch.ones(1), group=group)
@@ -90,12 +106,12 @@ def _the_rank_that_serves_the_store_stops() -> str:
 def test_a_rank_that_stops_and_serves_the_store_is_named_without_its_answer() -> None:
     said = run_ranks(_the_rank_that_serves_the_store_stops, 2, timeout=400)[1]
     assert "rank 1 waits in 'optimizer step' of step 11" in said
-    assert "does not answer: rank 0 or its launcher, which serves it, was last heard of " in said
+    assert "does not answer. Rank 0 or its launcher serves the store; its last answer was " in said
 
 
 def _hang_without_a_timeout() -> None:
     with Heartbeat(0.5, interval_s=0.1) as heartbeat:
-        heartbeat.enter(3, "forward and backward")
+        heartbeat.enter(3, Operation.FORWARD_BACKWARD)
         time.sleep(1000)  # as a rank that spins in shared memory
 
 
@@ -106,7 +122,7 @@ def test_a_hang_that_no_collective_ends_is_ended() -> None:
 
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="^mine$"), Heartbeat(10.0) as heartbeat:
-        heartbeat.enter(0, "metrics")
+        heartbeat.enter(0, Operation.METRICS)
         raise RuntimeError("mine")
 
 
