@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every benchmark, each in a process of its own, and one table of the bars.
+"""`python -m benchmarks`: every benchmark, each in a process of its own, and one table of the targets.
 
 The results go into benchmarks/results/cpu.json, each beside its machine and date; names measure only those anew.
 `--page` writes the tables of that file into docs/performance.md, between its two marks, and measures nothing.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 
 
 def main() -> int:
-    """1 if a benchmark failed to run; a bar that is missed is printed, not an error."""
+    """1 if a benchmark failed to run; a target that is missed is printed, not an error."""
     parser = harness.parser(__doc__ or "")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)}; default: all")
     parser.add_argument("--page", action="store_true", help="write the tables of the results into the docs")
@@ -46,7 +47,7 @@ def main() -> int:
     started = time.monotonic()
     new, failed = measure(arguments.names or SUITE, chosen)
     figures = [figure for section in new for figure in harness.figures_of(section)]
-    print(f"\n## Bars\n\n{harness.markdown([figure for figure in figures if figure.bar is not None])}")
+    print(f"\n## Targets\n\n{harness.markdown([figure for figure in figures if figure.target is not None])}")
     print(f"\n{time.monotonic() - started:.0f} s in all")
     if not chosen.quick:
         harness.merge(results, new, SUITE)
@@ -63,7 +64,7 @@ def measure(names: Sequence[str], chosen: harness.Options) -> tuple[list[dict[st
         command = [f"--threads={chosen.threads}", f"--out={out}"]
         command += ["--quick"] if chosen.quick else []
         command += [f"--repeats={chosen.repeats}"] if chosen.repeats else []
-        command += [f"--authors={chosen.authors}"] if chosen.authors else []
+        command += [f"--official={chosen.official}"] if chosen.official else []
         for name in names:
             print(f"\n## {name}\n", flush=True)
             if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *command], check=False).returncode:
@@ -74,12 +75,15 @@ def measure(names: Sequence[str], chosen: harness.Options) -> tuple[list[dict[st
 
 
 def page(sections: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of results: the bars, then what each benchmark found besides, with machine and date."""
-    barred = [figure for section in sections for figure in harness.figures_of(section) if figure.bar is not None]
-    parts = [f"**The bars.**\n\n{harness.markdown(barred)}"]
+    """Markdown of results: the targets, then what each benchmark found besides, with machine and date."""
+    with_target = [
+        figure for section in sections for figure in harness.figures_of(section) if figure.target is not None
+    ]
+    parts = [f"**Targets.**\n\n{harness.markdown(with_target)}"]
     for section in sections:
-        others = [figure for figure in harness.figures_of(section) if figure.bar is None]
+        others = [figure for figure in harness.figures_of(section) if figure.target is None]
         about = f"`{section['command']}`, {section['date']}, {section['seconds']:.0f} s: {_machine(section)}."
+        about = textwrap.fill(about, 100, break_long_words=False, break_on_hyphens=False)
         parts.append(f"{about}\n\n{harness.markdown(others)}" if others else about)
     return "\n\n".join(parts)
 

@@ -35,10 +35,10 @@ def run(options: Options) -> list[Figure]:
             harness.compare(
                 f"attention, head of {head_dim}, batch {count}",
                 seconds,
-                against="authors' arithmetic",
+                against="official arithmetic",
                 work=count,
                 unit="samples/s",
-                bar=None,
+                target=None,
             )  # fmt: skip
         )
     return figures

@@ -21,7 +21,7 @@ from sfd_scale.engines.optim import AdamWConfig
 
 
 def run(options: Options) -> list[Figure]:
-    """Checkpoints/s: training held up, saved and checked, loaded; the authors save by torch.save from rank 0."""
+    """Checkpoints/s: training held up, saved and checked, loaded; the official code saves by torch.save from rank 0."""
     depth = 1 if options.quick else None
     model, theirs = our_model("S", depth), Peer("S", depth=depth)
     randomize(model, theirs)

@@ -45,10 +45,10 @@ def run(options: Options) -> list[Figure]:
         harness.compare(
             "S/1 AdamW and EMA",
             seconds,
-            against="authors' arithmetic",
+            against="official arithmetic",
             work=1,
             unit="updates/s",
-            bar=2.0,
+            target=2.0,
         )  # fmt: skip
     ]
 

@@ -220,7 +220,7 @@ def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
 
 
 def _figure(
-    what: str, rate: Rate, peer: Rate, unit: str, note: str = "", against: str = "authors' arithmetic"
+    what: str, rate: Rate, peer: Rate, unit: str, note: str = "", against: str = "official arithmetic"
 ) -> Figure:
     memory = "" if rate.memory_gib is None else f", {rate.memory_gib:.1f} GiB"
     if rate.value is None:
@@ -301,7 +301,7 @@ def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig
         field = baseline.field(models[0], labels, models[1] if len(models) > 1 else None)
 
         def run() -> Tensor:
-            with allow_tf32():  # as the authors' script allows
+            with allow_tf32():  # as the official script allows
                 return baseline.euler(field, noise, 2)
 
         return run

@@ -34,14 +34,14 @@ class Options:
 
     repeats: timed runs of each contender; None: the benchmark's own choice.
     quick: small models and few repeats, to see that a benchmark works; its figures mean nothing.
-    authors: a checkout of the authors' code, run as one more peer where a benchmark can.
+    official: a checkout of the official code, run as one more peer where a benchmark can.
     out: the folder of NAME.json; None: the figures are printed only.
     """
 
     repeats: int | None = None
     threads: int = 1
     quick: bool = False
-    authors: Path | None = None
+    official: Path | None = None
     out: Path | None = None
 
 
@@ -49,7 +49,7 @@ class Options:
 class Figure:
     """One line of a table: `ours` and `peer` in `unit`, and how many times better ours is.
 
-    ratio is the median over the repeats, low and high its quartiles. `bar`: the ratio that ours has to reach.
+    ratio is the median over the repeats, low and high its quartiles. `target`: the ratio that ours has to reach.
     """
 
     what: str
@@ -60,11 +60,11 @@ class Figure:
     ratio: float
     low: float
     high: float
-    bar: float | None = None
+    target: float | None = None
 
     @property
     def met(self) -> bool | None:
-        return None if self.bar is None else self.ratio >= self.bar
+        return None if self.target is None else self.ratio >= self.target
 
 
 Benchmark = Callable[[Options], list[Figure]]
@@ -104,7 +104,7 @@ def compare(
     against: str,
     work: float | None,
     unit: str,
-    bar: float | None = None,
+    target: float | None = None,
 ) -> Figure:
     """The figure of two contenders of one race: median rates, `work` units a call, and the ratios round by round.
 
@@ -114,7 +114,7 @@ def compare(
     low, high = _quartiles(ratios)
     medians = [statistics.median(seconds[name]) for name in (ours, peer)]
     own, theirs = medians if work is None else [work / median for median in medians]
-    return Figure(what, against, unit, own, theirs, statistics.median(ratios), low, high, bar)
+    return Figure(what, against, unit, own, theirs, statistics.median(ratios), low, high, target)
 
 
 def measured(
@@ -125,11 +125,11 @@ def measured(
     against: str,
     unit: str,
     better: Literal["lower", "higher"] = "lower",
-    bar: float | None = None,
+    target: float | None = None,
 ) -> Figure:
     """A figure of two values that are no times of a race, such as bytes; the peer's may be a limit."""
     ratio = peer / ours if better == "lower" else ours / peer
-    return Figure(what, against, unit, ours, peer, ratio, ratio, ratio, bar)
+    return Figure(what, against, unit, ours, peer, ratio, ratio, ratio, target)
 
 
 def peak_memory(target: Callable[..., object], *args: Any) -> int:
@@ -228,21 +228,24 @@ def figures_of(section: Mapping[str, Any]) -> list[Figure]:
     """The figures of what `write` wrote."""
     figures = []
     for line in section["figures"]:
-        values: dict[str, Any] = {k: math.nan if v is None and k != "bar" else v for k, v in line.items() if k != "met"}
+        values: dict[str, Any] = {
+            k: math.nan if v is None and k != "target" else v for k, v in line.items() if k != "met"
+        }
         figures.append(Figure(**values))
     return figures
 
 
-HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "bar", "")
+HEADINGS = ("what", "against", "unit", "ours", "peer", "ratio", "quartiles", "target", "")
 
 
 def row(figure: Figure) -> tuple[str, ...]:
     """The cells of a figure under HEADINGS."""
-    bar = "" if figure.bar is None else f"{figure.bar:g}"
+    target = "" if figure.target is None else f"{figure.target:g}"
     met = {None: "", True: "met", False: "not met"}[figure.met]
     ratio, spread = f"{figure.ratio:.2f}", f"{figure.low:.2f} to {figure.high:.2f}"
     return (
-        figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, spread, bar, met,
+        figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, spread, target,
+        met,
     )  # fmt: skip
 
 
@@ -265,15 +268,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     out.add_argument("--threads", type=int, default=cores, help="threads of torch (default: one a core)")
     out.add_argument("--quick", action="store_true", help="tiny, to see that it works; the figures mean nothing")
-    out.add_argument("--authors", type=Path, help="a checkout of the authors' code, run as one more peer")
+    out.add_argument("--official", type=Path, help="a checkout of the official code, run as one more peer")
     out.add_argument("--out", type=Path, help="folder for NAME.json; without, the figures are printed only")
     return out
 
 
 def options(arguments: argparse.Namespace) -> Options:
     """Raises ValueError for a checkout that is not there."""
-    if arguments.authors is not None and not arguments.authors.is_dir():
-        raise ValueError(f"--authors {arguments.authors}: no such folder")
+    if arguments.official is not None and not arguments.official.is_dir():
+        raise ValueError(f"--official {arguments.official}: no such folder")
     torch.set_num_threads(arguments.threads)
     fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
     return Options(**fields)

@@ -1,4 +1,4 @@
-"""Loading latents: our shards and reader beside the loader form of the authors' release, on the same samples.
+"""Loading latents: our shards and reader beside the loader form of the official release, on the same samples.
 
 The peer is that form written anew: safetensors shards of 1,000 images with float32 latents and float16 alignment
 features of both flips, and a map-style data set that opens the file for each item. Ours are made from these by
@@ -33,14 +33,16 @@ from sfd_scale.runtime.batch_split import BatchSplit
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)
 THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES = "theirs", "theirs+features", "ours", "ours+features"
-AUTHORS = "authors"  # their own data set, where a checkout is given; it reads the features
-# What is compared, ours, theirs, and the bar on the ratio.
+OFFICIAL = "official"  # their own data set, where a checkout is given; it reads the features
+# What is compared, ours, theirs, and the target on the ratio.
 PAIRS = (
-    ("latents, the default form", OURS, THEIRS_FEATURES, "their form, with features", 2.0),
-    ("latents", OURS, THEIRS, "their form", 1.0),
-    ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "their form, with features", 1.0),
+    ("latents, the default form", OURS, THEIRS_FEATURES, "official form, with features", 2.0),
+    ("latents", OURS, THEIRS, "official form", 1.0),
+    ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "official form, with features", 1.0),
 )
-AUTHORS_PAIRS = tuple((what, own, AUTHORS, "the authors' code", bar) for what, own, _, _, bar in (PAIRS[0], PAIRS[2]))
+OFFICIAL_PAIRS = tuple(
+    (what, own, OFFICIAL, "the official code", target) for what, own, _, _, target in (PAIRS[0], PAIRS[2])
+)
 LIMIT = 100_000  # bytes an image in the default form
 Batches = Iterator[Any]
 
@@ -113,9 +115,9 @@ def take(batches: Batches, count: int) -> None:
 class Folders:
     """The same samples in the three forms, and a loader of each contender."""
 
-    def __init__(self, root: Path, samples: int, authors: Path | None = None) -> None:
-        self.root, self.samples, self.authors = root, samples, authors
-        self.names = [THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES] + ([AUTHORS] if authors is not None else [])
+    def __init__(self, root: Path, samples: int, official: Path | None = None) -> None:
+        self.root, self.samples, self.official = root, samples, official
+        self.names = [THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES] + ([OFFICIAL] if official is not None else [])
         write_theirs(root / "theirs", samples)
         for name, features in ((OURS, False), (OURS_FEATURES, True)):
             convert(ConvertConfig(source=root / "theirs", features=features), root / name)
@@ -123,12 +125,12 @@ class Folders:
         self.stats = LatentStats.load(root / OURS / "stats.safetensors")
 
     def folder(self, name: str) -> Path:
-        return self.root / ("theirs" if name in (THEIRS, THEIRS_FEATURES, AUTHORS) else name)
+        return self.root / ("theirs" if name in (THEIRS, THEIRS_FEATURES, OFFICIAL) else name)
 
     def start(self, name: str, workers: int) -> Batches:
-        if name == AUTHORS:
-            assert self.authors is not None
-            return batches(self.authors, self.folder(name), BATCH, workers)
+        if name == OFFICIAL:
+            assert self.official is not None
+            return batches(self.official, self.folder(name), BATCH, workers)
         if name in (THEIRS, THEIRS_FEATURES):
             return theirs(self.folder(name), self.stats, name == THEIRS_FEATURES, workers)
         return ours(self.folder(name), workers)
@@ -168,13 +170,13 @@ class Folders:
 
 
 def run(options: Options) -> list[Figure]:
-    """Loading latents: samples a second and bytes an image, beside the authors' form."""
+    """Loading latents: samples a second and bytes an image, beside the official form."""
     torch.set_num_threads(1)  # as in a worker process; with more, one form would wait for a loaded core, the other not
     samples = 128 if options.quick else SAMPLES
     repeats = options.repeats or (2 if options.quick else 4)
     figures = []
     with tempfile.TemporaryDirectory() as root:
-        folders = Folders(Path(root), samples, options.authors)
+        folders = Folders(Path(root), samples, options.official)
         passes: list[tuple[str, str, dict[str, list[float]]]] = [
             ("processor time", "samples/cpu-s", folders.processor(repeats))
         ]
@@ -182,7 +184,7 @@ def run(options: Options) -> list[Figure]:
             passes.append((f"warm, {workers} workers", "samples/s", folders.warm(workers, repeats)))
             passes.append((f"cold, {workers} workers", "samples/s", folders.cold(workers, min(repeats, 2))))
         for how, unit, seconds in passes:
-            for form, own, other, against, bar in PAIRS + (AUTHORS_PAIRS if options.authors is not None else ()):
+            for form, own, other, against, target in PAIRS + (OFFICIAL_PAIRS if options.official is not None else ()):
                 figures.append(
                     harness.compare(
                         f"{form}, {how}",
@@ -192,14 +194,17 @@ def run(options: Options) -> list[Figure]:
                         against=against,
                         work=samples // BATCH * BATCH,
                         unit=unit,
-                        bar=bar,
+                        target=target,
                     )  # fmt: skip
                 )
         size = folders.bytes_an_image(OURS)
-        for against, peer, limit in (("their form", folders.bytes_an_image(THEIRS), None), ("the limit", LIMIT, 1.0)):
+        for against, peer, limit in (
+            ("official form", folders.bytes_an_image(THEIRS), None),
+            ("the limit", LIMIT, 1.0),
+        ):
             what = "the default form on disk"
             figures.append(
-                harness.measured(what, ours=size, peer=float(peer), against=against, unit="bytes/image", bar=limit)
+                harness.measured(what, ours=size, peer=float(peer), against=against, unit="bytes/image", target=limit)
             )
     return figures
 

@@ -1,4 +1,4 @@
-"""The authors' own code as one more peer, where a checkout of it is given (`--authors PATH`).
+"""The official code as one more peer, where a checkout of it is given (`--official PATH`).
 
 What is used of it: `LightningDiT` of models/lightningdit.py, `create_transport` and `Sampler` of transport/, and
 `ImgLatentDataset` of datasets/img_latent_dataset.py, with the settings of their runs of S/1. It runs as they ship it,
@@ -45,15 +45,15 @@ def load(checkout: Path, file: str, name: str) -> Any:
         ValueError: in one sentence, if the file or the name is not there, or something that the file imports.
     """
     if not (checkout / file).is_file():
-        raise ValueError(f"--authors {checkout}: no {file} in it; give the folder that holds train.py of their code")
+        raise ValueError(f"--official {checkout}: no {file} in it; give the folder that holds train.py of their code")
     module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     with _first_on_path(checkout):
         try:
             found = importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"--authors {checkout}: {file} cannot be imported ({error}); install that") from error
+            raise ValueError(f"--official {checkout}: {file} cannot be imported ({error}); install that") from error
     if not hasattr(found, name):
-        raise ValueError(f"--authors {checkout}: {file} has no {name}; give a checkout of Semantic-First Diffusion")
+        raise ValueError(f"--official {checkout}: {file} has no {name}; give a checkout of Semantic-First Diffusion")
     return getattr(found, name)
 
 

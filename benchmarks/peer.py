@@ -1,4 +1,4 @@
-"""The baseline: the arithmetic of the authors' code, as their training and sampling scripts run it, written anew.
+"""The baseline: the arithmetic of the official code, as their training and sampling scripts run it, written anew.
 
 Nothing in the project uses it. It is slow where theirs is: RMSNorm by hand with a weight that turns bf16 back into
 float32, a rotation that makes three copies, SDPA, autocast, one EMA launch a tensor, torch's AdamW, a wait for the
@@ -138,7 +138,7 @@ class Peer(nn.Module):
 
     Args:
         depth: other than the size's own, where a whole model would take too long.
-        compiled: torch.compile on the functions on which the authors have it: both embedders, block, final layer.
+        compiled: torch.compile where the official code applies it: both embedders, block, final layer.
     """
 
     pos_embed: Tensor
@@ -179,7 +179,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class PeerTraining:
-    """The authors' training step on one device: autocast, AdamW and EMA tensor by tensor, the loss read each step."""
+    """The official training step on one device: autocast, AdamW and EMA tensor by tensor, the loss read each step."""
 
     def __init__(
         self, model: nn.Module, precision: Precision, lr: float = 1e-4, decay: float = 0.9999, loss: Loss | None = None
@@ -231,7 +231,7 @@ def peer_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tenso
 
 
 def average_of(model: nn.Module) -> nn.Module:
-    """A copy to average into, as the authors keep one on every rank."""
+    """A copy to average into, as the official code keeps one on every rank."""
     average = deepcopy(model)
     for parameter in average.parameters():
         parameter.requires_grad_(False)
@@ -244,7 +244,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for name, parameter in model.named_parameters():
         averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
     averaged_buffers = dict(average.named_buffers())
-    if "pos_embed" in averaged_buffers:  # a parameter of the authors' model, and so averaged with the others
+    if "pos_embed" in averaged_buffers:  # a parameter of the official model, and so averaged with the others
         averaged_buffers["pos_embed"].mul_(decay).add_(dict(model.named_buffers())["pos_embed"], alpha=1 - decay)
 
 
@@ -278,7 +278,7 @@ def field(model: Peer, labels: Tensor, guide: Peer | None = None, scale: float =
 
 @torch.no_grad()
 def euler(derivative: Field, noise: Tensor, num_steps: int) -> Tensor:
-    """All states of `num_steps` Euler steps, kept as the authors' solver keeps them: (num_steps + 1, N, C, 16, 16)."""
+    """All states of `num_steps` Euler steps, kept as the official solver keeps them: (num_steps + 1, N, C, 16, 16)."""
     times = torch.linspace(0, 1 + DELTA_T, num_steps + 1, device=noise.device)
     states = torch.empty((num_steps + 1, *noise.shape), device=noise.device)
     states[0] = noise

@@ -1,4 +1,4 @@
-"""Sampling with LightningDiT-S/1, batch 4: ours beside the authors' arithmetic, and solvers beside their default.
+"""Sampling with LightningDiT-S/1, batch 4: ours beside the official arithmetic, and solvers beside their default.
 
 Their sampling is float32 whatever is asked for; ours is bf16 where the machine has it. The weights are random, so the
 field is one for the solvers to follow, not one that draws images.
@@ -34,14 +34,14 @@ GUIDANCE = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
 GUIDE_DEPTH = 6
 SOLVERS: dict[str, SamplerConfig] = {
     "Euler, 50 steps": FixedStepConfig(num_steps=50),
-    "Euler to the jumps, 20 steps": FixedStepConfig(num_steps=20, jump=True),
-    "Euler to the jumps, 50 steps": FixedStepConfig(num_steps=50, jump=True),
-    "Heun to the jumps, 6 steps": FixedStepConfig(kind="heun2", num_steps=6, jump=True),
-    "Heun to the jumps, 10 steps": FixedStepConfig(kind="heun2", num_steps=10, jump=True),
-    "Heun to the jumps, 20 steps": FixedStepConfig(kind="heun2", num_steps=20, jump=True),
-    "RK4 to the jumps, 5 steps": FixedStepConfig(kind="rk4", num_steps=5, jump=True),
-    "dopri5 to the jumps": Dopri5Config(jump=True),
-    "dopri5 to the jumps, rtol 1e-2": Dopri5Config(jump=True, rtol=1e-2, atol=1e-5),
+    "Euler (jump), 20 steps": FixedStepConfig(num_steps=20, jump=True),
+    "Euler (jump), 50 steps": FixedStepConfig(num_steps=50, jump=True),
+    "Heun (jump), 6 steps": FixedStepConfig(kind="heun2", num_steps=6, jump=True),
+    "Heun (jump), 10 steps": FixedStepConfig(kind="heun2", num_steps=10, jump=True),
+    "Heun (jump), 20 steps": FixedStepConfig(kind="heun2", num_steps=20, jump=True),
+    "RK4 (jump), 5 steps": FixedStepConfig(kind="rk4", num_steps=5, jump=True),
+    "dopri5 (jump)": Dopri5Config(jump=True),
+    "dopri5 (jump), rtol 1e-2": Dopri5Config(jump=True, rtol=1e-2, atol=1e-5),
 }
 
 
@@ -110,11 +110,11 @@ def run(options: Options) -> list[Figure]:
         contenders: dict[str, Callable[[], object]] = {
             "ours": ours, "peer": lambda field=field: baseline.euler(field, noise, steps)  # type: ignore[misc]
         }  # fmt: skip
-        against = {"peer": "authors' arithmetic, fp32, compiled"}
-        if options.authors is not None and their_guide is None:
-            model = theirs.model(options.authors, "S", depth)
-            contenders["authors"] = theirs.euler(options.authors, model, noise, labels, steps)
-            against["authors"] = "the authors' code"
+        against = {"peer": "official arithmetic, fp32, compiled"}
+        if options.official is not None and their_guide is None:
+            model = theirs.model(options.official, "S", depth)
+            contenders["official"] = theirs.euler(options.official, model, noise, labels, steps)
+            against["official"] = "the official code"
         seconds = harness.race(contenders, repeats)
         figures += [
             harness.compare(
@@ -124,7 +124,7 @@ def run(options: Options) -> list[Figure]:
                 against=told,
                 work=batch * steps,
                 unit="evaluations/s",
-                bar=1.8,
+                target=1.8,
             )  # fmt: skip
             for side, told in against.items()
         ]
@@ -132,9 +132,9 @@ def run(options: Options) -> list[Figure]:
 
 
 def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> list[Figure]:
-    """Each solver's speed over that of the authors' default, with the evaluations and error of both in its name.
+    """Each solver's speed over that of the official default, with the evaluations and error of both in its name.
 
-    The bar is on the fastest one whose error is no larger than the default's.
+    The target is on the fastest one whose error is no larger than the default's.
     """
     velocity = guided(models.ours, NoGuidance(), LAYOUT)
     with torch.no_grad():
@@ -169,10 +169,10 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
             f"{name}: {notes[name]}",
             seconds,
             ours=name,
-            against=f"dopri5 as the authors run it: {notes['peer']}",
+            against=f"official dopri5: {notes['peer']}",
             work=len(noise),
             unit="images/s",
-            bar=4.0 if name == fastest else None,
+            target=4.0 if name == fastest else None,
         )  # fmt: skip
         for name in SOLVERS
     ]

@@ -1,7 +1,7 @@
 """From the command to the first step: `launchers/deepspeed.sh train quickstart/sfd` on two ranks, part by part.
 
 The peer is the least that a start can be: torchrun, two ranks, a script that imports torch, wraps a model of one block
-of the authors' arithmetic in DDP and steps once. Both on the CPU, with operators compiled; the first start may find a
+of the official arithmetic in DDP and steps once. Both on the CPU, with operators compiled; the first start may find a
 cold page cache.
 """
 
@@ -121,7 +121,7 @@ def run(options: Options) -> list[Figure]:
     return [
         harness.measured(
             "command to first step", ours=statistics.median(seconds["ours"]), peer=LIMIT_S, against="the limit",
-            unit="s", bar=1.0,
+            unit="s", target=1.0,
         ),
         harness.compare(what, seconds, against=against, work=None, unit="s"),
     ]  # fmt: skip

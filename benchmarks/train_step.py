@@ -1,4 +1,4 @@
-"""One optimizer step of LightningDiT-S/1, batch 8, with its EMA: ours beside the authors' arithmetic.
+"""One optimizer step of LightningDiT-S/1, batch 8, with its EMA: ours beside the official arithmetic.
 
 Ours is what the trainer does in a step: the objective with its keyed draws, the FSDP2 engine on one rank, AdamW, EMA.
 """
@@ -108,17 +108,17 @@ def _one_of(side: str, size: str, count: int, precision: Precision, depth: int |
 
 
 def run(options: Options) -> list[Figure]:
-    """Training step: samples/s and peak memory, fp32 and bf16, against the authors' arithmetic."""
+    """Training step: samples/s and peak memory, fp32 and bf16, against the official arithmetic."""
     depth, count = (1, 2) if options.quick else (None, 8)
     repeats = options.repeats or (1 if options.quick else 5)
-    authors = options.authors
-    figures, seconds = _raced("S/1", "fp32", depth, count, repeats, bars=(1.0, 1.0), authors=authors)
+    official = options.official
+    figures, seconds = _raced("S/1", "fp32", depth, count, repeats, targets=(1.0, 1.0), official=official)
     figures += _roofline(seconds, depth, count)
     if has_bf16(CPU):
-        figures += _raced("S/1", "bf16", depth, count, repeats, bars=(1.15, 1.4), authors=authors)[0]
+        figures += _raced("S/1", "bf16", depth, count, repeats, targets=(1.15, 1.4), official=official)[0]
     else:
-        # Without bf16 instructions the authors' step takes scalar products, 1.3 GFLOP/s: minutes for the whole model.
-        figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), bars=(1.15, 1.4))[0]
+        # Without bf16 instructions the official step takes scalar products, 1.3 GFLOP/s: minutes for the whole model.
+        figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), targets=(1.15, 1.4))[0]
     sides = ("ours", "peer")
     ours, peer = (harness.peak_memory(_one_of, side, "S", count, "fp32", depth, options.threads) for side in sides)
     figures.append(
@@ -126,17 +126,17 @@ def run(options: Options) -> list[Figure]:
             f"S/1 fp32 step, batch {count}, peak memory",
             ours=ours / 2**30,
             peer=peer / 2**30,
-            against="authors' arithmetic, compiled",
+            against="official arithmetic, compiled",
             unit="GiB",
-            bar=1.0,
+            target=1.0,
         )  # fmt: skip
     )
     return figures
 
 
 def _raced(
-    name: str, precision: Precision, depth: int | None, count: int, repeats: int, bars: tuple[float, float],
-    warmup: int = 1, authors: Path | None = None,
+    name: str, precision: Precision, depth: int | None, count: int, repeats: int, targets: tuple[float, float],
+    warmup: int = 1, official: Path | None = None,
 ) -> tuple[list[Figure], dict[str, list[float]]]:  # fmt: skip
     contenders = {
         "ours": _ours("S", count, precision, depth),
@@ -144,15 +144,16 @@ def _raced(
         "eager": peer_step("S", count, precision, False, depth),
     }
     against: dict[str, tuple[str, float | None]] = {
-        side: (f"authors' arithmetic, {side}", bar) for side, bar in zip(("compiled", "eager"), bars, strict=True)
+        side: (f"official arithmetic, {side}", target)
+        for side, target in zip(("compiled", "eager"), targets, strict=True)
     }
-    if authors is not None:
+    if official is not None:
         batch = batch_of(count)
         assert batch.features is not None
-        contenders["authors"] = theirs.training_step(
-            authors, "S", precision, batch.latents, batch.features, batch.labels, depth
+        contenders["official"] = theirs.training_step(
+            official, "S", precision, batch.latents, batch.features, batch.labels, depth
         )
-        against["authors"] = ("the authors' code", bars[0])
+        against["official"] = ("the official code", targets[0])
     seconds = harness.race(contenders, repeats, warmup=warmup)
     figures = [
         harness.compare(
@@ -162,9 +163,9 @@ def _raced(
             against=told,
             work=count,
             unit="samples/s",
-            bar=bar,
+            target=target,
         )  # fmt: skip
-        for side, (told, bar) in against.items()
+        for side, (told, target) in against.items()
     ]
     return figures, seconds
 
@@ -190,7 +191,7 @@ def _roofline(seconds: dict[str, list[float]], depth: int | None, count: int) ->
             f"S/1 fp32 step, batch {count}, {side}", ours=statistics.median(seconds[key]), peer=bound, against=told,
             unit="s",
         )
-        for key, side in (("ours", "ours"), ("compiled", "authors' arithmetic, compiled"))
+        for key, side in (("ours", "ours"), ("compiled", "official arithmetic, compiled"))
     ]  # fmt: skip
 
 

@@ -21,15 +21,15 @@ def test_contenders_take_turns_in_changing_order() -> None:
 
 
 def test_the_ratio_is_the_median_of_the_rounds() -> None:
-    figure = harness.compare("step", SECONDS, against="it", work=8, unit="samples/s", bar=2.5)
+    figure = harness.compare("step", SECONDS, against="it", work=8, unit="samples/s", target=2.5)
     # Round by round 2, 1 and 3; the ratio of the median times would be 1.
     assert (figure.ratio, figure.low, figure.high) == (2.0, 1.5, 2.5)
     assert (figure.ours, figure.peer, figure.met) == (4.0, 4.0, False)
 
 
 def test_values_are_better_lower_or_higher() -> None:
-    assert harness.measured("memory", ours=2, peer=3, against="it", unit="GiB", bar=1).met
-    assert harness.measured("images", ours=2, peer=3, against="it", unit="1/s", better="higher", bar=1).met is False
+    assert harness.measured("memory", ours=2, peer=3, against="it", unit="GiB", target=1).met
+    assert harness.measured("images", ours=2, peer=3, against="it", unit="1/s", better="higher", target=1).met is False
 
 
 def test_figures_come_back_from_their_file(tmp_path: Path) -> None:
@@ -48,10 +48,10 @@ def test_a_new_result_takes_the_place_of_its_older_one(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_bars_first_and_says_where_each_figure_is_from(tmp_path: Path) -> None:
-    barred = harness.compare("step", SECONDS, against="it", work=8, unit="samples/s", bar=2.5)
+    with_target = harness.compare("step", SECONDS, against="it", work=8, unit="samples/s", target=2.5)
     other = harness.measured("memory", ours=2, peer=3, against="it", unit="GiB")
     state = {"machine": harness.machine(), "versions": harness.versions(), "threads": 2, "seconds": 1.0}
-    section = harness.read(harness.write("step", "python -m benchmarks.step", [barred, other], state, tmp_path))
+    section = harness.read(harness.write("step", "python -m benchmarks.step", [with_target, other], state, tmp_path))
     lines = suite.page([section]).splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["step", "it", "samples/s", "4", "4", "2.00", "1.50 to 2.50", "2.5", "not met"] in table

@@ -1,4 +1,4 @@
-"""The authors' code as a peer: a checkout is loaded, called in its own conventions, and leaves no module behind."""
+"""The official code as a peer: a checkout is loaded, called in its own conventions, and leaves no module behind."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import official as authors
-from benchmarks import peer
+from benchmarks import official, peer
 from benchmarks.loader import write_theirs
 from benchmarks.train_step import batch_of, randomize
 
@@ -106,14 +105,14 @@ def checkout(tmp_path: Path) -> Path:
 def test_a_training_step_and_euler_are_theirs(checkout: Path) -> None:
     batch = batch_of(1)
     assert batch.features is not None
-    step = authors.training_step(checkout, "S", "fp32", batch.latents, batch.features, batch.labels, depth=1)
+    step = official.training_step(checkout, "S", "fp32", batch.latents, batch.features, batch.labels, depth=1)
     first = step()
     assert step() < first  # type: ignore[operator]  the draws of the stand-in are fixed, so a step of AdamW is seen
 
-    model, same = authors.model(checkout, "S", depth=1), peer.Peer("S", depth=1)
+    model, same = official.model(checkout, "S", depth=1), peer.Peer("S", depth=1)
     randomize(same)
     model.net.load_state_dict(same.state_dict())  # type: ignore[union-attr, operator]
-    x = authors.euler(checkout, model, batch.latents, batch.labels, num_steps=3)()
+    x = official.euler(checkout, model, batch.latents, batch.labels, num_steps=3)()
     expected = peer.euler(peer.field(same, batch.labels), batch.latents, 3)[-1]
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
     assert str(checkout) not in sys.path and "transport" not in sys.modules
@@ -121,17 +120,17 @@ def test_a_training_step_and_euler_are_theirs(checkout: Path) -> None:
 
 def test_their_data_set_reads_their_files(checkout: Path, tmp_path: Path) -> None:
     write_theirs(tmp_path / "data", 8)
-    latents, labels = next(authors.batches(checkout, tmp_path / "data", 4, 0))
+    latents, labels = next(official.batches(checkout, tmp_path / "data", 4, 0))
     assert latents.shape == (4, 32, 16, 16) and labels.shape == (4,)
 
 
 def test_another_folder_is_told_in_a_sentence(checkout: Path) -> None:
     (checkout / "datasets" / "img_latent_dataset.py").unlink()
     with pytest.raises(ValueError, match=r"no datasets/img_latent_dataset\.py in it; give the folder"):
-        authors.load(checkout, "datasets/img_latent_dataset.py", "ImgLatentDataset")
+        official.load(checkout, "datasets/img_latent_dataset.py", "ImgLatentDataset")
     with pytest.raises(ValueError, match=r"models/lightningdit\.py has no DiT; give a checkout"):
-        authors.load(checkout, "models/lightningdit.py", "DiT")
+        official.load(checkout, "models/lightningdit.py", "DiT")
     (checkout / "models" / "swiglu.py").write_text("import no_such_package")
     with pytest.raises(ValueError, match=r"cannot be imported \(No module named 'no_such_package'\); install"):
-        authors.load(checkout, "models/lightningdit.py", "LightningDiT")
+        official.load(checkout, "models/lightningdit.py", "LightningDiT")
     assert str(checkout) not in sys.path and "models" not in sys.modules
