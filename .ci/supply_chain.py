@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK, LISTING = ROOT / "requirements.lock", ROOT / "docs" / "licences.md"
+# A test asserts the length of lines in the docs, except between such marks.
+MARK, END = "<!-- table: python .ci/supply_chain.py --write -->", "<!-- end of table -->"
 # Words of licences that may be used beside Apache-2.0 without changing it, as packages write them.
 ALLOWED = re.compile(
     r"apache|\bmit\b|mit-0|mit-cmu|hpnd|bsd|isc\b|python software foundation|psf|mozilla public|mpl|zlib|unlicense"
@@ -48,7 +50,7 @@ def licence(name: str) -> str | None:
     text = metadata.get("License-Expression") or ", ".join(classifiers) or (metadata.get("License") or "").strip()
     if not text:
         text = next((line for line in _licence_file(name) if ALLOWED.search(line)), "")
-    return text.splitlines()[0][:80] if text else "not stated"
+    return text.strip().splitlines()[0][:80] if text else "not stated"
 
 
 def _licence_file(name: str) -> list[str]:
@@ -70,10 +72,11 @@ def check_licences(write: bool) -> bool:
     if write:
         table = "".join(f"| {n} | {v} | {t or 'of another platform: not read'} |\n" for n, (v, t) in rows.items())
         head = (
-            "# Licences\n\nOf the packages in requirements.lock, as they state them. "
-            "Made by `python .ci/supply_chain.py --write`.\n"
+            "# Licences\n\n    python .ci/supply_chain.py --write\n\n"
+            "The command writes this page: the packages in requirements.lock, and the licences that they state.\n\n"
+            f"{MARK}\n\n| package | version | licence |\n|---|---|---|\n"
         )
-        LISTING.write_text(f"{head}\n| package | version | licence |\n|---|---|---|\n{table}", encoding="utf-8")
+        LISTING.write_text(f"{head}{table}\n{END}\n", encoding="utf-8")
     return not bad
 
 
