@@ -18,7 +18,7 @@ from sfd_scale.planning import planner
 from sfd_scale.planning.costs import engine_name
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runtime.device import peak_of
+from sfd_scale.runtime.device import peak_flops_by_name
 
 IMAGENET = 1_281_167  # images of the training set
 _STORED = 2  # bytes of a latent or a feature in the shards
@@ -103,7 +103,7 @@ def make(
     if gpu not in planner.DEVICES:
         raise ValueError(f"--gpu: {gpu!r}; allowed: {', '.join(planner.DEVICES)}")
     device, made, models = planner.DEVICES[gpu], [], dict[str, Footprint]()
-    peak = peak_of(device.name)
+    peak = peak_flops_by_name(device.name)
     for name in names:
         recipe = load(name, TrainRecipe, overrides)
         # Recipes that differ in the engine alone have one footprint.

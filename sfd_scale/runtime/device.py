@@ -1,4 +1,4 @@
-"""What a device can do: its peak throughput, bf16 where a CPU is slow at it; values on their way back."""
+"""Peak throughput and bf16 support of devices; asynchronous copies to the host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# FLOP/s, dense bf16 without sparsity, from the makers' data sheets. The first name in the device's own counts.
-_PEAK = {
+# FLOP/s in dense bf16, from the vendors' data sheets. The first entry that occurs in a device's name counts.
+_PEAK_FLOPS = {
     "B200": 2.25e15,
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -24,19 +24,19 @@ _PEAK = {
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a device in dense bf16; infinite where the table does not know it, so that no MFU is made up."""
+    """Peak FLOP/s of a device in dense bf16; infinity for unknown devices, for which no MFU is reported."""
     if device.type != "cuda":
         return math.inf
-    return peak_of(torch.cuda.get_device_name(device))
+    return peak_flops_by_name(torch.cuda.get_device_name(device))
 
 
-def peak_of(name: str) -> float:
-    """FLOP/s by the name that a GPU gives itself; infinite for one that the table does not know."""
-    return next((peak for key, peak in _PEAK.items() if key in name), math.inf)
+def peak_flops_by_name(name: str) -> float:
+    """Peak FLOP/s in dense bf16 by the GPU's name, as in `torch.cuda.get_device_name`; infinity if unknown."""
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name), math.inf)
 
 
 class HostCopy:
-    """A scalar on its way to the host: `item` waits for this copy, not for what the device was given after it."""
+    """An asynchronous copy of a scalar to the host. `item` waits for this copy only, not for later GPU work."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._copied = value.detach(), None
@@ -57,16 +57,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products."""
+    """Whether the device has instructions for bf16 matmuls."""
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run at least as fast as float32 ones.
+    """Whether bf16 matmuls are at least as fast as float32 matmuls.
 
-    On a CPU with AVX-512's bf16 instructions and no matrix unit they do not: 70 GFLOP/s on a core where float32 has 120
-    and `Float32Products` 102 (measured on a Xeon by (2048, 384) x (384, 1152)).
+    They are not on a CPU that has AVX-512 bf16 instructions but no matrix unit (AMX). Measured on one core of a Xeon,
+    for (2048, 384) x (384, 1152): 70 GFLOP/s in bf16, 120 in float32, 102 with `MatmulInFloat32`.
     """
     return bool(torch.cpu._is_amx_tile_supported()) if device.type == "cpu" else has_bf16(device)

@@ -1,7 +1,7 @@
-"""Process group up and down, ranks, and the few collectives the project uses.
+"""The process group, ranks and collectives.
 
-Without a launcher (no WORLD_SIZE in the environment) there is no process group and every collective is the
-identity, so that one process needs no special case anywhere else.
+Without a launcher (no WORLD_SIZE in the environment) there is no process group, and every collective returns its input.
+So a single process needs no special case elsewhere.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from sfd_scale.runtime import network
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, deepspeed, srun with our launcher) started this process."""
+    """Whether a launcher (torchrun, deepspeed, srun) started this process."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def init(timeout_s: float = 600.0) -> None:
-    """Start the default process group if a launcher set RANK and WORLD_SIZE: NCCL on CUDA, gloo on CPU.
+    """Start the default process group, if a launcher set RANK and WORLD_SIZE: NCCL on CUDA, gloo on the CPU.
 
-    Both use the interface that reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say another one.
-    LOCAL_WORLD_SIZE is filled in from the deepspeed launcher's LOCAL_SIZE, which MosaicML streaming does not read
+    Both use the network interface that reaches MASTER_ADDR, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set.
+    LOCAL_WORLD_SIZE is set from the deepspeed launcher's LOCAL_SIZE, which MosaicML streaming does not read
     (mosaicml/streaming#717).
+
+    Args:
+        timeout_s: of a collective.
     """
     if not launched() or dist.is_initialized():
         return
@@ -43,7 +46,7 @@ def init(timeout_s: float = 600.0) -> None:
 
 
 def shutdown() -> None:
-    """Tear the process group down; safe to call twice."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -97,7 +100,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Of each flag, whether it is set on any rank. One collective for all of them."""
+    """For each flag, whether any rank has set it. Uses one collective."""
     if not dist.is_initialized():
         return list(flags)
     return [bool(flag) for flag in all_reduce_max(torch.tensor(flags, dtype=torch.int32)).tolist()]
@@ -109,7 +112,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, by rank."""
+    """The values of all ranks, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     out: list[Any] = [None] * world_size()

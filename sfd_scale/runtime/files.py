@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their checksums."""
+"""Atomic file writes, and SHA-256 of files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sfd_scale.runtime import files
-
 
 @contextmanager
 def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write to; the file gets its own name when the context ends, whole, or never.
+    """Write a file under a temporary name; it is renamed to `path` when the block ends without an error.
 
     Args:
-        sync: wait until the bytes are on the disk; for many small files that takes long.
+        sync: fsync the file before the rename. This is slow for many small files.
 
     Raises:
-        ValueError: on a full disk, saying so; what was there before is untouched.
+        ValueError: if the disk is full. An existing file at `path` stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -37,8 +35,8 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     except Exception as error:
         if _is_full_disk(error):
             raise ValueError(
-                f"{path}: the disk is full, so this file was not written; all before it are whole. Free some space and "
-                "give the same command again"
+                f"{path}: the disk is full, so this file was not written; earlier files are complete. Free some space "
+                "and give the same command again"
             ) from error
         raise
     finally:
@@ -46,7 +44,7 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether it, or what it comes of, says so: torch.save and safetensors have errors of their own for it."""
+    """Whether an error, or one of its causes, reports a full disk. torch.save and safetensors raise their own types."""
     full = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
         if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
@@ -62,23 +60,27 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
-    """Write JSON that people can read, `atomically`."""
+    """Write indented JSON, `atomically`."""
     write_atomically(path, f"{json.dumps(value, indent=1, sort_keys=sort_keys)}\n")
 
 
-def sha256(path: Path, read: Callable[[int], None] | None = None) -> str:
-    """The checksum of a file; `read` is told how many bytes of it were read since it was told last."""
+def sha256(path: Path, on_read: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file, as hexadecimal digits.
+
+    Args:
+        on_read: called with the number of bytes after each read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-            if read is not None:
-                read(len(piece))
+            if on_read is not None:
+                on_read(len(piece))
     return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file.
+    """SHA-256 of a file; cached until its size or modification time changes.
 
     Raises:
         ValueError: if there is no such file.
@@ -91,5 +93,4 @@ def file_sha256(path: Path) -> str:
 
 @functools.lru_cache
 def _sha256(path: Path, size: int, time_ns: int) -> str:
-    """Size and time tell whether the file is still the one that was read: a sweep asks for each cell."""
-    return files.sha256(path)
+    return sha256(path)

@@ -1,10 +1,10 @@
-"""What a run leaves behind when it hangs: for every rank the stacks of its threads and its last collectives.
+"""Hang dump: when a run hangs, every rank writes the stacks of its threads and its last collectives.
 
-A rank that waits for one that never comes fails after the timeout of the collective, on NCCL by an abort. The stacks
-are written before that. Both kinds of file go into `logs/` of the run folder:
+If another rank does not join a collective, the collective fails after its timeout; NCCL then aborts the process. The
+stacks are written before that. The files are in `logs/` of the run folder:
 
-    stacks-rank-R.txt     where each thread was; also on demand: kill -USR2 PID
-    collectives-rank-R    PyTorch's flight recorder; `torchfrtrace logs --prefix collectives-rank-` compares the ranks
+    stacks-rank-R.txt     stacks of all threads; also on demand: kill -USR2 PID
+    collectives-rank-R    PyTorch's flight recorder; compare ranks by `torchfrtrace logs --prefix collectives-rank-`
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from sfd_scale.runtime import distributed
 
 logger = logging.getLogger(__name__)
 RECORDED_COLLECTIVES = 2000
-SHARE = 0.9  # of the timeout, after which a step counts as hung
+HANG_AFTER = 0.9  # of the timeout: a step that lasts longer counts as hung
 
 
 class HangDump:
-    """Within it, a hang is recorded. Enter it before the process group starts, which reads its settings once.
+    """A context manager that records hangs. Enter it before the process group starts, which reads the settings once.
 
     Args:
-        folder: where the files go.
+        folder: of the files.
         timeout_s: of a collective.
     """
 
     def __init__(self, folder: Path, timeout_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank = int(os.environ["RANK"]) if distributed.launched() else 0
-        self.path, self.after_s = folder / f"stacks-rank-{self.rank}.txt", SHARE * timeout_s
+        self.path, self.after_s = folder / f"stacks-rank-{self.rank}.txt", HANG_AFTER * timeout_s
         self._file = self.path.open("a", encoding="utf-8")
         if not dist.is_initialized():
             os.environ |= {
@@ -55,14 +55,14 @@ class HangDump:
         return self
 
     def alive(self) -> None:
-        """A step begins: it has until the timeout before the stacks are written."""
+        """A step begins. The stacks are written if the next call does not come in time."""
         faulthandler.dump_traceback_later(self.after_s, file=self._file)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
         self._file.close()
-        # NCCL's watchdog writes the recorder itself, and ends the process; gloo raises here and writes nothing.
+        # NCCL's watchdog dumps the flight recorder and ends the process. gloo raises an error and dumps nothing.
         if isinstance(error, RuntimeError) and dist.is_initialized() and dist.get_world_size() > 1:
             c10d._dump_fr_trace_file(self.rank, includeCollectives=True, includeStackTraces=True)
             logger.warning("rank %d: the last collectives and the stacks are in %s", self.rank, self.path.parent)

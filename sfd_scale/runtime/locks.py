@@ -1,4 +1,4 @@
-"""One job a folder: a lock that the operating system takes back when its holder dies, however it dies."""
+"""Locks of run folders. The operating system releases the lock of a killed process."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def run_lock(run: Path, other: str = "give another --run") -> Iterator[None]:
-    """Hold a folder, which is made, for this job. Called by all ranks together; rank 0 holds the lock.
+    """Create a folder and lock it for this job. All ranks call this; rank 0 holds the lock.
 
-    A POSIX lock: unlike flock's, it is not inherited by the forked workers of a data loader, who may outlive the rank.
+    This is a POSIX lock (lockf). Forked dataloader workers, which may outlive the rank, would inherit a lock of flock.
 
     Args:
-        other: what a second job can do at once.
+        other: advice for the error message: how to run a second job.
 
     Raises:
-        ValueError: on all ranks, where another job holds it, with the host and process.
+        ValueError: on all ranks, if another job holds the lock; names its host and process.
     """
     holder, descriptor = None, None
     if distributed.is_main():
@@ -37,18 +37,20 @@ def run_lock(run: Path, other: str = "give another --run") -> Iterator[None]:
     holder = distributed.broadcast_object(holder)
     try:
         if holder is not None:
-            raise ValueError(f"{run} is in use by {holder}; wait for its end, or {other}")
+            raise ValueError(f"{run} is in use by {holder}; wait until it ends, or {other}")
         yield
     finally:
         if descriptor is not None:
             if holder is None:
-                os.ftruncate(descriptor, 0)  # the folder's bytes do not tell who made them
+                os.ftruncate(descriptor, 0)  # so that the content of a finished folder does not depend on the process
             os.close(descriptor)
 
 
 def in_use(run: Path) -> bool:
-    """Whether another process's job holds the folder now. Not for the holder: a process that closes a locked file,
-    opened again for this too, gives its POSIX lock up."""
+    """Whether a job in another process holds the lock.
+
+    The holder must not call this: a process loses its POSIX locks of a file when it closes any descriptor of the file.
+    """
     if not (run / "lock").is_file():
         return False
     descriptor = os.open(run / "lock", os.O_RDWR)
@@ -62,13 +64,13 @@ def in_use(run: Path) -> bool:
 
 
 def _take(descriptor: int, run: Path) -> str | None:
-    """Lock the file; who holds it, if someone does."""
+    """Lock the file; returns None, or a description of the job that holds the lock."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another job"
-        logger.warning("%s: its file system has no locks (%s): nothing keeps a second job out", run, error.strerror)
+        logger.warning("%s: this file system has no locks (%s), so a second job is not refused", run, error.strerror)
         return None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)

@@ -1,4 +1,4 @@
-"""Logging with ranks, JSONL metrics with W&B behind them, and progress bars."""
+"""Logging to standard error, with the rank in every line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ console = Console(stderr=True)
 
 
 def setup_logging() -> None:
-    """Log to standard error, one line an event; ranks other than 0 only warnings and worse."""
+    """Set up logging to standard error; ranks other than 0 log only warnings and errors."""
     rank = distributed.rank() if distributed.rank() else int(os.environ["RANK"]) if "RANK" in os.environ else 0
     prefix = f"[rank {rank}] " if distributed.launched() else ""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py where the rank writes to a terminal
+    if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py if the rank writes to a terminal
         handlers.append(logging.FileHandler(os.environ["SFD_RANK_LOG"], encoding="utf-8"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -34,13 +34,13 @@ def setup_logging() -> None:
     )
     for noisy in ("DeepSpeed", "deepspeed", "streaming", "torch.distributed", "timm", "urllib3", "PIL", "wandb"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # It has a handler of its own, and without a network it warns of every try: the error at the end says it all.
+    # huggingface_hub has its own handler. Without a network it warns at every retry; the final error is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False
 
 
 def log_summary(title: str, facts: Mapping[str, Any]) -> None:
-    """What is about to run, once, by rank 0: a table on a terminal, a log line a fact otherwise."""
+    """Show the facts of a run, on rank 0: a table on a terminal, otherwise one log line per fact."""
     if not distributed.is_main():
         return
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""How matrices are multiplied: TF32 or not, and bf16 on CPUs without fast bf16."""
+"""Matmul precision: TF32 on or off, and bf16 matmuls on CPUs without fast bf16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfd_scale.runtime.device import fast_bf16, synchronize
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of several products of square matrices, as a peak for devices that the table does not know."""
+    """Measured peak FLOP/s: the best of ten square matmuls. For devices that `peak_flops` does not know."""
     size, repeats = (8192, 10) if device.type == "cuda" else (768, 10)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
@@ -33,7 +33,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / best
 
 
-# Every operation of the project that multiplies matrices.
+# All operations of the project that compute matmuls.
 _MATMULS = frozenset({
     functional.linear, functional.conv2d, functional.scaled_dot_product_attention,
     torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
@@ -42,10 +42,10 @@ _MATMULS = frozenset({
 
 
 class MatmulInFloat32(TorchFunctionMode):
-    """Products of bf16 matrices on the CPU in float32, rounded once at the end, forward and backward.
+    """Compute bf16 matmuls on the CPU in float32 and round the result once, forward and backward.
 
-    It is what a bf16 unit with float32 sums computes. PyTorch's own kernels for CPUs without bf16 instructions are
-    exact too but take scalar code: 1.3 GFLOP/s where float32 reaches 65 (one core, AVX2). See `fast_bf16` for others.
+    A bf16 matrix unit that accumulates in float32 computes the same. PyTorch's kernels for CPUs without bf16
+    instructions are exact too, but scalar: 1.3 GFLOP/s, where float32 has 65 (one core, AVX2). See also `fast_bf16`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -65,18 +65,18 @@ def _widened(value: Any) -> Any:
 
 
 def no_tf32() -> contextlib.AbstractContextManager[None]:
-    """Products and convolutions of float32 without TF32, which PyTorch takes for convolutions on GPUs by default."""
+    """float32 matmuls and convolutions without TF32. PyTorch's default for convolutions on GPUs is TF32."""
     return _float32("ieee")
 
 
 def allow_tf32() -> contextlib.AbstractContextManager[None]:
-    """Products and convolutions of float32 on a GPU's tensor cores, which read 10 bits of each mantissa."""
+    """float32 matmuls and convolutions in TF32, on a GPU's tensor cores, with 10 bits of each mantissa."""
     return _float32("tf32")
 
 
 @contextlib.contextmanager
 def _float32(form: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """For the whole process, all its threads."""
+    """Applies to all threads of the process."""
     cudnn: Any = torch.backends.cudnn
     backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]
@@ -90,21 +90,21 @@ def _float32(form: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 
 def inherit_matmul_mode() -> contextlib.AbstractContextManager[Any]:
-    """What makes products elsewhere take the way that they take here: autograd calls back without function modes."""
+    """The current matmul mode, for a function that autograd calls later: autograd does not keep function modes."""
     modes = torch.overrides._get_current_function_mode_stack()
     return MatmulInFloat32() if any(isinstance(mode, MatmulInFloat32) for mode in modes) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def bf16_matmul_on_cpu(device: torch.device) -> Iterator[None]:
-    """Within it, bf16 products take the fastest exact way that the device has."""
+    """Use `MatmulInFloat32` if the device is a CPU without fast bf16."""
     with contextlib.nullcontext() if device.type != "cpu" or fast_bf16(device) else MatmulInFloat32():
         yield
 
 
 @contextmanager
 def deterministic_cudnn() -> Iterator[None]:
-    """Convolutions on a GPU by one algorithm a shape, that adds up in one order."""
+    """Deterministic cuDNN convolutions: one algorithm per shape, one order of summation."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     try:
@@ -116,9 +116,9 @@ def deterministic_cudnn() -> Iterator[None]:
 
 @contextmanager
 def strict_float32(device: torch.device) -> Iterator[None]:
-    """float32 that is float32: no autocast, no TF32 (the default for convolutions), one algorithm a shape.
+    """True float32: no autocast, no TF32, deterministic convolutions.
 
-    Under autocast Inception's features are off by a tenth, and float32 all the same.
+    Under autocast, features of Inception have an error of 10 %, although their dtype is float32.
     """
     with no_tf32(), deterministic_cudnn(), torch.autocast(device.type, enabled=False):
         yield

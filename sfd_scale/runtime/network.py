@@ -1,7 +1,7 @@
-"""Which address and which interface this host has towards another one.
+"""The address and network interface of this host on the route to another host.
 
-A host's own name often resolves to the loopback address, and gloo and NCCL then offer that to the other hosts: so the
-interface is read from the route to the address of rank 0, and never from a name.
+A host's own name often resolves to the loopback address; gloo and NCCL would then offer that to other hosts. So the
+interface is taken from the route to rank 0, not from a name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import MutableMapping
 
-# Any port will do: connecting a UDP socket sends nothing, it only asks for the route.
+# Any port: connecting a UDP socket only looks up the route and sends nothing.
 _PORT = 9
 
 
@@ -20,10 +20,10 @@ def resolve(host: str, patience_s: float = 0.0) -> str:
     """The address of a host name, or the address itself.
 
     Args:
-        patience_s: ask again for so long, where a name comes to be known when its host is up.
+        patience_s: retry for so long; some names resolve only when their host is up.
 
     Raises:
-        ValueError: for a name that this host does not know.
+        ValueError: if the name does not resolve.
     """
     deadline = time.monotonic() + patience_s
     while True:
@@ -32,7 +32,7 @@ def resolve(host: str, patience_s: float = 0.0) -> str:
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise ValueError(
-                    f"{host}: no such host name here ({error}); use an address, or add it to /etc/hosts"
+                    f"{host}: this host name does not resolve ({error}); use an address, or add the name to /etc/hosts"
                 ) from error
         time.sleep(1)
 
@@ -42,24 +42,24 @@ def is_loopback(host: str) -> bool:
 
 
 def source_address(peer: str) -> str:
-    """The address of this host from which it reaches `peer`.
+    """The address of this host on the route to `peer`.
 
     Raises:
-        ValueError: where there is no route.
+        ValueError: if there is no route.
     """
     address = resolve(peer)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family, socket.SOCK_DGRAM) as udp:
         try:
-            probe.connect((address, _PORT))
+            udp.connect((address, _PORT))
         except OSError as error:
             raise ValueError(f"{peer}: no route from {socket.gethostname()} ({error})") from error
-        return str(probe.getsockname()[0])
+        return str(udp.getsockname()[0])
 
 
 def interface_of(address: str) -> str | None:
-    """The interface of this host that has the address, or None."""
-    import psutil  # a GPU machine without the other packages measures speed with this room
+    """The network interface of this host that has the address, or None."""
+    import psutil  # here, because benchmarks/gpu imports this package on machines without psutil
 
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address.split("%")[0] == address for entry in entries):
@@ -68,24 +68,24 @@ def interface_of(address: str) -> str | None:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host name or address is one of this host's."""
+    """Whether a host name or address belongs to this host."""
     return interface_of(resolve(host)) is not None
 
 
 def set_interfaces(environment: MutableMapping[str, str]) -> None:
-    """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface towards MASTER_ADDR, where they are not set.
+    """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that reaches MASTER_ADDR, unless they are set.
 
-    On one host alone (a loopback MASTER_ADDR) both libraries find their way by themselves.
+    Does nothing if MASTER_ADDR is a loopback address: all ranks are then on this host.
     """
     master = environment.get("MASTER_ADDR", "127.0.0.1")
     if is_loopback(master):
         return
-    # The route of a host to itself is the loopback: there the interface is the one that has the address.
+    # On the host of rank 0 the route to MASTER_ADDR is the loopback; take the interface that has the address.
     name = interface_of(resolve(master)) or interface_of(source_address(master))
     if name is not None:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             environment.setdefault(variable, name)
 
 
-if __name__ == "__main__":  # for launchers/slurm.sbatch: this host's address towards another one
+if __name__ == "__main__":  # for launchers/slurm.sbatch: prints this host's address on the route to HOST
     sys.stdout.write(f"{source_address(sys.argv[1])}\n")

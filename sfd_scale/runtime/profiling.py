@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a trace for a browser and a table of the top kernels."""
+"""Profiles a few training steps with torch.profiler: a trace, and a table of the slowest kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from sfd_scale.runtime import distributed
 
 logger = logging.getLogger(__name__)
-ROWS = 40
+TABLE_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """`steps`: the first and the last one, counted from 0, as in 10..15; null profiles nothing."""
+    """steps: the first and last step to profile, counted from 0, such as 10..15; null profiles nothing."""
 
     steps: str | None = None
 
@@ -26,7 +26,7 @@ class ProfileConfig:
         if self.steps is not None:
             found = re.fullmatch(r"(\d+)\.\.(\d+)", self.steps)
             if found is None or int(found[1]) > int(found[2]):
-                raise ValueError(f"steps: {self.steps!r}; allowed: FIRST..LAST, as in 10..15")
+                raise ValueError(f"steps: {self.steps!r}; allowed: FIRST..LAST, such as 10..15")
 
     @property
     def window(self) -> range:
@@ -35,9 +35,9 @@ class ProfileConfig:
 
 
 class StepProfiler:
-    """Profiles rank 0 over the window and writes `trace-10-15.json.gz` and `kernels-10-15.txt` to `folder`.
+    """Profiles rank 0 and writes `trace-10-15.json.gz` and `kernels-10-15.txt` to `folder`.
 
-    The trace opens in Perfetto (ui.perfetto.dev) or chrome://tracing.
+    Open the trace in Perfetto (ui.perfetto.dev) or chrome://tracing.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class StepProfiler:
         self._first = self._last = 0
 
     def before_step(self, step: int) -> None:
-        """Start or end with the window. A run that resumes within it profiles the rest."""
+        """Start at the first step of the window, stop after the last. After a resume, profile the rest."""
         if step not in self.window:
             self.close()
         elif self._profile is None and distributed.is_main():
@@ -57,7 +57,7 @@ class StepProfiler:
             self._last = step
 
     def close(self) -> None:
-        """Write what was recorded, if anything was."""
+        """Stop, and write the files if any step was profiled."""
         if self._profile is None:
             return
         self._profile.stop()
@@ -65,7 +65,7 @@ class StepProfiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self.folder / f"trace-{name}.json.gz"))
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = self._profile.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=80)
+        table = self._profile.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=80)
         (self.folder / f"kernels-{name}.txt").write_text(f"{table}\n", encoding="utf-8")
         self._profile = None
-        logger.info("profile of the steps %s: %s", name, self.folder)
+        logger.info("profile of steps %s: %s", name, self.folder)

@@ -1,7 +1,7 @@
 """Random draws keyed by (seed, stream, index).
 
-Every draw of the project comes from here, on the CPU, so that it depends neither on the world size nor on the
-device, the batch a sample falls into, or a restart. A *stream* names what is drawn ("noise", "time", ...).
+All random numbers of the project are drawn here, on the CPU. So they do not depend on the world size, the device, the
+batch or a restart. A *stream* names the kind of draw ("noise", "time", ...).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Key = tuple[int, ...]
 
 
 def derive_seed(seed: int, stream: str, *index: int) -> int:
-    """A 63-bit seed for one draw: the head of SHA-256 over (seed, stream, index)."""
+    """A 63-bit seed for one draw: the first 8 bytes of SHA-256 over (seed, stream, index)."""
     text = "/".join([str(seed), stream, *map(str, index)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -29,8 +29,8 @@ def generator(seed: int, stream: str, *index: int) -> torch.Generator:
 def normal(
     seed: int, stream: str, keys: Sequence[Key], shape: Sequence[int], device: torch.device | None = None
 ) -> Tensor:
-    """Standard normal rows, one generator a key: (N, *shape) float32."""
-    pinned = device is not None and device.type == "cuda"  # else the copy would wait for what the device has to do
+    """Standard normal draws, one generator per key: (N, *shape) float32."""
+    pinned = device is not None and device.type == "cuda"  # a copy from pageable memory would wait for the GPU
     out = torch.empty(len(keys), *shape, pin_memory=pinned)
     for row, key in zip(out, keys, strict=True):
         torch.randn(tuple(shape), generator=generator(seed, stream, *key), out=row)
@@ -38,7 +38,7 @@ def normal(
 
 
 def uniform(seed: int, stream: str, keys: Sequence[Key]) -> Tensor:
-    """Uniform draws in [0, 1), one generator a key: (N,) float32."""
+    """Uniform draws in [0, 1), one generator per key: (N,) float32."""
     return torch.tensor([torch.rand((), generator=generator(seed, stream, *key)).item() for key in keys])
 
 

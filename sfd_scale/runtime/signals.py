@@ -1,7 +1,7 @@
-"""Stop requests: SIGTERM, SIGUSR1 and a time limit, agreed on by all ranks at a step boundary.
+"""Stop requests: SIGTERM, SIGUSR1 or a time limit. All ranks stop after the same step.
 
-Launchers signal ranks one after another (deepspeed) or several times (pdsh), so a handler only sets a flag; the trainer
-reduces the flag over ranks once a step and every rank then saves the same step.
+Launchers signal the ranks one after another (deepspeed) or several times (pdsh). So the handler only sets a flag. The
+trainer reduces the flag over ranks once per step, and all ranks save the same step.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import time
 from types import FrameType
 from typing import Self
 
-# EX_TEMPFAIL of sysexits.h, "try again later": of a rank after a stop request, and of its launcher; schedulers requeue
-# on it.
+# Exit code of a rank, and of its launcher, after a stop request (EX_TEMPFAIL of sysexits.h). Schedulers requeue on it.
 REQUEUE_EXIT_CODE = 75
 
 
 class StopRequest:
-    """Within it a stop request is remembered; a second signal more than a second later exits at once.
+    """A context manager that records stop requests. A second signal, more than a second later, exits at once.
 
     Args:
-        max_duration_s: seconds after which the run stops by itself, or None.
+        max_duration_s: seconds until the run stops by itself; None for no limit.
 
     Attributes:
-        saved: whether all that counts is on disk and the process is about to leave with the requeue code. Then it does
-            so at the next signal, even after the block, which else puts the former handlers back.
+        saved: set it to true when the last checkpoint is complete and the process will exit with the requeue code. From
+            then on a signal exits with that code at once, also after the block. If it is false at the end of the block,
+            the previous signal handlers are restored.
     """
 
     def __init__(self, max_duration_s: float | None = None) -> None:
@@ -44,7 +44,7 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.saved:
-            # A launcher that saw another rank leave, or an impatient user.
+            # From a launcher that saw another rank exit, or from an impatient user.
             os._exit(REQUEUE_EXIT_CODE)
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > 1.0:
@@ -52,6 +52,6 @@ class StopRequest:
         self._signalled_at = self._signalled_at or now
 
     def requested(self) -> bool:
-        """Whether this rank was asked to stop. The ranks must agree before they act on it."""
+        """Whether this rank received a stop request. All ranks must agree before they stop."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         return late or self._signalled_at is not None

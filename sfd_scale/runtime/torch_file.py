@@ -1,8 +1,12 @@
-"""Reads torch's zip checkpoints without running anything that they contain.
+"""Reads files of torch.save without executing code from their pickle.
 
-A pickle may name any function and have it called. Here only what tensors are made of is understood; every other name
-becomes an inert object that remembers what it was given. Nothing is imported, nothing else is called. That also reads
-files whose settings are objects of libraries that are not installed. Tensors are read from the file when asked for.
+A pickle can call any function. This reader calls only the functions that rebuild tensors. Every other name in the
+pickle becomes an `Inert` object, which keeps its arguments and does nothing. So files with objects of libraries that
+are not installed can be read too.
+
+Differences from `torch.load(weights_only=True, mmap=True)`, as of torch 2.15: only the requested tensors are read; the
+size and the CRC-32 of a tensor are checked, where torch returns the damaged numbers; a tensor that is larger than its
+storage (stride 0) is refused; unknown classes need no list.
 """
 
 from __future__ import annotations
@@ -35,11 +39,11 @@ _DTYPES = {
 }
 _LFS_HEAD = b"version https://git-lfs.github.com"
 _ZIP_HEAD = b"PK\x03\x04"
-_MOST_SETTINGS = 100_000
+_MAX_SETTINGS = 100_000
 
 
 class Inert:
-    """Stands for an object of an unknown class: `arguments` of its construction, `state`, `items`."""
+    """Stands for an object of an unknown class. `name` is the class; `arguments`, `state` and `items` its content."""
 
     name = ""
 
@@ -71,6 +75,8 @@ class Inert:
 
 @dataclass(frozen=True)
 class Storage:
+    """`count` elements in the file's record data/`key`."""
+
     key: str
     dtype: torch.dtype
     count: int
@@ -78,7 +84,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still in the file."""
+    """A tensor that is not read yet. Offset and stride are in elements, as for `torch.as_strided`."""
 
     storage: Storage
     offset: int
@@ -87,7 +93,7 @@ class LazyTensor:
 
 
 class _Unpickler(pickle.Unpickler):
-    """`find_class` is the only way by which a pickle reaches code."""
+    """An unpickler without access to code: a pickle gets functions and classes only from `find_class`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -95,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _DTYPES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            # A new function each time: a pickle can set attributes on what it is handed.
+            # A new function for each call, because a pickle can set attributes of a function.
             return lambda storage, offset, shape, stride, *_: _lazy(storage, offset, tuple(shape), tuple(stride))
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda data, *_: data
@@ -116,17 +122,20 @@ def _lazy(storage: Any, offset: Any, shape: tuple[Any, ...], stride: tuple[Any, 
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise pickle.UnpicklingError(f"a tensor of shape {shape}, stride {stride}, offset {offset}")
-    # Also for a stride of 0, by which a few bytes would stand for any number of elements.
+    # A stride of 0 would allow tensors of any size over a few bytes.
     if len(shape) != len(stride) or math.prod(shape) > storage.count:
         raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.count} elements")
     return LazyTensor(storage, offset, shape, stride)
 
 
 class TorchFile:
-    """`content`: what was saved, with LazyTensor and Inert objects in it; `load` turns the former into tensors.
+    """A file of torch.save.
+
+    Attributes:
+        content: the saved object, with LazyTensor in place of tensors and Inert in place of unknown objects.
 
     Raises:
-        ValueError: that names the file and says what it is instead of a readable checkpoint.
+        ValueError: names the file, if it is missing, damaged, a Git-LFS pointer, or not a file of torch.save.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,20 +146,24 @@ class TorchFile:
             self._root = next(n for n in self._zip.namelist() if n.endswith("data.pkl")).removesuffix("data.pkl")
             names = self._zip.namelist()
             if any(info.compress_type != zipfile.ZIP_STORED for info in self._zip.infolist()):
-                raise ValueError("it is compressed, which torch.save never does")
+                raise ValueError("its records are compressed, but torch.save does not compress")
             order = self._zip.read(f"{self._root}byteorder") if f"{self._root}byteorder" in names else b"little"
             self.content: Any = _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
         except StopIteration:
-            raise ValueError(f"{path} is a zip file, but not of torch.save: it holds no data.pkl") from None
+            raise ValueError(f"{path} is a zip file, but not of torch.save: it has no data.pkl") from None
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
         if order != sys.byteorder.encode():
-            raise ValueError(f"{path} has {order[:8]!r}-endian numbers, this machine {sys.byteorder}-endian ones")
+            raise ValueError(f"{path} has {order[:8]!r}-endian numbers, but this machine is {sys.byteorder}-endian")
 
     def load(self, value: Any) -> Any:
-        """`value`, a part of `content`, with its tensors read; dicts and sequences are followed, inert objects not."""
+        """Read the tensors in a part of `content`, inside dicts, lists and tuples.
+
+        Raises:
+            ValueError: names the file, if a tensor is damaged.
+        """
         return self._load(value, {})
 
     def _load(self, value: Any, storages: dict[Storage, Tensor]) -> Any:
@@ -165,12 +178,12 @@ class TorchFile:
     def _tensor(self, lazy: LazyTensor, storages: dict[Storage, Tensor]) -> Tensor:
         storage = lazy.storage
         if storage not in storages:
-            # The size first: a damaged file may claim any.
+            # Check the size first: a damaged file may give any size.
             size = storage.count * storage.dtype.itemsize
             try:
                 info = self._zip.getinfo(f"{self._root}data/{storage.key}")
                 if info.file_size < size:
-                    raise ValueError(f"it has {info.file_size} bytes of {size}")
+                    raise ValueError(f"it has {info.file_size} bytes, expected {size}")
                 data = bytearray(self._zip.read(info))
             except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{self.path} is truncated or damaged at tensor {storage.key}: {error}") from error
@@ -178,12 +191,14 @@ class TorchFile:
             storages[storage] = torch.empty(0, dtype=storage.dtype) if whole is None else whole
         last = lazy.offset + sum((n - 1) * step for n, step in zip(lazy.shape, lazy.stride, strict=True))
         if math.prod(lazy.shape) and not 0 <= last < storage.count:
-            raise ValueError(f"{self.path} is damaged: a tensor of {lazy.shape} leaves its storage of {storage.count}")
+            raise ValueError(
+                f"{self.path} is damaged: a tensor of shape {lazy.shape} exceeds its storage of {storage.count}"
+            )
         return storages[storage].as_strided(lazy.shape, lazy.stride, lazy.offset)
 
 
 def _check_head(path: Path) -> None:
-    """Names the usual things that lie where a checkpoint should."""
+    """Raise a clear error for files that are often given by mistake."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -197,16 +212,16 @@ def _check_head(path: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Settings as plain data: OmegaConf's nodes, read as inert objects, become dicts, lists and values.
+    """Convert settings to dicts, lists and values: unpacks OmegaConf's nodes, which were read as Inert objects.
 
     Raises:
-        ValueError: for settings without end: parts that hold themselves, or each other over and over.
+        ValueError: if the settings contain themselves, or have more than 100,000 values.
     """
-    budget = iter(range(_MOST_SETTINGS))
+    budget = iter(range(_MAX_SETTINGS))
 
     def convert(item: Any) -> Any:
         if next(budget, None) is None:
-            raise ValueError(f"settings of more than {_MOST_SETTINGS} values")
+            raise ValueError(f"settings of more than {_MAX_SETTINGS} values")
         if isinstance(item, Inert):
             state = item.state
             for content in ("_content", "_val"):
@@ -222,4 +237,4 @@ def plain(value: Any) -> Any:
     try:
         return convert(value)
     except RecursionError as error:
-        raise ValueError("settings that hold themselves") from error
+        raise ValueError("settings that contain themselves") from error

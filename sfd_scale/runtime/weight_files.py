@@ -1,4 +1,4 @@
-"""One set of weights from a file, safetensors or torch, without running anything in it."""
+"""Reads weights from a safetensors file or a torch file, without executing pickled code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Names without what wrappers put in front of them."""
+    """Remove the name prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        ValueError: if two names become equal.
+    """
     out: dict[str, Any] = {}
     for name, value in state.items():
         bare = name
@@ -35,13 +39,16 @@ _WEIGHTS = ("state_dict", "model_state_dict", "ema", "model")
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
-    """One flat set of weights, from safetensors or from a torch file: bare, or under one of the names that scripts give
-    it (`_WEIGHTS`; the authors' training of a semantic VAE writes model_state_dict).
+    """Read a state dict from a safetensors or torch file.
 
-    Only names that start with one of `prefixes` are kept.
+    In a torch file it is the whole content, or below a usual key (`_WEIGHTS`; the official semantic VAE training writes
+    model_state_dict).
+
+    Args:
+        prefixes: keep only names that start with one of these.
 
     Raises:
-        ValueError: that names the file, if it cannot be read or holds no such set.
+        ValueError: names the file, if it cannot be read or holds no state dict.
     """
     if path.suffix == ".safetensors":
         if not path.is_file():
@@ -58,4 +65,4 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
         if isinstance(candidate, dict) and candidate and all(isinstance(v, LazyTensor) for v in candidate.values()):
             bare = strip_prefixes(candidate)
             return file.load({name: value for name, value in bare.items() if name.startswith(prefixes)})
-    raise ValueError(f"{path} holds no set of weights, neither bare nor under {', '.join(_WEIGHTS)}")
+    raise ValueError(f"{path} holds no state dict, neither as its content nor under {', '.join(_WEIGHTS)}")

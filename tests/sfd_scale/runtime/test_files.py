@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what a full disk, an error and a second write leave."""
+"""Atomic writes: a full disk or an error leaves the earlier file unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfd_scale.runtime import files
 
 
 def through_torch() -> None:
-    """As torch.save tells it, whose own error hides that of the file."""
+    """As torch.save: its own error hides that of the file."""
     try:
         raise OSError(errno.ENOSPC, "No space left on device")
     except OSError:
@@ -32,7 +32,7 @@ def by_the_system() -> None:
 
 
 @pytest.mark.parametrize("fail", [through_torch, by_safetensors, by_the_system])
-def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path, fail: Callable[[], None]) -> None:
+def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path: Path, fail: Callable[[], None]) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"x": 1})
     with pytest.raises(ValueError, match=r"a\.json: the disk is full"), files.atomically(path) as partial:
@@ -41,14 +41,14 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path, fail: Cal
     assert path.read_text() == '{\n "x": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_another_error_is_that_error(tmp_path: Path) -> None:
+def test_another_error_passes_through(tmp_path: Path) -> None:
     with pytest.raises(KeyError), files.atomically(tmp_path / "a") as partial:
         partial.write_bytes(b"half")
         raise KeyError
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_for_the_authors_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_when_torch_save_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.save's real error, of a device that is always full."""
     monkeypatch.setattr(files.uuid, "uuid4", lambda: type("Fixed", (), {"hex": "0" * 8}))
     (tmp_path / f".1.{os.getpid()}.{'0' * 8}.pt").symlink_to("/dev/full")

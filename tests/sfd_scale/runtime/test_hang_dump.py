@@ -1,4 +1,4 @@
-"""A rank that never comes: what the others and it leave behind. And the profile of a few steps."""
+"""Hang dump: stacks and flight recorder of a hang. And the profile of a few steps."""
 
 import gzip
 import json

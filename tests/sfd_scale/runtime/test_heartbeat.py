@@ -1,4 +1,4 @@
-"""A hang gets a name, and a run folder one job."""
+"""Heartbeat: the message of a hang names the missing ranks. Run lock: one job per run folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMEOUT_S = 4.0
 def _one_rank_is_late() -> str:
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT_S))
     try:
-        with Heartbeat(TIMEOUT_S, interval_s=0.2) as heartbeat:
+        with Heartbeat(TIMEOUT_S, interval_s=1.0) as heartbeat:
             heartbeat.enter(11, Operation.DATA)
             if distributed.rank() == 1:
                 time.sleep(TIMEOUT_S + 3)

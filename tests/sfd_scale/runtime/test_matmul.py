@@ -1,4 +1,4 @@
-"""bf16 products on CPUs without bf16 instructions: the rounded float32 product, in value and gradient."""
+"""bf16 matmuls on CPUs without bf16 instructions: the rounded float32 result, in value and gradient."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _value_and_gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_rounded_float32_product(name: str) -> None:
+def test_a_bf16_matmul_equals_the_rounded_float32_matmul(name: str) -> None:
     function, inputs = CASES[name]
     rounded = tuple(x.bfloat16() for x in inputs)
     with MatmulInFloat32():
@@ -46,7 +46,7 @@ def test_equals_the_rounded_float32_product(name: str) -> None:
         torch.testing.assert_close(own, want.bfloat16(), rtol=0, atol=0)
 
 
-def test_products_of_other_types_are_left_alone() -> None:
+def test_matmuls_of_other_dtypes_stay_unchanged() -> None:
     with MatmulInFloat32():
         assert torch.equal(functional.linear(A, B), A @ B.T)
         assert (A.double() @ B.double().T).dtype == torch.float64
@@ -54,8 +54,8 @@ def test_products_of_other_types_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
-def test_what_is_computed_again_takes_the_same_products(mode: Literal["block", "selective"]) -> None:
-    """With activation checkpointing autograd calls the block again, outside the mode: it used to fail there."""
+def test_recomputation_uses_the_same_matmuls(mode: Literal["block", "selective"]) -> None:
+    """With activation checkpointing autograd calls the block again, outside the mode."""
     gradients = {}
     for checkpointing in ("none", mode):
         model = nn.Module()
