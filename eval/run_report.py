@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.metrics.scores import SCORES
 from eval.pages import figures
 from eval.pages.figures import Row
@@ -81,7 +79,7 @@ def read_run(path: Path, label: str) -> Run:
     run = RunPaths(path)
     found = [(file, Results.read(file)) for file in run.evaluations.results_files()]
     found = [(file, result) for file, result in found if result.generated]
-    recipe = yaml.safe_load(run.recipe_file.read_text(encoding="utf-8"))
+    recipe = config.tree(run.recipe_file)
     return Run(path, label, rows, sorted(found, key=lambda pair: pair[1].step), recipe)
 
 

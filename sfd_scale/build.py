@@ -235,7 +235,7 @@ def check_texture(recipe: TrainRecipe, reader: Reader) -> None:
 
 def make_metrics(recipe: TrainRecipe, device: torch.device) -> TrainingMetrics:
     peak = peak_flops(device)
-    if recipe.meter.peak == "measured":
+    if recipe.metrics.peak == "measured":
         own = measured_flops(device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32)
         peak = distributed.all_reduce_mean(torch.tensor(own, dtype=torch.float64)).item()
         logger.info("peak of one rank, measured: %.4g TFLOP/s", peak / 1e12)

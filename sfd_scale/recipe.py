@@ -77,7 +77,7 @@ class TrainRecipe:
     init_from: InitConfig | None = None
     engine: DeepSpeedConfig | FSDPConfig = field(default_factory=FSDPConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    meter: NoEffectOnResults[TrainingMetricsConfig] = field(default_factory=TrainingMetricsConfig)
+    metrics: NoEffectOnResults[TrainingMetricsConfig] = field(default_factory=TrainingMetricsConfig)
     profile: NoEffectOnResults[ProfileConfig] = field(default_factory=ProfileConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     wandb: NoEffectOnResults[WandbConfig] = field(default_factory=WandbConfig)

@@ -1,4 +1,8 @@
-"""The YAML files of recipes: found by name, read with bounds, and merged along `extends` by OmegaConf."""
+"""YAML files of recipes: found by name, read, and merged with their parents by OmegaConf.
+
+A recipe may come from outside: a folder of the Hugging Face hub holds a recipe.yaml. So reading has limits: size,
+aliases, parents outside of the folder, secrets of the environment.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,27 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sfd_scale.config.renamed import new_recipe
+from sfd_scale.config.renamed import new_recipe, with_current_keys
+from sfd_scale.runtime.run_paths import RECIPE
 
 RECIPE_ROOT = Path(__file__).resolve().parents[2] / "recipes"
-# A recipe has a few hundred values; aliases of aliases can make billions of a few lines.
+# A recipe has a few hundred values. A few lines of YAML aliases of aliases can stand for billions.
 _MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
 _SECRET = re.compile(r"oc\.env\s*:\s*[^},]*(?:key|token|secret|passw|credential)", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot be used; the message starts with the dotted key, or with the file."""
+    """A recipe that cannot be used. The message starts with the dotted key or the file."""
 
 
 @contextmanager
 def errors_in(where: Path | str) -> Iterator[None]:
-    """What YAML, OmegaConf and Python object to in settings, as an error that names their file."""
+    """Turn errors of YAML, OmegaConf and Python about settings into a ConfigError that names `where`."""
     try:
         yield
     except ConfigError:
         raise
-    # Nested too deep for the parser, or a key, date or number that YAML allows and Python does not.
+    # RecursionError: nested too deep for the parser. TypeError and others: keys, dates, numbers that only YAML allows.
     except (
         yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError
     ) as error:  # fmt: skip
@@ -43,15 +48,19 @@ def errors_in(where: Path | str) -> Iterator[None]:
 
 
 def recipe_names() -> list[str]:
-    """Names of all recipes that can be given bare, such as `train/sfd_xl`."""
+    """The names of all files below recipes/, such as `train/sfd_xl`."""
     return sorted(path.relative_to(RECIPE_ROOT).with_suffix("").as_posix() for path in RECIPE_ROOT.rglob("*.yaml"))
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe: an existing path, or a bare name below recipes/ (with or without .yaml)."""
+    """The file of a recipe: an existing path, or a name below recipes/, with or without .yaml.
+
+    Raises:
+        ConfigError: naming similar recipes, or the new name of a renamed one.
+    """
     given = Path(name)
     if not given.name:
-        raise ConfigError(f"{str(name)!r}: no name of a recipe; `sfd recipes` lists them")
+        raise ConfigError(f"{str(name)!r}: not the name of a recipe; `sfd recipes` lists them")
     for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
         if candidate.is_file():
             return candidate
@@ -65,7 +74,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def _parent(name: object, child: Path) -> Path:
-    """The file that `extends: name` in `child` means; parents stay among the recipes or beside their child."""
+    """The file of `extends: name` in `child`: beside it, or below recipes/. No other folder is allowed."""
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"extends: {name!r} in {child}; allowed: a recipe name, or a file in the same folder")
     beside = child.parent / f"{name.removesuffix('.yaml')}.yaml"
@@ -74,25 +83,28 @@ def _parent(name: object, child: Path) -> Path:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe's file and those that it extends, as they are now: what a merged tree is a pure function of."""
+    """The text of a recipe file and of its parents, as they are on disk now. Hashable: the key of a cache."""
 
     path: Path
     text: str
-    extends: tuple[str, ...]  # as the file names them
+    extends: tuple[str, ...]  # the parents, as the file names them
     parents: tuple[RecipeFile, ...]
 
 
 def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
-    """A file and its parents; `trail` has those that extend it.
+    """A file and, recursively, its parents.
+
+    Args:
+        trail: the files on the way to this one, each extending the next.
 
     Raises:
-        ConfigError: if one is not there, not readable, or extends itself.
+        ConfigError: if a file is missing, not readable, or extends itself.
     """
     if path.resolve() in trail:
         raise ConfigError(f"extends: {path} extends itself")
     text = _text(path)
     with errors_in(path):
-        parents = _own(path, text).get("extends", [])
+        parents = _content(path, text).get("extends", [])
     if not isinstance(parents, str | ListConfig | list):
         raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
     names = tuple([parents] if isinstance(parents, str) else parents)
@@ -100,17 +112,17 @@ def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
     return RecipeFile(path, text, names, tuple(read_file(_parent(name, path), trail) for name in names))
 
 
-# Hundreds of recipes extend a few parents. A changed file is another key.
+# Hundreds of recipes share a few parents. A changed file is another key of the cache.
 @functools.lru_cache(maxsize=512)
 def merged(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
-    """The merged tree of a file and its parents, and which file set each dotted leaf. Shared: not to be changed."""
+    """The merged tree of a file and its parents, and the file that set each dotted key. Cached: do not change it."""
     (tree, origin), own = inherited(file), own_settings(file)
     with errors_in(file.path):
         return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
 
 
 def inherited(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
-    """The same of its parents alone."""
+    """As `merged`, for the parents of a file without the file itself."""
     tree, origin = OmegaConf.create({}), dict[str, str]()
     for parent, parent_origin in map(merged, file.parents):
         tree, origin = merge(tree, parent), {**origin, **parent_origin}
@@ -118,9 +130,13 @@ def inherited(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
 
 
 def own_settings(file: RecipeFile) -> DictConfig:
-    """What a file itself sets."""
-    own = _own(file.path, file.text).copy()
+    """The settings of the file itself. A run's recipe.yaml, perhaps of an earlier release, has this release's keys."""
+    own = _content(file.path, file.text).copy()
     own.pop("extends", None)
+    if file.path.name == RECIPE:
+        with errors_in(file.path):
+            plain: Any = OmegaConf.to_container(own)
+            own = OmegaConf.create(with_current_keys(plain, [str(plain.get("kind"))]))
     return own
 
 
@@ -131,28 +147,31 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _own(path: Path, text: str) -> DictConfig:
-    """What a file itself sets. Shared: not to be changed."""
+def _content(path: Path, text: str) -> DictConfig:
+    """The content of one file. Cached: do not change it."""
     with errors_in(path):
         own = _parse(text)
     if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, this file holds a {type(own).__name__}")
+        raise ConfigError(f"{path}: holds a {type(own).__name__}; allowed: a mapping of keys")
     return own
 
 
 @functools.lru_cache(maxsize=512)
 def _parse(text: str) -> Any:
-    _check_size(text)
-    # As it reads a file; OmegaConf.create would take a bare text for a key.
+    _check_text(text)
+    # Not OmegaConf.create: it reads a plain text as a key.
     return OmegaConf.load(io.StringIO(text))
 
 
-def _check_size(text: str) -> None:
-    """Refuse a text that would not stay small once it is read, and one that asks for a secret of the environment."""
+def _check_text(text: str) -> None:
+    """Refuse YAML whose aliases expand to very many values, and YAML that reads a secret of the environment.
+
+    A secret would be written to recipe.yaml, checkpoints and exports.
+    """
     if _SECRET.search(text):
         raise ValueError(
-            "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and to the "
-            "checkpoints; libraries find their keys by themselves"
+            "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and checkpoints; "
+            "remove it: libraries read such variables themselves"
         )
     known: dict[int, int] = {}
 
@@ -160,19 +179,20 @@ def _check_size(text: str) -> None:
         if node is None or isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) not in known:
-            known[id(node)] = _MOST_NODES  # of a node inside itself
+            known[id(node)] = _MOST_NODES  # for an alias of a node inside the node
             parts = node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
             known[id(node)] = 1 + sum(size(part) for part in parts)
         return known[id(node)]
 
     if size(yaml.compose(text, Loader=yaml.SafeLoader)) > _MOST_NODES:
-        raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed")
+        raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed; write fewer")
 
 
 def merge(base: DictConfig, top: DictConfig) -> DictConfig:
-    """OmegaConf.merge, except that a node of another `kind` replaces the old node, whose keys no longer apply.
+    """`base` with the values of `top`; neither is changed.
 
-    Changes neither; where one is empty, it is the other itself.
+    As OmegaConf.merge, except that a mapping of another `kind` replaces the old mapping: the keys of the old kind do
+    not apply to it.
     """
     if not base or not top:
         return base or top
@@ -199,7 +219,7 @@ def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
 
 
 def leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
-    """The dotted keys of all values."""
+    """The dotted keys of all values in a tree."""
     for key in tree:
         node = tree._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none() and len(node):

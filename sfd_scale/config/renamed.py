@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Old dotted key → new dotted key, by the kind of the recipe.
-RENAMED_KEYS: dict[str, dict[str, str]] = {}
+RENAMED_KEYS: dict[str, dict[str, str]] = {"train": {"meter": "metrics"}}
 # Pattern of an old recipe name → the new name, with overrides.
 _RENAMED_RECIPES = {r"train/ablation/delta_t_(\d\.\d)": r"train/ablation/delta_t schedule.delta_t=\1"}
 

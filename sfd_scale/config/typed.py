@@ -144,7 +144,10 @@ class _Reader:
 
     def unknown(self, key: str, allowed: list[str]) -> ConfigError:
         if renamed := new_keys(key, self.kinds):
-            return self.fail(key, "; ".join(f"{old} was renamed to {new}" for old, new in renamed.items()))
+            words = (
+                f"renamed to {new}" if old == key else f"{old} was renamed to {new}" for old, new in renamed.items()
+            )
+            return self.fail(key, "; ".join(words))
         near = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return self.fail(key, f"unknown key; allowed: {', '.join(allowed)}{hint}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfd_scale.config import loader as config
+from sfd_scale import config
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.environment import exported, quoted_for_pdsh, read_env_file, write_env_file
 from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments

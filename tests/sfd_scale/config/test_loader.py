@@ -1,5 +1,6 @@
 """Recipes: extends, overrides, typed values, and errors that name key, value, what is allowed and the file."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ import pytest
 
 from eval.recipe import EvalRecipe
 from sfd_scale import config
+from sfd_scale.config.renamed import RENAMED_KEYS, with_current_keys
 from sfd_scale.recipe import TrainRecipe
 
 
@@ -191,7 +193,7 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
         ("extends: base\nname: x\nengine: [1]\n", "steps=1", r"child\.yaml: not readable as settings"),
         ("extends: ${nowhere}\nname: x\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
         ("name: x\nengine: {kind: '${nowhere}'}\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
-        ("extends: ''\nname: x\n", "steps=1", "'': no name of a recipe"),
+        ("extends: ''\nname: x\n", "steps=1", "'': not the name of a recipe"),
         ("name: x\n", "widths=[1,a]", r"widths\.1: 'a'; allowed: a whole number \(set in the command line\)"),
     ],
 )
@@ -224,10 +226,57 @@ def test_an_item_of_a_list_names_the_file_that_set_the_list(tmp_path: Path) -> N
 def test_what_changes_no_result_is_left_out_of_what_decides_it() -> None:
     """Names, places and how the work is done; at any depth, and in lists."""
     words = ["name=other", "run=elsewhere", "train.log_every=7", "data.num_workers=3", "checkpoint.background=false",
-             "wandb.mode=disabled", "meter.peak=measured"]  # fmt: skip
+             "wandb.mode=disabled", "metrics.peak=measured"]  # fmt: skip
     first, free = (config.load("train/sfd_xl", TrainRecipe, extra) for extra in ([], words))
     assert first != free and config.settings_affecting_results([first]) == config.settings_affecting_results([free])
     for word in ("seed=1", "train.steps=7", "data.shuffle=false", "checkpoint.keep_last=1", "engine.precision=fp32"):
         assert config.settings_affecting_results(
             config.load("train/sfd_xl", TrainRecipe, [word])
         ) != config.settings_affecting_results(first), word
+
+
+# -------------------------------------------------------------------------------------------- renamed keys
+
+
+@pytest.mark.parametrize("override", ["meter.peak=measured", "meter={peak: measured}"])
+def test_a_renamed_key_is_an_error_that_says_the_new_one(override: str) -> None:
+    with pytest.raises(config.ConfigError, match=r"^meter: renamed to metrics \(set in the command line\)$"):
+        config.load("train/sfd_xl", TrainRecipe, [override])
+
+
+def test_a_renamed_key_in_a_recipe_of_the_user_names_its_file(tmp_path: Path) -> None:
+    write(tmp_path, mine="extends: train/sfd_xl\nkind: train\nmeter: {peak: measured}\n")
+    with pytest.raises(config.ConfigError, match=r"meter: renamed to metrics \(set in .*mine\.yaml\)$"):
+        config.load(tmp_path / "mine.yaml", TrainRecipe)
+
+
+def test_files_of_earlier_releases_are_read_under_the_new_keys(tmp_path: Path) -> None:
+    wanted = config.load("train/sfd_xl", TrainRecipe, ["metrics.peak=measured"])
+    old = config.to_dict(wanted)
+    old["meter"] = old.pop("metrics")
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(old))
+    assert config.load(tmp_path / "recipe.yaml", TrainRecipe) == wanted  # a run folder
+    assert config.tree(tmp_path / "recipe.yaml") == config.to_dict(wanted)
+    assert config.from_dict(TrainRecipe, old) == wanted  # the note of an export
+    assert config.with_defaults(TrainRecipe, old) == config.to_dict(wanted)  # a comparison
+    with pytest.raises(config.ConfigError, match="meter: renamed to metrics"):
+        config.load(tmp_path / "recipe.yaml", TrainRecipe, ["meter.peak=table"])
+
+
+@pytest.mark.parametrize(
+    ("renamed", "old", "new"),
+    [
+        ({"a": "b"}, {"a": 1, "x": 0}, {"b": 1, "x": 0}),
+        ({"a": "b"}, {"x": 0}, {"x": 0}),
+        ({"a.c": "b.d.e"}, {"a": {"c": 1, "x": 0}}, {"a": {"x": 0}, "b": {"d": {"e": 1}}}),
+        ({"a.c": "b"}, {"a": {"c": {"k": 1}}}, {"b": {"k": 1}}),
+        ({"a.c": "b"}, {"a": None}, {"a": None}),
+    ],
+)
+def test_keys_move_between_mappings(
+    monkeypatch: pytest.MonkeyPatch, renamed: dict[str, str], old: dict[str, object], new: dict[str, object]
+) -> None:
+    monkeypatch.setitem(RENAMED_KEYS, "train", renamed)
+    before = copy.deepcopy(old)
+    assert with_current_keys(old, ["train"]) == new and old == before
+    assert with_current_keys(old, ["encode"]) == old
