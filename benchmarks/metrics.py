@@ -22,7 +22,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from benchmarks import harness
 from benchmarks.harness import Figure, Options
 from eval.images import npz
-from eval.metrics.metrics import frechet_distance, moments
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.moments import moments
 from eval.metrics.precision_recall import precision_recall
 from eval.work.chunks import ChunkFolder
 

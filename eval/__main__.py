@@ -72,7 +72,7 @@ def score(
 @app.command()
 def reference(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compute and cache the features and moments of the recipe's reference."""
-    from eval.features.extractor import make_extractor
+    from eval.features.make import make_extractor
     from eval.reference import load_reference
 
     loaded = _load(recipe, overrides)

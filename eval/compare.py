@@ -1,17 +1,12 @@
 """Whether two results differ: the difference of their scores with a bootstrap interval, paired by image number.
 
-A score is linearised around each result: its influence function says by how much one image moves it, and the mean of
-these over resampled images is the resampled score. Unlike scores of resampled sets, which contain copies, this has no
-bias upwards, and it costs one pass.
-
-N samples · M reference images · D feature channels · K logits.
+N samples.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from eval.features.extract import FeatureSet, open_features, read_features
-from eval.metrics import metrics
-from eval.metrics import precision_recall as neighbours
-from eval.metrics.metrics import FeatureMoments, MetricsConfig
-from eval.reference import Reference, read_reference
+from eval.features.extract import open_features, read_features
+from eval.metrics.influence import Influence
+from eval.metrics.scores import SCORES
+from eval.reference import read_reference
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
@@ -32,14 +26,6 @@ from sfd_scale.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Influence:
-    """A score, and by how much each image (N,) or reference image (M,) moves it times their number, mean 0."""
-
-    value: float
-    per_image: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,12 @@ def compare(a: Path, b: Path, *, rounds: int = 2000, out: Path | None = None) ->
     paired = first.paired_with(second)
     reference = read_reference(_cached(first, a), first.reference)
     sets = [read_features(open_features(_features(r, p))) for r, p in ((first, a), (second, b))]
-    differences = [
-        difference(name, *(influence(found, reference, first.metrics) for found in sets), paired=pairs, rounds=rounds)
-        for name, influence, pairs in _scores(sets, reference, paired)
-    ]
+    differences = []
+    for score in SCORES:
+        if score.influence is not None:
+            left, right = (score.influence(found, reference, first.metrics) for found in sets)
+            if left is not None and right is not None:
+                differences.append(difference(score.key, left, right, paired=paired, rounds=rounds))
     if not distributed.is_main():
         return differences
     others = settings_that_differ(first, second)
@@ -92,9 +80,10 @@ def difference(name: str, a: Influence, b: Influence, *, paired: bool, rounds: i
     """B − A with its interval, by the bootstrap (Efron 1979, Ann. Statist. 7, Sec. 2) of linearised scores.
 
     Args:
-        paired: whether row i of both is the same image number (or reference image) and is drawn together.
+        paired: whether row i of both has the same noise and label, so that they are drawn together. Reference images
+            always are.
     """
-    if paired:
+    if paired or (a.of_reference and b.of_reference):
         moves = resampled_means(b.per_image - a.per_image, "paired", rounds)
     else:
         moves = resampled_means(b.per_image, "b", rounds) - resampled_means(a.per_image, "a", rounds)
@@ -111,92 +100,6 @@ def resampled_means(values: Tensor, stream: str, rounds: int) -> Tensor:
         for number in range(rounds)
     )
     return torch.stack([values[rows].mean() for rows in draws])
-
-
-# ------------------------------------------------------------------------------------------------- influence
-
-
-def frechet_influence(features: Tensor, reference: FeatureMoments) -> Influence:
-    """Of the Fréchet distance (arXiv 1706.08500, Eq. 6), for features (N, D).
-
-    d|μ − m|² = 2 (μ − m)·dμ, and dF/dΣ = I − T with T the optimal transport map between the Gaussians,
-    T = Σ^−½ (Σ^½ S Σ^½)^½ Σ^−½ (Takatsu 2011, Osaka J. Math. 48, Sec. 2), on the range of Σ.
-    """
-    own = metrics.moments(features)
-    values, vectors = torch.linalg.eigh(own.cov)
-    kept = values > values.max() * 1e-10
-    roots, basis = values[kept].sqrt(), vectors[:, kept]
-    inner = (basis * roots).T @ reference.cov @ (basis * roots)
-    eigen, turn = torch.linalg.eigh((inner + inner.T) / 2)
-    # |(Σ^½ S Σ^½)^¼ Σ^−½ (x − μ)|² for each row.
-    whiten = (basis / roots) @ turn * eigen.clamp(min=0).pow(0.25)
-    parts = []
-    for block in features.split(metrics.BLOCK):
-        centred = block.double() - own.mean
-        shifted = 2 * centred @ (own.mean - reference.mean)
-        parts.append(shifted + centred.square().sum(1) - (centred @ whiten).square().sum(1))
-    moved = torch.cat(parts)
-    return Influence(metrics.frechet_distance(own, reference), moved - moved.mean())
-
-
-def inception_influence(logits: Tensor, split: int) -> Influence:
-    """Of the Inception Score (arXiv 1606.03498, Sec. 4): in a split, IS · (KL(p_i ‖ q) − its mean)."""
-    moved = []
-    parts = logits.split(split)
-    for part in parts:
-        log_p = part.double().log_softmax(1)
-        q = log_p.exp().mean(0)
-        divergence = (log_p.exp() * (log_p - q.clamp(min=1e-300).log())).sum(1)
-        mean = divergence.mean()
-        # A split counts the same however many images it has.
-        moved.append(mean.exp() * (divergence - mean) * (len(logits) / len(parts) / len(part)))
-    return Influence(metrics.inception_score(logits, split).mean, torch.cat(moved))
-
-
-def share_influence(inside: Tensor) -> Influence:
-    """Of a share (arXiv 1904.06991, Eq. 2): whether each row (N,) is inside, less the share."""
-    values = inside.double()
-    return Influence(values.mean().item(), values - values.mean())
-
-
-Measure = Callable[[FeatureSet, Reference, MetricsConfig], Influence]
-
-
-def _scores(sets: list[FeatureSet], reference: Reference, paired: bool) -> list[tuple[str, Measure, bool]]:
-    """(name, influence, whether rows pair) of the scores that both sets have."""
-    found: list[tuple[str, Measure, bool]] = [("fid", lambda f, r, m: frechet_influence(f.pool, r.pool), paired)]
-    if reference.spatial is not None and all(f.spatial is not None for f in sets):
-        found.append(("sfid", _spatial, paired))
-    if all(f.logits is not None for f in sets):
-        found.append(("is_mean", _inception, paired))
-    if reference.features is not None:
-        found += [("precision", _precision, paired), ("recall", _recall, True)]
-    return found
-
-
-def _spatial(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
-    assert features.spatial is not None and reference.spatial is not None
-    return frechet_influence(features.spatial, reference.spatial)
-
-
-def _inception(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
-    assert features.logits is not None
-    return inception_influence(features.logits, settings.is_split)
-
-
-def _precision(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
-    assert reference.features is not None
-    return share_influence(_inside(features.pool, reference.features, settings))
-
-
-def _recall(features: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence:
-    assert reference.features is not None
-    return share_influence(_inside(reference.features, features.pool, settings))
-
-
-def _inside(rows: Tensor, centres: Tensor, settings: MetricsConfig) -> Tensor:
-    radii = neighbours.radii(centres, settings.neighbours, settings.distances)
-    return neighbours.within(rows, centres, radii, settings.distances)
 
 
 # ------------------------------------------------------------------------------------------------- two results

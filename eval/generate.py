@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from eval.features.extract import extract_padded
-from eval.features.extractor import LazyExtractor, make_extractor
+from eval.features.extractor import LazyExtractor
+from eval.features.make import make_extractor
 from eval.images import outputs
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
 from eval.work import chunks

@@ -9,7 +9,7 @@ from typing import Literal
 from eval.features.config import ExtractorConfig, InceptionConfig
 from eval.images.outputs import OutputsConfig
 from eval.images.sources import ImagesConfig
-from eval.metrics.metrics import MetricsConfig
+from eval.metrics.config import MetricsConfig
 from sfd_scale import recipe as training
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance

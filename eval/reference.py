@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from eval.features.config import InceptionConfig
+from eval.features.config import INCEPTION_GRID, InceptionConfig
 from eval.features.extract import FeatureSet, extract, read_features
-from eval.features.extractor import INCEPTION_GRID, LazyExtractor
+from eval.features.extractor import LazyExtractor
 from eval.images import npz, outputs
 from eval.images.sources import Images, NpzSource, open_images
-from eval.metrics.metrics import FeatureMoments, MetricsConfig, moments
+from eval.metrics.config import MetricsConfig
+from eval.metrics.moments import FeatureMoments, moments
+from eval.metrics.reference import Reference
 from eval.recipe import EvalRecipe
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
@@ -27,21 +28,6 @@ from sfd_scale.runtime.files import file_sha256, write_atomically
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
 _INCEPTION = {"mu": 2048, "mu_s": math.prod(INCEPTION_GRID)}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Moments of the pooled and spatial features of all real images; pooled features (M, P) of those that precision,
-    recall and KID take; a sheet of some of them (3, H, W) uint8, or None; the images' side in pixels, or None where
-    only statistics are known; where it all came from, and the file of the cache that holds it."""
-
-    pool: FeatureMoments
-    spatial: FeatureMoments | None
-    features: Tensor | None
-    grid: Tensor | None
-    side: int | None
-    provenance: dict[str, Any]
-    file: Path
 
 
 def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:

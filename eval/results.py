@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.metrics.metrics import MetricsConfig
+from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
 from sfd_scale.runtime.files import write_json

@@ -7,25 +7,26 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eval.features.extract import extract, open_features, read_rows
-from eval.features.extractor import LazyExtractor, make_extractor
+from eval.features.extractor import LazyExtractor
+from eval.features.make import make_extractor
 from eval.images import outputs
 from eval.images.npz import STATISTICS, keys
 from eval.images.sources import NpzSource, open_images, source_for
-from eval.metrics import metrics
-from eval.metrics.metrics import FeatureMoments, MetricsConfig, MomentSums
-from eval.metrics.precision_recall import precision_recall
-from eval.metrics.scores import Scores
+from eval.metrics.compute import ScoreInputs
+from eval.metrics.config import MetricsConfig
+from eval.metrics.reference import Reference
+from eval.metrics.sample_warnings import sample_warnings
+from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe
-from eval.reference import Reference, load_reference
+from eval.reference import load_reference
 from eval.results import Results, ScoringRun
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
@@ -161,81 +162,23 @@ def score_features(
 ) -> tuple[Scores, tuple[str, ...]]:
     """All scores of a finished folder of features, the same on every rank, and warnings about them.
 
-    Rows of precision and recall are shared out; every other score is the work of one rank.
+    The ranks share the rows of precision and recall. One rank computes each of the other scores.
     """
     _check_dimensions(folder, reference)
-    device = distributed.device()
+    inputs = ScoreInputs(folder, reference, settings, distributed.device())
+    prepared = [score.compute(inputs) for score in SCORES if score.compute is not None]
+    tasks = [task for task in prepared if task is not None][distributed.rank() :: distributed.world_size()]
+    mine: dict[str, float] = {}
+    with progress(len(tasks), "scores", "scores") as bar:
+        for task in tasks:
+            found = task()
+            mine.update(found)
+            bar.advance(1, {"last": ", ".join(found)})
     values: dict[str, float] = {}
-    if reference.features is not None:
-        pool = _rows(folder, "pool").to(device)
-        found = precision_recall(pool, reference.features.to(device), settings.neighbours, settings.distances)
-        values = {"precision": found.precision, "recall": found.recall}
-        del pool
-    tasks = _tasks(settings, folder, reference, device)
-    rank, world = distributed.rank(), distributed.world_size()
-    mine = []
-    with progress(len(tasks[rank::world]), "scores", "scores") as bar:
-        for task in tasks[rank::world]:
-            mine.append(task())
-            bar.advance(1, {"last": ", ".join(mine[-1])})
     for share in distributed.all_gather_object(mine):
-        for part in share:
-            values.update(part)
+        values.update(share)
     scores: Scores = distributed.broadcast_object(Scores(**values))
     return scores, distributed.broadcast_object(_warnings(settings, folder, reference, scores))
-
-
-def _tasks(
-    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, device: torch.device
-) -> list[Callable[[], dict[str, float]]]:
-    """What makes each score, to be called by one rank; called itself by all, as moments may be added up over ranks."""
-    present = folder.names()
-
-    def distance(key: str, name: str, real: FeatureMoments) -> Callable[[], dict[str, float]]:
-        summed = _summed(folder, name) if settings.mode == "low_memory" else None
-
-        def task() -> dict[str, float]:
-            own = metrics.moments(_rows(folder, name).to(device)) if summed is None else summed.to(device)
-            return {key: metrics.frechet_distance(own, real.to(device), settings.frechet)}
-
-        return task
-
-    def inception() -> dict[str, float]:
-        found = metrics.inception_score((part.to(device) for part in folder.read("logits")), settings.is_split)
-        return {"is_mean": found.mean, "is_std": found.std, "is_whole_splits": found.whole_splits}
-
-    def kernel() -> dict[str, float]:
-        assert reference.features is not None
-        pool, real = _rows(folder, "pool").to(device), reference.features.to(device)
-        found = metrics.kernel_distance(pool, real, settings.kid_subsets, settings.kid_size)
-        return {"kid_mean": found.mean, "kid_std": found.std}
-
-    tasks = [distance("fid", "pool", reference.pool)]
-    if reference.spatial is not None and "spatial" in present:
-        tasks.append(distance("sfid", "spatial", reference.spatial))
-    if "logits" in present:
-        tasks.append(inception)
-    if reference.features is not None and settings.kid_subsets:
-        tasks.append(kernel)
-    return tasks
-
-
-def _rows(folder: ChunkFolder, name: str) -> Tensor:
-    rows = read_rows(folder, name)
-    assert rows is not None
-    return rows
-
-
-def _summed(folder: ChunkFolder, name: str) -> FeatureMoments:
-    """Moments from sums over each rank's chunks; as many rows at the end as the folder should have."""
-    shift = next(folder.read(name)).double().mean(0)
-    sums = MomentSums(len(shift), shift)
-    for rows in folder.read(name, range(distributed.rank(), folder.count, distributed.world_size())):
-        sums.update(rows)
-    distributed.all_reduce_sum(sums.sums)
-    found = sums.finish()
-    assert found.count == folder.total
-    return found
 
 
 def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
@@ -250,7 +193,7 @@ def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
 
 def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: Scores) -> tuple[str, ...]:
     dim = len(reference.pool.mean)
-    found = metrics.sample_warnings(folder.total, dim, settings.is_split, read_rows(folder, "labels"))
+    found = sample_warnings(folder.total, dim, settings.is_split, read_rows(folder, "labels"))
     if reference.pool.count is not None and reference.pool.count <= dim:
         found.append(
             f"a reference of {reference.pool.count} images for {dim} features: its covariance is singular and FID is "

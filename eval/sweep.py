@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import generate
-from eval.features.extractor import LazyExtractor, make_extractor
+from eval.features.extractor import LazyExtractor
+from eval.features.make import make_extractor
+from eval.metrics.reference import Reference
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe, LabelFile
-from eval.reference import Reference, load_reference
+from eval.reference import load_reference
 from eval.results import PAIRING, Results
 from eval.score import score
 from sfd_scale import config

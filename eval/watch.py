@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import generate
-from eval.features.extractor import make_extractor
+from eval.features.make import make_extractor
 from eval.recipe import EvalRecipe
 from eval.results import Results, ScoreRow
 from eval.score import score

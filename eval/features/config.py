@@ -9,9 +9,8 @@ from typing import Literal
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-
-
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_GRID = (17, 17, 7)  # rows, columns and channels of the spatial features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
 from pathlib import Path, PurePosixPath
@@ -66,3 +67,11 @@ def load_state(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"extractor.weights: {path} is not loaded (weights only): {error}") from error
+
+
+def as_file(state: dict[str, Tensor]) -> io.BytesIO:
+    """Tensors that were loaded safely, as a file for a constructor that would unpickle one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer

@@ -10,17 +10,17 @@ N, M rows · D feature channels · k neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from eval.metrics.config import Distances
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.matmul import strict_float32
 from sfd_scale.runtime.progress import progress
 
 ROWS, COLUMNS = 2500, 10_000
-Distances = Literal["float32", "float16"]
 
 
 class PrecisionRecall(NamedTuple):

@@ -1,15 +1,24 @@
-"""The one table of scores: what each is called, how it is shown, and which direction is better.
+"""The one table of scores: how each is computed, compared and shown, and which direction is better.
 
-A new score is one more field of `Scores`. Whatever lists scores reads this table: results.json, pages, the tables of
-sweeps and studies, curves, W&B and the model card.
+A new score is its function in compute.py and one field of `Scores`. Everything that lists scores reads this table:
+results.json, pages, the tables of sweeps and studies, curves, W&B and the model card.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from eval.features.extract import FeatureSet
+from eval.metrics import compute, influence
+from eval.metrics.compute import Prepare
+from eval.metrics.config import MetricsConfig
+from eval.metrics.influence import Influence
+from eval.metrics.reference import Reference
+
+InfluenceOf = Callable[[FeatureSet, Reference, MetricsConfig], Influence | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +29,8 @@ class Score:
     form: the format of value · factor.
     deviation: the key of the standard deviation that is shown after ±.
     in_curves: whether it is drawn over the steps of a training.
+    compute: how it is computed, with the other scores that come of the same computation; None: it is one of those.
+    influence: how much each image moves it, for the intervals of `eval compare`; None: it is not compared.
     key: in results.json, results.jsonl and W&B; the name of the field.
     """
 
@@ -30,6 +41,8 @@ class Score:
     factor: float = 1.0
     deviation: str | None = None
     in_curves: bool = True
+    compute: Prepare | None = None
+    influence: InfluenceOf | None = None
     key: str = ""
 
     @property
@@ -52,19 +65,33 @@ def _shown(score: Score) -> Any:
 class Scores:
     """The scores of one set of samples, in the order of results.json. None: not computed, for want of its inputs."""
 
-    fid: float | None = _shown(Score(title="FID", better="lower", form=".2f"))
-    sfid: float | None = _shown(Score(title="sFID", better="lower", form=".2f"))
-    is_mean: float | None = _shown(
-        Score(title="IS", name="Inception Score", better="higher", form=".2f", deviation="is_std")
+    fid: float | None = _shown(
+        Score(title="FID", better="lower", form=".2f", compute=compute.fid, influence=influence.fid)
     )
+    sfid: float | None = _shown(
+        Score(title="sFID", better="lower", form=".2f", compute=compute.sfid, influence=influence.sfid)
+    )
+    is_mean: float | None = _shown(
+        Score(
+            title="IS", name="Inception Score", better="higher", form=".2f", deviation="is_std",
+            compute=compute.inception, influence=influence.inception,
+        )
+    )  # fmt: skip
     is_std: float | None = None
     is_whole_splits: float | None = None  # is_mean without a last split that is shorter than the others
-    precision: float | None = _shown(Score(title="Precision", better="higher", form=".3f"))
-    recall: float | None = _shown(Score(title="Recall", better="higher", form=".3f"))
-    # A training is scored with few samples, and KID of few samples is mostly noise.
+    precision: float | None = _shown(
+        Score(
+            title="Precision", better="higher", form=".3f",
+            compute=compute.precision_recall, influence=influence.precision,
+        )
+    )  # fmt: skip
+    recall: float | None = _shown(Score(title="Recall", better="higher", form=".3f", influence=influence.recall))
     kid_mean: float | None = _shown(
-        Score(title="KID·10³", name="KID", better="lower", form=".2f", factor=1000.0, in_curves=False)
-    )
+        Score(
+            title="KID·10³", name="KID", better="lower", form=".2f", factor=1000.0, compute=compute.kernel,
+            in_curves=False,  # a training is scored with few samples, and KID of few samples is mostly noise
+        )
+    )  # fmt: skip
     kid_std: float | None = None
 
     def by_key(self) -> dict[str, float | None]:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.compare import Influence, difference, frechet_influence, inception_influence, resampled_means, share_influence
-from eval.metrics.metrics import frechet_distance, inception_score, moments
+from eval.compare import difference, resampled_means
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.inception_score import inception_score
+from eval.metrics.influence import Influence, frechet_influence, inception_influence, share_influence
+from eval.metrics.moments import moments
 from eval.sweep import split_values
 from tests.eval.metrics.test_metrics import class_logits, features
 

@@ -19,7 +19,7 @@ from eval.features.extractor import Features, LazyExtractor
 from eval.generate import Generation, labels_of
 from eval.images.outputs import OutputsConfig
 from eval.metrics import precision_recall as neighbours
-from eval.metrics.metrics import MetricsConfig
+from eval.metrics.config import MetricsConfig
 from eval.recipe import EvalRecipe
 from eval.results import Results
 from eval.work.chunks import ChunkFolder

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
 from eval.features.config import InceptionConfig
-from eval.metrics.metrics import MetricsConfig
+from eval.metrics.config import MetricsConfig
 from eval.recipe import BalancedLabels
 from eval.recipes import load_any, summary_table
 from sfd_scale import build, config

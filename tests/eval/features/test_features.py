@@ -26,11 +26,14 @@ from eval.features.config import (
 )
 from eval.features.convnet import register
 from eval.features.downloads import fetch
-from eval.features.extractor import LazyExtractor, build_extractor, identify, make_extractor
-from eval.features.extractors import InceptionFeatures
+from eval.features.extractor import LazyExtractor
+from eval.features.inception import InceptionFeatures
+from eval.features.make import build_extractor, fingerprint, make_extractor
 from eval.images.outputs import to_image
 from eval.images.sources import NpzSource
-from eval.metrics.metrics import MetricsConfig, frechet_distance, moments
+from eval.metrics.config import MetricsConfig
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.moments import moments
 from eval.recipe import EvalRecipe
 from eval.score import score
 from sfd_scale.runtime.matmul import strict_float32
@@ -273,7 +276,7 @@ def test_convnet(convnet: ConvNetConfig) -> None:
     assert torch.equal(found.logits, direct.logits)
     assert found.spatial is not None and found.spatial.shape == (3, 4 * 4 * 7)
     assert found.spatial[2, (2 * 4 + 1) * 7 + 4] == direct.grid[2, 4, 2, 1]
-    assert extractor.fingerprint == identify(convnet) and "sfd-convnet" in extractor.fingerprint
+    assert extractor.fingerprint == fingerprint(convnet) and "sfd-convnet" in extractor.fingerprint
     with pytest.raises(ValueError, match="trained on images of 32 pixels"):
         extractor(images(1, size=64))
 
@@ -307,7 +310,7 @@ def test_registered_extractors_by_name(weights: Path) -> None:
 @pytest.mark.parametrize("name", ["vgg16", "clip-vit-b-32", "dinov2-vit-b-14", "inception-v3-compat"])
 def test_what_would_run_a_download_is_refused(name: str) -> None:
     layer = {"vgg16": "fc2", "inception-v3-compat": "2048"}.get(name, name.split("-")[0])
-    with pytest.raises(ValueError, match=f"{name} runs what it downloads; allowed: trust_remote_code=true"):
+    with pytest.raises(ValueError, match=f"{name} runs code from what it downloads; allowed: trust_remote_code=true"):
         build_extractor(RegisteredConfig(name=name, pooled=layer), CPU)
 
 
@@ -336,7 +339,7 @@ register_feature_extractor("mean-colour", MeanColour)
     config = RegisteredConfig(module="my_features", name="mean-colour", pooled="colour")
     pixels = images(2)
     assert torch.allclose(build_extractor(config, CPU)(pixels).pool, pixels.float().mean((2, 3)))
-    assert identify(config) == "my_features:mean-colour:colour:None:None:its own"
+    assert fingerprint(config) == "my_features:mean-colour:colour:None:None:its own"
     with pytest.raises(ValueError, match="module: no_such cannot be imported"):
         build_extractor(RegisteredConfig(module="no_such", name="x", pooled="x"), CPU)
 
