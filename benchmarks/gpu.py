@@ -29,7 +29,7 @@ from benchmarks import harness
 from benchmarks import peer as baseline
 from benchmarks.harness import Figure
 from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
-from benchmarks.train_step import LAYOUT, batch_of, our_model, our_step, randomize
+from benchmarks.train_step import LAYOUT, batch_of, model_flops, our_model, our_step, randomize
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, GuidanceConfig, NoGuidance, guided
 from sfd_scale.diffusion.samplers import sample
@@ -38,7 +38,6 @@ from sfd_scale.engines.block_transforms import Checkpointing, float8_missing, pr
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models import attention
 from sfd_scale.models.attention import AttentionBackend
-from sfd_scale.models.lightningdit import LightningDiTConfig, flops_per_sample
 from sfd_scale.runtime.device import peak_flops
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu
 
@@ -77,7 +76,7 @@ def check(device: torch.device) -> list[str]:
     failed = []
     for backend, head_dim in itertools.product(get_args(AttentionBackend), (64, 72)):
         try:
-            chosen = attention.activate(backend, device, head_dim)
+            chosen = attention.activate(backend, device, (head_dim,))
         except ValueError as error:
             print(f"head of {head_dim}: {error}")
             continue
@@ -214,9 +213,7 @@ def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
     peak = peak_flops(chosen.device)
     if rate.value is None or not math.isfinite(peak):
         return ""
-    config = LightningDiTConfig(size=size, alignment=our_model(size, 2).config.alignment)  # type: ignore[arg-type]
-    flops = flops_per_sample(config, in_channels=LAYOUT.channels, input_size=LAYOUT.size, training=True)
-    return f", MFU {rate.value * flops / peak:.1%} of dense bf16"
+    return f", MFU {rate.value * model_flops(size) / peak:.1%} of dense bf16"
 
 
 def _figure(

@@ -32,15 +32,16 @@ def _stamp_after(owner: Any, name: str, stamp: str) -> None:
 
 
 def main() -> None:
-    from sfd_scale import __main__, build
+    from sfd_scale import __main__, build, train
     from sfd_scale.runtime import distributed
+    from sfd_scale.tasks.diffusion import DiffusionTask
     from sfd_scale.training.trainer import Trainer
 
     _stamps["imports"] = time.time()
     _stamp_after(distributed, "init", "group")
-    _stamp_after(build, "make_reader", "data")
+    _stamp_after(DiffusionTask, "make_loader", "data")
     _stamp_after(build, "make_engine", "engine")
-    _stamp_after(build, "MetricsWriter", "metrics")
+    _stamp_after(train, "MetricsWriter", "metrics")
     _stamp_after(Trainer, "train_step", "step")
     try:
         __main__.main()

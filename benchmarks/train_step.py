@@ -26,11 +26,12 @@ from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.alignment import AlignmentConfig
-from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, flops_per_sample
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig
+from sfd_scale.planning.flops import training_flops
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.device import has_bf16
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, measured_flops
-from sfd_scale.training.objective import SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
 
 CPU = torch.device("cpu")
 LAYOUT = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size=SIDE)
@@ -52,6 +53,14 @@ def our_model(size: str, depth: int | None = None, alignment: bool = True) -> Li
     head = AlignmentConfig(depth=min(2, depth or layers)) if alignment else None
     config = LightningDiTConfig(depth=depth or layers, width=width, heads=heads, alignment=head)
     return LightningDiT(config, in_channels=TEXTURE + SEMANTIC, input_size=SIDE, two_clocks=True)
+
+
+def model_flops(size: str, depth: int | None = None) -> float:
+    """FLOPs of forward and backward of `our_model` for one sample."""
+    return training_flops(
+        lambda: our_model(size, depth),
+        lambda: (torch.zeros(1, *LAYOUT.shape), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long)),
+    )
 
 
 def randomize(*models: nn.Module) -> None:
@@ -178,7 +187,7 @@ def _roofline(seconds: dict[str, list[float]], depth: int | None, count: int) ->
     """Each side's step beside the least that it can take: its products at the measured peak, and the update of the
     weights at the measured bandwidth. The ratio is the share of that bound."""
     model = our_model("S", depth)
-    flops = count * flops_per_sample(model.config, in_channels=LAYOUT.channels, input_size=SIDE, training=True)
+    flops = count * model_flops("S", depth)
     moved = UPDATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
     peak, bandwidth = measured_flops(CPU, torch.float32), _bandwidth()
     bound = flops / peak + moved / bandwidth

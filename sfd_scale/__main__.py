@@ -32,9 +32,9 @@ def train(
     from sfd_scale.recipe import TrainRecipe
 
     loaded = load_recipe(recipe, TrainRecipe, overrides)
-    from sfd_scale import build
+    from sfd_scale.train import train as run_training
 
-    if not build.train(loaded, run or loaded.run, allow_foreign, source=recipe):
+    if not run_training(loaded, run or loaded.run, allow_foreign, source=recipe):
         sys.exit(REQUEUE_EXIT_CODE)
 
 

@@ -16,20 +16,16 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.build import make_objective, make_reader, make_targets
 from sfd_scale.checkpoint import Checkpoint, load_weights
-from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.export import EXPORT_KEY
-from sfd_scale.models.make import bare_model
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.batch_split import split_batch
 from sfd_scale.runtime.progress import progress
+from sfd_scale.tasks import diffusion_task
 from sfd_scale.tokenizers.make import make_semantic
 from sfd_scale.training.alignment_targets import DecodedFeatures
 from sfd_scale.training.metrics import CLOCK_BINS, ClockLosses
-from sfd_scale.training.objective import SemanticFirstConfig
 
 logger = logging.getLogger(__name__)
 TOLERANCE, ERRORS = 0.1, 4.0  # a bin differs beyond this share and this many standard errors
@@ -94,13 +90,11 @@ def check_checkpoint(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Ch
     Raises:
         ValueError: if the recipe trains no diffusion model, or the checkpoint is not one of its model.
     """
-    if not isinstance(recipe.objective, SemanticFirstConfig):
-        raise ValueError(f"objective.kind: {recipe.objective.kind!r}; only 'semantic_first' has a clock")
+    task = diffusion_task(recipe)
     weights, record = _read(path)
     device = distributed.device()
-    reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentLoader)
-    model = bare_model(recipe.model, recipe.latents, recipe.schedule)
+    reader = task.latent_loader()
+    model = task.make_model()
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -109,7 +103,7 @@ def check_checkpoint(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Ch
     if missing or unexpected:
         raise ValueError(f"{path}: not of this recipe's model: missing {missing[:4]}, unexpected {unexpected[:4]}")
     model.to(device).eval()
-    objective = make_objective(recipe, reader, device)
+    objective = task.make_objective(reader, device)
     steps = range(-(-samples // recipe.train.global_batch))
     keys = [key for step in steps for part in reader.keys(step) for key in part]
     clocks, losses = [], []
@@ -149,14 +143,14 @@ def decoded_cosine(recipe: TrainRecipe, samples: int = 2048) -> tuple[float, flo
     device = distributed.device()
     if recipe.data.features != "online":
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, features="shards"))
-    reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentLoader)
+    task = diffusion_task(recipe)
+    reader = task.latent_loader()
     if recipe.data.features == "shards" and reader.feature_dim is None:
         raise ValueError(
             f"data.path: {recipe.data.path} stores no features to compare with; encode a part with "
             "store.features=shards, or with store.image=true and give data.features=online"
         )
-    true = make_targets(recipe, reader, device)
+    true = task.alignment_targets(reader, device)
     decoded = DecodedFeatures(make_semantic(codec, device), recipe.latents, reader.stats)
     cosines = []
     for start in range(0, min(samples, reader.manifest.num_samples), 32):

@@ -13,13 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from sfd_scale import checkpoint as checkpoints
 from sfd_scale import config
-from sfd_scale.build import make_model, make_reader
-from sfd_scale.data.dataloader import LatentLoader
+from sfd_scale.build import make_model
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
-from sfd_scale.runtime.batch_split import split_batch
-from sfd_scale.training.objective import SemanticFirstConfig
 
 logger = logging.getLogger(__name__)
 TEXTURE = "texture.safetensors"  # the texture codec's weights in a folder for the hub
@@ -57,8 +54,8 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
     if checkpoint is not None and choice.step not in (None, checkpoint.step):
         raise ValueError(f"--step: {choice.step}, but {source} is one checkpoint; give the run folder")
     recipe = run.recipe
-    reader = latent_reader(recipe)
-    stats, tokenizers = (None, None) if reader is None else (reader.stats, reader.manifest.tokenizers)
+    loader = recipe.task.latent_loader()
+    stats, tokenizers = (None, None) if loader is None else (loader.stats, loader.manifest.tokenizers)
     if choice.initial:
         note = note_of(recipe, 0, stats, tokenizers)
         initial = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
@@ -81,15 +78,6 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
     path = checkpoints.export_weights(checkpoint, out, choice.weights, {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, choice.weights, checkpoint.path)
     return path
-
-
-def latent_reader(recipe: TrainRecipe) -> LatentLoader | None:
-    """The reader of a diffusion run's data; None for other runs."""
-    if not isinstance(recipe.objective, SemanticFirstConfig):
-        return None
-    reader = make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-    assert isinstance(reader, LatentLoader)
-    return reader
 
 
 def note_of(

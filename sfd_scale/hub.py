@@ -16,7 +16,6 @@ from eval.results import Results
 from sfd_scale import config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.export import WeightsChoice
-from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.files import write_atomically, write_json
@@ -116,16 +115,9 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
 
 
 def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
-    layout, step = recipe.latents, int(note["step"])
-    model: str = recipe.model.kind
-    if isinstance(recipe.model, LightningDiTConfig):
-        depth, width, heads = recipe.model.dimensions
-        model = f"{model}, depth {depth}, width {width}, {heads} heads"
+    step = int(note["step"])
     rows = {
-        "Model": model,
-        "Latent": f"{layout.texture_channels} texture + {layout.semantic_channels} semantic channels, "
-        f"{layout.size} × {layout.size}",
-        "Lead of semantics": f"delta_t {recipe.schedule.delta_t:g}",
+        **{name.capitalize(): fact for name, fact in recipe.task.summary().items()},
         "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
         "Optimizer": f"AdamW, learning rate {recipe.optimizer.lr:g}, betas {recipe.optimizer.betas}",
         "Weights": _weights(recipe, note),

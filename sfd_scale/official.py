@@ -36,9 +36,10 @@ from sfd_scale.runs import RunFolder
 from sfd_scale.runtime.files import sha256
 from sfd_scale.runtime.locks import run_lock
 from sfd_scale.runtime.weight_files import State
+from sfd_scale.tasks import diffusion_task
+from sfd_scale.tasks.diffusion import DiffusionTask
 from sfd_scale.tokenizers.make import make_texture
 from sfd_scale.training.divergence import DivergenceWatch
-from sfd_scale.training.objective import SemanticFirstConfig
 
 logger = logging.getLogger(__name__)
 _HEAD = "repa_projector."
@@ -120,8 +121,7 @@ def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence
     if content.ema is None or content.model is None:
         raise ValueError(f"{file} holds no ema, the average that a run goes on with")
     params, average = (_fitted(content, state, recipe, file) for state in (content.model, content.ema))
-    reader = export.latent_reader(recipe)
-    assert reader is not None  # _fitted has seen to it
+    reader = diffusion_task(recipe).latent_loader()
     wanted = _stats(stats, recipe) if stats else None
     if wanted is not None and wanted.hash != reader.stats.hash:
         raise ValueError(
@@ -173,17 +173,26 @@ def _size_hint(state: State, wanted: Architecture) -> str:
 
 
 def _architecture(recipe: TrainRecipe) -> Architecture:
-    if not isinstance(recipe.model, LightningDiTConfig):
-        raise ValueError(f"model.kind: {recipe.model.kind!r}; allowed: 'lightningdit', which the authors' files hold")
-    layout = recipe.latents
-    return Architecture(recipe.model, layout.channels, layout.size, not recipe.schedule.synchronous)
+    layout, (_, model) = recipe.latents, _lightningdit(recipe)
+    return Architecture(model, layout.channels, layout.size, not recipe.schedule.synchronous)
+
+
+def _lightningdit(recipe: TrainRecipe) -> tuple[DiffusionTask, LightningDiTConfig]:
+    """The task of a recipe, and its model, which the official code has.
+
+    Raises:
+        ValueError: for any other model.
+    """
+    task = diffusion_task(recipe)
+    if not isinstance(task.model, LightningDiTConfig):
+        raise ValueError(f"model.kind: {task.model.kind!r}; allowed: 'lightningdit', the model of the official code")
+    return task, task.model
 
 
 def _without_head(recipe: TrainRecipe) -> TrainRecipe:
-    if not isinstance(recipe.model, LightningDiTConfig) or not isinstance(recipe.objective, SemanticFirstConfig):
-        return recipe
-    objective = dataclasses.replace(recipe.objective, alignment_weight=0.0)
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, alignment=None), objective=objective)
+    task, model = _lightningdit(recipe)
+    objective = dataclasses.replace(task.loss, alignment_weight=0.0)
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, alignment=None), objective=objective)
 
 
 def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
@@ -256,9 +265,8 @@ def _full(parameters: Mapping[str, Tensor], recipe: TrainRecipe) -> State:
 
 def _official_config(recipe: TrainRecipe) -> dict[str, Any]:
     """The settings of the model and of its loss under the authors' names, and the whole recipe."""
-    model, objective = recipe.model, recipe.objective
-    assert isinstance(model, LightningDiTConfig)
-    assert isinstance(objective, SemanticFirstConfig)
+    task, model = _lightningdit(recipe)
+    objective = task.loss
     named = {
         "model_type": f"LightningDiT-{'1p0B' if model.size == 'XXL' else model.size}/{model.patch_size}",
         "in_chans": recipe.latents.channels,

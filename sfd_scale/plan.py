@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from rich.table import Table
 from sfd_scale.build import footprint
 from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
-from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.planning import planner
 from sfd_scale.planning.costs import engine_name
 from sfd_scale.planning.footprint import Footprint
@@ -21,8 +19,6 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.device import peak_flops_by_name
 
 IMAGENET = 1_281_167  # images of the training set
-_STORED = 2  # bytes of a latent or a feature in the shards
-_IMAGE = 3 * 256**2  # bytes of an image there
 
 
 def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
@@ -32,13 +28,7 @@ def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
         count = Manifest.read(path).num_samples
         size = sum(shard["raw_data"]["bytes"] for shard in read_index(path)["shards"])
         return max(size // max(count, 1), 1), count
-    values = math.prod(recipe.latents.shape)
-    if recipe.data.features == "shards" and isinstance(recipe.model, LightningDiTConfig) and recipe.model.alignment:
-        values += recipe.latents.size**2 * recipe.model.alignment.dim
-    size = values * _STORED * (2 if recipe.data.flip else 1)
-    if recipe.data.features == "online":
-        size += _IMAGE
-    return size, IMAGENET if samples is None else samples
+    return recipe.task.sample_bytes(), IMAGENET if samples is None else samples
 
 
 def job(

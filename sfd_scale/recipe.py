@@ -21,28 +21,17 @@ from sfd_scale.engines.ema import EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.models.attention import AttentionBackend
-from sfd_scale.models.lightningdit import LightningDiTConfig
-from sfd_scale.models.semantic_vae import SemanticVAEConfig
 from sfd_scale.runtime.profiling import ProfileConfig
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
+from sfd_scale.tasks import ModelConfig, ObjectiveConfig, task_of
+from sfd_scale.tasks.task import Task
 from sfd_scale.tokenizers.make import CompositeConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCAFitConfig
 from sfd_scale.tokenizers.pca import FeaturePCAFitConfig
-from sfd_scale.toy.convnet import SmallConvNetConfig
 from sfd_scale.training.divergence import DivergenceConfig
 from sfd_scale.training.metrics import TrainingMetricsConfig
 from sfd_scale.training.metrics_writer import WandbConfig
-from sfd_scale.training.objective import ROTATIONS, ClassificationConfig, SemanticFirstConfig, SemanticVAELossConfig
 from sfd_scale.training.trainer import TrainerConfig
-
-ModelConfig = LightningDiTConfig | SemanticVAEConfig | SmallConvNetConfig
-ObjectiveConfig = SemanticFirstConfig | SemanticVAELossConfig | ClassificationConfig
-# Which objective trains which model.
-_PAIRS: dict[type, type] = {
-    SemanticFirstConfig: LightningDiTConfig,
-    SemanticVAELossConfig: SemanticVAEConfig,
-    ClassificationConfig: SmallConvNetConfig,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,44 +73,12 @@ class TrainRecipe:
     tensorboard: NoEffectOnResults[bool] = False  # event files beside metrics.jsonl; needs the extra of that name
 
     def __post_init__(self) -> None:
-        wanted = _PAIRS[type(self.objective)]
-        if not isinstance(self.model, wanted):
-            raise ValueError(
-                f"model.kind: {self.model.kind!r} with objective.kind {self.objective.kind!r}; that objective trains "
-                f"{wanted.__dataclass_fields__['kind'].default!r}"  # type: ignore[attr-defined]
-            )
-        if isinstance(self.objective, SemanticFirstConfig) and isinstance(self.model, LightningDiTConfig):
-            self._check_diffusion(self.objective, self.model)
-        if isinstance(self.objective, ClassificationConfig) and isinstance(self.model, SmallConvNetConfig):
-            turns = self.model.num_classes
-            if self.objective.pretext == "rotation" and turns != ROTATIONS:
-                raise ValueError(f"model.num_classes: {turns}; allowed: {ROTATIONS} with objective.pretext rotation")
-        if isinstance(self.objective, SemanticVAELossConfig):
-            if self.data.features not in ("shards", "online"):
-                raise ValueError(f"data.features: {self.data.features}, for a semantic VAE; allowed: shards, online")
-            if self.data.features == "online" and self.tokenizer.vision is None:
-                raise ValueError("tokenizer.vision: missing; data.features is online, which needs a vision encoder")
+        self.task.check()
 
-    def _check_diffusion(self, objective: SemanticFirstConfig, model: LightningDiTConfig) -> None:
-        if objective.alignment_weight > 0 and model.alignment is None:
-            raise ValueError(
-                f"objective.alignment_weight: {objective.alignment_weight} with a model without alignment head; set "
-                "model.alignment, or objective.alignment_weight=0"
-            )
-        if objective.alignment_weight > 0:
-            source, needed = self.data.features, {"online": "vision", "decoded": "semantic"}
-            if source == "none":
-                raise ValueError(
-                    "data.features: none, but objective.alignment_weight is above 0; allowed: shards, online, decoded"
-                )
-            if source in needed and getattr(self.tokenizer, needed[source]) is None:
-                raise ValueError(f"tokenizer.{needed[source]}: null; data.features={source} needs it")
-        if objective.alignment_weight == 0 and model.alignment is not None:
-            raise ValueError("model.alignment: an alignment head that nothing trains; set it to null")
-        if not self.schedule.synchronous and self.latents.semantic_channels == 0:
-            raise ValueError("schedule.delta_t: a lead of semantics, but latents.semantic_channels is 0; set delta_t 0")
-        if self.latents.size % model.patch_size:
-            raise ValueError(f"model.patch_size: {model.patch_size} does not divide latents.size {self.latents.size}")
+    @property
+    def task(self) -> Task:
+        """The kind of this run; everything that depends on the kind is asked of it."""
+        return task_of(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,11 @@ from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.export import TEXTURE, read_note, require_note
-from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
-from sfd_scale.models.make import bare_model
+from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
+from sfd_scale.tasks import diffusion_task
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
-from sfd_scale.training.objective import SemanticFirstConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +51,16 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     """
     note = read_note(path)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
-    if not isinstance(recipe.model, LightningDiTConfig):
-        raise ValueError(f"{path}: an export of {recipe.model.kind!r}; images are drawn from a 'lightningdit'")
+    try:
+        task = diffusion_task(recipe)
+    except ValueError as error:
+        raise ValueError(f"{path}: images cannot be drawn from it: {error}") from error
     if "stats" not in note:
         raise ValueError(f"{path}: without the statistics of its latents; import it again with --stats")
     require_note(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
     if recipe.tokenizer.texture is None:
         raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
-    model = bare_model(recipe.model, recipe.latents, recipe.schedule)
+    model = task.make_model()
     weights = checkpoint.load_weights(path)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -75,15 +76,14 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
             "start the run again with the tokenizer.texture that the data was encoded with (it has nothing left to "
             "train), and export again"
         )
-    dropped = isinstance(recipe.objective, SemanticFirstConfig) and recipe.objective.label_dropout > 0
     stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
 
     def decode(latents: Tensor) -> Tensor:
         return texture.decode(recipe.latents.split(latents)[0])
 
     return Loaded(
-        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, recipe.model.num_classes,
-        recipe.model.num_classes if dropped else None,
+        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, task.model.num_classes,
+        task.model.num_classes if task.loss.label_dropout > 0 else None,
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
     )  # fmt: skip
 

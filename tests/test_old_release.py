@@ -22,7 +22,7 @@ from eval.recipe import EvalRecipe
 from eval.report import report
 from eval.results import Results
 from eval.watch import watch
-from sfd_scale import build, checkpoint, config, encode, export, official
+from sfd_scale import checkpoint, config, encode, export, official, train
 from sfd_scale.data.manifest import Manifest, restored
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
@@ -144,8 +144,8 @@ def go_on(folder: Path) -> dict[str, Any]:
     generate.generate(settings, results)
     repeated = {name: files(Path(name)) == before for name, before in begun.items()}
     again = score.score(settings, results, Path("again.json"))
-    build.train(config.load("recipes/sfd.yaml", TrainRecipe, ["train.steps=6"]), run)
-    build.train(config.load("recipes/sfd.yaml", TrainRecipe, ["train.steps=4", *ZERO1]), Path("run_zero1"))
+    train.train(config.load("recipes/sfd.yaml", TrainRecipe, ["train.steps=6"]), run)
+    train.train(config.load("recipes/sfd.yaml", TrainRecipe, ["train.steps=4", *ZERO1]), Path("run_zero1"))
     watch(settings, run, out, once=True)
     after = files(out)
     # A run that began anew would have the same losses, but other times in its first rows.

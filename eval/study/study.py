@@ -25,7 +25,7 @@ from eval.study import report as study_report
 from eval.study.recipe import StudyRecipe, SweepConfig
 from eval.sweep import sweep
 from eval.watch import watch
-from sfd_scale import build, config, encode, export
+from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.locks import run_lock
@@ -102,7 +102,7 @@ class Study:
 
     def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
         def work() -> bool:
-            if not build.train(cell, run, source=self.recipe.name):
+            if not train.train(cell, run, source=self.recipe.name):
                 return False
             watch(self.evaluation, run, once=True)
             return True
@@ -230,7 +230,7 @@ def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], b
             case FitRecipe():
                 encode.fit(recipe)
             case TrainRecipe():
-                if not build.train(recipe, recipe.run):
+                if not train.train(recipe, recipe.run):
                     return False
                 export.export(recipe.run, _outputs(recipe)[0])
         return True

@@ -179,6 +179,11 @@ class BatchLoader(Generic[B]):
         return None if form is None else int(form.split(":")[2].split(",")[0])
 
     @property
+    def stats_hash(self) -> str | None:
+        """Hash of the statistics that normalise the latents; None for data without latents."""
+        return None
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the order and content of the batches. A resumed run must have the same."""
         shuffled = self.config.shuffle_block if self.config.shuffle else 0
@@ -299,6 +304,10 @@ class LatentLoader(BatchLoader[LatentBatch]):
                 f"data.stats: {config.stats or config.path / STATS} has {len(self.stats.mean)} channels, the latents "
                 f"have {self.shape[0]}; give the statistics of this data"
             )
+
+    @property
+    def stats_hash(self) -> str:
+        return self.stats.hash
 
     @property
     def shape(self) -> tuple[int, ...]:

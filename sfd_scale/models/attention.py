@@ -69,6 +69,12 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v).flatten(2))  # (N, T, D)
 
 
+def head_dims(model: nn.Module) -> tuple[int, ...]:
+    """The features per head of the attention layers of a model, each once; empty for a model without such layers."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    return tuple(dict.fromkeys(layer.proj.in_features // layer.num_heads for layer in layers))
+
+
 _flash2: Callable[..., Tensor] | None = None  # the package's function, where it was chosen
 
 
@@ -101,11 +107,17 @@ def unfit(
     backend: FlashBackend,
     found: Collection[str],
     capability: tuple[int, int] | None,
-    head_dim: int | None,
+    head_dims: Collection[int],
     dtype: torch.dtype,
 ) -> str | None:
-    """Why a flash kernel cannot run, or None: of what is installed, compute capability (None: no CUDA device), features
-    of a head (None: not known) and dtype."""
+    """Why a flash kernel cannot run, or None.
+
+    Args:
+        found: the installed packages.
+        capability: compute capability; None without a CUDA device.
+        head_dims: the features per head of every attention layer; empty where they are not known.
+        dtype: of queries, keys and values.
+    """
     needs = _FLASH[backend]
     if capability is None:
         return "it needs a CUDA device"
@@ -114,21 +126,25 @@ def unfit(
         return f"it needs a GPU of compute capability {majors}, this one has {capability[0]}.{capability[1]}"
     if backend not in found:
         return f"it needs the module {needs.module}"
-    if head_dim is not None and (head_dim > needs.largest_head or head_dim % 8):
-        return f"it takes heads of multiples of 8 up to {needs.largest_head}, not {head_dim}"
+    for head_dim in head_dims:
+        if head_dim > needs.largest_head or head_dim % 8:
+            return f"it takes heads of multiples of 8 up to {needs.largest_head}, not {head_dim}"
     if dtype not in _HALF:
         return f"it takes bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
 def candidates(
-    found: Collection[str], capability: tuple[int, int] | None, head_dim: int | None, dtype: torch.dtype
+    found: Collection[str], capability: tuple[int, int] | None, head_dims: Collection[int], dtype: torch.dtype
 ) -> tuple[list[AttentionBackend], list[str]]:
-    """What `auto` tries, the best first and SDPA last, and why not the others; arguments as of `unfit`."""
+    """The kernels that `auto` tries, the best first and SDPA last, and why it skips the others.
+
+    The arguments are those of `unfit`.
+    """
     able: list[AttentionBackend] = []
     reasons: list[str] = []
     for name in _FLASH:
-        reason = unfit(name, found, capability, head_dim, dtype)
+        reason = unfit(name, found, capability, head_dims, dtype)
         if reason is None:
             able.append(name)
         else:
@@ -142,13 +158,16 @@ def assert_supported(backend: AttentionBackend, device: torch.device) -> None:
         raise ValueError(f"attention: {backend!r}; allowed: {', '.join(get_args(AttentionBackend))}")
     if backend in _FLASH:
         # By name flash2 needs no package: PyTorch has a copy.
-        reason = unfit(backend, {*installed(), "flash2"}, _capability(device), None, torch.bfloat16)
+        reason = unfit(backend, {*installed(), "flash2"}, _capability(device), (), torch.bfloat16)
         if reason is not None:
             raise ValueError(f"attention: {backend} cannot run here ({reason}); allowed here: auto, sdpa, math")
 
 
 def activate(
-    backend: AttentionBackend, device: torch.device, head_dim: int | None = None, dtype: torch.dtype = torch.bfloat16
+    backend: AttentionBackend,
+    device: torch.device,
+    head_dims: Collection[int] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> str:
     """Choose the kernel for this process; returns the name of what was chosen.
 
@@ -157,8 +176,8 @@ def activate(
     flash kernel cannot work at all (float32), so `kernel_name` says what really runs.
 
     Args:
-        head_dim: of the model that is to run, where it is known.
-        dtype: of its products.
+        head_dims: features per head in the model (`head_dims`), where it is known.
+        dtype: of queries, keys and values.
 
     Raises:
         ValueError: if a kernel asked for by name cannot run here, with the reason.
@@ -168,7 +187,7 @@ def activate(
     tried: list[AttentionBackend] = [backend]
     reasons: list[str] = []
     if backend == "auto":
-        tried, reasons = candidates(installed(), _capability(device), head_dim, dtype)
+        tried, reasons = candidates(installed(), _capability(device), head_dims, dtype)
     for chosen in tried:
         failure = _load(chosen)
         if failure is None:

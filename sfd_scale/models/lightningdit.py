@@ -100,6 +100,11 @@ class LightningDiTConfig:
         return Size(self.depth, self.width, self.heads)
 
     @property
+    def description(self) -> str:
+        depth, width, heads = self.dimensions
+        return f"{self.kind}{f' {self.size}' if self.size else ''}, depth {depth}, width {width}, {heads} heads"
+
+    @property
     def mlp_hidden(self) -> int:
         return mlp_hidden(self.mlp, self.dimensions.width, self.mlp_ratio)
 
@@ -249,23 +254,3 @@ def parameter_count(
     with torch.device("meta"):
         model = LightningDiT(config, in_channels=in_channels, input_size=input_size, two_clocks=two_clocks)
     return sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
-
-
-def flops_per_sample(
-    config: LightningDiTConfig, *, in_channels: int, input_size: int, training: bool, two_clocks: bool = True
-) -> float:
-    """Model FLOPs of one sample from the architecture: two for each multiply-add of the matrix products, three times
-    the forward pass in training (PaLM, arXiv 2204.02311, App. B). Recomputation is not counted."""
-    depth, width, _ = config.dimensions
-    tokens = (input_size // config.patch_size) ** 2
-    mlp = (3 if config.mlp == "swiglu" else 2) * width * config.mlp_hidden
-    attention = 2 * tokens * width  # scores and values, a token
-    blocks = depth * (tokens * (4 * width**2 + mlp + attention) + (6 if config.shift else 4) * width**2)
-    channels = in_channels * (3 if config.learn_sigma else 2)  # in and out
-    ends = tokens * config.patch_size**2 * channels * width + 2 * width**2
-    clock = width // 2 if two_clocks else width
-    ends += (width // clock) * (TimestepEmbedder.num_sinusoids * clock + clock**2)
-    if config.alignment is not None:
-        head = config.alignment
-        ends += tokens * (width * head.hidden + head.hidden**2 + head.hidden * head.dim)
-    return 2.0 * (blocks + ends) * (3 if training else 1)

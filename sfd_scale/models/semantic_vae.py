@@ -34,6 +34,10 @@ class SemanticVAEConfig:
         if self.hidden_dim % self.heads:
             raise ValueError(f"heads: {self.heads}; allowed: divisors of hidden_dim, {self.hidden_dim}")
 
+    @property
+    def description(self) -> str:
+        return f"{self.kind}, {self.input_dim} → {self.bottleneck_dim} channels, {self.blocks} blocks per side"
+
 
 class TokenBlock(nn.Module):
     """Self-attention and MLP with norms before them: (N, T, hidden) → the same."""

@@ -37,6 +37,10 @@ class SmallConvNetConfig:
             raise ValueError(f"image_size: {self.image_size}; allowed: multiples of {step}, one halving for each width")
 
     @property
+    def description(self) -> str:
+        return f"{self.kind}, widths {', '.join(map(str, self.widths))}"
+
+    @property
     def grid(self) -> int:
         """Side of the feature grid."""
         return self.image_size // 2 ** len(self.widths)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -54,31 +54,38 @@ class Batch(Protocol):
     def __len__(self) -> int: ...
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """Trains until `config.steps`, resuming from the newest checkpoint; saves when due, at a signal and at the end.
 
     Args:
-        snapshots: where the power-function averages are saved, if there are any.
-        batches: from a first step, endless micro-batches of this rank, `accumulation` a step; without the data of the
-            steps passed over.
+        snapshots: saves the power-function averages, if there are any.
+        batches: endless micro-batches of this rank from a first step on, `grad_accum_steps` per step. It leaves out
+            the data of the steps in its second argument.
         learning_rate: a pure function of the step.
-        state: what every checkpoint records beside the step; `check_state` refuses one of another run.
-        before_step: told that a step begins.
+        state: recorded in every checkpoint beside the step; `check_state` refuses the state of another run.
+        before_step: called before every step.
     """
 
-    def __init__(
-        self, *, config: TrainerConfig, engine: Engine, objective: Objective,
-        batches: Callable[[int, Ranges], Iterator[Batch]], grad_accum_steps: int, learning_rate: Callable[[int], float],
-        ema: EMA, checkpoints: CheckpointManager, watch: DivergenceWatch, metrics: TrainingMetrics,
-        writer: MetricsWriter,
-        state: Mapping[str, Any], check_state: Callable[[Mapping[str, Any]], None], before_step: Callable[[int], None],
-        snapshots: CheckpointManager | None = None,
-    ) -> None:  # fmt: skip
-        self.config, self.engine, self.objective, self.batches = config, engine, objective, batches
-        self.grad_accum_steps, self.learning_rate, self.ema = grad_accum_steps, learning_rate, ema
-        self.checkpoints, self.snapshots, self.watch = checkpoints, snapshots, watch
-        self.metrics, self.writer, self.state, self.check_state = metrics, writer, state, check_state
-        self.before_step, self.heartbeat = before_step, Heartbeat(config.timeout_s)
+    config: TrainerConfig
+    engine: Engine
+    objective: Objective
+    batches: Callable[[int, Ranges], Iterator[Batch]]
+    grad_accum_steps: int
+    learning_rate: Callable[[int], float]
+    ema: EMA
+    checkpoints: CheckpointManager
+    watch: DivergenceWatch
+    metrics: TrainingMetrics
+    writer: MetricsWriter
+    state: Mapping[str, Any]
+    check_state: Callable[[Mapping[str, Any]], None]
+    before_step: Callable[[int], None]
+    snapshots: CheckpointManager | None = None
+    heartbeat: Heartbeat = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.heartbeat = Heartbeat(self.config.timeout_s)
 
     def run(self) -> bool:
         """Train to the end (True) or to an agreed stop (False), which may come with the last step; either way that is

@@ -14,7 +14,7 @@ from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, guided
 from sfd_scale.diffusion.samplers import sample
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.lightningdit import LightningDiT
-from sfd_scale.training.objective import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.semantic_first import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
 
 SCHEDULE = SemanticFirstSchedule(delta_t=peer.DELTA_T)
 

@@ -13,7 +13,7 @@ import torch
 from eval.images import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
-from sfd_scale import build, checkpoint, config
+from sfd_scale import checkpoint, config, train
 from sfd_scale.data.sources import DigitsConfig, DrawnImages
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
@@ -69,7 +69,7 @@ def train_and_watch(folder: Path) -> list[Any]:
     run, out = folder / "run", folder / "run" / "evaluations"
     for steps in (2, 4):
         recipe = config.load(folder / "train.yaml", TrainRecipe, [f"train.steps={steps}"])
-        build.train(recipe, run)
+        train.train(recipe, run)
         watch(settings, run, out, interval=0.1)
         times = {file.parent.name: file.stat().st_mtime_ns for file in out.glob("*/results.json")}
         found.append((times, (out / "results.jsonl").read_text()))

@@ -28,7 +28,7 @@ from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
-from sfd_scale.training.objective import SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import Spec, distance, make_engine, relative, whole
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sfd_scale import build, config, export
+from sfd_scale import config, export, train
 from sfd_scale.__main__ import app
 from sfd_scale.check import binned, check_checkpoint
 from sfd_scale.diffusion.latents import LatentStats
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a short run on it, and statistics that are not those of the data."""
     out = tmp_path_factory.mktemp("probe")
     encode_digits(out / "data", 160, chunk=80)
-    assert build.train(recipe_of(out), out / "run")
+    assert train.train(recipe_of(out), out / "run")
     stats = LatentStats.load(out / "data" / "stats.safetensors")
     LatentStats(stats.mean + stats.std, stats.std / 2).save(out / "other.safetensors")
     return out
@@ -78,10 +78,10 @@ def test_the_command_and_an_export(root: Path) -> None:
 def test_a_resume_on_other_statistics_is_refused_unless_allowed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     stats = str(root / "other.safetensors")
     with pytest.raises(ValueError, match=r"other latent statistics .*; set data\.stats to the statistics that"):
-        build.train(recipe_of(root, {"stats": stats}, steps=61), root / "run")
+        train.train(recipe_of(root, {"stats": stats}, steps=61), root / "run")
     allowed = recipe_of(root, {"stats": stats, "allow_stats_mismatch": True}, steps=61)
     with caplog.at_level(logging.WARNING):
-        assert build.train(allowed, root / "run")
+        assert train.train(allowed, root / "run")
     assert any("statistics" in record.message for record in caplog.records)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from sfd_scale import build, runs
+from sfd_scale import runs, train
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 from tests.helpers import small_run
 from tests.helpers.encoded import tokenizer
@@ -33,7 +33,7 @@ def half(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of half the steps."""
     run = tmp_path_factory.mktemp("runs") / "half"
     # The learning rate is constant: how many steps there are decides nothing.
-    assert build.train(small_run.recipe(data, steps=HALF, every=HALF), run)
+    assert train.train(small_run.recipe(data, steps=HALF, every=HALF), run)
     return run
 
 
@@ -68,7 +68,7 @@ def test_a_run_of_an_older_release_goes_on_as_if_it_were_new(data: Path, half: P
     new, old = (Path(shutil.copytree(half, tmp_path / name)) for name in ("new", "old"))
     rewrite(old, lambda state: state.pop("divergence"), forget)
     for run in (new, old):
-        assert build.train(small_run.recipe(data, steps=ALL), run)
+        assert train.train(small_run.recipe(data, steps=ALL), run)
     assert small_run.same(small_run.weights(new, ALL), small_run.weights(old, ALL))
     steps = [row["step"] for row in small_run.lines(old / "metrics.jsonl")]
     assert steps == list(range(1, ALL + 1)), "it went on, and did not begin anew"
@@ -79,15 +79,15 @@ def test_what_was_not_the_default_then_still_differs(data: Path, half: Path, tmp
     rewrite(run, nothing, forget)
     changed = small_run.recipe(data, steps=ALL, ema={"decay": 0.5})
     with pytest.raises(ValueError, match=r"another recipe \(recipe\.ema\.decay: 0\.5, in the checkpoint 0\.9999\)"):
-        build.train(changed, run)
+        train.train(changed, run)
 
 
 def test_other_steps_are_another_recipe_where_the_learning_rate_falls(data: Path, tmp_path: Path) -> None:
     """With wsd they are not, as long as the rate is constant under both."""
     falling = {"lr": {"kind": "cosine"}}
-    assert build.train(small_run.recipe(data, steps=HALF, every=HALF, **falling), tmp_path / "cosine")
+    assert train.train(small_run.recipe(data, steps=HALF, every=HALF, **falling), tmp_path / "cosine")
     with pytest.raises(ValueError, match=rf"\(recipe\.steps: {ALL}, in the checkpoint {HALF}\)"):
-        build.train(small_run.recipe(data, steps=ALL, **falling), tmp_path / "cosine")
+        train.train(small_run.recipe(data, steps=ALL, **falling), tmp_path / "cosine")
     run = runs.RunFolder(tmp_path / "cosine")
     for steps in (ALL + 4, ALL + 8):
         recipe = small_run.recipe(data, steps=steps, every=1, lr={"kind": "wsd", "decay_steps": 2})
@@ -103,7 +103,7 @@ def test_another_clipping_is_another_recipe(data: Path, half: Path, tmp_path: Pa
     run = Path(shutil.copytree(half, tmp_path / "run"))
     clipped = small_run.recipe(data, steps=ALL, engine={"kind": "fsdp", "precision": "fp32", "grad_clip": 0.5})
     with pytest.raises(ValueError, match=r"recipe\.grad_clip: 0\.5, in the checkpoint"):
-        build.train(clipped, run)
+        train.train(clipped, run)
 
 
 def test_a_stop_that_comes_with_the_last_step_is_a_stop(data: Path, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_a_stop_that_comes_with_the_last_step_is_a_stop(data: Path, tmp_path: Pa
     recipe, run = small_run.recipe(data, steps=1), tmp_path / "run"
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        assert not build.train(replace(recipe, train=replace(recipe.train, max_duration_s=0.0)), run)
+        assert not train.train(replace(recipe, train=replace(recipe.train, max_duration_s=0.0)), run)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert build.train(recipe, run) and len(small_run.lines(run / "metrics.jsonl")) == 1
+    assert train.train(recipe, run) and len(small_run.lines(run / "metrics.jsonl")) == 1
 
 
 def test_another_texture_codec_is_told_before_training_and_not_after(
@@ -128,13 +128,13 @@ def test_another_texture_codec_is_told_before_training_and_not_after(
     codec.save(own)
     codec.fit([torch.rand(8, 3, 32, 32) * 255], PatchPCAFitConfig(patch=4, channels=6)).save(other)
     named = [{"tokenizer": {"texture": {"kind": "patch_pca", "weights": str(path)}}} for path in (own, other)]
-    build.train(small_run.recipe(data, steps=1, **named[0]), tmp_path / "right")
+    train.train(small_run.recipe(data, steps=1, **named[0]), tmp_path / "right")
     assert "tokenizer.texture" not in caplog.text
     with pytest.raises(ValueError, match=r"tokenizer\.texture: patch_pca:.*, but the data was encoded with patch_pca:"):
-        build.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "wrong")
+        train.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "wrong")
     assert not (tmp_path / "wrong" / "recipe.yaml").exists()
     other.unlink()
-    build.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "absent")
+    train.train(small_run.recipe(data, steps=1, **named[1]), tmp_path / "absent")
     assert "tokenizer.texture.weights: " in caplog.text and "is not here" in caplog.text
 
 
@@ -145,8 +145,8 @@ def test_a_setting_that_is_no_more_is_named(
     rewrite(run, nothing, lambda recipe: recipe["model"].update(gate="tanh"))
     recipe = small_run.recipe(data, steps=ALL)
     with pytest.raises(ValueError, match=r"\(recipe\.model\.gate: None, in the checkpoint 'tanh'\)"):
-        build.train(recipe, run)
-    assert build.train(recipe, run, allow_foreign=True)
+        train.train(recipe, run)
+    assert train.train(recipe, run, allow_foreign=True)
     assert "goes on under another recipe: recipe.model.gate: None, in the checkpoint 'tanh'" in caplog.text
 
 
@@ -158,13 +158,13 @@ def test_another_recipe_is_refused_and_loaded_when_told(
     before = {path: path.read_bytes() for path in files}
     frozen = small_run.recipe(data, steps=ALL, seed=3, optimizer={"lr": 1e-30})
     with pytest.raises(ValueError, match=r"optimizer\.lr: 1e-30, in the checkpoint 0\.01; recipe\.seed: 3, in .* 0\)"):
-        build.train(frozen, run)
+        train.train(frozen, run)
     assert {path: path.read_bytes() for path in files} == before, "refused, and nothing is changed"
-    assert build.train(frozen, run, allow_foreign=True)
+    assert train.train(frozen, run, allow_foreign=True)
     assert "goes on under another recipe: recipe.optimizer.lr: 1e-30" in caplog.text
     # The step and weights are the checkpoint's; a learning rate of next to nothing keeps them.
     params = {name: tensor for name, tensor in small_run.weights(run, ALL).items() if name.startswith("params.")}
     assert all((tensor - small_run.weights(half, HALF)[name]).abs().max() < 1e-20 for name, tensor in params.items())
     caplog.clear()
-    assert build.train(frozen, run), "from here on the run is that of the other recipe"
+    assert train.train(frozen, run), "from here on the run is that of the other recipe"
     assert "another recipe" not in caplog.text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval import generate
 from eval.images.outputs import OutputsConfig
 from eval.recipe import EvalRecipe
-from sfd_scale import build, checkpoint, config, official
+from sfd_scale import build, checkpoint, config, official, train
 from sfd_scale.checkpoint.official_checkpoint import (
     AdamMoments,
     OfficialCheckpoint,
@@ -78,8 +78,8 @@ class TheirTraining:
 
     def steps(self, start: int, stop: int) -> None:
         recipe = self.recipe
-        reader = build.make_reader(recipe, split_batch(recipe.train.global_batch, None, 1))
-        objective, batches = build.make_objective(recipe, reader, CPU), reader.batches(start)
+        reader = recipe.task.make_loader(split_batch(recipe.train.global_batch, None, 1))
+        objective, batches = recipe.task.make_objective(reader, CPU), reader.batches(start)
         for _ in range(start, stop):
             loss = objective(self.model, next(batches)).total
             loss.backward()
@@ -154,7 +154,7 @@ def go_on(folder: str, engines: list[str]) -> dict[str, Any]:
             parts = {"model": params, "ema": average, "optim.exp_avg": zeros, "optim.exp_avg_sq": zeros}
             manager = checkpoint.CheckpointManager(run / "checkpoints", recipe.checkpoint)
             manager.save_whole(SAVED, parts, SAVED, saved.state)
-        assert build.train(recipe, run)
+        assert train.train(recipe, run)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         end = run / "checkpoints" / f"step-{STEPS:08d}"
         out[engine] = {"losses": [row["loss"] for row in rows], "steps": [row["step"] for row in rows]}
@@ -277,7 +277,7 @@ def test_a_file_names_its_size(size: str, folder: Path, tmp_path: Path, monkeypa
     """All six sizes, by the shapes alone: such a file would take gigabytes."""
     with torch.device("meta"):
         made = config.load("train/sfd_xl", TrainRecipe, [f"model.size={size}"])
-        state = build.bare_model(made.model, made.latents, made.schedule).state_dict()
+        state = made.task.make_model().state_dict()
     monkeypatch.setattr(official, "read_official", lambda file: OfficialCheckpoint(None, state, None, None))
     recipe = official.recipe_for(tmp_path / "x.pt", None, ["seed=3"])
     assert recipe.model.size == size and recipe.seed == 3  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from eval.features.config import InceptionConfig
 from eval.metrics.config import MetricsConfig
 from eval.recipe import BalancedLabels
 from eval.recipes import load_any, summary_table
-from sfd_scale import build, config
+from sfd_scale import config
 from sfd_scale.__main__ import app
 from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
@@ -28,7 +28,8 @@ from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.models.semantic_vae import SemanticVAEConfig
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
-from sfd_scale.training.objective import SemanticFirstConfig, SemanticVAELossConfig
+from sfd_scale.training.semantic_first import SemanticFirstConfig
+from sfd_scale.training.semantic_vae import SemanticVAELossConfig
 
 COMPLETE = [name for name in config.recipe_names() if config.kind_of(name) is not None]
 TRAIN = [name for name in COMPLETE if config.kind_of(name) == "train"]
@@ -54,7 +55,7 @@ def test_every_recipe_loads_and_says_its_command_and_its_expected_result(name: s
 def test_every_model_is_built_on_meta(name: str) -> None:
     recipe = config.load(name, TrainRecipe)
     with torch.device("meta"):
-        assert sum(p.numel() for p in build.bare_model(recipe.model, recipe.latents, recipe.schedule).parameters())
+        assert sum(p.numel() for p in recipe.task.make_model().parameters())
 
 
 @pytest.fixture

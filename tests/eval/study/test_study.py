@@ -24,13 +24,13 @@ from eval.study import report as study_report
 from eval.study import study
 from eval.study.recipe import StudyRecipe
 from eval.work.processes import run_beside
-from sfd_scale import build, config
+from sfd_scale import config
 from sfd_scale.data.batches import ImageBatch
 from sfd_scale.recipe import FitRecipe, TrainRecipe
 from sfd_scale.tokenizers.pca import CovarianceAccumulator
 from sfd_scale.toy import scenes
 from sfd_scale.toy.scenes import SceneSplit, scene_digits, scene_image
-from sfd_scale.training.objective import ClassificationConfig, ClassificationObjective
+from sfd_scale.training.classification import ClassificationConfig, ClassificationObjective
 from tests.helpers import small_run
 
 SPLITS: tuple[SceneSplit, ...] = ("train", "reference", "classifier")
@@ -164,7 +164,7 @@ def test_alignment_needs_features() -> None:
 def parameters(name: str) -> int:
     recipe = config.load(f"study/{name}", TrainRecipe)
     with torch.device("meta"):
-        model = build.bare_model(recipe.model, recipe.latents, recipe.schedule)
+        model = recipe.task.make_model()
     return sum(p.numel() for n, p in model.named_parameters() if not n.startswith("repa_projector"))
 
 

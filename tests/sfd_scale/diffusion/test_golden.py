@@ -24,7 +24,7 @@ from sfd_scale.diffusion.guidance import (
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.samplers import SamplerConfig, sample
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
-from sfd_scale.training.objective import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.semantic_first import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
 from tests.helpers.golden_arrays import EXACT, Exact, arrays, check, golden_model, noise, relative_error, settings
 
 inputs = arrays("inputs")

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from sfd_scale import build, config
+from sfd_scale import config
 from sfd_scale.checkpoint.official_checkpoint import infer_architecture, load_lightningdit
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig, parameter_count
 from sfd_scale.recipe import TrainRecipe
@@ -39,7 +39,7 @@ def test_the_recipe_is_dit_xl_2() -> None:
     recipe = config.load("train/ablation/dit_xl", TrainRecipe)
     assert isinstance(recipe.model, LightningDiTConfig)
     with torch.device("meta"):
-        names = build.bare_model(recipe.model, recipe.latents, recipe.schedule).state_dict().keys()
+        names = recipe.task.make_model().state_dict().keys()
     assert set(names) == {*ENDS, *(f"blocks.{n}.{name}" for n in range(28) for name in BLOCK)}
     # The count that DiT prints for DiT-XL/2, which learns the variance too.
     published = config.load("train/ablation/dit_xl", TrainRecipe, ["model.learn_sigma=true"]).model

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from sfd_scale.models import attention
 from sfd_scale.models.alignment import AlignmentConfig
-from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, flops_per_sample, parameter_count
+from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, parameter_count
 from tests.helpers.golden_arrays import arrays, golden_model
 
 inputs = arrays("inputs")
@@ -76,26 +75,6 @@ def test_state_dict_keys_and_shapes(size: str) -> None:
     assert state["feat_rope.freqs_cos"].shape == (64, width // heads)
     assert state["pos_embed"].shape == (1, 64, width)
     assert f"blocks.{depth}.norm1.weight" not in state
-
-
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        (TINY, SMALL),
-        (
-            LightningDiTConfig(depth=2, width=96, heads=4, patch_size=2, mlp="gelu", shift=False, learn_sigma=True),
-            {"in_channels": 5, "input_size": 8, "two_clocks": False},
-        ),
-    ],
-)
-def test_flops_are_those_that_torch_counts(config: LightningDiTConfig, shape: dict[str, Any]) -> None:
-    model = LightningDiT(config, **shape)
-    x = torch.zeros(2, shape["in_channels"], shape["input_size"], shape["input_size"])
-    t, y = torch.zeros(2), torch.zeros(2, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, t, y)
-    assert counter.get_total_flops() == 2 * flops_per_sample(config, **shape, training=False)
-    assert flops_per_sample(config, **shape, training=True) == 3 * flops_per_sample(config, **shape, training=False)
 
 
 def test_start_values() -> None:
@@ -236,29 +215,30 @@ ALL = ("flash2", "flash3", "flash4")
 
 
 @pytest.mark.parametrize(
-    ("found", "capability", "head_dim", "dtype", "expected"),
+    ("found", "capability", "head_dims", "dtype", "expected"),
     [
-        (ALL, (9, 0), 72, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
-        (ALL, (10, 0), 64, torch.bfloat16, ["flash4", "flash2", "sdpa"]),  # no flash-attention 3 on Blackwell
-        (ALL, (12, 0), 64, torch.float16, ["flash2", "sdpa"]),
-        (ALL, (8, 6), 64, torch.bfloat16, ["flash2", "sdpa"]),
-        (ALL, (7, 5), 64, torch.float16, ["sdpa"]),
-        (ALL, None, 64, torch.bfloat16, ["sdpa"]),  # no CUDA device
-        (ALL, (9, 0), 64, torch.float32, ["sdpa"]),
-        (ALL, (9, 0), 192, torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # too large a head for 4
-        (ALL, (9, 0), 264, torch.bfloat16, ["sdpa"]),
-        (ALL, (9, 0), 20, torch.bfloat16, ["sdpa"]),  # no multiple of 8
-        (ALL, (9, 0), None, torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
-        (("flash2",), (9, 0), 64, torch.bfloat16, ["flash2", "sdpa"]),
-        (("flash4",), (9, 0), 64, torch.bfloat16, ["flash4", "sdpa"]),
-        ((), (9, 0), 64, torch.bfloat16, ["sdpa"]),
+        (ALL, (9, 0), (72,), torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (ALL, (10, 0), (64,), torch.bfloat16, ["flash4", "flash2", "sdpa"]),  # no flash-attention 3 on Blackwell
+        (ALL, (12, 0), (64,), torch.float16, ["flash2", "sdpa"]),
+        (ALL, (8, 6), (64,), torch.bfloat16, ["flash2", "sdpa"]),
+        (ALL, (7, 5), (64,), torch.float16, ["sdpa"]),
+        (ALL, None, (64,), torch.bfloat16, ["sdpa"]),  # no CUDA device
+        (ALL, (9, 0), (64,), torch.float32, ["sdpa"]),
+        (ALL, (9, 0), (192,), torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # too large a head for 4
+        (ALL, (9, 0), (264,), torch.bfloat16, ["sdpa"]),
+        (ALL, (9, 0), (20,), torch.bfloat16, ["sdpa"]),  # no multiple of 8
+        (ALL, (9, 0), (64, 192), torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # every head has to fit
+        (ALL, (9, 0), (), torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
+        (("flash2",), (9, 0), (64,), torch.bfloat16, ["flash2", "sdpa"]),
+        (("flash4",), (9, 0), (64,), torch.bfloat16, ["flash4", "sdpa"]),
+        ((), (9, 0), (64,), torch.bfloat16, ["sdpa"]),
     ],
 )
 def test_what_auto_tries(
-    found: tuple[str, ...], capability: tuple[int, int] | None, head_dim: int | None, dtype: torch.dtype,
+    found: tuple[str, ...], capability: tuple[int, int] | None, head_dims: tuple[int, ...], dtype: torch.dtype,
     expected: list[str],
 ) -> None:  # fmt: skip
-    able, reasons = attention.candidates(found, capability, head_dim, dtype)
+    able, reasons = attention.candidates(found, capability, head_dims, dtype)
     assert able == expected
     assert len(able) + len(reasons) == 4  # each kernel is either tried, or said why not
 

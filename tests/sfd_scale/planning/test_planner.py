@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sfd_scale import build
 from sfd_scale import plan as plans
-from sfd_scale.config import load
+from sfd_scale import train
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.planning import planner
 from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, memory_per_rank, shard_group
 from sfd_scale.planning.footprint import Activations, Footprint, trace
-from sfd_scale.recipe import TrainRecipe
 from tests.helpers import memory
 from tests.helpers.ranks import run_alone, run_ranks
 from tests.helpers.tiny import Spec
@@ -220,10 +218,8 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
     # The summary of a run says the same.
     recipe, _, plan = made[0]
     total, state = (size / 2**30 for size in (plan.memory.total, plan.memory.state))
-    assert build.planned_memory(recipe, plan.split, activations=True).startswith(f"{total:.2f} GiB a rank")
-    assert build.planned_memory(recipe, plan.split, False) == f"{state:.2f} GiB a rank, without activations"
+    assert train.planned_memory(recipe, plan.split, activations=True).startswith(f"{total:.2f} GiB per rank")
+    assert train.planned_memory(recipe, plan.split, False) == f"{state:.2f} GiB per rank, without activations"
     assert total > state + 1
     with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g"):
         plans.make([], [], [8], "h999", gpus_per_node=8, mfu=0.4, measured=None, samples=None)
-    with pytest.raises(ValueError, match="allowed for a plan: lightningdit"):
-        plans.footprint(load("quickstart/vision", TrainRecipe))

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sfd_scale import build, config
+from sfd_scale import config, train
 from sfd_scale.data.dataloader import DataConfig, FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.recipe import EncodeRecipe, TrainRecipe
 from sfd_scale.runtime.batch_split import BatchSplit
+from sfd_scale.tasks.task import check_fingerprint
 from sfd_scale.tokenizers.composite import FeatureTokenizer
 from sfd_scale.training.alignment_targets import DecodedFeatures, OnlineFeatures
-from sfd_scale.training.objective import SemanticVAELossConfig, SemanticVAEObjective
+from sfd_scale.training.semantic_vae import SemanticVAELossConfig, SemanticVAEObjective
 from tests.helpers.encoded import LAYOUT, Pooled, encode_digits, tokenizer
 
 ONE_RANK: dict[str, Any] = {"seed": 5, "split": BatchSplit(16, 1, 1), "rank": 0}
@@ -104,12 +105,12 @@ def semvae_recipe(folder: Path, run: Path, **changes: Any) -> TrainRecipe:
 
 
 def test_a_semantic_vae_trains_from_shards_of_features(data: Path, tmp_path: Path) -> None:
-    assert build.train(semvae_recipe(data, tmp_path / "run"), tmp_path / "run")
+    assert train.train(semvae_recipe(data, tmp_path / "run"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and all(row["mse"] > 0 for row in rows)
     wide = semvae_recipe(data, tmp_path, model={"kind": "semantic_vae", "input_dim": 7})
     with pytest.raises(ValueError, match=r"model\.input_dim: 7; the stored features have 6"):
-        build.train(wide, tmp_path / "wide")
+        train.train(wide, tmp_path / "wide")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,9 @@ def test_alignment_without_a_source_is_refused(override: str, message: str) -> N
 def test_a_codec_that_is_not_the_one_of_the_data_is_refused(data: Path) -> None:
     reader = LatentLoader(DataConfig(path=data), **ONE_RANK)
     reader.manifest = replace(reader.manifest, tokenizers={"semantic": "pca:1"})
-    build._check_fingerprints("semantic", reader, {"semantic": "pca:1"})
+    check_fingerprint("semantic", reader, {"semantic": "pca:1"})
     with pytest.raises(ValueError, match=r"tokenizer\.semantic: pca:2, but the data was encoded with pca:1"):
-        build._check_fingerprints("semantic", reader, {"semantic": "pca:2"})
+        check_fingerprint("semantic", reader, {"semantic": "pca:2"})
 
 
 def test_bf16_encoders_are_close_and_give_float32() -> None:

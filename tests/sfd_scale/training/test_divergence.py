@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfd_scale import build
+from sfd_scale import train
 from sfd_scale.data.dataloader import LatentLoader, data_step, epoch_order
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.tasks import diffusion
 from sfd_scale.training.divergence import DivergenceConfig, DivergenceError, DivergenceWatch, joined, spike_limit
 from sfd_scale.training.objective import LossTerms
 from tests.helpers import small_run
@@ -127,11 +128,11 @@ def drills(root: str, data: str, key: tuple[int, int], deepspeed: bool = False) 
     def run(
         name: str, reader: type, engine: dict[str, Any] = small_run.FSDP, steps: int = STEPS, **policy: Any
     ) -> None:
-        build.LatentLoader = reader  # type: ignore[misc]
+        diffusion.LatentLoader = reader  # type: ignore[misc]
         divergence = {"window": 3, "spike_z": 300.0, "rollback_data": 1, **policy}
         settings = small_run.recipe(Path(data), steps=steps, every=EVERY, engine=engine, divergence=divergence)
         try:
-            build.train(settings, Path(root, name))
+            train.train(settings, Path(root, name))
         except DivergenceError as error:
             out[name] = str(error)
         distributed.barrier()

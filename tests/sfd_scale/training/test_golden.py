@@ -12,7 +12,8 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Fragment
 from sfd_scale.engines.optim import AdamWConfig, param_groups
-from sfd_scale.training.objective import FlowDraw, LossTerms, SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.objective import LossTerms
+from sfd_scale.training.semantic_first import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
 from tests.helpers.golden_arrays import arrays, check, golden_model, relative_error, settings
 
 inputs, golden = arrays("inputs"), arrays("out_train")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sfd_scale import build
+from sfd_scale import train
 from sfd_scale.config import ConfigError
 from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
@@ -64,7 +64,7 @@ def long_run(root: str, steps: int) -> dict[str, list[int]]:
 
     Trainer.train_step = watched  # type: ignore[method-assign,assignment]
     settings = small_run.recipe(Path(root, "data"), steps=steps, every=steps // 4)
-    build.train(settings, Path(root, "run"))
+    train.train(settings, Path(root, "run"))
     return seen
 
 
@@ -94,11 +94,11 @@ def test_two_thousand_steps_leak_nothing(tmp_path: Path) -> None:
 def secretive(root: str, data: str) -> str:
     """A run with W&B offline, and errors, with secrets in the environment; returns the errors."""
     os.environ |= SECRETS
-    build.train(small_run.recipe(Path(data), steps=2, wandb={"mode": "offline"}), Path(root, "run"))
+    train.train(small_run.recipe(Path(data), steps=2, wandb={"mode": "offline"}), Path(root, "run"))
     errors = []
     for changed in ({"seed": 5}, {"data": {"path": "/nowhere"}}, {"train": {"steps": 2, "global_batch": 7}}):
         try:
-            build.train(small_run.recipe(Path(data), **changed), Path(root, "run"))
+            train.train(small_run.recipe(Path(data), **changed), Path(root, "run"))
         except ValueError as error:
             errors.append(repr(error))
     try:

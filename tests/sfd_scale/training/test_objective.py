@@ -13,17 +13,10 @@ from sfd_scale.data.batches import ImageBatch, LatentBatch
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
-from sfd_scale.training.objective import (
-    ClassificationConfig,
-    ClassificationObjective,
-    FlowDraw,
-    LossTerms,
-    SemanticFirstConfig,
-    SemanticFirstObjective,
-    SemanticVAELossConfig,
-    SemanticVAEObjective,
-    gaussian_kl,
-)
+from sfd_scale.training.classification import ClassificationConfig, ClassificationObjective
+from sfd_scale.training.objective import LossTerms
+from sfd_scale.training.semantic_first import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
+from sfd_scale.training.semantic_vae import SemanticVAELossConfig, SemanticVAEObjective, gaussian_kl
 from tests.helpers.golden_arrays import arrays, check, settings
 
 LAYOUT = LatentLayout(texture_channels=2, semantic_channels=1, size=2)
