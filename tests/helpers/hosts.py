@@ -1,4 +1,6 @@
-"""Hosts for tests of several nodes: network namespaces on one bridge, each with an address, a name and an sshd.
+"""Hosts for tests of several nodes: network namespaces on one bridge, each with an address and a name.
+
+`network` also starts an sshd on each of them.
 
 Each host's own name resolves to its loopback address, as Debian and many clusters have it.
 """
@@ -22,11 +24,16 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def why_not() -> str | None:
-    """Why this machine cannot have such hosts, or None."""
-    missing = [name for name in ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare") if not shutil.which(name)]
+def why_not(programs: Sequence[str], packages: str) -> str | None:
+    """Why this machine cannot have such hosts, or None.
+
+    Args:
+        programs: which the hosts need besides `ip` and `unshare`.
+        packages: of Debian, which hold the programs.
+    """
+    missing = [name for name in ("ip", "unshare", *programs) if not shutil.which(name)]
     if missing:
-        return f"not installed: {', '.join(missing)} (iproute2, openssh-server, pdsh)"
+        return f"not installed: {', '.join(missing)}; install the packages iproute2 {packages}"
     if os.geteuid() != 0:
         return "network namespaces need root"
     name = f"sfd-try-{os.getpid()}"
@@ -73,28 +80,36 @@ class Network:
 
 @contextmanager
 def network(count: int, folder: Path) -> Iterator[Network]:
-    """`count` hosts, node-a, node-b, …; skips the test where there can be none."""
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    tag = f"sfd{os.getpid()}"
-    switch = f"{tag}-switch"
-    hosts = [NetworkHost(f"node-{'abcdefgh'[n]}", f"10.77.0.{n + 1}", f"{tag}-{n}") for n in range(count)]
+    """`count` hosts with an sshd each; skips the test where there can be none."""
     private = folder / "private"
     private.mkdir()
-    try:
-        _run("ip", "netns", "add", switch)
-        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+    with linked_hosts(count, ("sshd", "ssh", "ssh-keygen", "pdsh"), "openssh-server pdsh") as hosts:
         config = _ssh(folder, hosts)
         for number, host in enumerate(hosts):
-            _attach(host, switch, f"port{number}")
             start = f'exec "{shutil.which("sshd")}" -f "{folder / host.name}.sshd"'
             hidden = f'mount -t tmpfs none "{private}"; ' if number else ""
             subprocess.run(host.command("sh", "-c", f"{hidden}{start}"), check=True)
         for host in hosts:
             _wait_for(hosts[0], host, config)
         yield Network(hosts, config, private)
+
+
+@contextmanager
+def linked_hosts(count: int, programs: Sequence[str], packages: str) -> Iterator[list[NetworkHost]]:
+    """`count` hosts, node-a, node-b, …; skips the test where there can be none (arguments: see `why_not`)."""
+    reason = why_not(programs, packages)
+    if reason is not None:
+        pytest.skip(reason)
+    tag = f"sfd{os.getpid()}"
+    switch = f"{tag}-switch"
+    hosts = [NetworkHost(f"node-{'abcdefgh'[n]}", f"10.77.0.{n + 1}", f"{tag}-{n}") for n in range(count)]
+    try:
+        _run("ip", "netns", "add", switch)
+        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+        for number, host in enumerate(hosts):
+            _attach(host, switch, f"port{number}")
+        yield hosts
     finally:
         for host in hosts:
             if Path("/run/netns", host.namespace).exists():

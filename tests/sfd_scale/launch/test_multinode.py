@@ -1,9 +1,7 @@
 """Real runs over several hosts: the deepspeed launcher with a hostfile, pdsh and ssh, on network namespaces."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,17 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.hosts import Network, network
-
-ROOT = Path(__file__).resolve().parents[3]
-RECIPE = "quickstart/vision"
-SETTINGS = [
-    "train.steps=8",
-    "train.global_batch=24",
-    "train.log_every=1",
-    "checkpoint.every=4",
-    "engine.precision=fp32",
-]
-QUIET = ["wandb.mode=disabled", "train.timeout_s=60"]
+from tests.helpers.vision_run import QUIET, RECIPE, ROOT, SETTINGS, alone, encode_images, environment, losses
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +18,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         yield made
 
 
-def environment(**more: str) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **more}
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "images"
-    command = [sys.executable, "-m", "sfd_scale", "encode", "quickstart/images", "source.num_images=96", f"out={out}"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, timeout=600)
-    return out
+    return encode_images(tmp_path_factory.mktemp("data") / "images")
 
 
 def start(
@@ -57,19 +37,6 @@ def start(
 def finish(process: "subprocess.Popen[str]", timeout: float = 600) -> tuple[int, str]:
     out, _ = process.communicate(timeout=timeout)
     return process.returncode, out
-
-
-def losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row["loss"] for row in rows}
-
-
-def alone(images: Path, run: Path, *more: str) -> dict[int, float]:
-    """The same training in one process, without a launcher."""
-    command = [sys.executable, "-m", "sfd_scale", "train", RECIPE, *SETTINGS, *QUIET, f"data.path={images}", *more]
-    subprocess.run([*command, "--run", str(run)], cwd=ROOT, env=environment(), check=True, timeout=600)
-    return losses(run)
 
 
 @pytest.mark.full
