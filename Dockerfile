@@ -1,8 +1,8 @@
-# CUDA 13 image with flash-attn, sshd and pdsh. The checkout is the WORKDIR, so that recipes/, launchers/ and eval/ are at hand.
-#   docker build -t sfd-scale .                                   (FLASH_ATTN=0 leaves flash-attn out: an hour less)
+# CUDA 13 image with flash-attn, sshd and pdsh. The WORKDIR is the checkout, with recipes/, launchers/ and eval/.
+#   docker build -t sfd-scale .                                   (FLASH_ATTN=0 skips flash-attn and saves an hour)
 #   docker run --gpus all --ipc=host -v /data:/opt/sfd-scale/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
 #   docker run --gpus all --ipc=host --network=host -v ~/.ssh:/home/sfd/.ssh sfd-scale launchers/sshd.sh    (a node)
-# The base by digest, so that a rebuild is the same image; `docker buildx imagetools inspect TAG` prints the digest of a newer one:
+# For the same image at every rebuild, give the base by digest; `docker buildx imagetools inspect TAG` prints it:
 #   docker build --build-arg CUDA_IMAGE=nvidia/cuda@sha256:... .
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
@@ -16,10 +16,10 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
     && python3 -m venv /opt/venv \
     && pip install --no-cache-dir "uv==0.9.*"
 WORKDIR /opt/sfd-scale
-# First what changes seldom: the tested set of packages, from the lock of the repository.
+# The locked packages come first: this layer changes seldom.
 COPY pyproject.toml requirements.lock README.md ./
 RUN uv pip install --require-hashes -r requirements.lock
-# flash-attn compiles for A100, H100 and H200, B200; nothing but its own sources is fetched.
+# Compile flash-attn for A100, H100, H200 and B200.
 ARG FLASH_ATTN=1
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100"
 ARG MAX_JOBS=8
@@ -29,7 +29,7 @@ RUN if [ "$FLASH_ATTN" = 1 ]; then \
 COPY sfd_scale sfd_scale
 RUN uv pip install --no-deps -e .
 
-# DeepSpeed compiles its ops on first use, so the last stage keeps the compiler of the devel image.
+# The last stage uses the devel image too: DeepSpeed compiles its ops on first use.
 FROM ${CUDA_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 TORCH_EXTENSIONS_DIR=/home/sfd/torch_extensions

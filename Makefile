@@ -1,4 +1,4 @@
-# quickstart · test · check · bench · faults · docs: each makes .venv if it is missing. gpu-check · gpu-bench take none.
+# quickstart, test, check, bench, faults and docs create .venv if it is missing. gpu-check and gpu-bench use no .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
@@ -14,7 +14,7 @@ test: .venv/.ops
 test-full: .venv/.ops
 	$(BIN)/python -m pytest -m "not gpu"
 
-# The one check command: format, lint, types, layers, docs, advisories and licences of what is installed.
+# All checks: format, lint, types, layers, docs, advisories and licences of the installed packages.
 check: .venv/.installed lint types layers docs supply
 
 lint: .venv/.installed
@@ -33,12 +33,12 @@ docs: .venv/.installed
 supply: .venv/.installed
 	$(BIN)/python .ci/supply_chain.py
 
-# Every speed figure beside its peer (docs/performance.md), and every fault with 100 kills (docs/reliability.md).
+# bench: all speed figures (docs/performance.md). faults: all faults with 100 kills each (docs/reliability.md).
 bench: .venv/.ops
 	$(BIN)/python -m benchmarks
 
-# On a GPU machine, by the python that is active: they need torch, numpy and this checkout. `make gpu-bench DEVICE=cpu
-# QUICK=1` runs the same code small on a CPU.
+# For a GPU machine: uses the active python, which needs torch and numpy. `make gpu-bench DEVICE=cpu QUICK=1` runs the
+# same code with small sizes on a CPU.
 DEVICE ?= cuda
 gpu-check:
 	python -m benchmarks.gpu check --device $(DEVICE)
@@ -49,7 +49,7 @@ gpu-bench:
 faults: .venv/.ops
 	$(BIN)/python -m tests.faults
 
-# requirements.lock is the tested set, with hashes; `make lock` resolves it anew from pyproject.toml.
+# requirements.lock has the tested versions, with hashes; `make lock` resolves it again from pyproject.toml.
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
@@ -60,7 +60,7 @@ faults: .venv/.ops
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes --no-header -q -o requirements.lock
 
-# DeepSpeed compiles its CPU collectives and CPU Adam on first use, for minutes: here, before anything with a time limit.
+# DeepSpeed compiles its CPU collectives and CPU Adam on first use, which takes minutes. Compile before the timed tests.
 .venv/.ops: .venv/.installed
 	$(BIN)/python -m sfd_scale.engines.build_ops
 	touch $@

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DeepSpeed's launcher: this host (RANKS=n), or those of a hostfile (HOSTFILE=hosts).
+# DeepSpeed's launcher, on this host (RANKS=n) or on the hosts of a hostfile (HOSTFILE=hosts).
 #   launchers/deepspeed.sh train RECIPE [key=value ...]
 #   launchers/deepspeed.sh --module eval generate RECIPE [...]
 # Environment: RANKS, HOSTFILE, LAUNCHER (pdsh, openmpi, slurm), LAUNCHER_ARGS, NO_SSH with NODE_RANK, MASTER_ADDR,
-# MASTER_PORT, EXPORT (names of more variables), SHUTDOWN_TIMEOUT (seconds for a save), LOG_FOLDER: docs/multinode.md.
+# MASTER_PORT, EXPORT (names of variables to export), SHUTDOWN_TIMEOUT (seconds for a save), LOG_FOLDER.
+# See docs/multinode.md.
 exec python -m sfd_scale.launch deepspeed "$@"

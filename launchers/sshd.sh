@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# An sshd of the own user on port SSH_PORT (2222), for containers that take part in a hostfile launch. Keys only.
-# Put the launching user's public key into ~/.ssh/authorized_keys; the launching side says the port in its ssh_config.
+# Starts sshd as the current user on port SSH_PORT (default 2222), for containers in a hostfile launch. Keys only.
+# Put the launching user's public key into ~/.ssh/authorized_keys. Set the port in the ssh_config of the launching host.
 set -euo pipefail
 folder="${SSHD_FOLDER:-$HOME/.sshd}"
 mkdir -p "$folder"

@@ -1,4 +1,4 @@
-"""The command line: `sfd COMMAND RECIPE [key=value ...]`, the same under any launcher (`python -m sfd_scale`)."""
+"""The command line: `sfd COMMAND RECIPE [key=value ...]`, or `python -m sfd_scale COMMAND ...` under a launcher."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def train(
     overrides: Overrides = None,
     run: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
     allow_foreign: Annotated[
-        bool, typer.Option("--allow-foreign", help="Go on from checkpoints of another recipe.")
+        bool, typer.Option("--allow-foreign", help="Resume from checkpoints of another recipe.")
     ] = False,
 ) -> None:
-    """Train a model. The same command on the same run folder resumes."""
+    """Train a model. The same command with the same run folder resumes."""
     from sfd_scale.recipe import TrainRecipe
 
     loaded = load_recipe(recipe, TrainRecipe, overrides)
@@ -40,7 +40,7 @@ def train(
 
 @app.command()
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Encode images to shards (pixels, composite latents, features). A second start continues the first."""
+    """Encode images to shards (images, composite latents, features). The same command resumes."""
     from sfd_scale.recipe import EncodeRecipe
 
     loaded = load_recipe(recipe, EncodeRecipe, overrides)
@@ -51,7 +51,7 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def convert(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Convert the authors' feature files (safetensors) to shards, verified by count and checksum."""
+    """Convert feature files of the official code (safetensors) to shards, and verify counts and checksums."""
     from sfd_scale.recipe import ConvertRecipe
 
     loaded = load_recipe(recipe, ConvertRecipe, overrides)
@@ -62,7 +62,7 @@ def convert(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def fit(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Fit a closed-form codec (patch PCA, PCA of features) to images."""
+    """Fit a closed-form codec to images: PCA of patches, or PCA of features."""
     from sfd_scale.recipe import FitRecipe
 
     loaded = load_recipe(recipe, FitRecipe, overrides)
@@ -73,25 +73,24 @@ def fit(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one checkpoint of it; for .pt an export too.")],
+    run: Annotated[Path, typer.Argument(help="A run folder or one of its checkpoints; for .pt also an exported file.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file to write: .safetensors, or .pt in the authors' format.")
+        Path | None, typer.Option(help="The file to write: .safetensors, or .pt in the format of the official code.")
     ] = None,
     hub_folder: Annotated[
-        Path | None, typer.Option(help="In its place, a folder for the Hugging Face hub, with a model card.")
+        Path | None, typer.Option(help="Instead of --out: a folder for the Hugging Face hub, with a model card.")
     ] = None,
     weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params.")] = "ema",
-    step: Annotated[int | None, typer.Option(help="A step; the newest by default.")] = None,
-    initial: Annotated[
-        bool, typer.Option("--initial", help="The untrained weights that the run started from.")
-    ] = False,
+    step: Annotated[int | None, typer.Option(help="The step of the checkpoint; default: the newest.")] = None,
+    initial: Annotated[bool, typer.Option("--initial", help="Export the initial weights, before training.")] = False,
     ema_length: Annotated[
-        float | None, typer.Option(help="Average of this relative standard deviation, from a run with ema.lengths.")
+        float | None,
+        typer.Option(help="Post-hoc EMA of this relative standard deviation; needs ema.lengths."),
     ] = None,
 ) -> None:
-    """Write the EMA weights of a run as safetensors, with all that sampling needs to know.
+    """Export the EMA weights of a run as safetensors, with the recipe and statistics that sampling needs.
 
-    A name that ends in .pt gives a file for the authors' code: both sets of weights and Adam's moments.
+    With --out FILE.pt, write a file for the official code: weights, EMA weights and Adam's moments.
     """
     from sfd_scale import hub, official
     from sfd_scale.export import WeightsChoice
@@ -112,26 +111,26 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A checkpoint of the authors (.pt).")],
-    recipe: Annotated[str | None, typer.Argument(help="What it was trained by; by default SFD of its size.")] = None,
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the official code (.pt).")],
+    recipe: Annotated[str | None, typer.Argument(help="Its training recipe; default: SFD of its size.")] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The safetensors file to write, for evaluation.")] = None,
-    run: Annotated[Path | None, typer.Option(help="The run folder to make, which `sfd train` goes on from.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run folder to create; `sfd train` resumes from it.")] = None,
     stats: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The authors' latents_stats.pt, then again latents_sv_stats.pt; or one .safetensors of ours."
+            help="Latent statistics: the official latents_stats.pt and latents_sv_stats.pt, or one .safetensors."
         ),
     ] = None,
     weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params, for --out.")] = "ema",
 ) -> None:
-    """Read a checkpoint of the authors, without running what is pickled in it: weights to sample, or a run to go on."""
+    """Import a checkpoint of the official code, without executing its pickle: as weights, or as a run to resume."""
     from sfd_scale import official
 
     if recipe is not None and "=" in recipe:  # an override; no recipe was named
         overrides, recipe = [recipe, *(overrides or ())], None
     if (out is None) == (run is None):
-        raise ValueError("--out or --run: one of them; a file of weights, or a run folder to train on")
+        raise ValueError("--out or --run: give one of them: a file for the weights, or a run folder to resume from")
     loaded = official.recipe_for(file, recipe, overrides or ())
     if out is not None:
         official.import_weights(file, out, loaded, stats=stats or (), weights=weights)
@@ -142,10 +141,10 @@ def import_(
 
 @app.command()
 def sample(
-    checkpoint: Annotated[Path, typer.Argument(help="A file from `sfd export`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="An exported file (`sfd export`).")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    label: Annotated[int | None, typer.Option(help="One class; by default the classes in turn.")] = None,
+    label: Annotated[int | None, typer.Option(help="A class index; default: all classes in turn.")] = None,
     steps: Annotated[int, typer.Option(help="Euler steps.")] = 50,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -158,10 +157,10 @@ def sample(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    out: Annotated[Path | None, typer.Option(help="The page; report.html in the first folder by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the first run.")] = None,
     title: Annotated[str | None, typer.Option()] = None,
 ) -> None:
-    """Write one HTML page about one run or several: curves, scores, samples, recipes."""
+    """Write an HTML page about one or several runs: curves, scores, samples, recipes."""
     from eval import run_report
 
     run_report.write(runs, out, title)
@@ -172,12 +171,12 @@ def study(
     recipe: Recipe,
     overrides: Overrides = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A cell, such as sfd or 'lead*/seed0', or a sweep; several times for more.")
+        list[str] | None, typer.Option(help="A run, such as sfd or 'lead*/seed0', or a sweep; can be repeated.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes beside each other, with the cores shared out.")] = 1,
-    report: Annotated[bool, typer.Option("--report", help="Only figures and tables, of what is there.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes; they share the CPU cores.")] = 1,
+    report: Annotated[bool, typer.Option("--report", help="Only write figures and tables of finished runs.")] = False,
 ) -> None:
-    """Run a grid of small trainings and show how they compare. A second start does what is missing."""
+    """Run a grid of small trainings and compare them. The same command resumes."""
     from eval.study import study as module
     from eval.study.recipe import StudyRecipe
     from eval.work.processes import run_beside
@@ -197,15 +196,17 @@ def study(
 @app.command()
 def plan(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes and overrides.")],
-    gpus: Annotated[list[int], typer.Option(help="How many; several times for a table.")],
-    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200, ...")] = "h100",
+    gpus: Annotated[list[int], typer.Option(help="Number of GPUs; can be repeated.")],
+    gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200, b200, ...")] = "h100",
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    mfu: Annotated[float | None, typer.Option(help="Use of the peak FLOP/s that is assumed.")] = None,
-    measured: Annotated[Path | None, typer.Option(help="Take it from a run's metrics.jsonl, or from a JSON.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of the data, if it is not here; else ImageNet's.")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="A table to paste.")] = False,
+    mfu: Annotated[float | None, typer.Option(help="Assumed MFU, from 0 to 1.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Take the MFU from a metrics.jsonl or a JSON file.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Dataset size, if it is not here; default: ImageNet.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Memory, time and cost of a recipe on N GPUs, before anything is started."""
+    """Estimate memory, time and cost of a training recipe on N GPUs."""
     from sfd_scale import plan as plans
 
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
@@ -218,7 +219,7 @@ def plan(
 
 @app.command()
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Print a recipe, resolved: every setting with its value."""
+    """Print a resolved recipe: every setting with its value."""
     from eval.recipes import load_any
 
     typer.echo(config.to_yaml(load_any(recipe, overrides or ())), nl=False)
@@ -226,7 +227,7 @@ def show(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def diff(a: Recipe, b: Recipe) -> None:
-    """Print the settings in which two resolved recipes differ."""
+    """Print the differences of two resolved recipes."""
     from eval.recipes import load_any
 
     left, right = (config.to_yaml(load_any(name)).splitlines() for name in (a, b))
@@ -236,7 +237,7 @@ def diff(a: Recipe, b: Recipe) -> None:
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that a command can be given by name."""
+    """List the recipes of this repository."""
     from eval.recipes import summary_table
 
     # Wider than any row: a row stays one line, in a narrow terminal and in a pipe to grep.
@@ -247,9 +248,9 @@ def recipes() -> None:
 def launch(
     context: typer.Context,
     launcher: Annotated[str, typer.Option(help="deepspeed, torchrun, or auto.")] = "auto",
-    module: Annotated[str, typer.Option(help="What runs in the ranks: sfd_scale, or eval.")] = "sfd_scale",
+    module: Annotated[str, typer.Option(help="The module that the ranks run: sfd_scale or eval.")] = "sfd_scale",
 ) -> None:
-    """Start a command on many ranks: `sfd launch train RECIPE ...`, by RANKS or HOSTFILE or a scheduler's variables."""
+    """Start a command on many ranks: `sfd launch train RECIPE ...`. Set RANKS or HOSTFILE, or use a scheduler."""
     from sfd_scale.launch.__main__ import launch as start
 
     sys.exit(start(launcher, module, context.args))
@@ -257,7 +258,7 @@ def launch(
 
 @app.command()
 def doctor() -> None:
-    """Look at versions, accelerator, kernels, network, limits and disk; exit code 1 where something does not work."""
+    """Check versions, accelerator, kernels, network, limits and disk. Exit code 1 if a check fails."""
     from sfd_scale.doctor import examine
 
     found = examine()
@@ -274,21 +275,21 @@ def check(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    checkpoint: Annotated[Path, typer.Option(help="A run folder, a checkpoint of one, or a file of `sfd export`.")],
-    samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
+    checkpoint: Annotated[Path, typer.Option(help="A run folder, one of its checkpoints, or an exported file.")],
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples of the dataset.")] = 2048,
 ) -> None:
-    """Does a checkpoint belong to the data of a recipe? Its loss by the clock, beside what training recorded."""
+    """Check that a checkpoint belongs to a recipe's data: compare its loss by time with that of the training."""
     from sfd_scale.check import check_checkpoint
     from sfd_scale.recipe import TrainRecipe
 
     found = check_checkpoint(config.load(recipe, TrainRecipe, overrides or ()), checkpoint, samples)
     rich.print(found.table())
     if found.recorded_stats_hash not in (None, found.stats_hash):
-        typer.echo(f"statistics of the data {found.stats_hash}, of the checkpoint {found.recorded_stats_hash}")
+        typer.echo(f"statistics: data {found.stats_hash}, checkpoint {found.recorded_stats_hash}")
     verdict = {
         True: "belongs to this data",
         False: "DOES NOT BELONG to this data",
-        None: "records nothing to compare with",
+        None: "has no recorded loss to compare with",
     }
     typer.echo(f"{checkpoint}: {verdict[found.belongs]}")
     sys.exit(1 if found.belongs is False else 0)
@@ -299,14 +300,14 @@ def check_features(
     recipe: Recipe,
     overrides: Overrides = None,
     *,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples of the data.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples of the dataset.")] = 2048,
 ) -> None:
-    """How close `data.features=decoded` is on the data of a training recipe: cosine to the true features."""
+    """Measure `data.features=decoded` on a training recipe's data: cosine similarity to the true features."""
     from sfd_scale.check import decoded_cosine
     from sfd_scale.recipe import TrainRecipe
 
     mean, low = decoded_cosine(config.load(recipe, TrainRecipe, overrides or ()), samples)
-    typer.echo(f"cosine of decoded to true features: {mean:.4f} over all tokens, 1st percentile {low:.4f}")
+    typer.echo(f"cosine similarity of decoded and true features: mean {mean:.4f}, 1st percentile {low:.4f}")
 
 
 @app.command("check-data")
@@ -317,13 +318,13 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
     bad = check(path)
     for line in bad:
         typer.echo(line, err=True)
-    typer.echo(f"{path}: {'all shards are whole' if not bad else f'{len(bad)} shards are damaged'}")
+    typer.echo(f"{path}: {'all shards are complete' if not bad else f'{len(bad)} shards are damaged'}")
     sys.exit(1 if bad else 0)
 
 
 def main() -> None:
     """The console script `sfd`."""
-    # The evaluation harness stands in the checkout; `python -m` finds it there, the console script would not.
+    # The console script does not search the checkout, where the package `eval` is; `python -m` does.
     sys.path.append(str(config.RECIPE_ROOT.parent))
     run_command(app)
 

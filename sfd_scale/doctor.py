@@ -1,4 +1,4 @@
-"""`sfd doctor`: whether this machine can run the project, and what to do where it cannot."""
+"""`sfd doctor`: checks whether this machine can run the project, and says what to change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found and, unless it is ok, what to do."""
+    """One line of the report. text: what was found, and what to do unless the level is ok."""
 
     level: Level
     subject: str
@@ -47,7 +47,7 @@ def versions() -> Iterator[Finding]:
         return
     requirements = [Requirement(text) for text in wanted]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    yield from (finding for finding in map(_version, needed) if finding.level != "ok")
+    yield from (finding for finding in map(check_package, needed) if finding.level != "ok")
     shown = ("torch", "deepspeed", "mosaicml-streaming")
     listed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown if _installed(name))
     yield Finding("ok", "packages", f"{listed}; {len(needed)} required")
@@ -61,7 +61,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _version(needed: Requirement) -> Finding:
+def check_package(needed: Requirement) -> Finding:
+    """Whether an installed package meets a requirement."""
     if not _installed(needed.name):
         return Finding("error", needed.name, f"not installed; run `pip install '{needed}'`")
     found = importlib.metadata.version(needed.name)
@@ -92,11 +93,11 @@ def _device() -> torch.device:
 def precision() -> Iterator[Finding]:
     device = _device()
     if device.type == "cpu" and not fast_bf16(device):
-        yield Finding("ok", "bf16", "slower than float32 on this CPU, so its products are taken in float32 and rounded")
+        yield Finding("ok", "bf16", "slower than float32 on this CPU; bf16 matmuls are computed in float32 and rounded")
     elif has_bf16(device):
-        yield Finding("ok", "bf16", f"the {device.type} has it")
+        yield Finding("ok", "bf16", f"supported by the {device.type}")
     else:
-        yield Finding("error", "bf16", "not in this GPU; set engine.precision=fp32, or use an A100 or newer")
+        yield Finding("error", "bf16", "not supported by this GPU; set engine.precision=fp32, or use an A100 or newer")
 
 
 def attention_kernels() -> Iterator[Finding]:
@@ -109,13 +110,13 @@ def attention_kernels() -> Iterator[Finding]:
             unable.append(str(error).partition("(")[2].partition(")")[0])
     chosen = attention.activate("auto", device)
     runs = attention.kernel_name(device, torch.bfloat16, 64)
-    yield Finding("ok", "attention", f"auto takes {chosen} ({runs}); possible: {', '.join(able)}")
+    yield Finding("ok", "attention", f"auto uses {chosen} ({runs}); available: {', '.join(able)}")
     if device.type == "cuda" and not {"flash3", "flash4"} & set(able):
         yield Finding("warning", "attention", f"no flash-attention 3 or 4 ({'; '.join(unable)}); install one for speed")
 
 
 def gloo() -> Iterator[Finding]:
-    """Two processes of this host add two numbers."""
+    """Checks gloo: two processes of this host compute a sum."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -136,7 +137,7 @@ def gloo() -> Iterator[Finding]:
     except ValueError:
         loopback = True
     if loopback:
-        found = "does not lead to an address of the network; the launchers go by the route, other tools may not"
+        found = "does not resolve to a network address; our launchers do not need it, other tools may"
         yield Finding("ok", "host name", f"{name} {found}")
 
 
@@ -149,7 +150,7 @@ def _adds(rank: int, port: int) -> bool:
         value = torch.tensor([1.0 + rank])
         dist.all_reduce(value)
         dist.destroy_process_group()
-    except (RuntimeError, ValueError):  # whatever it is, the finding says that it does not work
+    except (RuntimeError, ValueError):  # the finding reports the failure
         return False
     return value.item() == 3.0
 
@@ -166,7 +167,7 @@ def nccl() -> Iterator[Finding]:
         return
     version = ".".join(map(str, torch.cuda.nccl.version()))
     if right:
-        yield Finding("ok", "nccl", f"{version}, {len(cards)} GPUs add up")
+        yield Finding("ok", "nccl", f"{version}, the sum over {len(cards)} GPUs is right")
     else:
         yield Finding("error", "nccl", f"{version}, a wrong sum over {len(cards)} GPUs; try NCCL_P2P_DISABLE=1")
 
@@ -183,16 +184,16 @@ def limits() -> Iterator[Finding]:
     )
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if Path("/sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
-        yield Finding("warning", "locked memory", f"{locked} bytes, which InfiniBand outgrows; ulimit -l unlimited")
+        yield Finding("warning", "locked memory", f"{locked} bytes, too few for InfiniBand; ulimit -l unlimited")
 
 
 def disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     level: Level = "error" if free < GIB else "warning" if free < 50 * GIB else "ok"
-    advice = "" if level == "ok" else "; a checkpoint takes 16 bytes a parameter: put --run on a larger file system"
+    advice = "" if level == "ok" else "; a checkpoint has 16 bytes per parameter: put --run on a larger file system"
     yield Finding(level, "disk", f"{free / GIB:.0f} GiB free in {Path.cwd()}{advice}")
     if not os.access(Path.cwd(), os.W_OK):
-        yield Finding("error", "disk", f"{Path.cwd()} cannot be written to; change to another folder")
+        yield Finding("error", "disk", f"{Path.cwd()} is not writable; change to another folder")
 
 
 def extensions() -> Iterator[Finding]:
@@ -203,30 +204,30 @@ def extensions() -> Iterator[Finding]:
     tools = [name for name in ("c++", "ninja") if not shutil.which(name)]
     if tools:
         yield Finding(
-            "error", "DeepSpeed ops", f"{', '.join(missing)} not compiled, and no {', '.join(tools)}; install them"
+            "error", "DeepSpeed ops", f"{', '.join(missing)} not compiled, and {', '.join(tools)} missing; install them"
         )
     else:
-        text = f"{', '.join(missing)} not compiled; run `python -m sfd_scale.engines.build_ops` once, a few minutes"
+        text = f"{', '.join(missing)} not compiled; run `python -m sfd_scale.engines.build_ops` once; it takes minutes"
         yield Finding("warning", "DeepSpeed ops", text)
 
 
 def tools() -> Iterator[Finding]:
     missing = [name for name in ("ssh", "pdsh") if not shutil.which(name)]
     if missing:
-        text = f"no {', '.join(missing)}; install for HOSTFILE launches, or use launchers/torchrun.sh on every node"
+        text = f"no {', '.join(missing)}; needed for HOSTFILE launches; or use launchers/torchrun.sh on every node"
         yield Finding("warning", "several nodes", text)
     else:
-        yield Finding("ok", "several nodes", "ssh and pdsh are there")
+        yield Finding("ok", "several nodes", "ssh and pdsh are installed")
 
 
-# gloo first: it forks, which a process that has used CUDA must not.
+# gloo comes first, because it forks; a process that has used CUDA must not fork.
 CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
     gloo, versions, accelerator, precision, attention_kernels, nccl, limits, disk, extensions, tools,
 )  # fmt: skip
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order of `CHECKS`. A check that itself fails is a finding."""
+    """Run all checks in the order of `CHECKS`. An exception in a check becomes a finding."""
     found: list[Finding] = []
     for check in CHECKS:
         try:

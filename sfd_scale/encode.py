@@ -1,4 +1,4 @@
-"""What comes before training: images or feature files → shards, and codecs in closed form."""
+"""Data preparation: `sfd encode`, `sfd convert` and `sfd fit`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def encode(recipe: EncodeRecipe) -> None:
-    """Images to shards, on any number of ranks."""
+    """Encode images to shards, on any number of ranks."""
     distributed.init()
-    source = make_source(recipe.source)  # before networks that may have to be downloaded
+    source = make_source(recipe.source)  # before networks that may be downloaded, so that its errors come first
     tokenizer: FeatureTokenizer | None = None
     if recipe.store.latents != "none":
         tokenizer = make_composite(recipe.tokenizer, recipe.latents, distributed.device())
@@ -35,14 +35,17 @@ def encode(recipe: EncodeRecipe) -> None:
 
 
 def convert(recipe: ConvertRecipe) -> None:
-    """The authors' feature files to shards, on any number of ranks."""
+    """Convert the feature files of the official code to shards, on any number of ranks."""
     distributed.init()
     convert_files(recipe.convert, recipe.out)
 
 
 def fit(recipe: FitRecipe) -> None:
-    """A closed-form codec from the first images of a source, a batch at a time, on any number of ranks: each batch is
-    reduced by the rank whose turn it is and merged in the order of batches, so the file is the same to the last bit."""
+    """Fit a closed-form codec (PCA) to the first images of a source, on any number of ranks.
+
+    The ranks reduce batches in turn, and the batches are merged in order. So the file does not depend on the number of
+    ranks, to the last bit.
+    """
     distributed.init()
     source = make_source(recipe.source)
     count = min(recipe.num_images, len(source))
@@ -73,7 +76,7 @@ def _fit_patches(settings: PatchPCAFitConfig, images: Iterator[Tensor], count: i
         if len(pixels) != len(features):
             sides = batch.shape[2] // patch, round((len(features) / len(batch)) ** 0.5)
             raise ValueError(
-                f"codec.patch: {patch} makes a grid of {sides[0]}; allowed: {sides[1]}, as of the features"
+                f"codec.patch: {patch} gives a grid of {sides[0]}; allowed: a grid of {sides[1]}, that of the features"
             )
         return torch.cat([pixels, features], 1)
 
@@ -83,7 +86,7 @@ def _fit_patches(settings: PatchPCAFitConfig, images: Iterator[Tensor], count: i
     )
 
 
-class _Pixels(torch.utils.data.Dataset[Tensor]):
+class _ImageDataset(torch.utils.data.Dataset[Tensor]):
     def __init__(self, source: Source) -> None:
         self.source = source
 
@@ -93,7 +96,7 @@ class _Pixels(torch.utils.data.Dataset[Tensor]):
 
 def _images(source: Source, batches: list[range], num_workers: int) -> Iterator[Tensor]:
     loader = DataLoader(
-        _Pixels(source), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers,
+        _ImageDataset(source), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers,
         collate_fn=torch.stack, generator=torch.Generator(),
     )  # fmt: skip
     return iter(loader)

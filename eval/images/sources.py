@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.images.npz import NpzImages
 from sfd_scale import config
-from sfd_scale.data.image_io import DAMAGE, FORMATS, SUFFIXES
+from sfd_scale.data.image_io import DECODE_ERRORS, FORMATS, SUFFIXES
 from sfd_scale.data.sources import FolderConfig, MDSConfig, make_source
 from sfd_scale.data.sources import SourceConfig as LibrarySource
 from sfd_scale.runtime import distributed
@@ -121,7 +121,7 @@ def _read(path: Path) -> Tensor:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
 
 

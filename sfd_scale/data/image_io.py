@@ -1,4 +1,4 @@
-"""Image files → pixels: orientation, colour, ADM's crop, and what is no whole image."""
+"""Reads image files: EXIF orientation, RGB, ADM's centre crop; names unreadable files."""
 
 from __future__ import annotations
 
@@ -12,45 +12,52 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# Pillow would try every decoder it has on a file of any name; that of PostScript starts another program.
+# Without a list Pillow tries all its decoders on any file; the PostScript decoder starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-# What Pillow's decoders let through for damaged files, besides its own errors.
-DAMAGE = (
+# Exceptions that Pillow's decoders raise for damaged files.
+DECODE_ERRORS = (
     UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
     struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
 class UnreadableImage(ValueError):
-    """A file that is no whole image; the message names it."""
+    """An image file cannot be read; the message names it."""
 
 
 def read_image(file: Path | BinaryIO, size: int, upright: bool = True, name: str | None = None) -> Tensor:
-    """An image file (`name`, if it is no path) as (3, size, size) uint8: turned by its EXIF tag, RGB, ADM centre crop.
+    """Read an image as (3, size, size) uint8: RGB, ADM's centre crop.
+
+    Args:
+        upright: rotate by the EXIF orientation tag.
+        name: for the error message, if `file` is not a path.
 
     Raises:
-        UnreadableImage: naming the file, if it is empty, cut off, no image, or too large to be honest.
+        UnreadableImage: names the file, if it is empty, truncated, not an image, or a decompression bomb.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
             turned = ImageOps.exif_transpose(image) if upright else image
             rgb = _eight_bits(turned).convert("RGB")
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         raise UnreadableImage(f"{file if name is None else name}: {error}") from error
     return torch.from_numpy(np.array(centre_crop(rgb, size))).permute(2, 0, 1).contiguous()
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow would clip it to white."""
+    """Scale 16-bit grey to 8 bits; Pillow would clip it to white."""
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's crop (arXiv 2105.05233): halve by boxes while the short side is at least twice `size`, resize it to `size`
-    bicubically, cut out the middle."""
+    """ADM's centre crop (arXiv 2105.05233).
+
+    Halve the image with a box filter while its short side is at least 2·size; resize the short side to `size`
+    bicubically; crop the centre.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,4 +1,4 @@
-"""What a folder of shards holds: columns, and the manifest beside index.json."""
+"""The manifest of a folder of shards, its index.json, and the encoding of its columns."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from sfd_scale.runtime.files import sha256, write_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATS = "stats.safetensors"
-FLIPPED = "_flip"  # suffix of the columns of the mirrored image
+FLIPPED = "_flip"  # suffix of columns of the mirrored image
 StoredDtype = Literal["float16", "bfloat16"]
 _ENCODING = re.compile(r"int|ndarray:(?:u?int(?:8|16|32|64)|float(?:16|32|64))(?::\d{1,6}(?:,\d{1,6})*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Written when an encode is complete; a folder without one is not.
+    """Describes a complete folder of shards. `sfd encode` writes it last.
 
-    columns: MDS column → encoding. dtype: of latents and features; bfloat16 is stored as its 16 bits.
-    stats_hash: LatentStats.hash of the stored latents, or None for images alone. classes: names by class index, where
-    the source has some.
+    columns: MDS encoding of each column.
+    dtype: of latents and features; bfloat16 is stored as uint16 with the same bits.
+    stats_hash: LatentStats.hash of the stored latents; None if there are no latents.
+    tokenizers: fingerprint of each codec that made the data.
+    unreadable: error messages of images that were left out.
+    classes: class names by index; empty if the source has none.
+    recipe: settings of the encode.
     """
 
     num_samples: int
@@ -51,10 +55,14 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises ValueError where there is none, or one of a newer release."""
+        """Read the manifest of a folder.
+
+        Raises:
+            ValueError: if it is missing, damaged, or of a newer release.
+        """
         path = folder / MANIFEST
         if not path.is_file():
-            raise ValueError(f"{folder}: no {MANIFEST}; encode the data first, or finish an encode that was cut off")
+            raise ValueError(f"{folder}: no {MANIFEST}; encode the data first, or complete an interrupted encode")
         data = read_json(path)
         number = data.get("format", FORMAT)
         if isinstance(number, int) and number > FORMAT:
@@ -63,22 +71,22 @@ class Manifest:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index.json of a folder of MDS shards, with every file name checked.
+    """Read and check the index.json of a folder of MDS shards, which may come from outside.
 
     Raises:
-        ValueError: for a shard that is not MDS as `sfd encode` writes it, or a name that leads out of the folder.
+        ValueError: if a shard has a format that `sfd encode` does not write, or a name outside the folder.
     """
     path = folder / "index.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no index.json; it is not a folder of shards")
+        raise ValueError(f"{folder}: no index.json, so this is not a folder of shards")
     index = read_json(path)
     if not isinstance(index.get("shards"), list):
-        raise ValueError(f"{path}: it has no list of shards; encode the data anew")
+        raise ValueError(f"{path}: it has no list of shards; encode the data again")
     for shard in index["shards"]:
         try:
             problem = _shard_problem(shard)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: a shard that is not described as it should be: {error!r}") from error
+            raise ValueError(f"{path}: malformed entry of a shard: {error!r}") from error
         if problem:
             raise ValueError(f"{path}: {problem}")
     return index
@@ -92,15 +100,15 @@ def _shard_problem(shard: Any) -> str | None:
     raw = shard["raw_data"]
     name = raw["basename"]
     if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-        return f"the shard name {name!r} leads out of the folder"
+        return f"the shard name {name!r} points outside the folder"
     if not all(type(n) is int and n >= 0 for n in (shard["samples"], raw["bytes"])):
         return f"{name}: {shard['samples']!r} samples in {raw['bytes']!r} bytes"
-    if shard["samples"] * 4 > raw["bytes"]:  # each has an offset of four bytes
+    if shard["samples"] * 4 > raw["bytes"]:  # each sample has an offset of four bytes in the header
         return f"{name}: {shard['samples']} samples do not fit in {raw['bytes']} bytes"
     columns = list(zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True))
     for column, form, size in columns:
         if type(column) is not str or not _ENCODING.fullmatch(form):
-            # `pkl` would run code; the others bring decoders that nothing here needs.
+            # `pkl` would execute code; other encodings need decoders that we do not use.
             return f"column {column!r} has the encoding {form!r}; allowed: int, ndarray:TYPE:SHAPE"
         if size is not None and not (type(size) is int and size >= 0):
             return f"column {column!r} has the size {size!r}"
@@ -112,30 +120,30 @@ def index_sha256(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a data folder.
+    """Read a JSON object.
 
     Raises:
-        ValueError: that names the file, if it holds anything else.
+        ValueError: names the file, if it is not a JSON object.
     """
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged ({error}); encode into this folder again") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: damaged (a {type(data).__name__} where an object should be); encode it again")
+        raise ValueError(f"{path}: damaged ({type(data).__name__}, not an object); encode into this folder again")
     return data
 
 
 def encoding(dtype: StoredDtype, shape: tuple[int, ...]) -> str:
-    """The MDS encoding of an array; MDS has no bfloat16, whose bits are kept as uint16."""
+    """The MDS encoding of an array. MDS has no bfloat16, so its bits are stored as uint16."""
     return f"ndarray:{'float16' if dtype == 'float16' else 'uint16'}:{','.join(map(str, shape))}"
 
 
 def stored(values: Tensor, dtype: StoredDtype) -> np.ndarray[Any, Any]:
-    """Values as they are stored.
+    """Convert values to their stored form.
 
     Raises:
-        ValueError: if one is not finite in that form.
+        ValueError: if a value is not finite in `dtype`.
     """
     narrow = values.detach().cpu().to(torch.float16 if dtype == "float16" else torch.bfloat16)
     if not bool(narrow.isfinite().all()):
@@ -144,12 +152,12 @@ def stored(values: Tensor, dtype: StoredDtype) -> np.ndarray[Any, Any]:
     return (narrow if dtype == "float16" else narrow.view(torch.uint16)).numpy()
 
 
-def as_stored(rows: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
-    """Rows of a column as the 16-bit tensor that was stored: (N, *shape)."""
-    values = torch.from_numpy(np.stack(rows) if isinstance(rows, list) else rows)
+def as_stored(samples: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
+    """Samples of a column as the 16-bit tensor that was stored: (N, *shape)."""
+    values = torch.from_numpy(np.stack(samples) if isinstance(samples, list) else samples)
     return values.view(torch.bfloat16) if dtype == "bfloat16" else values
 
 
-def restored(rows: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
+def restored(samples: np.ndarray[Any, Any] | list[np.ndarray[Any, Any]], dtype: StoredDtype) -> Tensor:
     """The inverse of `stored`: (N, *shape) float32."""
-    return as_stored(rows, dtype).float()
+    return as_stored(samples, dtype).float()

@@ -1,4 +1,4 @@
-"""MosaicML streaming, without its ready-made corpora."""
+"""Imports MosaicML streaming without its text and video datasets."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import sys
 from types import ModuleType
 
-# `import streaming` brings these, and they bring transformers and scikit-learn: most of the import's ten seconds, in
-# every rank of every run, for text and video data sets and a loader that are not used here.
+# `import streaming` imports these modules, and they import transformers and scikit-learn. That is most of the ten
+# seconds of the import, in every rank. We use none of them.
 _UNUSED = ("streaming.multimodal", "streaming.text", "streaming.vision", "streaming.base.dataloader")
 
 
 def streaming(module: str = "streaming") -> ModuleType:
-    """A module of the library, such as streaming.base.format."""
+    """Import a module of the library, such as streaming.base.format."""
     if "streaming" not in sys.modules:
         placeholders = {name: ModuleType(name) for name in _UNUSED}
         placeholders["streaming.base.dataloader"].StreamingDataLoader = None  # type: ignore[attr-defined]

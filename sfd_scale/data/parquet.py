@@ -1,4 +1,4 @@
-"""Images in Parquet files, as the Hugging Face hub keeps data sets: encoded images and labels in columns."""
+"""Images in Parquet files, as in datasets on the Hugging Face hub: a column of encoded images, a column of labels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from sfd_scale.data.image_io import UnreadableImage, read_image
 from sfd_scale.runtime.settings import at_least
 
 SPLITS = frozenset({"train", "validation", "val", "test"})
-MOST_BYTES = 4 << 30  # of images in one row group, which is read as a whole
-_KEPT = 2  # row groups in memory
+MAX_ROW_GROUP_BYTES = 4 << 30  # of images; a row group is read as a whole
+_CACHED_ROW_GROUPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetConfig:
-    """A Parquet file, or a folder's files in the order of their names; needs pyarrow.
+    """A Parquet file, or the files of a folder in the order of their names. Needs pyarrow.
 
-    image: a column of encoded images, bytes or a struct with a field `bytes`. label: a column of class numbers from 0.
+    size: side of the images after the crop.
+    upright: rotate images by their EXIF orientation tag.
+    image: the column of encoded images: bytes, or a struct with a field `bytes`.
+    label: the column of class indices, from 0.
     files: which files of the folder, such as `train-*.parquet`.
     """
 
@@ -40,8 +43,8 @@ class ParquetConfig:
         at_least(self, size=1)
 
 
-class _Group(NamedTuple):
-    """A row group: its file, number in that, and its first image, counted over all files and in its own."""
+class _RowGroup(NamedTuple):
+    """A row group of a file. first, first_in_file: index of its first image, over all files and in its file."""
 
     file: Path
     number: int
@@ -50,22 +53,22 @@ class _Group(NamedTuple):
 
 
 class ParquetImages:
-    """See ParquetConfig. Images are in the order of files and rows; only labels are read before they are asked for.
+    """The images of ParquetConfig, in the order of files and rows. Labels are read at the start, images on access.
 
     Raises:
-        ValueError: naming the file, if it is no Parquet file, or lacks the columns, or a label is no class.
+        ValueError: names the file, if it is not a Parquet file, a column is missing, or a label is not a class index.
     """
 
     def __init__(self, config: ParquetConfig) -> None:
         self.config, self.size, self.upright = config, config.size, config.upright
-        self.groups: list[_Group] = []
+        self.groups: list[_RowGroup] = []
         self.labels: list[int] = []
         for file in _files(config):
             self._scan(file)
         if not self.labels:
-            raise ValueError(f"source.path: the files in {config.path} hold no rows")
+            raise ValueError(f"source.path: the files in {config.path} have no rows")
         self.num_classes = max(self.labels) + 1
-        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._cache: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
     def __len__(self) -> int:
@@ -81,11 +84,11 @@ class ParquetImages:
         value = self._column(at, name)[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
-            raise UnreadableImage(f"{name}: no bytes of an image")
+            raise UnreadableImage(f"{name}: the image is null")
         return read_image(io.BytesIO(content), self.size, self.upright, name), self.labels[index]
 
     def _scan(self, file: Path) -> None:
-        """Take up a file: its row groups, from the footer, and its labels."""
+        """Add a file: its row groups, from the footer, and its labels."""
         pyarrow, parquet = _pyarrow()
         try:
             with parquet.ParquetFile(file) as opened:
@@ -93,17 +96,17 @@ class ParquetImages:
                 column = opened.read([self.config.label], use_threads=False).column(0)
                 counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
+            raise ValueError(f"{file}: not a complete Parquet file ({error})") from error
         labels = column.to_pylist()
         wrong = next((row for row, label in enumerate(labels) if label is None or label < 0), None)
         if wrong is not None:
             raise ValueError(
-                f"{file}, row {wrong}: {self.config.label} {labels[wrong]} is no class; each needs a number from 0 up"
+                f"{file}, row {wrong}: {self.config.label} {labels[wrong]} is not a class index; allowed: 0 and up"
             )
         first = 0
         for number, count in enumerate(counts):
             if count:
-                self.groups.append(_Group(file, number, len(self.labels) + first, first))
+                self.groups.append(_RowGroup(file, number, len(self.labels) + first, first))
             first += count
         self.labels += labels
 
@@ -112,24 +115,26 @@ class ParquetImages:
         for key in ("image", "label"):
             if getattr(self.config, key) not in schema.names:
                 raise ValueError(
-                    f"source.{key}: {getattr(self.config, key)!r} is no column of {file}; it has: "
+                    f"source.{key}: {getattr(self.config, key)!r} is not a column of {file}; it has: "
                     f"{', '.join(schema.names)}"
                 )
         image, label = (schema.field(name).type for name in (self.config.image, self.config.label))
         if types.is_struct(image) and image.get_field_index("bytes") >= 0:
             image = image.field("bytes").type
         if not (types.is_binary(image) or types.is_large_binary(image)):
-            raise ValueError(f"source.image: {file} has {image} there; allowed: binary, or a struct with binary bytes")
+            raise ValueError(
+                f"source.image: the column has type {image} in {file}; allowed: binary, or a struct with binary bytes"
+            )
         if not types.is_integer(label):
-            raise ValueError(f"source.label: {file} has {label} there; allowed: integers")
+            raise ValueError(f"source.label: the column has type {label} in {file}; allowed: integers")
 
     def _column(self, at: int, name: str) -> Any:
-        """The images of a row group; the last few are kept, for this process alone: forks share no open file."""
+        """The images of a row group. Caches the last row groups, separately in every process."""
         if self._process != os.getpid():
-            self._kept, self._process = OrderedDict(), os.getpid()
-        if at in self._kept:
-            self._kept.move_to_end(at)
-            return self._kept[at]
+            self._cache, self._process = OrderedDict(), os.getpid()
+        if at in self._cache:
+            self._cache.move_to_end(at)
+            return self._cache[at]
         group = self.groups[at]
         pyarrow, parquet = _pyarrow()
         try:
@@ -140,28 +145,28 @@ class ParquetImages:
                     for column in map(found.column, range(found.num_columns))
                     if column.path_in_schema.partition(".")[0] == self.config.image
                 )
-                if size > MOST_BYTES:
+                if size > MAX_ROW_GROUP_BYTES:
                     raise ValueError(
-                        f"{group.file}: row group {group.number} has {size / 2**30:.1f} GiB of images, more than "
-                        f"{MOST_BYTES >> 30}; write it with fewer rows a group"
+                        f"{group.file}: row group {group.number} has {size / 2**30:.1f} GiB of images; allowed: "
+                        f"{MAX_ROW_GROUP_BYTES >> 30}; write it with fewer rows per group"
                     )
                 column = opened.read_row_group(group.number, [self.config.image], use_threads=False).column(0)
         except (pyarrow.ArrowException, OSError) as error:
             raise UnreadableImage(f"{name}: {error}") from error
-        self._kept[at] = column
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        self._cache[at] = column
+        while len(self._cache) > _CACHED_ROW_GROUPS:
+            self._cache.popitem(last=False)
         return column
 
 
 def _files(config: ParquetConfig) -> list[Path]:
     files = sorted(config.path.glob(config.files)) if config.path.is_dir() else [config.path]
     if not files or not files[0].is_file():
-        raise ValueError(f"source.path: {config.path} is no Parquet file, nor a folder with {config.files}")
+        raise ValueError(f"source.path: {config.path} is neither a Parquet file nor a folder with {config.files}")
     splits = sorted({file.name.partition("-")[0] for file in files} & SPLITS)
     if len(splits) > 1:
         raise ValueError(
-            f"source.files: {config.files} takes files of {' and '.join(splits)}; name one, such as "
+            f"source.files: {config.files} matches files of {' and '.join(splits)}; choose one, such as "
             f"{splits[0]}-*.parquet"
         )
     return files

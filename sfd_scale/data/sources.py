@@ -1,4 +1,4 @@
-"""Where images come from: class folders, tar or Parquet files, digits, the study's scenes, or shards of our own.
+"""Image sources: class folders, tar files, Parquet files, MDS shards, and the toy digits and scenes.
 
 A source is a sequence of ((3, H, W) uint8, class index).
 """
@@ -18,7 +18,7 @@ from sfd_scale.data.image_io import SUFFIXES, read_image
 from sfd_scale.data.manifest import Manifest
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.shards import open_shards
-from sfd_scale.data.tars import TarConfig, Tars
+from sfd_scale.data.tars import TarConfig, TarImages
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
 from sfd_scale.toy.scenes import SceneSplit, scene_image
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig:
-    """Real handwritten digits on procedural grounds (sfd_scale.data.synthetic)."""
+    """Handwritten digits on procedural backgrounds (sfd_scale.toy.digits)."""
 
     kind: Literal["digits"] = "digits"
     split: Split = "train"
@@ -42,7 +42,7 @@ class DigitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig:
-    """Scenes of several handwritten digits on structured grounds (sfd_scale.data.scenes)."""
+    """Scenes of several handwritten digits on structured backgrounds (sfd_scale.toy.scenes)."""
 
     kind: Literal["scenes"] = "scenes"
     split: SceneSplit = "train"
@@ -56,9 +56,10 @@ class ScenesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig:
-    """One folder a class, as ImageNet is unpacked; classes are the sorted folder names.
+    """One folder per class, such as unpacked ImageNet; classes are the sorted folder names.
 
-    upright: turn images by their EXIF tag. ADM's references and the authors' data were made without.
+    size: side of the images after the crop.
+    upright: rotate images by their EXIF orientation tag. ADM's references and the official code do not.
     """
 
     path: Path
@@ -72,7 +73,7 @@ class FolderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MDSConfig:
-    """The image column of shards that `sfd encode` wrote."""
+    """The image column of a folder of MDS shards that `sfd encode` wrote."""
 
     path: Path
     kind: Literal["mds"] = "mds"
@@ -82,6 +83,8 @@ SourceConfig = DigitsConfig | ScenesConfig | FolderConfig | TarConfig | ParquetC
 
 
 class Source(Protocol):
+    """A sequence of ((3, size, size) uint8, class index)."""
+
     num_classes: int
     size: int
 
@@ -90,8 +93,8 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
 
 
-class DrawnImages:
-    """Images that are drawn when they are asked for; see DigitsConfig and ScenesConfig."""
+class ToyImages:
+    """The generated images of DigitsConfig or ScenesConfig."""
 
     num_classes = NUM_CLASSES
 
@@ -109,18 +112,18 @@ class DrawnImages:
 
 
 def _hidden(path: Path, root: Path) -> bool:
-    """Whether a name below `root` on the way begins with a dot: what editors and systems put there."""
+    """Whether the file, or a folder between it and `root`, has a name that begins with a dot."""
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-class Folder:
-    """See FolderConfig; names that begin with a dot are passed over.
+class ImageFolder:
+    """The images of FolderConfig. Hidden files and folders are ignored.
 
     Attributes:
-        classes: the names, by class index.
+        classes: class names, by class index.
 
     Raises:
-        ValueError: if the folder is missing, has no class folders, or one of them holds no image.
+        ValueError: if the folder is missing, has no class folders, or a class folder has no image.
     """
 
     def __init__(self, config: FolderConfig) -> None:
@@ -138,11 +141,11 @@ class Folder:
             others.update(path.suffix.lower() for path in rest if path.is_file())
             if not own:
                 kinds = ", ".join(sorted(SUFFIXES))
-                raise ValueError(f"source.path: the class folder {folder} holds no image ({kinds})")
+                raise ValueError(f"source.path: the class folder {folder} has no image ({kinds})")
             self.files += [(path, label) for path in own]
         if others:
             counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
-            logger.warning("%s: left out, as no image of %s: %s", config.path, ", ".join(sorted(SUFFIXES)), counts)
+            logger.warning("%s: ignored files: %s; read: %s", config.path, counts, ", ".join(sorted(SUFFIXES)))
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
         self.classes = tuple(folder.name for folder in classes)
 
@@ -154,33 +157,33 @@ class Folder:
         return read_image(path, self.size, self.upright), label
 
 
-class Shards:
-    """See MDSConfig."""
+class MDSImages:
+    """The images of MDSConfig."""
 
     def __init__(self, config: MDSConfig) -> None:
         manifest = Manifest.read(config.path)
         if "image" not in manifest.columns:
-            raise ValueError(f"source.path: {config.path} stores no images; encode it with store.image=true")
+            raise ValueError(f"source.path: {config.path} has no images; encode it with store.image=true")
         self.num_classes, self.size = manifest.num_classes, manifest.image_size
-        self._rows = open_shards(config.path)
+        self._samples = open_shards(config.path)
 
     def __len__(self) -> int:
-        return self._rows.num_samples
+        return self._samples.num_samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._rows.gather([index], [["image"], ["label"]])
+        image, label = self._samples.gather([index], [["image"], ["label"]])
         return torch.from_numpy(image[0]), int(label[0])
 
 
 def make_source(config: SourceConfig) -> Source:
     match config:
         case DigitsConfig() | ScenesConfig():
-            return DrawnImages(config)
+            return ToyImages(config)
         case FolderConfig():
-            return Folder(config)
+            return ImageFolder(config)
         case TarConfig():
-            return Tars(config)
+            return TarImages(config)
         case ParquetConfig():
             return ParquetImages(config)
         case MDSConfig():
-            return Shards(config)
+            return MDSImages(config)

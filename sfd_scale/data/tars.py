@@ -1,4 +1,4 @@
-"""Images in uncompressed tar files, read in place: WebDataset shards, or one file a class as ImageNet comes."""
+"""Images in uncompressed tar files, read in place: WebDataset shards, or ImageNet's one file per class."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from sfd_scale.runtime.settings import at_least
 
 @dataclass(frozen=True, kw_only=True)
 class TarConfig:
-    """A tar file, or a folder of them in the order of their names.
+    """A tar file, or the tar files of a folder in the order of their names.
 
-    Where images have a member of the same name and `.cls` beside them (WebDataset), that number is the class;
-    else each file is a class, such as n01440764.tar.
+    WebDataset: a member with the suffix `.cls` beside each image holds its class index. If there are no such members,
+    each tar file is one class, such as n01440764.tar.
+
+    size: side of the images after the crop.
+    upright: rotate images by their EXIF orientation tag.
     """
 
     path: Path
@@ -31,8 +34,8 @@ class TarConfig:
         at_least(self, size=1)
 
 
-class _Place(NamedTuple):
-    """Where an image lies: file, first byte, size, name inside, class."""
+class _Member(NamedTuple):
+    """An image in a tar file. start, size: in bytes. label: class index."""
 
     file: Path
     start: int
@@ -41,47 +44,50 @@ class _Place(NamedTuple):
     label: int
 
 
-class Tars:
-    """See TarConfig.
+class TarImages:
+    """The images of TarConfig.
 
     Raises:
-        ValueError: naming the file, if it is no tar, is cut off, or its images have classes only in part.
+        ValueError: names the file, if it is not a tar file, is truncated, or only some images have a class.
     """
 
     def __init__(self, config: TarConfig) -> None:
         files = sorted(config.path.glob("*.tar")) if config.path.is_dir() else [config.path]
         if not files or not files[0].is_file():
-            raise ValueError(f"source.path: {config.path} is no tar file, nor a folder with any")
-        self.places: list[_Place] = []
+            raise ValueError(f"source.path: {config.path} is neither a tar file nor a folder with tar files")
+        self.members: list[_Member] = []
         labelled: dict[bool, Path] = {}
         for number, file in enumerate(files):
-            places, has_labels = _scan(file, number)
-            self.places += places
+            members, has_labels = _scan(file, number)
+            self.members += members
             labelled[has_labels] = file
         if len(labelled) > 1:
             raise ValueError(
-                f"{labelled[False]}: has no .cls members, which {labelled[True]} has; all need them, or none"
+                f"{labelled[False]}: has no .cls members, but {labelled[True]} has; allowed: in all files, or in none"
             )
-        self.num_classes = max(place.label for place in self.places) + 1
+        self.num_classes = max(member.label for member in self.members) + 1
         self.size, self.upright = config.size, config.upright
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.members)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        place = self.places[index]
-        with place.file.open("rb") as file:
-            file.seek(place.start)
-            content = file.read(place.size)
-        name = f"{place.file}: {place.name}"
-        if len(content) != place.size:
-            raise UnreadableImage(f"{name}: cut off")
-        return read_image(io.BytesIO(content), self.size, self.upright, name), place.label
+        member = self.members[index]
+        with member.file.open("rb") as file:
+            file.seek(member.start)
+            content = file.read(member.size)
+        name = f"{member.file}: {member.name}"
+        if len(content) != member.size:
+            raise UnreadableImage(f"{name}: truncated")
+        return read_image(io.BytesIO(content), self.size, self.upright, name), member.label
 
 
-def _scan(file: Path, number: int) -> tuple[list[_Place], bool]:
-    """The images of a file in their order, from its headers, and whether .cls members say their classes; else it is
-    `number`."""
+def _scan(file: Path, number: int) -> tuple[list[_Member], bool]:
+    """The images of a tar file, from its headers, and whether .cls members give their classes.
+
+    Args:
+        number: the class of all images if there are no .cls members.
+    """
     images: list[tuple[str, int, int]] = []
     labels: dict[str, int] = {}
     try:
@@ -95,14 +101,15 @@ def _scan(file: Path, number: int) -> tuple[list[_Place], bool]:
                     assert content is not None
                     labels[stem] = int(content.read(32))
     except (tarfile.TarError, ValueError, OSError) as error:
-        raise ValueError(f"{file}: not a whole, uncompressed tar file ({error})") from error
+        raise ValueError(f"{file}: not a complete, uncompressed tar file ({error})") from error
     if not images:
-        raise ValueError(f"{file}: holds no image ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{file}: has no image ({', '.join(sorted(SUFFIXES))})")
     missing = [name for name, *_ in images if name.rpartition(".")[0] not in labels] if labels else []
     if missing or any(label < 0 for label in labels.values()):
-        raise ValueError(f"{file}: {missing[0] if missing else 'an image'} has no class; each needs a .cls from 0 up")
-    places = [
-        _Place(file, start, size, name, labels[name.rpartition(".")[0]] if labels else number)
+        image = missing[0] if missing else "an image"
+        raise ValueError(f"{file}: {image} has no class; each image needs a .cls member with a class index, 0 and up")
+    members = [
+        _Member(file, start, size, name, labels[name.rpartition(".")[0]] if labels else number)
         for name, start, size in images
     ]
-    return places, bool(labels)
+    return members, bool(labels)

@@ -1,4 +1,4 @@
-"""A small image classifier; its grid of features serves as vision encoder, its pooled features as extractor.
+"""A small image classifier. Its feature grid serves as a vision encoder, its pooled features as a feature extractor.
 
 N batch · H, W image · h, w feature grid · D channels · K classes.
 """
@@ -21,7 +21,7 @@ _GROUPS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SmallConvNetConfig:
-    """Each stage halves the image; the last makes the feature grid, whose mean over positions is classified."""
+    """One stage per width; each halves the image. The last stage gives the feature grid, whose mean is classified."""
 
     kind: Literal["convnet"] = "convnet"
     widths: tuple[int, ...] = (32, 96, 128)
@@ -34,7 +34,7 @@ class SmallConvNetConfig:
         at_least(self, num_classes=2)
         step = 2 ** len(self.widths)
         if self.image_size < step or self.image_size % step:
-            raise ValueError(f"image_size: {self.image_size}; allowed: multiples of {step}, one halving for each width")
+            raise ValueError(f"image_size: {self.image_size}; allowed: multiples of {step} (each width halves it)")
 
     @property
     def description(self) -> str:
@@ -47,7 +47,7 @@ class SmallConvNetConfig:
 
 
 class ConvFeatures(NamedTuple):
-    """grid (N, D, h, w), each position normed over D; pooled (N, D), its mean; logits (N, K). All float32."""
+    """grid: (N, D, h, w), normalised over D at each position. pooled: (N, D), its mean. logits: (N, K). All float32."""
 
     grid: Tensor
     pooled: Tensor
@@ -55,7 +55,7 @@ class ConvFeatures(NamedTuple):
 
 
 class Stage(nn.Module):
-    """Halve the image, then a residual convolution: (N, D, H, W) → (N, D', H/2, W/2)."""
+    """Strided convolution, then a residual convolution: (N, D, H, W) → (N, D', H/2, W/2)."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -69,10 +69,10 @@ class Stage(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Groups are normed, not batches, so that a sample's features do not depend on its batch.
+    """A convnet with group norm, so that the features of a sample do not depend on its batch.
 
-    The classifier is linear in the mean of the grid, so that every position has to show the class (class activation
-    maps, arXiv 1512.04150), as the patch tokens of a vision transformer do.
+    The classifier is linear in the mean of the grid. So every position must show the class (class activation maps,
+    arXiv 1512.04150), like the patch tokens of a vision transformer.
     """
 
     def __init__(self, config: SmallConvNetConfig) -> None:
@@ -86,7 +86,7 @@ class SmallConvNet(nn.Module):
         x = (images.float() / 127.5 - 1).to(self.classifier.weight.dtype)
         for stage in self.blocks:
             x = stage(x)
-        # Unit scale at each position, as the normed patch tokens of DINOv2 have.
+        # Unit scale at each position, like DINOv2's patch tokens after their norm.
         grid = functional.layer_norm(x.float().movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
         pooled = grid.mean(dim=(2, 3))  # (N, D)
         return ConvFeatures(grid, pooled, self.classifier(pooled.to(x.dtype)).float())
@@ -99,7 +99,7 @@ class SmallConvNet(nn.Module):
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The start value of one parameter in its full shape, float32 on the CPU."""
+    """The initial value of a parameter: its full shape, float32, on the CPU."""
     value = torch.zeros(shape)
     if name.endswith("bias"):
         return value
@@ -111,7 +111,7 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def config_of(state: Mapping[str, Tensor], image_size: int) -> SmallConvNetConfig:
-    """The settings that weights were made with, from their shapes.
+    """The config of a SmallConvNet, from the shapes of its weights.
 
     Raises:
         ValueError: if these are not weights of a SmallConvNet.

@@ -1,7 +1,7 @@
-"""The study's images: colour scenes of several handwritten digits on grounds with long-range structure.
+"""The study's images: colour scenes of several handwritten digits on backgrounds with long-range structure.
 
-A scene's class is the digit that stands in it most often. Two regions share the ground; each has one wave that runs on
-through it, in front of the other region and behind the digits. Scene i of a split is a function of (seed, split, i).
+The class of a scene is its most frequent digit. The background has two regions, a front and a back one; each has one
+wave pattern over its whole area. Scene i of a split is a function of (seed, split, i).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from sfd_scale.runtime import seeding
 from sfd_scale.toy.digits import NUM_CLASSES, digits_by_class
 
 SceneSplit = Literal["train", "reference", "classifier"]
-# Of every five handwritten digits of a class: three for training, one for the reference, one for what scores.
-_TURNS: dict[str, tuple[int, ...]] = {"reference": (0,), "classifier": (1,), "train": (2, 3, 4)}
-_CELLS = 3  # a side: nine places for a digit
-_MOST = 5  # digits a scene
+# Of every five handwritten digits of a class: three for training, one for reference images, one for the classifier.
+_SPLITS: dict[str, tuple[int, ...]] = {"reference": (0,), "classifier": (1,), "train": (2, 3, 4)}
+_CELLS = 3  # per side: nine cells, one digit each at most
+_MAX_DIGITS = 5  # in a scene
 
 
 @functools.cache
 def scene_digits(split: SceneSplit) -> tuple[Tensor, ...]:
-    """The digits of a split, by class, enlarged smoothly: ten tensors (n, 24, 24) of ink. The splits share no digit."""
+    """The digits of a split, by class, upsampled: ten tensors (n, 24, 24). The splits share no digit."""
     chosen = []
     for own in digits_by_class():
         turn = torch.arange(len(own)) % 5
-        picked = own[torch.isin(turn, torch.tensor(_TURNS[split]))]
+        picked = own[torch.isin(turn, torch.tensor(_SPLITS[split]))]
         chosen.append(functional.interpolate(picked[:, None], size=(24, 24), mode="bicubic", align_corners=False)[:, 0])
     return tuple(chosen)
 
 
 def scene_image(seed: int, split: SceneSplit, index: int, size: int = 64) -> tuple[Tensor, int]:
-    """Scene `index` of a split: ((3, size, size) uint8, class). Classes take turns, so that they are balanced.
+    """Scene `index` of a split: ((3, size, size) uint8, class). The class is index mod 10, so classes are balanced.
 
-    In those of the classifier all digits are of the class: a small network learns the digits sooner so.
+    In the classifier's split all digits of a scene have its class: a small network then learns the digits sooner.
     """
     label = index % NUM_CLASSES
     generator = seeding.generator(seed, f"scenes_{split}", index)
@@ -48,23 +48,23 @@ def scene_image(seed: int, split: SceneSplit, index: int, size: int = 64) -> tup
     if split == "classifier":
         shown = [label] * len(shown)
     places = torch.randperm(_CELLS**2, generator=generator)[: len(shown)].tolist()
-    ground, dark = _ground(u[1:15], size)
-    masks = _placed(split, shown, places, u[15 : 15 + 5 * _MOST], size)  # (n, size, size)
-    image = ground
-    for mask, hue in zip(masks, u[40 : 40 + _MOST], strict=False):
+    background, dark = _background(u[1:15], size)
+    masks = _placed(split, shown, places, u[15 : 15 + 5 * _MAX_DIGITS], size)  # (n, size, size)
+    image = background
+    for mask, hue in zip(masks, u[40 : 40 + _MAX_DIGITS], strict=False):
         ink = _colour(hue, 0.35, 1.0) if dark else _colour(hue, 0.95, 0.3)
         image = torch.lerp(image, ink.expand_as(image), mask)
     return (image * 255).round().clamp(0, 255).to(torch.uint8), label
 
 
 def _contents(label: int, u: float, others: list[int]) -> list[int]:
-    """Three to five digits: the class's twice or three times, others once each."""
+    """Three to five digits: the class two or three times, others once each."""
     same, more = ((2, 1), (2, 2), (3, 1), (3, 2))[int(4 * u)]
     return [label] * same + [other + (other >= label) for other in others[:more]]
 
 
 def _placed(split: SceneSplit, shown: list[int], places: list[int], u: list[float], size: int) -> Tensor:
-    """Ink of each digit in the scene, (n, size, size) in [0, 1]: in its place of nine, moved, turned, sized a bit."""
+    """A mask for each digit, (n, size, size) in [0, 1]: in its cell, shifted, rotated and scaled a little."""
     sets = scene_digits(split)
     digits, matrices = [], []
     for number, (digit, place) in enumerate(zip(shown, places, strict=True)):
@@ -89,19 +89,19 @@ def _coordinates(size: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _homogeneous(size: int) -> Tensor:
-    """(x, y, 1) of each pixel's middle: (size · size, 3)."""
+    """(x, y, 1) of each pixel's centre: (size · size, 3)."""
     axis = (torch.arange(size) * 2 + 1) / size - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)], -1).view(-1, 3)
 
 
 def _colour(hue: float, saturation: float, value: float) -> Tensor:
-    """(3, 1, 1) in [0, 1]; in Python's numbers, which for three of them are faster than tensors."""
+    """A colour, (3, 1, 1) in [0, 1]. Python floats are faster than tensors for three numbers."""
     return torch.tensor(colorsys.hsv_to_rgb(hue, saturation, value)).view(3, 1, 1)
 
 
-def _ground(u: list[float], size: int) -> tuple[Tensor, bool]:
-    """(3, size, size) in [0, 1], and whether it is dark: a disc or a half plane in front of the rest of the scene."""
+def _background(u: list[float], size: int) -> tuple[Tensor, bool]:
+    """The background, (3, size, size) in [0, 1], and whether it is dark. The front region is a disc or a half plane."""
     y, x = _coordinates(size)
     dark, angle = u[0] < 0.5, 2 * math.pi * u[1]
     if u[2] < 0.5:
@@ -110,17 +110,17 @@ def _ground(u: list[float], size: int) -> tuple[Tensor, bool]:
         edge = 0.45 + 0.35 * u[3] - torch.hypot(x - 0.8 * (u[4] - 0.5), y - 0.8 * (u[5] - 0.5))
     front = (edge * (size / 4) + 0.5).clamp(0, 1)
     hue = u[6]
-    shares = [_wave(u[7 + 3 * part : 10 + 3 * part], part, x, y) for part in (0, 1)]
+    weights = [_wave(u[7 + 3 * part : 10 + 3 * part], part, x, y) for part in (0, 1)]
     low, high = (0.14, 0.42) if dark else (0.66, 0.95)
     colours = []
-    for part, share in enumerate(shares):
+    for part, weight in enumerate(weights):
         own = (hue + (0.3 + 0.4 * u[13]) * part) % 1
-        colours.append(torch.lerp(_colour(own, 0.65, low), _colour((own + 0.08) % 1, 0.4, high), share))
+        colours.append(torch.lerp(_colour(own, 0.65, low), _colour((own + 0.08) % 1, 0.4, high), weight))
     return torch.lerp(colours[0], colours[1], front), dark
 
 
 def _wave(u: list[float], part: int, x: Tensor, y: Tensor) -> Tensor:
-    """A share in [0, 1] at each point: stripes, whose phase ties all of a region together, or rings."""
+    """A weight in [0, 1] at each point: stripes with one phase over the region, or rings."""
     frequency, phase, angle = 4 + 6 * u[0], 2 * math.pi * u[1], 2 * math.pi * u[2]
     if part == 0 and u[2] < 0.3:
         along = torch.hypot(x - math.cos(9 * angle), y - math.sin(9 * angle))

@@ -14,7 +14,7 @@ from eval.images import npz
 from eval.recipe import EvalRecipe
 from eval.watch import saved_steps, watch
 from sfd_scale import checkpoint, config, train
-from sfd_scale.data.sources import DigitsConfig, DrawnImages
+from sfd_scale.data.sources import DigitsConfig, ToyImages
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
     net = SmallConvNet(SmallConvNetConfig())
     net.init_weights(0)
     checkpoint.save_weights(net.state_dict(), folder / "classifier.safetensors", {})
-    digits = DrawnImages(DigitsConfig(num_images=30))
+    digits = ToyImages(DigitsConfig(num_images=30))
     images = torch.stack([digits[i][0] for i in range(30)])
     npz.write_images(folder / "reference.npz", [images], 30, (32, 32), torch.zeros(30, dtype=torch.int64))
     (folder / "train.yaml").write_text(TRAIN.format(folder=folder))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sfd_scale.data.encode import StoreConfig, encode
 from sfd_scale.data.manifest import Manifest
-from sfd_scale.data.sources import DigitsConfig, DrawnImages, Source
+from sfd_scale.data.sources import DigitsConfig, Source, ToyImages
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
@@ -48,15 +48,15 @@ class Blurred(PatchPCA):
 
 @functools.cache
 def tokenizer(variance: bool = False) -> CompositeTokenizer:
-    images = torch.stack([DrawnImages(DigitsConfig())[i][0] for i in range(64)])
+    images = torch.stack([ToyImages(DigitsConfig())[i][0] for i in range(64)])
     codec = Blurred if variance else PatchPCA
     texture = codec.fit([images], PatchPCAFitConfig(patch=4, channels=6))
     semantic = FeaturePCA.fit([Pooled().features(images)], channels=3)
     return CompositeTokenizer(texture, Pooled(), semantic, LAYOUT)
 
 
-def digits(count: int) -> DrawnImages:
-    return DrawnImages(DigitsConfig(num_images=count, seed=3))
+def digits(count: int) -> ToyImages:
+    return ToyImages(DigitsConfig(num_images=count, seed=3))
 
 
 def encode_digits(out: Path, count: int = 40, source: Source | None = None, **store: Any) -> Manifest:

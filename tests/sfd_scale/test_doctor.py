@@ -1,4 +1,4 @@
-"""What `sfd doctor` finds on this machine, and what it says where something is missing."""
+"""`sfd doctor`: its findings on this machine, and its advice for what is missing."""
 
 import subprocess
 import sys
@@ -17,35 +17,35 @@ def levels(found: list[doctor.Finding]) -> dict[str, str]:
     return {finding.subject: finding.level for finding in found}
 
 
-def test_it_finds_this_machine_able_to_run_the_suite() -> None:
+def test_doctor_finds_no_error_on_the_machine_of_the_tests() -> None:
     done = subprocess.run([sys.executable, "-m", "sfd_scale", "doctor"], capture_output=True, text=True, timeout=300)
     # DeepSpeed announces its choice of accelerator on the same stream, in brackets.
     lines = [line.strip() for line in done.stdout.splitlines() if line and not line.startswith("[")]
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok  gloo: two processes of this host reach each other" in lines
     assert any(line.startswith("ok  packages: torch ") for line in lines)
-    assert any(line.startswith("ok  attention: auto takes ") for line in lines)
+    assert any(line.startswith("ok  attention: auto uses ") for line in lines)
     assert all(line.split()[0] in ("ok", "warning") for line in lines)
 
 
 def test_a_missing_or_old_package_comes_with_the_command_that_installs_it() -> None:
-    missing = doctor._version(Requirement("no-such-package>=2"))
+    missing = doctor.check_package(Requirement("no-such-package>=2"))
     assert (missing.level, missing.text) == ("error", "not installed; run `pip install 'no-such-package>=2'`")
-    old = doctor._version(Requirement("numpy>=999"))
+    old = doctor.check_package(Requirement("numpy>=999"))
     assert old.level == "error"
     assert old.text.endswith("but >=999 is needed; run `pip install 'numpy>=999'`")
-    assert doctor._version(Requirement("numpy>=1")).level == "ok"
+    assert doctor.check_package(Requirement("numpy>=1")).level == "ok"
 
 
 @pytest.mark.parametrize(("size", "level"), [(64 * 2**20, "error"), (GIB // 2, "warning"), (2 * GIB, "ok")])
-def test_little_shared_memory_is_told(size: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shared_memory_is_reported(size: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=size))
     finding = next(iter(doctor.limits()))
     assert (finding.subject, finding.level) == ("shared memory", level)
     assert ("--shm-size" in finding.text) == (level != "ok")
 
 
-def test_few_open_files_and_a_full_disk_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_few_open_files_and_a_full_disk_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (1024, 4096))
     assert levels(list(doctor.limits()))["open files"] == "warning"
     monkeypatch.chdir(tmp_path)
@@ -60,9 +60,9 @@ def test_ops_that_are_not_compiled_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert "python -m sfd_scale.engines.build_ops" in finding.text
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (finding,) = doctor.extensions()
-    assert (finding.level, finding.text) == ("error", "cpu_adam not compiled, and no c++, ninja; install them")
+    assert (finding.level, finding.text) == ("error", "cpu_adam not compiled, and c++, ninja missing; install them")
     (finding,) = doctor.tools()
-    assert finding.text.startswith("no ssh, pdsh; install")
+    assert finding.text.startswith("no ssh, pdsh; needed for HOSTFILE launches")
 
 
 def test_a_check_that_fails_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sfd_scale.data.encode import StoreConfig, encode
 from sfd_scale.data.manifest import Manifest, restored
 from sfd_scale.data.shards import open_shards
-from sfd_scale.data.sources import Folder, FolderConfig
+from sfd_scale.data.sources import FolderConfig, ImageFolder
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.tokenizers.protocols import psnr
 from tests.helpers.encoded import LAYOUT, digits, encode_digits, files, tokenizer
@@ -57,7 +57,7 @@ def test_two_ranks_one_rank_and_a_restart_write_the_same_bytes(tmp_path: Path) -
 
     with pytest.raises(Killed, match="16"):
         encode_digits(tmp_path / "cut", COUNT, Failing(15), **options)
-    with pytest.raises(ValueError, match=r"no manifest\.json; encode the data first, or finish an encode"):
+    with pytest.raises(ValueError, match=r"no manifest\.json; encode the data first, or complete an interrupted"):
         open_shards(tmp_path / "cut")
     # The rest of the one, and all of the other, on two ranks.
     assert run_ranks(on_ranks, 2, [tmp_path / "cut", tmp_path / "two"]) == [[COUNT, COUNT]] * 2
@@ -153,7 +153,7 @@ def test_unreadable_images_are_listed_and_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "in" / "a" / "3.png").write_bytes(b"")
     for i in range(8):  # a whole chunk
         (tmp_path / "in" / "b" / f"{i}.png").write_bytes(b"x")
-    source = Folder(FolderConfig(path=tmp_path / "in", size=32))
+    source = ImageFolder(FolderConfig(path=tmp_path / "in", size=32))
     options: dict[str, Any] = {"image": True, "latents": "none", "chunk": 4, "num_workers": 0}
     out = tmp_path / "out"
     for _ in range(2):  # the second start finds it complete, and says it again

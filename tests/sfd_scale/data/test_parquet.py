@@ -103,7 +103,7 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array(images, HUB), "label": [0, 1, 2]}), tmp_path / "a.parquet")
     source = ParquetImages(ParquetConfig(path=tmp_path, size=16))
     assert torch.equal(source[0][0], pixels(0))
-    with pytest.raises(UnreadableImage, match=r"a\.parquet, row 1: no bytes of an image"):
+    with pytest.raises(UnreadableImage, match=r"a\.parquet, row 1: the image is null"):
         source[1]
     with pytest.raises(UnreadableImage, match=r"a\.parquet, row 2: "):
         source[2]
@@ -123,25 +123,27 @@ def test_files_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(ValueError, match=match):
             make_source(ParquetConfig(**{"path": tmp_path, "size": 16, **settings}))
 
-    refused(r"source\.path: .* is no Parquet file, nor a folder with \*\.parquet")
+    refused(r"source\.path: .* is neither a Parquet file nor a folder with \*\.parquet")
     (tmp_path / "text.parquet").write_bytes(b"PAR1 no table at all PAR1")
-    refused(r"text\.parquet: not a whole Parquet file")
+    refused(r"text\.parquet: not a complete Parquet file")
     (tmp_path / "text.parquet").unlink()
     write(tmp_path / "train-0.parquet", range(2))
     write(tmp_path / "test-0.parquet", range(2))
-    refused(r"source\.files: \*\.parquet takes files of test and train; name one, such as test-\*\.parquet")
+    refused(r"source\.files: \*\.parquet matches files of test and train; choose one, such as test-\*\.parquet")
     train = {"files": "train-*.parquet"}
     refused(
-        r"source\.image: 'jpg' is no column of .*train-0\.parquet; it has: image, label, caption", image="jpg", **train
+        r"source\.image: 'jpg' is not a column of .*train-0\.parquet; it has: image, label, caption",
+        image="jpg",
+        **train,
     )
-    refused(r"source\.label: .* has string there; allowed: integers", label="caption", **train)
-    refused(r"source\.image: .* has int64 there; allowed: binary", image="label", **train)
-    monkeypatch.setattr(parquet, "MOST_BYTES", 100)
+    refused(r"source\.label: the column has type string in .*; allowed: integers", label="caption", **train)
+    refused(r"source\.image: the column has type int64 in .*; allowed: binary", image="label", **train)
+    monkeypatch.setattr(parquet, "MAX_ROW_GROUP_BYTES", 100)
     source = make_source(ParquetConfig(path=tmp_path, size=16, files="train-*.parquet"))
-    with pytest.raises(ValueError, match=r"train-0\.parquet: row group 0 has .* write it with fewer rows a group"):
+    with pytest.raises(ValueError, match=r"train-0\.parquet: row group 0 has .* write it with fewer rows per group"):
         source[0]
     for labels, told in (([0, -1], "-1"), ([0, None], "None")):
         pq.write_table(pa.table({"image": [b"", b""], "label": pa.array(labels, pa.int64())}), tmp_path / "c.parquet")
-        refused(rf"c\.parquet, row 1: label {told} is no class", files="c.parquet")
+        refused(rf"c\.parquet, row 1: label {told} is not a class index", files="c.parquet")
     pq.write_table(pa.table({"image": pa.array([], HUB), "label": pa.array([], pa.int64())}), tmp_path / "c.parquet")
-    refused("hold no rows", files="c.parquet")
+    refused("have no rows", files="c.parquet")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sfd_scale.data.image_io import UnreadableImage, centre_crop, read_image
-from sfd_scale.data.sources import DigitsConfig, Folder, FolderConfig, MDSConfig, make_source
+from sfd_scale.data.sources import DigitsConfig, FolderConfig, ImageFolder, MDSConfig, make_source
 from sfd_scale.data.tars import TarConfig
 from tests.helpers.encoded import digits, encode_digits
 
@@ -107,21 +107,21 @@ def test_a_class_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("not an image")
-    source = Folder(FolderConfig(path=tmp_path, size=16))
+    source = ImageFolder(FolderConfig(path=tmp_path, size=16))
     assert len(source) == 3 and source.num_classes == 2 and source.classes == ("n01", "n02")
-    assert caplog.text.count("left out") == 1 and "2 .gif, 1 .txt" in caplog.text
+    assert caplog.text.count("ignored files") == 1 and "2 .gif, 1 .txt" in caplog.text
     assert [source[i][1] for i in range(3)] == [0, 1, 1]
     assert source[2][0].shape == (3, 16, 16) and source[2][0].dtype == torch.uint8
 
 
 def test_what_is_no_class_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"source\.path.*absent is not a folder"):
-        Folder(FolderConfig(path=tmp_path / "absent"))
+        ImageFolder(FolderConfig(path=tmp_path / "absent"))
     with pytest.raises(ValueError, match="no class folders"):
-        Folder(FolderConfig(path=tmp_path))
+        ImageFolder(FolderConfig(path=tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no image.*\.png"):
-        Folder(FolderConfig(path=tmp_path))
+    with pytest.raises(ValueError, match=r"empty has no image.*\.png"):
+        ImageFolder(FolderConfig(path=tmp_path))
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> None:
@@ -163,13 +163,13 @@ def test_images_of_tar_files(tmp_path: Path) -> None:
 
 
 def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source\.path: .*absent is no tar file, nor a folder"):
+    with pytest.raises(ValueError, match=r"source\.path: .*absent is neither a tar file nor a folder"):
         make_source(TarConfig(path=tmp_path / "absent"))
     (tmp_path / "text.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(ValueError, match=r"text\.tar: not a whole, uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"text\.tar: not a complete, uncompressed tar file"):
         make_source(TarConfig(path=tmp_path / "text.tar"))
     tar_of(tmp_path / "empty.tar", {"notes.txt": b"x"})
-    with pytest.raises(ValueError, match=r"empty\.tar: holds no image"):
+    with pytest.raises(ValueError, match=r"empty\.tar: has no image"):
         make_source(TarConfig(path=tmp_path / "empty.tar"))
     tar_of(tmp_path / "half.tar", {"0.png": png(0), "0.cls": b"1", "1.png": png(1)})
     with pytest.raises(ValueError, match=r"half\.tar: 1\.png has no class"):
@@ -177,7 +177,7 @@ def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
     (tmp_path / "mixed").mkdir()
     tar_of(tmp_path / "mixed" / "a.tar", {"x.png": png(0), "x.cls": b"7"})
     tar_of(tmp_path / "mixed" / "b.tar", {"x.png": png(0)})
-    with pytest.raises(ValueError, match=r"b\.tar: has no \.cls members, which .*a\.tar has"):
+    with pytest.raises(ValueError, match=r"b\.tar: has no \.cls members, but .*a\.tar has"):
         make_source(TarConfig(path=tmp_path / "mixed", size=16))
     tar_of(tmp_path / "bad.tar", {"0.png": png(0), "1.png": b"", "2.png": png(1)})
     source = make_source(TarConfig(path=tmp_path / "bad.tar", size=16))
@@ -185,7 +185,7 @@ def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
         source[1]
     whole = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(whole[:700])
-    with pytest.raises(UnreadableImage, match=r"bad\.tar: 0\.png: cut off"):
+    with pytest.raises(UnreadableImage, match=r"bad\.tar: 0\.png: truncated"):
         source[0]
 
 
@@ -204,5 +204,5 @@ def test_images_come_back_from_shards(tmp_path: Path) -> None:
 
 def test_shards_without_images_are_refused(tmp_path: Path) -> None:
     encode_digits(tmp_path, 8)
-    with pytest.raises(ValueError, match=r"stores no images.*store\.image=true"):
+    with pytest.raises(ValueError, match=r"has no images.*store\.image=true"):
         make_source(MDSConfig(path=tmp_path))
