@@ -1,4 +1,4 @@
-"""Self-attention of a block, forward and backward, heads of 64 and 72: ours beside the baseline, both eager."""
+"""Self-attention of one block, forward and backward, with head dims 64 and 72: ours and the baseline, both eager."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADS = 4
 
 
 def run(options: Options) -> list[Figure]:
-    """Attention modules/s, fp32, batch 8, 256 tokens, 4 heads."""
+    """Self-attention throughput: fp32, batch 8, 256 tokens, 4 heads."""
     count = 1 if options.quick else 8
     figures = []
     for head_dim in (64, 72):
@@ -33,7 +33,7 @@ def run(options: Options) -> list[Figure]:
         seconds = harness.race(contenders, options.repeats or (2 if options.quick else 15), warmup=2)  # type: ignore[arg-type]
         figures.append(
             harness.compare(
-                f"attention, head of {head_dim}, batch {count}",
+                f"attention, head dim {head_dim}, batch {count}",
                 seconds,
                 against="official arithmetic",
                 work=count,

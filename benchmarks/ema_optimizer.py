@@ -1,4 +1,4 @@
-"""AdamW and EMA of LightningDiT-S/1 (39M parameters): the engine's step and EMA, against tensor by tensor."""
+"""AdamW and EMA of LightningDiT-S/1 (39M parameters): the engine's step and fused EMA, vs. one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfd_scale.engines.optim import AdamWConfig
 
 
 def run(options: Options) -> list[Figure]:
-    """AdamW and EMA updates/s, against torch's AdamW and EMA tensor by tensor. Ours takes the gradient norm too."""
+    """AdamW and EMA updates/s, vs. torch's AdamW and EMA tensor by tensor. Ours also computes the gradient norm."""
     depth = 1 if options.quick else None
     model, baseline = our_model("S", depth), Peer("S", depth=depth)
     randomize(model, baseline)

@@ -1,8 +1,7 @@
-"""Scores in one process beside the way by image files: PNG, read again, .npz, statistics and sqrtm in numpy and scipy.
+"""Scores in one process vs. scores by image files: PNG, .npz, np.cov and scipy's sqrtm.
 
-The peer does what the scripts around ADM's evaluator do, by their formulas: an image a file, all of them stacked into
-one array, np.cov, scipy's sqrtm; precision and recall by torch-fidelity. The network that makes the features is the
-same on both sides and is left out: it would hide what is compared.
+The peer follows the scripts around ADM's evaluator: one file per image, all images stacked into one array, np.cov,
+scipy's sqrtm; precision and recall by torch-fidelity. The feature network is the same on both sides and is left out.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from eval.metrics.moments import moments
 from eval.metrics.precision_recall import precision_recall
 from eval.work.chunks import ChunkFolder
 
-FEATURES = 2048 + 17 * 17 * 7 + 1008  # floats that a chunk keeps of an image
+FEATURES = 2048 + 17 * 17 * 7 + 1008  # floats that a chunk stores per image
 
 
 def images(count: int, side: int, seed: int) -> Tensor:
-    """Smooth shapes with fine noise, which a PNG holds in about as many bytes as a photograph: (N, 3, S, S) uint8."""
+    """Smooth shapes with noise, whose PNG is about as large as that of a photograph: (N, 3, S, S) uint8."""
     draw = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 8, 8, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, size=side, mode="bicubic")
@@ -39,7 +38,7 @@ def images(count: int, side: int, seed: int) -> Tensor:
 
 
 def features(count: int, dim: int, seed: int) -> Tensor:
-    """Correlated and clipped at 0, as Inception's are: (N, D) float32."""
+    """Correlated features, clipped at 0 as those of Inception: (N, D) float32."""
     mix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(9)) / dim**0.5
     return (torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) @ mix + 0.4).clamp(min=0)
 
@@ -48,13 +47,13 @@ def features(count: int, dim: int, seed: int) -> Tensor:
 
 
 def in_process(folder: Path, batch: Tensor, number: int) -> Tensor:
-    """Images go on as they are; what is written of them are features."""
+    """Pass the images on in memory, and write only their features."""
     ChunkFolder(folder, 10**9, len(batch)).commit(number, {"features": torch.zeros(len(batch), FEATURES)})
     return batch
 
 
 def by_files(folder: Path, batch: Tensor) -> Tensor:
-    """A PNG an image, all read again and stacked, an .npz of them, and that read."""
+    """Write one PNG per image, read and stack them, write an .npz, and read it."""
     for number, image in enumerate(batch):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
     stacked = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
@@ -81,17 +80,17 @@ def handover(options: Options) -> Figure:
 
 
 def stream_npz(path: str, count: int) -> None:
-    """Our writer, fed as generation feeds it: a chunk of 64 at a time."""
+    """Our writer, which gets chunks of 64 images, as from generation."""
     batch = images(64, 256, seed=0)
     parts = (batch.clone() for _ in range(count // 64))
     npz.write_images(Path(path), parts, count, (256, 256), torch.zeros(count, dtype=torch.int64))
 
 
 def stack_npz(path: str, count: int) -> None:
-    """A list of arrays, stacked, saved."""
+    """Stack a list of arrays and save it."""
     batch = images(64, 256, seed=0).permute(0, 2, 3, 1).numpy()
-    held = [image for _ in range(count // 64) for image in batch.copy()]
-    np.savez(path, arr_0=np.stack(held))
+    arrays = [image for _ in range(count // 64) for image in batch.copy()]
+    np.savez(path, arr_0=np.stack(arrays))
 
 
 def memory(options: Options) -> Figure:
@@ -162,7 +161,7 @@ def neighbours(options: Options) -> Figure:
 
 
 def run(options: Options) -> list[Figure]:
-    """Images to features, memory of the .npz, FID, precision and recall: ours beside the usual way."""
+    """Images to features, memory of the .npz, FID, precision and recall: ours vs. the usual scripts."""
     return [handover(options), memory(options), neighbours(options), distance(options)]
 
 

@@ -1,10 +1,10 @@
-"""One rank of the start-up benchmark's peer: import torch, a block of the baseline under DDP, one step."""
+"""One rank of the peer of the start-up benchmark: import torch, wrap one block of the baseline in DDP, do one step."""
 
 from __future__ import annotations
 
 import time
 
-_stamps = {"rank": time.time()}  # before any import that takes long
+_stamps = {"rank": time.time()}  # before any slow import
 
 # ruff: noqa: E402
 import json

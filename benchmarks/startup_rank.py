@@ -1,4 +1,4 @@
-"""One rank of the start-up benchmark: `sfd train` as it is, and when each part of its start was done.
+"""One rank of the start-up benchmark: an unchanged `sfd train`, with a time stamp at the end of each part of its start.
 
 `launchers/deepspeed.sh --module benchmarks.startup_rank train RECIPE ...` runs it; rank 0 writes the file SFD_STAMPS.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-_stamps = {"rank": time.time()}  # before any import that takes long
+_stamps = {"rank": time.time()}  # before any slow import
 
 # ruff: noqa: E402
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def _stamp_after(owner: Any, name: str, stamp: str) -> None:
-    """Note when the first call of a function has returned."""
+    """Stamp the time at which the first call of a function returns."""
     function: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(function)

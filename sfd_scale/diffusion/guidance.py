@@ -1,7 +1,7 @@
-"""Guidance as a function of velocities: models in, one velocity function out.
+"""Classifier-free guidance and AutoGuidance: `guided` turns models into one velocity function.
 
-Both kinds extrapolate from a worse velocity through the better one, with a scale for each part of the latent, and
-only from `interval_start` of a part's own clock on, if the part obeys the interval.
+Both extrapolate from a worse velocity through a better one, with one scale for texture and one for semantics. With an
+interval (arXiv 2404.07724), a part is guided only from `interval_start` of its own clock on.
 
 N batch · C channels · H, W latent grid.
 """
@@ -26,7 +26,7 @@ IntervalMode = Literal["none", "both", "texture", "semantic"]
 
 
 class FlowModel(Protocol):
-    """What guidance asks of a model; LightningDiT is one."""
+    """A model that predicts the velocity, such as LightningDiT. The second output is not used."""
 
     def __call__(
         self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /
@@ -40,7 +40,7 @@ class NoGuidance:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scales:
-    """`interval_mode` says which parts take the conditional velocity until their own clock is at `interval_start`."""
+    """`interval_mode` names the parts that are guided only from `interval_start` of their own clock on."""
 
     scale_texture: float = 1.5
     scale_semantic: float = 1.5
@@ -51,7 +51,7 @@ class _Scales:
         at_least(self, scale_texture=0, scale_semantic=0)
         if self.scale_texture == 1 and self.scale_semantic == 1:
             raise ValueError(
-                "scale_texture: 1.0, as is scale_semantic, which guides nothing; allowed: another value, or kind: none"
+                "scale_texture: 1.0, and scale_semantic too: no guidance; allowed: another value, or guidance kind none"
             )
         if not 0 <= self.interval_start < 1:
             raise ValueError(f"interval_start: {self.interval_start}; allowed: from 0 to below 1")
@@ -64,14 +64,14 @@ class _Scales:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFreeGuidance(_Scales):
-    """The worse velocity is that of the null label (arXiv 2207.12598)."""
+    """CFG: the worse velocity is the model's own at the null label (arXiv 2207.12598)."""
 
     kind: Literal["cfg"] = "cfg"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoGuidance(_Scales):
-    """The worse velocity is that of a smaller, less trained model, at the same label (arXiv 2406.02507)."""
+    """The worse velocity is a guidance model's, smaller and less trained, at the same label (arXiv 2406.02507)."""
 
     kind: Literal["autoguidance"] = "autoguidance"
 
@@ -87,29 +87,29 @@ def guided(
     guide: FlowModel | None = None,
     null_label: int | None = None,
 ) -> Velocity:
-    """The velocity function of `model` under `config` (arXiv 2512.04926).
+    """The guided velocity function of `model` (arXiv 2512.04926).
 
-    The second evaluation is made only for the samples whose velocity it changes.
+    The worse velocity is evaluated only for samples whose velocity it changes.
 
     Args:
-        guide: the worse model; AutoGuidance needs one, nothing else takes one.
+        guide: the guidance model; only for AutoGuidance, which needs it.
         null_label: the label that means no class (num_classes); CFG needs it.
 
     Raises:
-        ValueError: for a guide that is missing or would be ignored, or a missing null label.
+        ValueError: if the guidance model or the null label is missing, or the guidance model would be ignored.
     """
     if isinstance(config, AutoGuidance) != (guide is not None):
         raise ValueError(
-            "guidance: kind autoguidance needs a guide model"
+            "guidance: kind autoguidance needs a guidance model; set guide to its checkpoint"
             if guide is None
-            else f"guidance: kind {config.kind} ignores the guide model that was given; set kind: autoguidance"
+            else f"guidance: kind {config.kind} ignores the guidance model; allowed with guide: kind autoguidance"
         )
     match config:
         case NoGuidance():
             return lambda x, t, y: _evaluate(model, x, t, y)
         case ClassifierFreeGuidance():
             if null_label is None:
-                raise ValueError("guidance: kind cfg needs the null label (num_classes) of a model with label dropout")
+                raise ValueError("guidance: kind cfg needs the null label of a model trained with label dropout")
             return _classifier_free(model, config, layout, null_label)
         case AutoGuidance():
             assert guide is not None
@@ -117,7 +117,7 @@ def guided(
 
 
 def interval_discontinuities(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> tuple[float, ...]:
-    """Global times at which guidance sets in, so that the velocity field jumps (arXiv 2404.07724)."""
+    """Global times at which guidance starts: the velocity is discontinuous there (arXiv 2404.07724)."""
     if isinstance(config, NoGuidance) or config.interval_start == 0:
         return ()
     semantic, texture = schedule.inverse_clock(config.interval_start)
@@ -127,7 +127,7 @@ def interval_discontinuities(config: GuidanceConfig, schedule: SemanticFirstSche
 
 
 def guides(config: GuidanceConfig, t: Clocks) -> bool:
-    """Whether guidance changes the velocity at any of the times (N,)."""
+    """Whether guidance changes the velocity at any of the times, (N,) per clock."""
     if isinstance(config, NoGuidance):
         return False
     rows = _acting(config, t)[1]
@@ -135,7 +135,7 @@ def guides(config: GuidanceConfig, t: Clocks) -> bool:
 
 
 def _evaluate(model: FlowModel, x: Tensor, t: Clocks, y: Tensor) -> Tensor:
-    """The model's velocity in the dtype of x: extrapolation multiplies the rounding of a 16-bit one."""
+    """The model's velocity in the dtype of x: extrapolating in bf16 would amplify its rounding."""
     return model(x, t.texture, t.semantic, y)[0].to(x.dtype)
 
 
@@ -144,7 +144,7 @@ def _classifier_free(
 ) -> Velocity:
     def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         acts, rows = _acting(config, t)
-        # One batch: the conditional velocity of every sample, then the null-label one of those where it matters.
+        # One batch: the conditional velocity of every sample, then the null-label velocity of the guided samples.
         both, times, null = (_and_rows(part, rows) for part in (x, torch.stack([t.texture, t.semantic], 1), y))
         null[len(x) :] = null_label
         v = _evaluate(model, both, Clocks(times[:, 0], times[:, 1]), null)
@@ -169,14 +169,15 @@ def _autoguidance(model: FlowModel, config: AutoGuidance, layout: LatentLayout, 
 
 
 def _and_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-    """All values, and those of some samples once more."""
+    """All values, followed by the values of `rows` again (of all samples if None)."""
     return torch.cat([values, values if rows is None else values[rows]])
 
 
 def _acting(config: _Scales, t: Clocks) -> tuple[Clocks, Tensor | None]:
-    """Where guidance changes each part's velocity ((N,) bool each), and the samples it changes at all (int64).
+    """Masks of where guidance changes each part's velocity, (N,) bool, and the indices of the guided samples, int64.
 
-    None stands for all samples, where no interval has a say: to look at the times, the host would wait for the device.
+    The indices are None if a part without an interval is guided: all samples are, and the host need not wait for the
+    device to read the times.
     """
     bounded = {part: config.interval_mode in (part, "both") for part in ("texture", "semantic")}
 

@@ -1,7 +1,7 @@
-"""The composite latent: which channels are texture and which are semantics, and how both are normalised.
+"""The composite latent: its texture and semantic channels, and their normalisation.
 
-The only file that knows the channel order, texture first: [texture 0..T-1, semantic T..T+S-1] (REFERENCE of the
-authors' code; the paper's formulas write [s, z]).
+This file alone knows the channel order, texture first: [texture 0..T-1, semantic T..T+S-1], as in the official code.
+The paper's formulas write [s, z].
 
 N batch · C channels (T texture + S semantic) · H, W latent grid · D feature channels.
 """
@@ -19,12 +19,12 @@ from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.torch_file import TorchFile
 
-DETERMINISTIC_LOGVAR = -30.0  # stored for latents of a codec that has no posterior variance
+DETERMINISTIC_LOGVAR = -30.0  # stored for the latents of a codec without posterior variance
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentLayout:
-    """Channels of the two parts and the side of the latent grid (ImageNet 256x256: 32 + 16 on 16x16)."""
+    """Channels of the two parts, and height and width of the latent grid (ImageNet 256x256: 32 + 16 on 16x16)."""
 
     texture_channels: int = 32
     semantic_channels: int = 16
@@ -49,7 +49,7 @@ class LatentLayout:
             ValueError: if `dim` does not have C entries.
         """
         if x.shape[dim] != self.channels:
-            raise ValueError(f"a latent of {x.shape[dim]} channels does not fit the layout of {self.channels}: {self}")
+            raise ValueError(f"latents have {x.shape[dim]} channels; allowed: {self.channels}, as in {self}")
         texture, semantic = x.split([self.texture_channels, self.semantic_channels], dim)
         return texture, semantic
 
@@ -60,9 +60,11 @@ class LatentLayout:
         return joined
 
     def per_channel(self, texture: Tensor | float, semantic: Tensor | float, like: Tensor) -> Tensor:
-        """One value a part (a number, a 0-d tensor or (N,)) on every channel: (N or 1, C, 1, 1), with the dtype and
-        device of `like`."""
-        # A number is filled in on the device: a copy of it would make the host wait.
+        """Repeat one value per part (a number, a 0-d tensor or (N,)) over its channels: (N or 1, C, 1, 1).
+
+        The result has the dtype and device of `like`.
+        """
+        # new_full fills a number in on the device; copying it there would make the host wait.
         parts = [
             v.to(like).reshape(-1, 1) if isinstance(v, Tensor) else like.new_full((1, 1), v)
             for v in (texture, semantic)
@@ -85,10 +87,10 @@ class LatentStats:
     def __post_init__(self) -> None:
         if self.mean.shape != self.std.shape or self.mean.ndim != 1:
             raise ValueError(
-                f"stats of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) twice"
+                f"statistics of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) for both"
             )
         if not bool((self.std > 0).all() and self.std.isfinite().all() and self.mean.isfinite().all()):
-            raise ValueError("stats that are not finite, or with a standard deviation of 0; a channel may be constant")
+            raise ValueError("statistics with a value that is not finite, or a std of 0: is a channel constant?")
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x − mean) / std for raw latents (N, C, H, W)."""
@@ -99,7 +101,7 @@ class LatentStats:
         return x * self._wide(self.std, x) + self._wide(self.mean, x)
 
     def to(self, device: torch.device) -> LatentStats:
-        """On a device, where normalising copies nothing to it."""
+        """A copy on `device`, so that normalising there copies nothing from the host."""
         return LatentStats(self.mean.to(device), self.std.to(device))
 
     @staticmethod
@@ -108,18 +110,18 @@ class LatentStats:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over mean and std as float64 bytes; it follows the data into every checkpoint."""
+        """SHA-256 over mean and std as float64 bytes. Every checkpoint stores it, to identify its data."""
         both = torch.cat([self.mean, self.std]).to("cpu", torch.float64).contiguous()
         return hashlib.sha256(both.numpy().tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        from safetensors.torch import save  # the models need torch alone
+        from safetensors.torch import save  # here: models and losses need torch alone
 
         write_atomically(path, save({"mean": self.mean.double().contiguous(), "std": self.std.double().contiguous()}))
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:
-        """Raises ValueError for a file that holds anything else, or is damaged."""
+        """Raises ValueError for a damaged file, or one without mean and std."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -130,11 +132,10 @@ class LatentStats:
 
     @classmethod
     def from_official(cls, texture: Path, semantic: Path, layout: LatentLayout | None = None) -> LatentStats:
-        """The authors' `latents_stats.pt` and `latents_sv_stats.pt` (mean, std of shape [1, C, 1, 1]).
+        """Read the official `latents_stats.pt` and `latents_sv_stats.pt` (mean and std of shape [1, C, 1, 1]).
 
         Raises:
-            ValueError: that names the file, if it cannot be read or holds something else, such as the other part of
-                `layout`.
+            ValueError: if a file cannot be read, or does not fit its part of `layout`; the message names the file.
         """
         counts = (None, None) if layout is None else (layout.texture_channels, layout.semantic_channels)
         parts = [_official_stats(path, count) for path, count in zip((texture, semantic), counts, strict=True)]
@@ -146,17 +147,17 @@ def _official_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
     file = TorchFile(path)
     found = file.load(file.content)
     if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
-        raise ValueError(f"{path} holds no statistics of latents: tensors mean and std")
+        raise ValueError(f"{path}: no latent statistics; allowed: a dictionary with the tensors mean and std")
     if channels is not None and found["mean"].numel() != channels:
-        raise ValueError(f"{path}: of {found['mean'].numel()} channels; allowed here: {channels} (texture comes first)")
+        raise ValueError(f"{path}: {found['mean'].numel()} channels; allowed here: {channels} (give texture first)")
     return found
 
 
 class StatsAccumulator:
     """Per-channel mean and variance in one streaming pass, float64.
 
-    Chan, Golub and LeVeque's pairwise update (1979); merging chunks in a fixed order gives the same bits for any
-    number of ranks that produced them.
+    Chan, Golub and LeVeque's pairwise update (1979). Chunks merged in a fixed order give the same bits for any number
+    of ranks.
     """
 
     def __init__(self, channels: int) -> None:
@@ -194,5 +195,5 @@ class StatsAccumulator:
 
     def finish(self) -> LatentStats:
         if self.count == 0:
-            raise ValueError("statistics of no samples")
+            raise ValueError("latent statistics of no samples; encode at least one image")
         return LatentStats(self.mean, (self.m2 / self.count).sqrt())

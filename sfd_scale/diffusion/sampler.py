@@ -1,9 +1,9 @@
-"""From a seed and image numbers to images. Image i is a function of (weights, sampler, seed, i) and nothing else.
+"""Generate images from a seed and image numbers. Image i depends on (weights, sampler, seed, i) and nothing else.
 
-Its noise comes from a generator of its own and its label from one table; batches have one fixed size, so that every
-kernel sees the same rows whatever the number of ranks or the order in which batches are done.
+Each image has its own noise generator, and its label comes from one table. Batches have a fixed size, so that kernels
+give the same result for any number of ranks and any order of the batches.
 
-N images · C channels · H, W latent grid · B the fixed batch.
+N images · C channels · H, W latent grid · B the fixed batch size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampled:
-    """images (N, 3, H', W') uint8 and the velocity evaluations that each took, nfe (N,) int64."""
+    """images (N, 3, H', W') uint8; nfe (N,) int64, the number of velocity evaluations of each image."""
 
     images: Tensor
     nfe: Tensor
@@ -34,7 +34,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class DrawnLatents:
-    """Latents as the codec takes them, (B, C, H, W) with the copies that fill the batch up; nfe (N,) int64."""
+    """latents (B, C, H, W), not normalised, with padding rows after the first N; nfe (N,) int64."""
 
     latents: Tensor
     nfe: Tensor
@@ -42,8 +42,11 @@ class DrawnLatents:
 
 @dataclass(frozen=True)
 class Sampler:
-    """All that turns image numbers into images. `kinks` are further jumps of the velocity (guidance.interval_kinks);
-    `decode_batch` latents are decoded at once, all of a batch by default."""
+    """Everything needed to turn image numbers into images.
+
+    discontinuities: of the velocity, beside those of the schedule (guidance.interval_discontinuities).
+    decode_batch: latents to decode at once; all of a batch by default.
+    """
 
     velocity: Velocity
     layout: LatentLayout
@@ -58,18 +61,18 @@ class Sampler:
     decode_batch: int | None = None
 
     def images(self, indices: Sequence[int], labels: Tensor) -> Sampled:
-        """The images of the given numbers and labels (N,), N at most B; see `draw` and `pixels`."""
+        """The images with these numbers and labels (N,), N at most B; see `draw` and `pixels`."""
         drawn = self.draw(indices, labels)
         return Sampled(self.pixels(drawn), drawn.nfe)
 
     @torch.no_grad()
     def draw(self, indices: Sequence[int], labels: Tensor) -> DrawnLatents:
-        """The latents of the given numbers and labels (N,), N at most B.
+        """The latents of the images with these numbers and labels (N,), N at most B.
 
-        A short batch is filled up with its last image: B rows are always computed.
+        Always computes B rows: the last image pads a short batch.
 
         Raises:
-            FloatingPointError: if a latent is not finite, naming the image.
+            FloatingPointError: if a latent is not finite; the message names the image.
         """
         assert 0 < len(indices) <= self.batch and len(labels) == len(indices)
         padding = self.batch - len(indices)
@@ -82,7 +85,7 @@ class Sampler:
 
     @torch.no_grad()
     def pixels(self, drawn: DrawnLatents) -> Tensor:
-        """Decode latents, `decode_batch` at a time, and drop the copies: (N, 3, H', W') uint8."""
+        """Decode latents, `decode_batch` at a time, and drop the padding: (N, 3, H', W') uint8."""
         parts = [self.decode(part) for part in drawn.latents.split(self.decode_batch or self.batch)]
         images = torch.cat(parts) if len(parts) > 1 else parts[0]
         assert images.dtype == torch.uint8
@@ -95,9 +98,9 @@ def noise_of(seed: int, indices: Sequence[int], layout: LatentLayout) -> Tensor:
 
 
 def balanced_labels(seed: int, count: int, num_classes: int) -> Tensor:
-    """The label of every image, each class as often as the others to within one: (count,) int64.
+    """The label of every image: (count,) int64, shuffled. The counts of two classes differ by at most one.
 
-    Shuffled: in class order, an Inception Score over splits of the file halves.
+    Shuffled because the Inception Score averages over splits of the images: in class order it halves.
     """
     return (torch.arange(count) % num_classes)[seeding.permutation(seed, "labels", count)]
 
@@ -112,6 +115,6 @@ def _check_finite(x: Tensor, indices: Sequence[int]) -> None:
     if bad:
         numbers = sorted({indices[row] for row in bad})
         raise FloatingPointError(
-            f"{len(numbers)} images have latents that are not finite (image {numbers[0]} first): the weights are "
-            "broken, or bf16 or the guidance scale is too much for them; try precision=fp32, or a smaller scale"
+            f"{len(numbers)} images have latents that are not finite (the first is image {numbers[0]}); try "
+            "precision=fp32 or a smaller guidance scale, and check that the weights are finite"
         )

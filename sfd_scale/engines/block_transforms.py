@@ -1,7 +1,7 @@
-"""Activation checkpointing and torch.compile for the repeated blocks of a model, before an engine wraps it.
+"""Activation checkpointing, torch.compile and float8 for the repeated blocks of a model, before an engine wraps it.
 
-Both replace the `forward` of a block, not the block: parameter names stay, and the engine's hooks, which gather and
-release weights, run outside the checkpointed and compiled region.
+Checkpointing and compilation replace the `forward` of a block and not the block. So parameter names stay, and the
+engine's hooks, which gather and free weights, run outside the checkpointed and compiled region.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sfd_scale.runtime.matmul import inherit_matmul_mode
 
 Checkpointing = Literal["none", "selective", "block"]
-# What the selective mode keeps, because computing it again costs the most: matrix products and attention.
+# The selective mode saves the outputs of matmuls and attention, which cost the most to recompute.
 KEPT = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -35,25 +35,27 @@ KEPT = frozenset(
 
 
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The repeated blocks, `model.blocks`; empty for a model without."""
+    """The repeated blocks, `model.blocks`; empty if the model has none."""
     blocks = getattr(model, "blocks", None)
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
 def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: bool, check: bool = True) -> None:
-    """Checkpoint the activations of every block (all, or all but `KEPT`), then compile it.
+    """Apply activation checkpointing to every block, then torch.compile.
 
     Args:
-        check: compare shape and type of what is computed again; off where the engine frees weights in between, whose
-            saved shape is then 0.
+        checkpointing: `block` recomputes all activations in the backward pass, `selective` all but outputs of `KEPT`.
+        check: compare shapes and dtypes of recomputed tensors with the first ones. Set it to False for an engine that
+            frees weights between forward and backward: their saved shape is 0.
 
     Raises:
-        ValueError: where the model has no blocks to apply it to.
+        ValueError: if the model has no blocks.
     """
     blocks = blocks_of(model)
     if not blocks and (compiled or checkpointing != "none"):
         raise ValueError(
-            f"{type(model).__name__} has no repeated `blocks`; allowed: activation_checkpointing none, compile false"
+            f"{type(model).__name__} has no repeated `blocks`; set engine.activation_checkpointing to none and "
+            "engine.compile to false"
         )
     for block in blocks:
         forward: Any = block.forward
@@ -63,19 +65,20 @@ def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: boo
                 options["context_fn"] = functools.partial(_contexts, checkpointing == "selective")
             elif checkpointing == "selective":
                 options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-            # No dropout: every draw is keyed and happens in the objective, so no generator state needs to be kept.
+            # Models have no dropout; the objective draws all random numbers. So no generator state needs to be saved.
             forward = functools.partial(checkpoint, forward, preserve_rng_state=False, **options)
         if compiled:
             forward = torch.compile(forward)
         object.__setattr__(block, "forward", forward)
 
 
-# Products that float8 takes: those of every token. The condition's and the ends' are small, and less tolerant.
+# Float8 is for the matmuls over all tokens. Those of the condition and of the first and last layer are small, and need
+# more precision.
 _FLOAT8 = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "mlp.fc1", "mlp.fc2")
 
 
 def float8_missing(device: torch.device) -> str | None:
-    """Why float8 products cannot run on this device, or None."""
+    """Why float8 matmuls cannot run on this device, or None if they can."""
     if importlib.util.find_spec("torchao") is None:
         return "it needs the package torchao"
     if device.type != "cuda":
@@ -86,10 +89,10 @@ def float8_missing(device: torch.device) -> str | None:
 
 
 def use_float8(model: nn.Module, device: torch.device) -> None:
-    """Replace the linear layers of attention and MLP by torchao's float8 ones, scaled by rows; their weights stay.
+    """Replace the linear layers of attention and MLP by torchao's float8 layers, scaled by rows. The weights stay.
 
     Raises:
-        ValueError: where float8 cannot run, with the reason.
+        ValueError: if float8 cannot run on the device; the message says why.
     """
     reason = float8_missing(device)
     if reason is not None:
@@ -97,7 +100,7 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def taken(module: nn.Module, name: str) -> bool:
-        # The kernels need both sides in multiples of 16.
+        # The kernels need both dimensions to be multiples of 16.
         return name.endswith(_FLOAT8) and isinstance(module, nn.Linear) and not any(n % 16 for n in module.weight.shape)
 
     for block in blocks_of(model):
@@ -106,7 +109,7 @@ def use_float8(model: nn.Module, device: torch.device) -> None:
 
 
 def _contexts(selective: bool) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Of forward, and of computing it again, where the way that its products took would be forgotten."""
+    """Contexts of forward and of recomputation. Recomputation must inherit the matmul mode of forward."""
     first, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
     return first, _both(again, inherit_matmul_mode())
 
@@ -118,5 +121,5 @@ def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op in KEPT or str(op).startswith("flash_attn._flash_attn_forward")  # there where that package is imported
+    kept = op in KEPT or str(op).startswith("flash_attn._flash_attn_forward")  # exists once flash_attn is imported
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

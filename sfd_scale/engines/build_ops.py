@@ -1,7 +1,7 @@
-"""Compile DeepSpeed's extensions ahead of time: `python -m sfd_scale.engines.build_ops`.
+"""Compile DeepSpeed's C++ extensions ahead of time: `python -m sfd_scale.engines.build_ops`.
 
-DeepSpeed compiles them on first use, for minutes. Under a time limit such a build is cut off and starts again in the
-next process, so `make` and CI run this first. What is compiled already is only loaded.
+DeepSpeed compiles them on first use, which takes minutes. A time limit would stop the build, and the next process would
+start it again; so `make` and CI build first. Extensions that are compiled already are only loaded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# The collectives of the CPU backend, and the Adam of offloaded optimizer states.
+# Collectives on the CPU, and Adam for offloaded optimizer states.
 OPS = ("ShareMemCommBuilder", "CPUAdamBuilder")
 
 
 def use_own_builds() -> None:
-    """Make torch's extension builder use the ninja of this environment, and a folder of builds inside it.
+    """Let torch's extension builder use this environment's ninja and build folder.
 
-    Torch shares one folder of builds in the home between all environments. Two in turn, with other include paths or
-    another ninja, would each find the other's build stale and compile again, minutes every time.
+    By default, all environments share one build folder in the home directory. Two environments with different include
+    paths or ninjas would each find the other's build stale and compile again, minutes every time.
     """
     scripts = sysconfig.get_path("scripts")
     path = os.environ.get("PATH", os.defpath)
@@ -33,13 +33,13 @@ def use_own_builds() -> None:
 
 
 def build(max_jobs: int | None = None) -> dict[str, float]:
-    """Compile and load each op this machine can use; returns the seconds each took, by name.
+    """Compile and load each extension that this machine can use; returns seconds by name.
 
     Args:
-        max_jobs: compiler processes at once; by default the CPUs this process may use.
+        max_jobs: parallel compiler processes; by default one per CPU of this process.
 
     Raises:
-        RuntimeError: from the compiler, if one is missing or fails.
+        RuntimeError: if there is no compiler, or it fails.
     """
     os.environ.setdefault("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
     use_own_builds()
@@ -59,7 +59,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
 
 
 def missing() -> list[str]:
-    """The ops of this machine that the first run would have to compile, by name."""
+    """Names of the extensions that the first run on this machine would have to compile."""
     use_own_builds()
     from deepspeed.accelerator import get_accelerator
 

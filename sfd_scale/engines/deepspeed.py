@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO, stages 0 to 3, without its scheduler, loader, accumulation and checkpoints.
+"""DeepSpeed's ZeRO, stages 0 to 3, without DeepSpeed's scheduler, dataloader, gradient accumulation and checkpoints.
 
-Where ZeRO keeps its fp32 state is not part of DeepSpeed's interface. All use of it is in this file, pinned to the
-0.19 series in pyproject.toml and checked at start-up by `check_fragments`.
+This file alone reads ZeRO's fp32 state, whose place is not part of DeepSpeed's interface. So pyproject.toml pins
+DeepSpeed to the 0.19 series, and `check_fragments` checks the memory layout at start-up.
 """
 
 from __future__ import annotations
@@ -37,25 +37,33 @@ from sfd_scale.runtime.device import HostCopy
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig(EngineConfig):
-    """ZeRO settings: stage 1 shards the optimizer, 2 the gradients too, 3 the weights too; 0 shards nothing."""
+    """ZeRO settings.
+
+    zero_stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights.
+    offload_optimizer: keep master weights and Adam's moments in host memory, updated by the CPU (stages 1 to 3).
+    offload_params: keep the weights in host memory too (stage 3).
+    overlap_comm: reduce gradients during the backward pass (stages 2 and 3).
+    persistent_elements: stage 3 keeps parameters of up to this many elements whole on every rank.
+    hpz_partition_size: of ZeRO++: keep a second copy of the weights, sharded over this many ranks of a node (stage 3).
+    """
 
     kind: Literal["deepspeed"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False  # master weights and moments in host memory, updated by the CPU (stages 1 to 3)
-    offload_params: bool = False  # the weights too (stage 3)
-    overlap_comm: bool = False  # reduce gradients during backward (stages 2 and 3)
+    offload_optimizer: bool = False
+    offload_params: bool = False
+    overlap_comm: bool = False
     reduce_bucket_elements: int = 100_000_000
     allgather_bucket_elements: int = 100_000_000
-    persistent_elements: int = 100_000  # stage 3 keeps parameters up to this size whole on every rank
-    hpz_partition_size: int = 1  # ZeRO++: a second copy of the weights, sharded over so many ranks of a node (stage 3)
+    persistent_elements: int = 100_000
+    hpz_partition_size: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stage = self.zero_stage
         if stage == 0 and self.precision == "bf16":
             raise ValueError(
-                "zero_stage: 0; allowed with precision bf16: 1, 2, 3. Stage 0 in bf16 starts Adam with an empty step, "
-                "which makes the first update a quarter too small; stage 1 on one rank does the same work rightly"
+                "zero_stage: 0; allowed with precision bf16: 1, 2, 3. DeepSpeed starts stage 0 in bf16 with a step "
+                "without gradients, which makes Adam's first update a quarter too small; on one rank, use stage 1"
             )
         if self.offload_optimizer and stage == 0:
             raise ValueError("offload_optimizer: true; allowed with zero_stage 1, 2, 3")
@@ -65,8 +73,8 @@ class DeepSpeedConfig(EngineConfig):
             raise ValueError("overlap_comm: true; allowed with zero_stage 2, 3: stage 1 reduces once, after backward")
         if self.hpz_partition_size != 1 and (stage != 3 or self.hpz_partition_size < 1):
             raise ValueError(f"hpz_partition_size: {self.hpz_partition_size}; allowed: 1, or more with zero_stage 3")
-        # Stage 3 gathers weights by hooks inside the blocks: other ones when a block is computed again, and none in a
-        # compiled block.
+        # The hooks of stage 3 inside a block gather its weights. They do not run in a compiled block, and gather others
+        # when a block is recomputed.
         if self.compile and stage == 3:
             raise ValueError("compile: true; allowed with zero_stage 0, 1, 2, or with the fsdp engine")
         if self.activation_checkpointing == "selective" and stage == 3:
@@ -76,16 +84,16 @@ class DeepSpeedConfig(EngineConfig):
 
 
 def make_deepspeed(model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
-    """Hand an initialised fp32 model to DeepSpeed.
+    """Wrap an initialised fp32 model by DeepSpeed.
 
     Raises:
-        ValueError: where the ranks bring different weights.
+        ValueError: if the initial weights differ between ranks.
     """
     return DeepSpeedEngine(model, optimizer, config)
 
 
 def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` reads. Every key whose default is not ours is given."""
+    """The configuration for `deepspeed.initialize`. It sets every key whose default we do not want."""
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -101,11 +109,11 @@ def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
         if config.offload_params:
             zero["offload_param"] = host
     out: dict[str, Any] = {
-        # Only DeepSpeed's own sample counter reads these two; the trainer accumulates and steps.
+        # Only DeepSpeed's sample counter reads these two. The trainer does gradient accumulation.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # Stage 0 clips in `_WholeAdamW`; DeepSpeed's own default is 1.0.
+        # `_UnshardedAdamW` clips for stage 0. DeepSpeed's default is to clip at 1.0.
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.grad_clip or 0.0,
         "steps_per_print": 1_000_000_000,
         "zero_optimization": zero,
@@ -114,15 +122,15 @@ def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
     if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
         if config.zero_stage >= 2:
-            # Stage 1 with this key runs on another optimizer class, whose memory this file does not know.
+            # With this key, stage 1 uses another optimizer class, whose memory layout this file does not support.
             out["data_types"] = {"grad_accum_dtype": "fp32"}
     return out
 
 
-class _WholeAdamW(torch.optim.AdamW):
-    """AdamW for stage 0, which neither measures the norm nor drops a step that is not finite: done here.
+class _UnshardedAdamW(torch.optim.AdamW):
+    """AdamW for stage 0, with the gradient norm, clipping and skipping that DeepSpeed does not do there.
 
-    DeepSpeed calls `step` after it has averaged the gradients over the ranks.
+    DeepSpeed calls `step` after averaging the gradients over the ranks.
     """
 
     def __init__(self, groups: list[dict[str, Any]], grad_clip: float | None, **options: Any) -> None:
@@ -148,17 +156,18 @@ class DeepSpeedEngine:
         ensure_group()
         check_same_weights(model)
         use_own_builds()
-        import deepspeed  # slow, and it probes the machine: only when it is used
+        import deepspeed  # here: the import is slow and inspects the machine
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed does not start without it
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        # bf16: DeepSpeed takes its fp32 master weights from the rounded ones and rounds the buffers; both are put back.
+        # In bf16, DeepSpeed makes its fp32 master weights from rounded weights, and rounds the buffers. `_restore` puts
+        # the initial values back.
         initial = {name: param.detach().cpu().clone() for name, param in model.named_parameters()}
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         prepare_blocks(model, config.activation_checkpointing, config.compile, check=config.zero_stage < 3)
-        # Stage 3 replaces this function for the whole process and leaves it so; other models here must not meet that.
+        # Stage 3 replaces this function for the whole process. `close` puts it back, for other models of the process.
         self._linear = nn.functional.linear
         self._client = _client_optimizer(model, optimizer, config)
         self._engine, *_ = deepspeed.initialize(
@@ -175,22 +184,22 @@ class DeepSpeedEngine:
         return self._engine
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # `last` is not needed: `step` is the boundary (managed_gradient_accumulation is off).
+        # `last` is not needed: without managed_gradient_accumulation, `step` ends the accumulation.
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> StepResult:
         set_lr(self._client, lr)
         self._engine.step()
-        if isinstance(self._client, _WholeAdamW):
+        if isinstance(self._client, _UnshardedAdamW):
             result = self._client.result
         else:
             applied = bool(self._engine.was_step_applied())
             norm = float(self._engine.get_global_grad_norm())
             result = StepResult(norm if applied else math.inf, applied)
         if not result.applied and self.config.zero_stage == 2 and self.config.offload_optimizer:
-            # DeepSpeed keeps the sums of a dropped step and would add the next steps' gradients to them.
-            sums = self._engine.optimizer.averaged_gradients
-            sums.update(dict.fromkeys(sums))
+            # DeepSpeed keeps the gradients of a skipped step, and would add those of the next step to them.
+            gradients = self._engine.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
         self.optimizer_steps += result.applied
         return result
 
@@ -209,7 +218,7 @@ class DeepSpeedEngine:
         set_step(self._client, steps)
 
     def after_load(self) -> None:
-        """Copy the master weights to the weights that forward uses, and gather those: what the end of a step does."""
+        """Copy the master weights to the weights that forward uses and gather these, as the end of a step does."""
         zero = self._engine.optimizer
         if self.config.zero_stage in (1, 2):
             zero.update_lp_params()
@@ -218,7 +227,7 @@ class DeepSpeedEngine:
             for index in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
             if zero.persistent_parameters:
-                # Partitioning again would write the stale whole weights back over the loaded shards.
+                # Gather now: otherwise the next partitioning would overwrite the loaded shards with old weights.
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
             zero.invalidate_secondary_tensor()
 
@@ -232,7 +241,7 @@ class DeepSpeedEngine:
         }
 
     def close(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the engine cannot be used after it."""
+        """Free DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
         self._engine.destroy()
         nn.functional.linear = self._linear
 
@@ -258,13 +267,14 @@ class DeepSpeedEngine:
             primary = self.config.zero_stage > 0 or distributed.is_main()
             yield Fragment(name, shape, start, local, exp_avg, exp_avg_sq, primary)
 
-    # Each returns: shape of the parameter, the tensor its local part lies in, offset and count there, first element.
+    # Each `_locate` returns the parameter's shape, the flat tensor that contains this rank's range of it, the range's
+    # offset and length in the flat tensor, and its start in the parameter.
 
     def _locate_whole(self, param: Any) -> tuple[tuple[int, ...], Tensor, int, int, int]:
         return tuple(param.shape), param, 0, param.numel(), 0
 
     def _locate_flat(self, param: Any) -> tuple[tuple[int, ...], Tensor, int, int, int]:
-        """Stages 1 and 2: one flat partition a group, cut without regard to parameters."""
+        """Stages 1 and 2: one flat partition per parameter group, whose bounds may cut parameters."""
         mapping = param._hp_mapping
         if mapping is None:
             return tuple(param.shape), param, 0, 0, 0
@@ -273,7 +283,7 @@ class DeepSpeedEngine:
         return tuple(param.shape), flat, address.start, address.numel, mapping.lp_fragment_address.start
 
     def _locate_partition(self, param: Any) -> tuple[tuple[int, ...], Tensor, int, int, int]:
-        """Stage 3: every parameter cut into equal parts, the last ones padded."""
+        """Stage 3: every parameter is split into equal partitions, the last of which are padded."""
         zero = self._engine.optimizer
         group, offset, numel = zero.grad_position[zero.get_param_id(param)]
         start = distributed.rank() * numel
@@ -294,9 +304,9 @@ class DeepSpeedEngine:
 
 
 def _unlink_shared_memory() -> None:
-    """Remove the name of DeepSpeed's CPU all-reduce buffer, 66 MiB a rank, which it never does itself.
+    """Unlink DeepSpeed's shared-memory buffer for all-reduce on CPUs, 66 MiB per rank, which DeepSpeed never does.
 
-    Every rank has mapped it by now, and the mapping lives without the name: so nothing is left even by a killed run.
+    Every rank has mapped it by now, and a mapping does not need the name. So even a killed run leaves nothing behind.
     """
     distributed.barrier()
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -309,9 +319,9 @@ def _client_optimizer(model: nn.Module, optimizer: AdamWConfig, config: DeepSpee
     options: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
         use_own_builds()
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles on first use
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # here: the import may compile it
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     if config.zero_stage == 0:
-        return _WholeAdamW(groups, config.grad_clip, fused=True, **options)
+        return _UnshardedAdamW(groups, config.grad_clip, fused=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)

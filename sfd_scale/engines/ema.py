@@ -1,7 +1,7 @@
-"""Exponential moving averages of the weights, in fp32, over this rank's fragments: nothing is gathered.
+"""Exponential moving averages (EMA) of the weights in fp32, sharded: each rank averages its own fragments.
 
-The one that is sampled from has a constant decay. Beside it, averages with power-function profiles (EDM2, arXiv
-2312.02696, section 3) can be kept, from which `checkpoint.posthoc` makes the average of any length after training.
+Samples come from the average with constant decay. A run can also keep averages with power-function profiles (EDM2,
+arXiv 2312.02696, section 3). From their snapshots, `checkpoint.posthoc` makes an average of any length after training.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.runtime.settings import at_least
 
-PART = "ema"  # the name of the average that is exported by default
+PART = "ema"  # stored name of the average that is exported by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """`warmup` averages faster at first: decay min(decay, (1 + step) / (10 + step)).
+    """`warmup` shortens the average at first: decay min(decay, (1 + step) / (10 + step)).
 
-    `lengths` are the relative standard deviations sigma_rel of the power-function averages to keep, two in EDM2: (0.05,
-    0.10). They are written every `snapshot_every` steps; each costs as much memory as the weights in fp32, sharded.
+    lengths: relative standard deviations sigma_rel of the power-function averages; EDM2 keeps two, (0.05, 0.10). Each
+        takes as much memory as the fp32 weights, sharded.
+    snapshot_every: steps between two snapshots of the power-function averages.
     """
 
     decay: float = 0.9999
@@ -39,7 +40,7 @@ class EMAConfig:
         for length in self.lengths:
             check_length("lengths", length)
         if len({part_name(length) for length in self.lengths}) < len(self.lengths):
-            raise ValueError(f"lengths: {self.lengths}; allowed: numbers that differ by 0.001 and more")
+            raise ValueError(f"lengths: {self.lengths}; allowed: numbers that differ by at least 0.001")
         if (self.snapshot_every is None) == bool(self.lengths):
             raise ValueError(
                 f"snapshot_every: {self.snapshot_every} with lengths {self.lengths}; allowed: both, or neither"
@@ -64,7 +65,7 @@ def decay_at(config: EMAConfig, step: int) -> float:
 
 
 def check_length(name: str, length: float) -> None:
-    """Refuse a sigma_rel whose exponent would be negative, or beyond any use."""
+    """Raise ValueError for a sigma_rel that is too large for an exponent of 0 and up, or too small to be useful."""
     if not 1e-3 <= length <= 0.288:
         raise ValueError(f"{name}: {length}; allowed: a relative standard deviation in [0.001, 0.288]")
 
@@ -72,8 +73,8 @@ def check_length(name: str, length: float) -> None:
 def power_exponent(length: float) -> float:
     """gamma of the profile p(tau) ∝ tau^gamma on [0, t] whose standard deviation is `length` · t.
 
-    sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)) (EDM2, equation 3 of section 3.1), solved by bisection: it
-    falls from 1/12 at gamma = 0.
+    sigma_rel² = (gamma + 1) / ((gamma + 2)² (gamma + 3)) (EDM2, equation 3 of section 3.1). It decreases from 1/12 at
+    gamma = 0, so bisection solves it.
     """
     low, high = 0.0, 2.0 / length
     for _ in range(200):
@@ -89,9 +90,9 @@ def power_weight(gamma: float, step: int) -> float:
 
 
 class EMA:
-    """Averages of the fp32 master weights, one tensor a fragment, on the device and in the shape of the fragment.
+    """Averages of the fp32 master weights: one tensor per fragment, with the fragment's shape and device.
 
-    The masters, not the bf16 weights: steps of 1e-4 of the difference vanish when they are rounded to bf16.
+    An average of bf16 weights would not work: an update of 1e-4 of the difference is lost when it is rounded to bf16.
 
     Attributes:
         averages: stored name → tensors, in the order of the fragments.
@@ -117,31 +118,33 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the weights as they are after step `step`: one fused pass over all averages."""
-        if not self._weights:  # a rank of many may hold no part of a small model
+        """Add the weights after step `step` (0, 1, …) to all averages, in one fused pass."""
+        if not self._weights:  # with many ranks, a small model leaves some without a fragment
             return
-        shares = [1.0 - decay_at(self.config, step), *(power_weight(gamma, step) for gamma in self._exponents)]
+        rates = [1.0 - decay_at(self.config, step), *(power_weight(gamma, step) for gamma in self._exponents)]
         torch._foreach_lerp_(
             [tensor for tensors in self.averages.values() for tensor in tensors],
-            self._weights * len(shares),
-            [share for share in shares for _ in self._weights],
+            self._weights * len(rates),
+            [rate for rate in rates for _ in self._weights],
         )
 
     @torch.no_grad()
     def squares(self) -> Tensor:
-        """(‖EMA − weights‖², ‖weights‖²) over the parts that this rank counts, (2,) float64; their sums over ranks give
-        the relative distance of the average from the weights."""
+        """(‖EMA − weights‖², ‖weights‖²) over this rank's primary fragments, (2,) float64.
+
+        The sums over all ranks give the relative distance of the average from the weights.
+        """
         counted = [(a, w) for a, w, own in zip(self.tensors, self._weights, self._primary, strict=True) if own]
         if not counted:
             return torch.zeros(2, dtype=torch.float64)
-        # Squares of fp32 norms of single fragments: no copy of a whole shard, in float64 or as a difference.
+        # Squares of the fp32 norm of each fragment need no float64 copy of the whole shard.
         distances = [torch.linalg.vector_norm(a - w) for a, w in counted]
         norms = torch._foreach_norm([w for _, w in counted])
         return torch.stack([torch.stack(list(n)).double().square().sum() for n in (distances, norms)])
 
     @contextmanager
     def swapped(self, engine: Engine) -> Iterator[None]:
-        """Evaluate with the averages: they and the weights change places until the end of the block."""
+        """Swap the average and the weights inside the `with` block, to evaluate the average."""
         self._swap(engine)
         try:
             yield

@@ -1,8 +1,9 @@
-"""What the trainer asks of an engine, and what the engines share.
+"""The interface between the trainer and an engine (DeepSpeed or FSDP2), and code that both engines share.
 
-An engine owns the sharded model, its gradients and its optimizer. The trainer owns everything else. Both engines show
-their local fp32 state as *fragments*: ZeRO's flat partitions and FSDP2's row shards are all one contiguous range of a
-parameter read row by row, so that EMA and checkpoints need to know nothing more about either.
+An engine owns the sharded model, its mixed precision, its gradients and its optimizer. The trainer owns the rest:
+gradient accumulation, learning-rate schedule, EMA, checkpoints, data. An engine exposes its local fp32 state as
+*fragments*. A fragment is a contiguous range of a parameter in row-major order, which fits ZeRO's flat partitions and
+FSDP2's row shards. EMA and checkpoints use only fragments.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from sfd_scale.runtime import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What every engine is told."""
+    """Settings of every engine.
 
-    precision: Literal["bf16", "fp32"] = "bf16"  # of forward and backward; weights, moments and norms are always fp32
-    grad_clip: float | None = None  # largest global gradient norm
+    precision: of forward and backward. bf16 is mixed precision: master weights, Adam's moments, gradient reduction and
+        gradient norms stay fp32.
+    grad_clip: largest global gradient norm; null for no clipping.
+    activation_checkpointing: what the backward pass recomputes; see block_transforms.prepare_blocks.
+    compile: torch.compile of each block.
+    """
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    grad_clip: float | None = None
     activation_checkpointing: Checkpointing = "none"
-    compile: bool = False  # torch.compile of each block
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
@@ -37,7 +45,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of an optimizer step: the global gradient norm before clipping, and whether the step was taken."""
+    """Result of an optimizer step: the global gradient norm before clipping, and whether the update was applied."""
 
     grad_norm: float
     applied: bool
@@ -45,10 +53,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of one parameter that this rank updates: elements [start, start + n) of it, read row by row.
+    """The range [start, start + n) of one parameter, in row-major order, that this rank updates.
 
-    The tensors are 1-D fp32 views, (n,), of the engine's own memory: writing to them writes to the engine, which is
-    told so by `Engine.after_load`. `exp_avg` and `exp_avg_sq` are Adam's moments.
+    The tensors are 1-D fp32 views, (n,), of the engine's own memory. After writing to them, call `Engine.after_load`.
+    `exp_avg` and `exp_avg_sq` are Adam's moments.
     """
 
     name: str
@@ -57,7 +65,7 @@ class Fragment:
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    primary: bool  # False where another rank holds the same range and is the one to save it
+    primary: bool  # False if another rank has the same range and saves it
 
     @property
     def stop(self) -> int:
@@ -65,22 +73,27 @@ class Fragment:
 
 
 class Engine(Protocol):
-    """A few verbs; every one is called by all ranks together."""
+    """What the trainer calls. Every method is a collective: all ranks call it together."""
 
     device: torch.device
-    optimizer_steps: int  # updates applied so far: with skipped steps, fewer than the trainer's steps
+    optimizer_steps: int  # updates applied so far: the trainer's steps without the skipped ones
 
     @property
     def model(self) -> nn.Module:
-        """Call it for the forward pass; never a method of it, which would pass the engine's hooks by."""
+        """Call the module itself, not its methods: only `__call__` runs the engine's hooks."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`, already divided by the accumulation; `last` of the optimizer step or not."""
+        """Accumulate the gradient of one micro-batch.
+
+        Args:
+            loss: divided by the number of gradient accumulation steps.
+            last: whether this is the last micro-batch of the optimizer step.
+        """
         ...
 
     def step(self, lr: float) -> StepResult:
-        """Average over ranks, clip, update, clear. A gradient norm that is not finite drops the step on all ranks."""
+        """Average gradients over ranks, clip, update, clear. All ranks skip a step whose norm is not finite."""
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -88,24 +101,32 @@ class Engine(Protocol):
         ...
 
     def replicas(self) -> Replicas:
-        """The parameters of which other ranks hold copies that must have the same bits."""
+        """The parameters that are replicated on other ranks: their copies must have the same bits."""
         ...
 
-    def set_optimizer_steps(self, steps: int) -> None: ...
+    def set_optimizer_steps(self, steps: int) -> None:
+        """Set `optimizer_steps` and Adam's own count, for a resumed run."""
+        ...
 
     def after_load(self) -> None:
-        """Bring the weights that forward uses in line with the fragments."""
+        """Copy the fragments, which the caller has changed, to the weights that forward uses."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain facts for logs and environment.json."""
+        """Plain data for the log and environment.json."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards."""
+        ...
 
 
 def ensure_group() -> None:
-    """A process group of this process alone, where no launcher started one: both libraries need some group."""
+    """Start a process group of one process if no launcher started one: DeepSpeed and FSDP2 need a group.
+
+    Raises:
+        ValueError: if a launcher started several processes, and the process group is missing.
+    """
     if dist.is_initialized():
         return
     if distributed.launched():
@@ -118,22 +139,29 @@ def ensure_group() -> None:
 
 
 def check_same_weights(model: nn.Module) -> None:
-    """Every rank must bring the same weights: FSDP2 would otherwise join shards of different models in silence."""
+    """Refuse different weights on different ranks: FSDP2 would silently mix the shards of several models.
+
+    Raises:
+        ValueError: on all ranks.
+    """
     if distributed.world_size() == 1:
         return
-    # A sum of the bits as integers: exact in any order, so equal weights never differ by rounding.
+    # Integer sums of the bits are exact in any order, unlike sums of floats.
     digest = 0
     for index, param in enumerate(model.parameters()):
         bits = param.detach().float().contiguous().view(torch.int32)
         digest += (2 * index + 1) * int(bits.sum(dtype=torch.int64))
     if len(set(distributed.all_gather_object(digest))) > 1:
-        raise ValueError("the ranks brought different initial weights; draw them from the same seed")
+        raise ValueError("initial weights differ between ranks; draw them from the same seed on all ranks")
 
 
 def check_fragments(fragments: Sequence[Fragment], shapes: dict[str, tuple[int, ...]]) -> None:
     """Start-up self-check: the fragments of all ranks cover every parameter exactly once.
 
-    It holds by construction for FSDP2; for ZeRO it guards against a new memory layout in another DeepSpeed release.
+    It catches a DeepSpeed release with another memory layout of ZeRO. For FSDP2 it holds by construction.
+
+    Raises:
+        RuntimeError: naming the parameter.
     """
     local = [(f.name, f.start, f.stop) for f in fragments if f.primary]
     ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
@@ -147,12 +175,14 @@ def check_fragments(fragments: Sequence[Fragment], shapes: dict[str, tuple[int, 
             covered = stop
         if covered != math.prod(shape):
             raise RuntimeError(
-                f"engine self-check: the ranks hold the ranges {sorted(ranges[name])} of {name}, which has "
-                f"{math.prod(shape)} elements; this release of the engine's library lays its state out differently"
+                f"engine self-check: the ranks have the ranges {sorted(ranges[name])} of {name}, which has "
+                f"{math.prod(shape)} elements; this DeepSpeed or PyTorch release has another memory layout: install "
+                "the releases of requirements.lock"
             )
 
 
 def describe_fragments(fragments: Sequence[Fragment]) -> dict[str, Any]:
+    """The part of `Engine.describe` that both engines share."""
     return {
         "world_size": distributed.world_size(),
         "local_elements": sum(f.param.numel() for f in fragments),

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism of PyTorch (FSDP2): full, hybrid and replicated."""
+"""PyTorch's fully sharded data parallelism (FSDP2): full sharding, hybrid sharding and replication."""
 
 from __future__ import annotations
 
@@ -32,15 +32,23 @@ from sfd_scale.runtime.device import HostCopy
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig(EngineConfig):
-    """FSDP2 settings."""
+    """FSDP2 settings.
+
+    sharding: full shards weights, gradients and optimizer state over all ranks. hybrid shards over groups of
+        `shard_size` ranks and replicates between groups. replicate is data parallelism without sharding (DDP).
+    shard_size: of hybrid sharding; null for the ranks of one node.
+    reshard_after_forward: free a block's gathered weights between forward and backward. This saves memory, and sends
+        the weights twice per step.
+    cpu_offload: keep weights, gradients and Adam's moments in host memory.
+    float8: compute the matmuls of attention and MLP in float8 (torchao). Needs compute capability 8.9 or newer.
+    """
 
     kind: Literal["fsdp"] = "fsdp"
-    # full: state over all ranks. hybrid: over groups of shard_size ranks, replicated between groups. replicate: DDP.
     sharding: Literal["full", "hybrid", "replicate"] = "full"
-    shard_size: int | None = None  # of hybrid; None: the ranks of one node
-    reshard_after_forward: bool = True  # free a block's weights between forward and backward: less memory, more traffic
-    cpu_offload: bool = False  # weights, gradients and moments in host memory
-    float8: bool = False  # products of attention and MLP in float8 (torchao); GPUs from compute capability 8.9 on
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    float8: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +59,10 @@ class FSDPConfig(EngineConfig):
 
 
 def make_fsdp(model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> FSDPEngine:
-    """Shard an initialised fp32 model. `model.blocks`, if there are any, are gathered one at a time.
+    """Shard an initialised fp32 model. Each of `model.blocks` is gathered separately.
 
     Raises:
-        ValueError: where the ranks do not divide into groups of `shard_size`, or bring different weights.
+        ValueError: if `shard_size` does not divide the number of ranks, or the weights differ between ranks.
     """
     return FSDPEngine(model, optimizer, config)
 
@@ -82,10 +90,10 @@ class FSDPEngine:
             use_float8(model, self.device)
         prepare_blocks(model, config.activation_checkpointing, config.compile)
         self.mesh = _mesh(config, self.device)
-        # One rank, in the precision of the weights: nothing to gather, cast or reduce, and FSDP2 would copy it all.
+        # One rank in fp32 has nothing to gather, cast or reduce. FSDP2 would copy all weights and gradients.
         alone = distributed.world_size() == 1 and config.precision == "fp32" and not config.cpu_offload
         self._root = None if alone else self._shard(model)
-        self._model = model.to(self.device) if alone else model  # the same object, changed in place
+        self._model = model.to(self.device) if alone else model  # fully_shard and .to change the model in place
         self._params = dict(model.named_parameters())
         self.optimizer = torch.optim.AdamW(
             param_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
@@ -99,14 +107,14 @@ class FSDPEngine:
         bf16 = torch.bfloat16 if self.config.precision == "bf16" else None
         pinned = self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.cpu_offload else OffloadPolicy()
-        # cast_forward_inputs would round the time of the diffusion path to bf16: an error of the loss 8 times larger.
+        # cast_forward_inputs would round the diffusion time to bf16, which makes the error of the loss 8 times larger.
         policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks_of(model):
             fully_shard(
                 block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
                 reshard_after_forward=self.config.reshard_after_forward,
             )  # fmt: skip
-        # The velocity is a view, to which nothing here writes.
+        # The model returns a view. The warning is about writing to it in place, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         return fully_shard(model, mesh=self.mesh, mp_policy=policy, offload_policy=offload)
 
@@ -116,7 +124,8 @@ class FSDPEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         if self._root is not None:
-            # Gradients are kept whole, in fp32, until the last micro-batch: one reduction a step.
+            # Gradient accumulation without communication: unsharded gradients stay on each rank until the last
+            # micro-batch, whose backward pass reduces them once.
             self._root.set_requires_gradient_sync(last)
             self._root.set_is_last_backward(last)
         loss.backward()
@@ -131,7 +140,7 @@ class FSDPEngine:
         set_lr(self.optimizer, lr)
         step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        # The device is at work on the update while the host waits for the norm.
+        # The device computes the update while the host waits for the norm.
         value = fetched.item()
         applied = math.isfinite(value)
         self.optimizer_steps += applied
@@ -150,7 +159,7 @@ class FSDPEngine:
         set_step(self.optimizer, steps)
 
     def after_load(self) -> None:
-        """Nothing to do: forward gathers from the fragments themselves. Weights still gathered are freed."""
+        """Free gathered weights. Forward gathers them again, from the memory of the fragments."""
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -182,14 +191,14 @@ class FSDPEngine:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a parameter, as a flat view of the same memory."""
+    """This rank's shard of a parameter, as a flat view of the same memory."""
     local: Tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().view(-1)
     assert local.dtype == torch.float32
     return local
 
 
 def _rows_before(param: Tensor) -> int:
-    """Rows on the ranks before this one: torch.chunk's split of dimension 0 over the shard mesh."""
+    """Number of rows on the lower ranks of the shard mesh, which splits dimension 0 as torch.chunk does."""
     if not isinstance(param, DTensor):
         return 0
     assert param.placements[-1] == Shard(0) and all(p == Replicate() for p in param.placements[:-1])

@@ -1,4 +1,4 @@
-"""AdamW groups and its state; the learning rate as a pure function of the step."""
+"""AdamW: parameter groups and optimizer state; and the learning-rate schedule, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sfd_scale.runtime.settings import above, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW (arXiv 1711.05101). The defaults are those of the SFD training runs: no weight decay."""
+    """AdamW (arXiv 1711.05101). The defaults are those of SFD's training runs, without weight decay."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -30,10 +30,12 @@ class AdamWConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """A linear warm-up to the peak, then constant, or falling to `final` of the peak at the last step.
+    """The learning-rate schedule: linear warm-up over `warmup_steps` to the peak, then constant or decaying.
 
-    wsd (warm-up, stable, decay: arXiv 2404.06395) is constant until the last `decay_steps`, over which it falls
-    linearly: a run can be prolonged from any checkpoint of its stable part.
+    kind: linear and cosine decay from the end of the warm-up to the last step. wsd (warm-up, stable, decay: arXiv
+        2404.06395) decays linearly over the last `decay_steps`, so that a run can be continued from any checkpoint of
+        its stable part.
+    final: the learning rate of the last step, as a fraction of the peak.
     """
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -44,22 +46,22 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         at_least(self, warmup_steps=0)
         if not 0 <= self.final <= 1:
-            raise ValueError(f"final: {self.final}; allowed: a share of the peak in [0, 1]")
+            raise ValueError(f"final: {self.final}; allowed: a fraction of the peak in [0, 1]")
         if self.kind == "constant" and self.final:
-            raise ValueError(f"final: {self.final}; allowed: 0 with kind constant, which does not fall")
+            raise ValueError(f"final: {self.final}; allowed: 0 with kind constant, which does not decay")
         if (self.kind == "wsd") != (self.decay_steps is not None) or (self.decay_steps or 1) < 1:
             raise ValueError(f"decay_steps: {self.decay_steps}; allowed: 1 and up with kind wsd, null with any other")
 
 
 def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) -> float:
-    """The rate of step 0, 1, …, total - 1. Warm-up step i has (i + 1) / warmup_steps of the peak, never 0."""
+    """The learning rate of step 0, 1, …, total - 1. Warm-up step i has (i + 1) / warmup_steps of the peak, never 0."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
     first = schedule.warmup_steps
     if schedule.decay_steps is not None:
-        # The last stable step: the first step of the decay is below the peak, the last one at `final`.
+        # The last stable step. The next one is below the peak; the last step is at `final`.
         first = max(first, total - 1 - schedule.decay_steps)
     done = min(max(step - first, 0) / max(total - 1 - first, 1), 1.0)
     falling = 0.5 * (1.0 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1.0 - done
@@ -67,14 +69,14 @@ def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) 
 
 
 def param_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """Groups for torch's AdamW: decay on matrices and kernels, none on vectors (biases, norms, gates).
+    """Parameter groups for AdamW: weight decay on matrices and kernels, none on vectors (biases, norms, gates).
 
     Raises:
-        ValueError: for a parameter without gradients, which no engine here shards or saves.
+        ValueError: for a parameter with requires_grad false: the engines neither shard nor save it.
     """
     frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
     if frozen:
-        raise ValueError(f"parameters that are not trained: {', '.join(frozen)}; register constants as buffers")
+        raise ValueError(f"parameters with requires_grad false: {', '.join(frozen)}; register constants as buffers")
     params = list(model.parameters())
     if config.weight_decay == 0:
         return [{"params": params, "weight_decay": 0.0}]
@@ -86,9 +88,9 @@ def param_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
 
 
 def create_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> None:
-    """Create the Adam state that the first step would create, so that it can be read and loaded before that.
+    """Create Adam's state before the first step, so that a checkpoint can be loaded into it.
 
-    `step` is a tensor for torch's AdamW and a plain int for DeepSpeed's CPU Adam, as each of them creates it.
+    `step` is a tensor for torch's AdamW and a plain int for DeepSpeed's CPU Adam, as these create it themselves.
     """
     fused = {id(p): group.get("fused") for group in optimizer.param_groups for p in group["params"]}
     for tensor in tensors:
@@ -103,7 +105,7 @@ def create_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> Non
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Set how many updates the moments of every tensor have seen, which Adam's bias correction depends on."""
+    """Set the number of updates in every tensor's state; Adam's bias correction depends on it."""
     for state in optimizer.state.values():
         if isinstance(state["step"], Tensor):
             state["step"].fill_(float(step))
@@ -112,9 +114,9 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
-    """A step of torch's fused AdamW, which leaves weights, moments and counts as they are where `norm` is not finite.
+    """A step of torch's fused AdamW that changes nothing if `norm` is not finite.
 
-    The kernel decides it on the device, by the flag that loss scaling uses: the host need not know yet.
+    The kernel decides this on the device, by the flag of loss scaling, so that the host does not wait for the norm.
     """
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -1,8 +1,8 @@
-"""Silent data corruption: parameters that are copies of each other on several ranks must have the same bits.
+"""Detect silent data corruption: replicas of a parameter on several ranks must have the same bits.
 
-Which those are follows from the sharding. ZeRO-0 and FSDP's replicate: all of them. Hybrid sharding: each shard, once
-a group. ZeRO-1 and 2: the weights that forward uses, which every step gathers anew from the fp32 shards, so that a bit
-that flips in them is seen only until then. ZeRO-3: the small parameters that it keeps whole. Full sharding: none.
+The sharding decides which parameters are replicated. ZeRO-0 and FSDP replicate: all parameters. FSDP hybrid: each
+shard, once per group. ZeRO-1 and ZeRO-2: the weights that forward uses. Each step gathers these anew from the fp32
+shards, so a flipped bit can be seen only until then. ZeRO-3: the small parameters that it keeps whole. FSDP full: none.
 """
 
 from __future__ import annotations
@@ -20,71 +20,71 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaError(FloatingPointError):
-    """Copies of a parameter differ; the message names the ranks."""
+    """Replicas of a parameter differ; the message names the ranks."""
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """What this rank holds a copy of: tensors by name, and `group`, the same number on all ranks with the same part."""
+    """This rank's replicated tensors by name. Ranks with the same `group` have replicas of the same tensors."""
 
     tensors: Mapping[str, Tensor]
     group: int = 0
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Two sums over the bits of each tensor: exact in any order, changed by any single bit and by two rows that change
-    places. One wait for the device in all."""
+    """Two integer sums over the bits of each tensor, exact in any order. The host waits for the device once.
+
+    A flipped bit changes the first sum. Swapped rows change the second, which weights elements by their position.
+    """
     if not tensors:
         return {}
     sums = []
     for tensor in tensors.values():
         bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()]).long()
-        place = (
-            torch.arange(len(bits), device=bits.device) % 65521 + 1
-        )  # a prime, so that no period of a shape meets it
-        sums.append(torch.stack([bits.sum(), (bits * place).sum()]))
+        # A prime period, so that no dimension of a shape is a multiple of it.
+        position = torch.arange(len(bits), device=bits.device) % 65521 + 1
+        sums.append(torch.stack([bits.sum(), (bits * position).sum()]))
     flat = torch.stack(sums).tolist()
     return {name: (first, second) for name, (first, second) in zip(tensors, flat, strict=True)}
 
 
 def require_replicas(replicas: Replicas) -> None:
-    """Refuse to check where there is nothing to check.
-
-    Raises:
-        ValueError: where no two ranks hold a copy of the same parameter.
-    """
+    """Raise ValueError if no two ranks have replicas of the same parameter: there would be nothing to check."""
     groups = Counter(distributed.all_gather_object(replicas.group if replicas.tensors else -distributed.rank() - 1))
     if max(groups.values()) < 2:
         raise ValueError(
-            "train.replica_check_every: under this engine and world size no two ranks hold copies of a parameter, so "
+            "train.replica_check_every: no parameter is replicated on two ranks with this engine and world size, so "
             "there is nothing to compare; set it to null"
         )
 
 
 def check_replicas_agree(replicas: Replicas, step: int) -> None:
-    """Compare the copies of all ranks. A collective: every rank calls it at the same step.
+    """Compare the replicas of all ranks. A collective: every rank calls it at the same step.
 
     Raises:
-        ReplicaError: on all ranks, naming the tensors and the ranks that differ from most of the others.
+        ReplicaError: on all ranks, naming the tensors and the ranks that differ from the majority.
     """
     problems = disagreements(distributed.all_gather_object((replicas.group, digests(replicas.tensors))))
     if problems:
         raise ReplicaError(
-            f"step {step}: copies of parameters differ: {'; '.join(problems)}. A faulty device or memory is likely: "
-            "take that machine out, and start again: the run goes on from its last checkpoint"
+            f"step {step}: replicas of parameters differ: {'; '.join(problems)}. This is silent data corruption, by a "
+            "faulty device or memory. Remove that machine and start the run again; it resumes from its last checkpoint"
         )
 
 
 def disagreements(by_rank: Sequence[tuple[int, dict[str, tuple[int, int]]]]) -> list[str]:
-    """Who differs in what, from (group, digests) of every rank: the minority, or all of a group without a majority."""
+    """Describe which ranks differ in which tensors, given (group, digests) of every rank.
+
+    The ranks are the minority of a group, or the whole group if it has no majority.
+    """
     problems = []
     for group in sorted({group for group, _ in by_rank}):
-        members = {rank: found for rank, (its, found) in enumerate(by_rank) if its == group}
+        members = {rank: sums for rank, (rank_group, sums) in enumerate(by_rank) if rank_group == group}
         odd: dict[tuple[int, ...], list[str]] = {}
         for name in next(iter(members.values())):
-            (common, most), *others = Counter(found[name] for found in members.values()).most_common()
+            (common, most), *others = Counter(sums[name] for sums in members.values()).most_common()
             tied = bool(others) and others[0][1] == most
-            ranks = tuple(rank for rank, found in members.items() if tied or found[name] != common)
+            ranks = tuple(rank for rank, sums in members.items() if tied or sums[name] != common)
             if ranks:
                 odd.setdefault(ranks, []).append(name)
         for ranks, names in odd.items():

@@ -1,4 +1,4 @@
-"""Images to composite latents and back: texture codec, and vision encoder with semantic codec.
+"""The composite tokenizer: images to latents and back, by a texture codec, a vision encoder and a semantic codec.
 
 N batch · C latent channels · D feature channels · H, W image · h, w latent grid.
 """
@@ -18,13 +18,13 @@ from sfd_scale.tokenizers.protocols import (
     SemanticCodec,
     TextureCodec,
     VisionEncoder,
-    computing,
+    in_precision,
 )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """latents (N, C, h, w), not normalised; logvar of that shape or None; features (N, D, h, w) or None; float32."""
+    """latents (N, C, h, w), not normalised; logvar, of that shape, or None; features (N, D, h, w) or None; float32."""
 
     latents: Tensor
     logvar: Tensor | None
@@ -32,26 +32,32 @@ class Encoded:
 
 
 class FeatureTokenizer:
-    """A vision encoder alone: features without latents."""
+    """A vision encoder without codecs: features and no latents."""
 
     def __init__(self, vision: VisionEncoder | None, precision: Precision = "fp32") -> None:
         self.vision, self.precision = vision, precision
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What was encoded with; for the manifest."""
+        """Identity of the vision encoder, for the manifest."""
         return {} if self.vision is None else {"vision": self.vision.fingerprint}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 → (N, D, h, w) float32."""
         assert self.vision is not None
-        with computing(self.precision, images.device):
+        with in_precision(self.precision, images.device):
             return self.vision.features(images).float()
 
 
 class CompositeTokenizer(FeatureTokenizer):
-    """Without semantic channels in the layout there is no semantic codec; a vision encoder alone gives features."""
+    """Encodes and decodes composite latents.
+
+    A layout without semantic channels needs no semantic codec. A vision encoder without one only gives features.
+
+    Raises:
+        ValueError: if the parts do not fit the layout or each other.
+    """
 
     def __init__(
         self,
@@ -82,12 +88,12 @@ class CompositeTokenizer(FeatureTokenizer):
 
     @property
     def image_size(self) -> int:
-        """Side of the images that make latents of the layout's size."""
+        """Height and width of the images that give latents of the layout's size."""
         return self.layout.size * self.texture.downsample
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What was encoded with; for the manifest."""
+        """Identities of the parts, for the manifest."""
         parts = {"texture": self.texture, "vision": self.vision, "semantic": self.semantic}
         return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
@@ -100,20 +106,20 @@ class CompositeTokenizer(FeatureTokenizer):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Encoded:
-        """(N, 3, H, W) uint8 → posterior means and log-variances, with the features that they come from.
+        """Encode (N, 3, H, W) uint8 to posterior means and log-variances, with the vision features.
 
         Raises:
-            ValueError: if the images do not have the layout's size.
+            ValueError: if the size of the images does not fit the layout.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"images are {tuple(images.shape[1:])}; allowed: (3, {size}, {size})")
         features = None if self.vision is None else self.features(images)
-        with computing(self.precision, images.device):
-            texture = _wide(self.texture.encode(images))
+        with in_precision(self.precision, images.device):
+            texture = _float32(self.texture.encode(images))
             if self.semantic is None or features is None:
                 return Encoded(texture.mean, texture.logvar, features)
-            semantic = _wide(self.semantic.encode(features))
+            semantic = _float32(self.semantic.encode(features))
         latents = self.layout.join(texture.mean, semantic.mean)
         if texture.logvar is None and semantic.logvar is None:
             return Encoded(latents, None, features)
@@ -121,14 +127,14 @@ class CompositeTokenizer(FeatureTokenizer):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (N, C, h, w), not normalised → images (N, 3, H, W) uint8; the semantic part is not needed."""
+        """Decode latents (N, C, h, w), not normalised, to (N, 3, H, W) uint8. Only the texture part is used."""
         texture, _ = self.layout.split(latents)
         return self.texture.decode(texture)
 
 
-def _wide(moments: Posterior) -> Posterior:
-    return Posterior(moments.mean.float(), None if moments.logvar is None else moments.logvar.float())
+def _float32(posterior: Posterior) -> Posterior:
+    return Posterior(posterior.mean.float(), None if posterior.logvar is None else posterior.logvar.float())
 
 
-def _logvar(moments: Posterior) -> Tensor:
-    return torch.full_like(moments.mean, DETERMINISTIC_LOGVAR) if moments.logvar is None else moments.logvar
+def _logvar(posterior: Posterior) -> Tensor:
+    return torch.full_like(posterior.mean, DETERMINISTIC_LOGVAR) if posterior.logvar is None else posterior.logvar

@@ -1,4 +1,4 @@
-"""Which codecs make up a composite tokenizer, and the codecs of such settings."""
+"""Settings of a composite tokenizer, and the functions that make its parts from them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ SemanticConfig = SemanticVAECodecConfig | FeaturePCAConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CompositeConfig:
-    """A texture codec, and a vision encoder whose features a semantic codec compresses. Each may be left out where
-    nothing needs it. precision: of encoding. Decoding is float32, with TF32 on GPUs unless an evaluation is in fp32."""
+    """A texture codec, and a vision encoder whose features a semantic codec compresses. A part may be null if nothing
+    needs it.
+
+    precision: of encoding. Decoding is float32, with TF32 on GPUs unless an evaluation is in fp32.
+    """
 
     texture: TextureConfig | None = None
     vision: VisionConfig | None = None
@@ -47,17 +50,25 @@ def make_semantic(config: SemanticConfig, device: torch.device) -> SemanticCodec
 
 
 def make_features(config: CompositeConfig, device: torch.device) -> FeatureTokenizer:
-    """The vision encoder alone, without codecs."""
+    """Make the vision encoder without codecs.
+
+    Raises:
+        ValueError: if there is none.
+    """
     if config.vision is None:
-        raise ValueError("tokenizer.vision: null; name a vision encoder")
+        raise ValueError("tokenizer.vision: null; allowed: a vision encoder")
     return FeatureTokenizer(make_vision(config.vision, device), config.precision)
 
 
 def make_composite(config: CompositeConfig, layout: LatentLayout, device: torch.device) -> CompositeTokenizer:
-    """Raises ValueError where the parts do not fit the layout or each other."""
+    """Make all parts.
+
+    Raises:
+        ValueError: if there is no texture codec, or the parts do not fit the layout or each other.
+    """
     if config.texture is None:
-        raise ValueError("tokenizer.texture: null; name a texture codec")
-    # The vision encoder last: it may have to be downloaded.
+        raise ValueError("tokenizer.texture: null; allowed: a texture codec")
+    # The vision encoder comes last because it may be downloaded.
     semantic = None if config.semantic is None else make_semantic(config.semantic, device)
     texture = make_texture(config.texture, device)
     vision = None if config.vision is None else make_vision(config.vision, device)

@@ -1,4 +1,4 @@
-"""A texture codec in closed form: principal components of square patches, for images too small for a texture VAE.
+"""A texture codec without training: PCA of square patches, for images that are too small for a texture VAE.
 
 N batch · C components · H, W image · P patch side · h, w patch grid.
 """
@@ -19,7 +19,7 @@ from sfd_scale.tokenizers.protocols import Posterior, fingerprint, from_uint8, t
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPCAConfig:
-    """Weights are a safetensors file that PatchPCA.save wrote."""
+    """weights: a safetensors file from PatchPCA.save."""
 
     kind: Literal["patch_pca"] = "patch_pca"
     weights: Path
@@ -27,10 +27,10 @@ class PatchPCAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchPCAFitConfig:
-    """`channels` of the 3·patch² numbers of a patch are kept.
+    """channels: latent channels, at most the 3·patch² values of a patch.
 
-    alignment: above 0 the codes also predict the features of tokenizer.vision at the patch, which count so much beside
-        the pixels (`CovarianceAccumulator.aligned`).
+    alignment: weight of the features of tokenizer.vision, relative to the pixels. Above 0, the latents also predict the
+        features at the patch (`CovarianceAccumulator.aligned`).
     """
 
     kind: Literal["patch_pca"] = "patch_pca"
@@ -64,12 +64,14 @@ def patch_rows(images: Tensor, side: int) -> Tensor:
 
 
 class PatchPCA(ComponentBuffers):
-    """Decoding what was encoded is the best reconstruction that C numbers a patch allow linearly; of an aligned codec,
-    the best from codes that predict vision features too."""
+    """The linear codec with the smallest reconstruction error for C values per patch.
+
+    An aligned codec has the smallest weighted error of pixels and vision features.
+    """
 
     @classmethod
     def fit(cls, images: Iterable[Tensor], config: PatchPCAFitConfig) -> Self:
-        """From batches of images (N, 3, H, W) uint8."""
+        """Fit batches of images (N, 3, H, W) uint8."""
         return cls(fit_components((patch_rows(batch, config.patch) for batch in images), config.channels))
 
     @classmethod

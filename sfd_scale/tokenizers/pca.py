@@ -1,4 +1,4 @@
-"""Principal components in closed form, and the PCA of vision features as semantic latents (ReDi, arXiv 2504.16064).
+"""Principal component analysis (PCA), and PCA of vision features as semantic latents (ReDi, arXiv 2504.16064).
 
 N batch · R rows · D feature channels · C components · h, w grid.
 """
@@ -22,9 +22,9 @@ from sfd_scale.tokenizers.protocols import Posterior, fingerprint, read_safetens
 
 @dataclass(frozen=True)
 class Components:
-    """mean (D,), directions (C, D) of unit length with the strongest first, variance (C,) along them; float32.
+    """mean (D,); directions (C, D), strongest first; variance (C,) of the latents; float32.
 
-    restoring: (C, D), what turns latents back, where that is not the directions themselves.
+    restoring: (C, D), the decoder. None for PCA, whose directions of unit length also decode.
     """
 
     mean: Tensor
@@ -34,7 +34,7 @@ class Components:
 
 
 class CovarianceAccumulator:
-    """Count, mean and centred outer products of rows in one streaming pass, float64 (Chan, Golub and LeVeque, 1979)."""
+    """Count, mean and centred outer products of rows in one pass, float64 (Chan, Golub and LeVeque, 1979)."""
 
     def __init__(self, dim: int) -> None:
         self.count = 0
@@ -43,11 +43,11 @@ class CovarianceAccumulator:
 
     @classmethod
     def of(cls, rows: Tensor) -> Self:
-        """Of rows (R, D) alone."""
+        """The accumulator of one batch of rows (R, D)."""
         wide = rows.detach().double().cpu()
         new = cls(wide.shape[1])
         new.count, new.mean = len(wide), wide.mean(0)
-        centred = wide - new.mean  # squares of a large mean would cost digits
+        centred = wide - new.mean  # without centring, squares of a large mean would lose digits
         new.outer = centred.T @ centred
         return new
 
@@ -58,16 +58,14 @@ class CovarianceAccumulator:
         self.count = total
 
     def components(self, number: int) -> Components:
-        """The strongest `number` eigenvectors of the covariance; their largest entry is positive, to fix the sign.
+        """The strongest `number` eigenvectors of the covariance. The sign makes the largest entry of each positive.
 
         Raises:
             ValueError: if there are fewer rows or columns than components.
         """
         dim = len(self.mean)
         if not 1 <= number <= dim or self.count <= number:
-            raise ValueError(
-                f"channels: {number}; allowed: 1 to {dim}, from more rows than that; there are {self.count}"
-            )
+            raise ValueError(f"channels: {number}; allowed: 1 to {dim}, and fewer than the rows to fit, {self.count}")
         values, vectors = torch.linalg.eigh(self.outer / self.count)
         directions = vectors.flip(1)[:, :number].T  # (C, D)
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
@@ -75,23 +73,25 @@ class CovarianceAccumulator:
         return Components(self.mean.float(), (directions * largest.sign()).float(), variance.float())
 
     def aligned(self, number: int, inputs: int, alignment: float) -> Components:
-        """Rows are [x (inputs), f]: the linear code z = E·x of `number` values that minimises the mean of
-        ‖x − D·z‖² + w·‖f − A·z‖² over E, D and A; x and f centred, w = alignment · var(x) / var(f), so that 1 counts
-        the features as much as the pixels (the balance of VA-VAE, arXiv 2501.01423, in closed form).
+        """The best linear latents of x that also predict features f, where each row is [x (inputs values), f].
 
-        By reduced-rank regression (Izenman, 1975) of [x; √w·f] on x: the components of what x predicts of both.
+        They are z = E·x, with `number` values, E and the decoders D and A minimising the mean of
+        ‖x − D·z‖² + w·‖f − A·z‖². x and f are centred. w = alignment · var(x) / var(f), so that alignment 1 weights
+        features and pixels equally, the balance of VA-VAE (arXiv 2501.01423).
+
+        The solution is reduced-rank regression (Izenman, 1975) of [x; √w·f] on x: PCA of the prediction from x.
 
         Raises:
             ValueError: if there are fewer rows or columns than components.
         """
         if not 1 <= number <= inputs or self.count <= number:
             raise ValueError(
-                f"channels: {number}; allowed: 1 to {inputs}, from more rows than that; there are {self.count}"
+                f"channels: {number}; allowed: 1 to {inputs}, and fewer than the rows to fit, {self.count}"
             )
         covariance = self.outer / self.count
         own, cross = covariance[:inputs, :inputs], covariance[inputs:, :inputs]  # (D, D), (F, D)
-        spread = covariance.diagonal()
-        weight = alignment * spread[:inputs].sum() / spread[inputs:].sum().clamp(min=1e-30)
+        variances = covariance.diagonal()
+        weight = alignment * variances[:inputs].sum() / variances[inputs:].sum().clamp(min=1e-30)
         predicts = cross @ torch.linalg.pinv(own, hermitian=True, rtol=1e-10) * weight.sqrt()  # √w·f from x: (F, D)
         both = torch.cat([torch.eye(inputs, dtype=own.dtype), predicts])  # [x; √w·f] from x
         _, vectors = torch.linalg.eigh(both @ own @ both.T)
@@ -106,7 +106,7 @@ class CovarianceAccumulator:
 
 
 def fit_components(batches: Iterable[Tensor], number: int) -> Components:
-    """Principal components of rows that come in batches (R, D), in this process alone."""
+    """Principal components of batches of rows (R, D), in this process alone."""
     total: CovarianceAccumulator | None = None
     for part in map(CovarianceAccumulator.of, batches):
         if total is None:
@@ -114,20 +114,21 @@ def fit_components(batches: Iterable[Tensor], number: int) -> Components:
         else:
             total.merge(part)
     if total is None:
-        raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
+        raise ValueError(f"channels: {number}; the data has no rows to fit principal components to")
     return total.components(number)
 
 
 def fit_in_order(
     own: Iterable[Tensor], count: int, number: int, reduce: Callable[[CovarianceAccumulator], Components] | None = None
 ) -> Components:
-    """Principal components of rows in `count` batches, of which this rank has every world_size-th, from its rank on.
+    """Principal components of rows in `count` batches that are distributed over the ranks.
 
-    Merged on rank 0 batch after batch in their order, so that the bits do not depend on the number of ranks. Only the
-    sums travel, (D, D) a batch.
+    Rank 0 merges the sums of all batches in order, so that the bits do not depend on the number of ranks. The ranks
+    send only sums, (D, D) per batch.
 
     Args:
-        reduce: what the sums become, in place of their principal components.
+        own: this rank's batches: number rank, rank + world_size, rank + 2·world_size, …
+        reduce: makes the components from the sums; by default `CovarianceAccumulator.components`.
     """
     batches, found = iter(own), None
     total: CovarianceAccumulator | None = None
@@ -140,14 +141,14 @@ def fit_in_order(
                 total.merge(other)
     if distributed.is_main():
         if total is None:
-            raise ValueError(f"channels: {number}; there are no rows to fit principal components to")
+            raise ValueError(f"channels: {number}; the data has no rows to fit principal components to")
         found = total.components(number) if reduce is None else reduce(total)
     components: Components = distributed.broadcast_object(found)
     return components
 
 
 class ComponentBuffers(nn.Module):
-    """Components as a module, so that they move to a device and are saved by name."""
+    """Components as a module, so that they can be moved to a device and saved by name."""
 
     mean: Tensor
     directions: Tensor
@@ -166,12 +167,12 @@ class ComponentBuffers(nn.Module):
         return len(self.directions)
 
     def project(self, rows: Tensor) -> Tensor:
-        """(..., D) → (..., C), in float32 under any precision: it costs nothing beside the encoder."""
+        """(..., D) → (..., C). Always float32: compared with the vision encoder, this costs no time."""
         with torch.autocast(rows.device.type, enabled=False):
             return (rows.float() - self.mean) @ self.directions.T
 
     def restore(self, latents: Tensor) -> Tensor:
-        """(..., C) → (..., D), the nearest point of the components' span."""
+        """(..., C) → (..., D), a point in the span of the components."""
         return latents.float() @ (self.directions if self.restoring is None else self.restoring) + self.mean
 
     def save(self, path: Path) -> None:
@@ -180,21 +181,21 @@ class ComponentBuffers(nn.Module):
 
 
 def load_components(path: Path, what: str) -> Components:
-    """Components that `save` wrote.
+    """Read components from a file of `ComponentBuffers.save`.
 
     Raises:
-        ValueError: if the file is none of those.
+        ValueError: if the file cannot be read, or lacks a tensor.
     """
     state = read_safetensors(path, what)
     missing = {"mean", "directions", "variance"} - state.keys()
     if missing:
-        raise ValueError(f"weights: {path} is no file of {what}: it lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"weights: {path} is not {what}: tensors are missing: {', '.join(sorted(missing))}")
     return Components(state["mean"], state["directions"], state["variance"], state.get("restoring"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePCAFitConfig:
-    """The strongest `channels` components of the features of a vision encoder; ReDi takes 8."""
+    """Keep the strongest `channels` components of the features of a vision encoder; ReDi keeps 8."""
 
     kind: Literal["pca"] = "pca"
     channels: int = 8
@@ -210,18 +211,18 @@ def feature_rows(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePCAConfig:
-    """Weights are a safetensors file that FeaturePCA.save wrote."""
+    """weights: a safetensors file from FeaturePCA.save."""
 
     kind: Literal["pca"] = "pca"
     weights: Path
 
 
 class FeaturePCA(ComponentBuffers):
-    """A semantic codec without learning: the strongest components of the features."""
+    """A semantic codec without training: PCA of the features."""
 
     @classmethod
     def fit(cls, features: Iterable[Tensor], channels: int = 8) -> Self:
-        """From batches of features (N, D, h, w)."""
+        """Fit batches of features (N, D, h, w)."""
         return cls(fit_components(map(feature_rows, features), channels))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What the tokenizers have in common: their protocols, pixel ranges, identities, reconstruction quality.
+"""Protocols of the parts of a tokenizer, and shared functions: pixel ranges, fingerprints, weight files, PSNR.
 
 N batch · C latent channels · D feature channels · H, W image · h, w latent grid.
 """
@@ -20,18 +20,18 @@ from sfd_scale.runtime.matmul import allow_tf32, no_tf32
 
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["fp32", "tf32", "bf16"]
-"""The log-variance of a codec without one, where a tensor has to hold it: the lower bound of posteriors."""
+"""Precision of encoding; see `in_precision`."""
 
 
 class Posterior(NamedTuple):
-    """A posterior: mean (N, C, h, w) and log-variance of that shape, or None where the codec is deterministic."""
+    """The posterior of a codec: mean (N, C, h, w), and log-variance of that shape, None if it is deterministic."""
 
     mean: Tensor
     logvar: Tensor | None
 
 
 class TextureCodec(Protocol):
-    """Images to latents and back."""
+    """Encodes images to latents and decodes them."""
 
     @property
     def channels(self) -> int: ...
@@ -43,7 +43,7 @@ class TextureCodec(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, images: Tensor) -> Posterior:
-        """(N, 3, H, W) uint8 → moments (N, C, H/downsample, W/downsample) float32."""
+        """(N, 3, H, W) uint8 → posterior (N, C, H/downsample, W/downsample) float32."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class TextureCodec(Protocol):
 
 
 class VisionEncoder(Protocol):
-    """Images to features, frozen."""
+    """A frozen network that computes features of images."""
 
     @property
     def dim(self) -> int: ...
@@ -63,7 +63,7 @@ class VisionEncoder(Protocol):
     def fingerprint(self) -> str: ...
 
     def grid(self, image_size: int) -> int:
-        """Side of the feature grid for an image side."""
+        """Height and width of the feature grid of square images of `image_size`."""
         ...
 
     def features(self, images: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class VisionEncoder(Protocol):
 
 
 class SemanticCodec(Protocol):
-    """Features to latents and back."""
+    """Encodes features to latents and decodes them."""
 
     @property
     def dim(self) -> int: ...
@@ -86,7 +86,7 @@ class SemanticCodec(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, features: Tensor) -> Posterior:
-        """(N, D, h, w) → moments (N, C, h, w) float32."""
+        """(N, D, h, w) → posterior (N, C, h, w) float32."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -97,32 +97,34 @@ class SemanticCodec(Protocol):
 
 
 @contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Where encoders run: in float32, with TF32 products on a GPU as the authors', or with products in bfloat16 and
-    weights, norms and sums as they are."""
-    products = {"fp32": no_tf32, "tf32": allow_tf32, "bf16": nullcontext}[precision]
-    with products(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+def in_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Run encoders in float32, in float32 with TF32 matmuls on GPUs as the official code, or under bf16 autocast.
+
+    Under autocast only matmuls are in bf16; weights, norms and sums stay float32.
+    """
+    matmuls = {"fp32": no_tf32, "tf32": allow_tf32, "bf16": nullcontext}[precision]
+    with matmuls(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         yield
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 → float32 in [−1, 1]."""
+    """uint8 → float32 in [−1, 1], of the same shape."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[−1, 1] → uint8 by floor(127.5·x + 128), the rule of DiT and of the authors.
+    """[−1, 1] → uint8 by floor(127.5·x + 128), the rule of DiT and of the official code.
 
     Raises:
-        FloatingPointError: for pixels that are not finite, which uint8 cannot show.
+        FloatingPointError: for pixels that are not finite.
     """
     if not bool(images.isfinite().all()):
-        raise FloatingPointError("decoded images are not finite: the latents or the codec's weights are broken")
+        raise FloatingPointError("decoded images are not finite; check the latents and the weights of the codec")
     return (images.float() * 127.5 + 128).clamp(0, 255).floor().to(torch.uint8)
 
 
 def fingerprint(kind: str, state: Mapping[str, Tensor], settings: str = "") -> str:
-    """`kind:` and a SHA-256 over settings and over names, shapes and values: equal exactly for equal codecs."""
+    """Identity of a codec: `kind:` and a SHA-256 over its settings and the names, shapes and values of its weights."""
     digest = hashlib.sha256(settings.encode())
     for name in sorted(state):
         value = state[name].detach().float().contiguous().cpu()
@@ -132,7 +134,7 @@ def fingerprint(kind: str, state: Mapping[str, Tensor], settings: str = "") -> s
 
 
 class Frozen(Generic[M]):
-    """A trained network that is only called: without dropout, without gradients."""
+    """A pretrained network in eval mode, without gradients."""
 
     def __init__(self, model: M) -> None:
         self.model: M = model.eval().requires_grad_(False)
@@ -143,10 +145,10 @@ class Frozen(Generic[M]):
 
 
 def with_weights(make: Callable[[], M], state: Mapping[str, Tensor], path: Path) -> M:
-    """The model of `make` with all its weights, which are those of the file `path`.
+    """The model of `make` with the weights `state`, which were read from `path`.
 
     Raises:
-        ValueError: that names the file, if they do not fit.
+        ValueError: if the weights do not fit the model; the message names the file.
     """
     try:
         model = make()
@@ -160,17 +162,17 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        ValueError: that names the file, if it is missing or cannot be read.
+        ValueError: if the file is missing or cannot be read; the message names it.
     """
     if not path.is_file():
         raise ValueError(f"weights: {path}; allowed: an existing safetensors file of {what}")
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"weights: {path} cannot be read as safetensors of {what}: {error}") from error
+        raise ValueError(f"weights: {path} is not a safetensors file of {what}: {error}") from error
 
 
 def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of uint8 images in dB (10·log10(255² / mean square)), one value an image: (N,)."""
+    """Peak signal-to-noise ratio of uint8 images in dB (10·log10(255² / mean square)), one per image: (N,)."""
     square = (images.double() - reconstructed.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255.0**2 / square)

@@ -1,4 +1,4 @@
-"""SemVAE: a transformer VAE that compresses the tokens of a vision encoder (arXiv 2512.04926).
+"""The semantic codec: a pretrained SemVAE, which compresses the features of a vision encoder (arXiv 2512.04926).
 
 N batch · T tokens · D feature channels · C latent channels · h, w grid (T = h·w).
 """
@@ -17,12 +17,10 @@ from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.runtime.weight_files import read_weights
 from sfd_scale.tokenizers.protocols import Frozen, Posterior, fingerprint, with_weights
 
-# -------------------------------------------------------------------------------------------------- codec
-
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticVAECodecConfig:
-    """Weights are safetensors, or a torch file of the authors; sizes follow from them, only heads leave no trace."""
+    """weights: a safetensors file, or an official torch file. Their shapes give all sizes but the number of heads."""
 
     kind: Literal["semantic_vae"] = "semantic_vae"
     weights: Path
@@ -30,16 +28,16 @@ class SemanticVAECodecConfig:
 
 
 def config_of(state: Mapping[str, Tensor], heads: int) -> SemanticVAEConfig:
-    """The settings that weights were made with, from their shapes.
+    """The settings of a SemanticVAE, from the shapes of its weights.
 
     Raises:
-        ValueError: if these are not weights of a SemanticVAE.
+        ValueError: if these are not the weights of a SemanticVAE.
     """
     last = max(
         (int(n.split(".")[1]) for n in state if n.startswith("encoder.") and n.split(".")[1].isdigit()), default=0
     )
     if last < 3 or "encoder.0.weight" not in state or f"encoder.{last}.weight" not in state:
-        raise ValueError("these are not the weights of a semantic VAE: encoder.0.weight … encoder.N.weight is missing")
+        raise ValueError("not the weights of a semantic VAE: encoder.0.weight … encoder.N.weight are missing")
     hidden, inside = state["encoder.0.weight"].shape
     bottleneck = state[f"encoder.{last}.weight"].shape[0] // 2
     return SemanticVAEConfig(
@@ -48,7 +46,7 @@ def config_of(state: Mapping[str, Tensor], heads: int) -> SemanticVAEConfig:
 
 
 class SemanticVAECodec(Frozen[SemanticVAE]):
-    """A trained, frozen SemanticVAE on grids."""
+    """A frozen SemanticVAE, applied to feature grids."""
 
     def __init__(self, model: SemanticVAE) -> None:
         super().__init__(model)
@@ -62,7 +60,7 @@ class SemanticVAECodec(Frozen[SemanticVAE]):
 
     @torch.no_grad()
     def encode(self, features: Tensor) -> Posterior:
-        """(N, D, h, w) → moments (N, C, h, w)."""
+        """(N, D, h, w) → posterior (N, C, h, w)."""
         grid = features.shape[2:]
         mean, logvar = self.model.posterior(features.flatten(2).transpose(1, 2))
         return Posterior(*(part.transpose(1, 2).unflatten(2, grid).contiguous() for part in (mean, logvar)))

@@ -1,7 +1,10 @@
-"""The texture VAE: diffusers' AutoencoderKL in the shape of "SD-VAE f16d32" and VA-VAE (arXiv 2112.10752, 2501.01423).
+"""The texture VAE: diffusers' AutoencoderKL with the architecture of "SD-VAE f16d32" and VA-VAE (arXiv 2112.10752,
+2501.01423).
 
-Weights come as a diffusers folder, as safetensors, or as a checkpoint of the latent diffusion code (LDM), whose names
-are mapped. N batch · C latent channels · H, W image · h, w latent grid.
+Pretrained weights are a diffusers folder, a safetensors file, or a checkpoint of the latent diffusion code (LDM), whose
+names are converted.
+
+N batch · C latent channels · H, W image · h, w latent grid.
 """
 
 from __future__ import annotations
@@ -19,16 +22,18 @@ from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.weight_files import read_weights
 from sfd_scale.tokenizers.protocols import Frozen, Posterior, fingerprint, from_uint8, to_uint8
 
-# What belongs to the autoencoder in an LDM checkpoint, which also holds discriminators and frozen networks.
+# The weights of the autoencoder in an LDM checkpoint, which also contains discriminators and frozen networks.
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderKLConfig:
-    """`weights` is a diffusers folder, which has its own settings, or a file for the shape that is set here; or `hub`
-    names either on the Hugging Face hub, as owner/repository or owner/repository/file.
+    """Either `weights` or `hub` is needed.
 
-    Each level but the first halves the grid; the last has attention after its residual blocks.
+    weights: a diffusers folder, or a file. A folder has its own architecture; a file has the one that is set here.
+    hub: the same on the Hugging Face hub, as owner/repository or owner/repository/file.
+    multipliers: one per level, of `width`. Every level but the first halves the grid. The last level has attention
+        after its residual blocks.
     """
 
     kind: Literal["autoencoder_kl"] = "autoencoder_kl"
@@ -41,18 +46,18 @@ class AutoencoderKLConfig:
 
     def __post_init__(self) -> None:
         if (self.weights is None) == (self.hub is None):
-            raise ValueError("weights: needed, a path; or hub, a name on the hub; and not both")
+            raise ValueError("weights: set either weights, a path, or hub, a name on the hub")
         if self.hub is not None and self.hub.count("/") < 1:
             raise ValueError(f"hub: {self.hub!r}; allowed: owner/repository, or owner/repository/file")
         at_least(self, width=1, res_blocks=1, latent_channels=1)
         if self.width % 32:
-            raise ValueError(f"width: {self.width}; allowed: multiples of 32, the groups of its norms")
+            raise ValueError(f"width: {self.width}; allowed: multiples of 32, the number of groups of its norms")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers: {self.multipliers}; allowed: one or more whole numbers from 1")
+            raise ValueError(f"multipliers: {self.multipliers}; allowed: one or more whole numbers, 1 and up")
 
 
 class AutoencoderKLCodec(Frozen[Any]):
-    """A trained, frozen AutoencoderKL. Latents are posterior means as they are, not scaled."""
+    """A frozen AutoencoderKL. Latents are posterior means without a scaling factor."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -62,10 +67,10 @@ class AutoencoderKLCodec(Frozen[Any]):
 
     @classmethod
     def load(cls, config: AutoencoderKLConfig) -> Self:
-        """Build the model and load its weights, all of them.
+        """Build the model and load all its weights.
 
         Raises:
-            ValueError: that names the file, if it cannot be had or read, or does not fit.
+            ValueError: if a file cannot be downloaded or read, or does not fit; the message names it.
         """
         weights = _from_hub(config.hub) if config.hub is not None else config.weights
         assert weights is not None
@@ -83,7 +88,7 @@ class AutoencoderKLCodec(Frozen[Any]):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Posterior:
-        """(N, 3, H, W) uint8 → moments (N, C, h, w) float32."""
+        """(N, 3, H, W) uint8 → posterior (N, C, h, w) float32."""
         posterior = self.model.encode(from_uint8(images)).latent_dist
         return Posterior(posterior.mean, posterior.logvar)
 
@@ -94,7 +99,7 @@ class AutoencoderKLCodec(Frozen[Any]):
 
 
 def _from_hub(name: str) -> Path:
-    """A file of the hub, or the folder of a repository with what diffusers needs of it, in the hub's own cache."""
+    """Path in the hub's cache of a downloaded file, or of a repository's folder with the files that diffusers needs."""
     import huggingface_hub
 
     owner, repository, *file = name.split("/")
@@ -104,7 +109,7 @@ def _from_hub(name: str) -> Path:
         wanted = ["config.json", "diffusion_pytorch_model.safetensors"]
         return Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        raise ValueError(f"hub: {name} cannot be had ({error}); download it elsewhere and name the path") from error
+        raise ValueError(f"hub: {name} cannot be downloaded ({error}); set weights to a local copy") from error
 
 
 def _from_folder(folder: Path) -> Any:
@@ -113,11 +118,11 @@ def _from_folder(folder: Path) -> Any:
     try:
         return diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"weights: {folder} is no folder of a diffusers AutoencoderKL: {error}") from error
+        raise ValueError(f"weights: {folder} is not a folder of a diffusers AutoencoderKL: {error}") from error
 
 
 def build(config: AutoencoderKLConfig) -> Any:
-    """diffusers' model with random weights, attention in the lowest level as in LDM's `attn_resolutions: [16]`."""
+    """diffusers' model with random weights. The last level has attention, as LDM's `attn_resolutions: [16]`."""
     import diffusers
 
     plain = len(config.multipliers) - 1
@@ -131,7 +136,7 @@ def build(config: AutoencoderKLConfig) -> Any:
     )
 
 
-# diffusers' names → LDM's, applied in turn.
+# Regular expressions from diffusers' names to LDM's, applied in this order.
 _RENAMES = [
     (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
     (r"down_blocks\.(\d+)\.attentions\.", r"down.\1.attn."),
@@ -151,17 +156,17 @@ _RENAMES = [
 
 
 def ldm_name(name: str, levels: int) -> str:
-    """LDM's name of one of diffusers' weights; LDM counts the decoder's levels from the image, diffusers from z."""
+    """LDM's name of a diffusers weight. LDM counts the decoder's levels from the image, diffusers from the latent."""
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return re.sub(r"(decoder\.up\.)(\d+)", lambda found: f"{found[1]}{levels - 1 - int(found[2])}", name)
 
 
 def from_ldm(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LDM's weights under diffusers' names; its attention has 1x1 convolutions where diffusers has linears.
+    """Rename LDM's weights to diffusers' names, and turn the 1x1 convolutions of attention into linear layers.
 
     Raises:
-        ValueError: if names are missing or left over.
+        ValueError: if weights are missing or unexpected.
     """
     levels = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.down."))
     names = {ours: ldm_name(ours, levels) for ours in wanted}

@@ -1,4 +1,4 @@
-"""Frozen vision encoders: DINOv2 through timm, and the project's own small convnet.
+"""Pretrained, frozen vision encoders: DINOv2 from timm, and the small convnet of the quickstart.
 
 N batch · D feature channels · H, W image · h, w feature grid.
 """
@@ -23,8 +23,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2Config:
-    """`weights`: a safetensors or torch file of timm or of the DINOv2 authors. Without, they come from the hub: timm's
-    for the name of a model, or those of `model: hf-hub:owner/repository`."""
+    """model: a name of timm, or hf-hub:owner/repository.
+
+    weights: a safetensors or torch file of timm or of the official DINOv2 code; null to download them from the hub.
+    """
 
     kind: Literal["dinov2"] = "dinov2"
     model: str = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -37,7 +39,10 @@ class DINOv2Config:
 
 
 class DINOv2(Frozen[Any]):
-    """Normed patch tokens (arXiv 2304.07193). A patch of 14 pixels covers 16 of the image, which is shrunk for it."""
+    """Patch tokens of DINOv2 after its last norm (arXiv 2304.07193).
+
+    Images are resized by 14/16, so that a patch of 14 pixels covers 16 pixels of the image.
+    """
 
     def __init__(self, model: Any, image_size: int) -> None:
         super().__init__(model)
@@ -47,7 +52,7 @@ class DINOv2(Frozen[Any]):
 
     @classmethod
     def load(cls, config: DINOv2Config) -> Self:
-        """Build by timm's name; positions are resampled to the grid of image_size / 16.
+        """Build the model with timm. Position embeddings are resampled to the grid of image_size / 16.
 
         Raises:
             ValueError: if timm does not know the model, or the weights do not fit it.
@@ -60,13 +65,13 @@ class DINOv2(Frozen[Any]):
             model = timm.create_model(config.model, pretrained=config.weights is None, img_size=side, num_classes=0)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(
-                f"model: {config.model}: {error}; without tokenizer.vision.weights, they are downloaded from the hub"
+                f"model: {config.model}: {error}; to load no weights from the hub, set tokenizer.vision.weights"
             ) from error
         if config.weights is not None:
             try:
                 model.load_state_dict(checkpoint_filter_fn(read_weights(config.weights), model))
             except RuntimeError as error:
-                raise ValueError(f"weights: {config.weights} are not those of {config.model}: {error}") from error
+                raise ValueError(f"weights: {config.weights} does not fit {config.model}: {error}") from error
         return cls(model, config.image_size)
 
     def grid(self, image_size: int) -> int:
@@ -77,7 +82,7 @@ class DINOv2(Frozen[Any]):
         """(N, 3, H, W) uint8 → (N, D, H/16, W/16) float32."""
         if images.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(
-                f"images are {tuple(images.shape[2:])}; allowed: {self.image_size}, set tokenizer.vision.image_size"
+                f"images are {tuple(images.shape[2:])}; allowed: {self.image_size}, as tokenizer.vision.image_size says"
             )
         tokens = self.model.forward_features(preprocess(images))[:, self.model.num_prefix_tokens :]  # (N, T, D)
         grid = self.grid(self.image_size)
@@ -85,8 +90,11 @@ class DINOv2(Frozen[Any]):
 
 
 def preprocess(images: Tensor) -> Tensor:
-    """uint8 → ImageNet's mean and deviation, then bicubic to 14/16 of the size, without anti-aliasing: (N, 3, h, w)."""
-    # Channel by channel: numbers, for which no copy to the device holds the host up.
+    """Normalise uint8 images by ImageNet's mean and std, and resize them by 14/16: (N, 3, 14·H/16, 14·W/16) float32.
+
+    The resize is bicubic without anti-aliasing.
+    """
+    # Channel by channel with Python numbers, so that the host does not wait for a copy to the device.
     channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     scaled = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in channels], dim=1)
     return functional.interpolate(scaled, size=images.shape[2] * 14 // 16, mode="bicubic")
@@ -94,7 +102,7 @@ def preprocess(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetEncoderConfig:
-    """Weights are a safetensors export of a trained SmallConvNet."""
+    """weights: a safetensors export of a trained SmallConvNet."""
 
     kind: Literal["convnet"] = "convnet"
     weights: Path

@@ -1,4 +1,4 @@
-"""Alignment features that are not stored: made from images, or from the semantic latents (arXiv 2410.06940, Sec. 3).
+"""Targets of the alignment loss (REPA, arXiv 2410.06940, Sec. 3) that the data does not store, but training computes.
 
 N batch · C latent channels · D feature channels · h, w grid.
 """
@@ -15,7 +15,7 @@ from sfd_scale.tokenizers.protocols import SemanticCodec
 
 
 class OnlineFeatures:
-    """The frozen vision encoder on the images of a batch: the true features, for a forward pass of it a step."""
+    """The features of the batch's images, by a frozen vision encoder. Costs one forward pass of it per batch."""
 
     def __init__(self, tokenizer: FeatureTokenizer) -> None:
         assert tokenizer.vision is not None
@@ -23,12 +23,12 @@ class OnlineFeatures:
 
     def __call__(self, batch: LatentBatch) -> Tensor:
         """(N, D, h, w) float32."""
-        assert batch.images is not None  # the reader was asked for them
+        assert batch.images is not None  # the dataloader was told to read them
         return self.tokenizer.features(batch.images)
 
 
 class DecodedFeatures:
-    """The semantic codec's reconstruction from the semantic part of the latents: as close as it is, for no storage."""
+    """An approximation of the features: the semantic codec decodes the semantic part of the latents."""
 
     def __init__(self, semantic: SemanticCodec, layout: LatentLayout, stats: LatentStats) -> None:
         self.semantic, self.layout, self.stats, self.dim = semantic, layout, stats, semantic.dim

@@ -1,8 +1,8 @@
-"""Losses and gradients that are not finite, and losses that leap: seen, counted, written down, and acted upon.
+"""Divergence: detect and record a loss spike, or a loss or gradient that is not finite, and stop, skip or roll back.
 
-The loss of a step over the global batch is judged on the device, before the backward pass of its last micro-batch:
-where it is not finite or too high, that micro-batch's loss is multiplied by NaN, and the engine, which looks at the
-norm of the gradient anyway, drops the step on all ranks. So a step is vetoed without the host waiting for the device.
+The device checks the loss of the global batch before the backward pass of the last micro-batch. If the loss is not
+finite or too high, it multiplies that micro-batch's loss by NaN. Then the gradient norm is not finite, and the engine
+skips the step on all ranks. So the host does not wait for the device.
 """
 
 from __future__ import annotations
@@ -31,32 +31,35 @@ logger = logging.getLogger(__name__)
 
 Policy = Literal["stop", "skip", "rollback"]
 Reason = Literal["loss not finite", "gradient not finite", "loss spike"]
-_MOST_BYTES = 64 << 20  # of the record; the log goes on
-_NAMED = 8  # sample ids in a log line; the record has them all
+_MOST_BYTES = 64 << 20  # of the record; after that, only the log continues
+_NAMED = 8  # sample ids per log line; the record has all
 _NORMAL = 1.4826  # median absolute deviation → standard deviation of a normal distribution
 
 
 class DivergenceError(FloatingPointError):
-    """The policy, or the end of its patience, stops the run; the message names step and samples."""
+    """Stops the run, by the policy or after too many bad steps or rollbacks; the message names step and samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
-    """What to do about a bad step.
+    """What to do after a bad step.
 
-    stop: end the run; its checkpoints are from before. skip: leave weights and averages as they are and go on.
-    rollback: go back to the last checkpoint and pass over the data of the last `rollback_data` steps up to the bad one.
-    A second rollback before the run has got past the first by `window` steps goes to the checkpoint before.
-
-    A spike is a loss more than `spike_z` robust standard deviations (from the median absolute deviation, of at least a
-    thousandth of the median) above the median of the last `window` losses. `log` leaves it at that.
+    not_finite: policy for a loss or gradient norm that is not finite. `stop` ends the run; its last checkpoint is from
+        before the bad step. `skip` leaves weights and EMA unchanged and continues. `rollback` loads the last checkpoint
+        and leaves out the data of the last `rollback_data` steps, up to the bad one. If the run is bad again less than
+        `window` steps after that one, the next rollback loads the checkpoint before.
+    spike: policy for a loss spike; `log` only logs it. A spike is more than `spike_z` robust standard deviations above
+        the median of the last `window` losses. The robust standard deviation is the scaled median absolute deviation,
+        and at least a thousandth of the median.
+    max_in_row: skipped steps in a row after which the run stops.
+    max_rollbacks: rollbacks after which the run stops.
     """
 
     not_finite: Policy = "skip"
     spike: Literal["log", "stop", "skip", "rollback"] = "log"
     spike_z: float = 20.0
     window: int = 128
-    max_in_row: int = 20  # dropped steps in a row, before the run stops
+    max_in_row: int = 20
     rollback_data: int = 100
     max_rollbacks: int = 10
 
@@ -71,14 +74,14 @@ class DivergenceConfig:
 
 
 def spike_limit(losses: Sequence[float], z: float) -> float:
-    """The loss above which a step is a spike, from the losses before it."""
+    """The loss above which a step is a loss spike, from the losses before it."""
     centre = statistics.median(losses)
-    spread = _NORMAL * statistics.median(abs(loss - centre) for loss in losses)
-    return centre + z * max(spread, 1e-3 * abs(centre))
+    deviation = _NORMAL * statistics.median(abs(loss - centre) for loss in losses)
+    return centre + z * max(deviation, 1e-3 * abs(centre))
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges that may touch or overlap, as disjoint rising ones."""
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Sort ranges and merge those that touch or overlap."""
     out: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if out and start <= out[-1][1]:
@@ -89,10 +92,10 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 class DivergenceWatch:
-    """Watches the losses of a run. `guarded` and `judge` are called by all ranks at the same step.
+    """Watches the losses of a run. `guarded` and `judge` are collectives: all ranks call them at the same step.
 
     Attributes:
-        passed: data left out since a rollback; part of every checkpoint, so that a resumed run leaves it out too.
+        passed: data that rollbacks have left out. Every checkpoint stores it, so that a resumed run leaves it out too.
     """
 
     def __init__(self, config: DivergenceConfig, run: RunPaths) -> None:
@@ -110,10 +113,10 @@ class DivergenceWatch:
         self._parts: list[tuple[Tensor, Tensor | None]] = []
         self._loss: HostCopy | None = None
 
-    # -------------------------------------------------------------------------------------------- see
+    # ------------------------------------------------------------------------------------------ detect
 
     def guarded(self, losses: LossTerms, keys: Tensor, last: bool) -> Tensor:
-        """The loss to take the gradient of; NaN in the last micro-batch of a step that is to be dropped.
+        """The loss for the backward pass: NaN in the last micro-batch of a step that the engine shall skip.
 
         Args:
             keys: (N, 2) epoch and sample id of each row of the micro-batch.
@@ -126,20 +129,20 @@ class DivergenceWatch:
         mean = distributed.all_reduce_mean(self._sum / len(self._parts))
         self._limit = spike_limit(self._losses, self.config.spike_z) if self._full else math.inf
         allowed = math.inf if self.config.spike == "log" else self._limit
-        self._loss = HostCopy(mean)  # it has arrived by the time the engine's step has read its norm
+        self._loss = HostCopy(mean)  # has arrived once the engine has read the gradient norm
         return losses.total * torch.where(mean.isfinite() & (mean <= allowed), 1.0, math.nan)
 
     @property
     def _full(self) -> bool:
         return len(self._losses) == self.config.window
 
-    # ------------------------------------------------------------------------------------------ judge
+    # ------------------------------------------------------------------------------------------ decide
 
     def judge(self, step: int, result: StepResult) -> Literal["go on", "rollback"]:
         """What to do after step `step` (0, 1, …).
 
         Raises:
-            DivergenceError: where the policy is to stop, or too many steps in a row were dropped.
+            DivergenceError: if the policy is to stop, or too many steps in a row were skipped.
         """
         assert self._loss is not None
         loss, parts = self._loss.item(), self._parts
@@ -156,14 +159,14 @@ class DivergenceWatch:
         if policy == "stop":
             key = "spike" if reason == "loss spike" else "not_finite"
             raise DivergenceError(
-                f"{text}; the checkpoints are from before it. Lower optimizer.lr or set engine.grad_clip; or let the "
-                f"run go on past it: divergence.{key}=skip, or =rollback"
+                f"{text}; the last checkpoint is from before it. Lower optimizer.lr or set engine.grad_clip; or set "
+                f"divergence.{key} to skip or rollback, and start again"
             )
         if policy == "rollback":
             return "rollback"
         if self._in_row >= self.config.max_in_row:
             raise DivergenceError(
-                f"{self._in_row} steps in a row were dropped (divergence.max_in_row), the last: {text}. Lower "
+                f"{self._in_row} steps in a row were skipped (divergence.max_in_row); the last is {text}. Lower "
                 "optimizer.lr, set engine.grad_clip, or resume from an earlier checkpoint"
             )
         return "go on"
@@ -179,7 +182,7 @@ class DivergenceWatch:
         self, step: int, reason: Reason, policy: str, loss: float, result: StepResult,
         parts: list[tuple[Tensor, Tensor | None]],
     ) -> str:  # fmt: skip
-        """Log the event, and append it to the record with every sample of the global batch, worst first."""
+        """Log the event, and append it to the record with all samples of the global batch, worst first."""
         samples = _worst_first(parts)
         named = ", ".join(f"{sample} (epoch {epoch})" for epoch, sample, _ in samples[:_NAMED])
         more = f" and {len(samples) - _NAMED} more" if len(samples) > _NAMED else ""
@@ -200,13 +203,13 @@ class DivergenceWatch:
     # --------------------------------------------------------------------------------------- roll back
 
     def targets(self, step: int) -> list[int]:
-        """The steps that a checkpoint must be older than, for a rollback from step `step`: the first choice first."""
+        """Bounds for the step of the checkpoint that a rollback from `step` loads, below the first if there is one."""
         if self._suspect is not None and step <= self._suspect[1] + self.config.window:
             return [self._suspect[0], step + 1]
         return [step + 1]
 
     def rolled_back(self, step: int, to: int, state: Mapping[str, Any]) -> None:
-        """The run is back at step `to`, from a checkpoint with `state`; the data up to that of `step` is passed over.
+        """Note that the run is back at step `to`, by a checkpoint with `state`, and leave out data up to `step`.
 
         Raises:
             DivergenceError: after `max_rollbacks`.
@@ -214,20 +217,20 @@ class DivergenceWatch:
         self.rollbacks += 1
         if self.rollbacks > self.config.max_rollbacks:
             raise DivergenceError(
-                f"step {step + 1}: after {self.config.max_rollbacks} rollbacks (divergence.max_rollbacks) the run "
-                "still diverges; lower optimizer.lr, or set engine.grad_clip"
+                f"step {step + 1}: the run still diverges after {self.config.max_rollbacks} rollbacks "
+                "(divergence.max_rollbacks); lower optimizer.lr, or set engine.grad_clip"
             )
         stop = data_step(step, self.passed) + 1
         start = max(data_step(to, self.passed), stop - self.config.rollback_data)
-        self.passed = joined([*self.passed, (start, stop)])
+        self.passed = merge_ranges([*self.passed, (start, stop)])
         self._suspect, self._in_row = (to, step), 0
         self._losses = deque(state.get("losses", ()), maxlen=self.config.window)
-        logger.warning("back at step %d; the data of steps %d to %d is passed over", to, start + 1, stop)
+        logger.warning("rolled back to step %d; leaving out the data of steps %d to %d", to, start + 1, stop)
 
     # ------------------------------------------------------------------------------------------- state
 
     def counts(self) -> dict[str, int]:
-        """For the metrics, since the start of the run."""
+        """Counts since the start of the run, for the metrics."""
         return {"skipped_steps": self.skipped, "loss_spikes": self.spikes, "rollbacks": self.rollbacks}
 
     def state(self) -> dict[str, Any]:
@@ -238,12 +241,12 @@ class DivergenceWatch:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run that wrote `state`; what an older release did not write there stays as at the start."""
+        """Continue from the `state` of a checkpoint. A value that an older release did not store keeps its default."""
         state = {**self.state(), **state}
         self.skipped, self.spikes, self.rollbacks = (int(state[name]) for name in self.counts())
         self._in_row = int(state["in_row"])
         self._losses = deque(state["losses"], maxlen=self.config.window)
-        self.passed = joined((start, stop) for start, stop in state["passed"])
+        self.passed = merge_ranges((start, stop) for start, stop in state["passed"])
         self._suspect = tuple(state["suspect"]) if state["suspect"] else None
 
 

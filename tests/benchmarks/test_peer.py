@@ -44,7 +44,7 @@ def test_a_training_step_is_that_of_the_objective(models: tuple[LightningDiT, pe
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("guided_by", ["nothing", "a guide"])
+@pytest.mark.parametrize("guided_by", ["nothing", "a guidance model"])
 @torch.no_grad()
 def test_euler_is_that_of_the_sampler(models: tuple[LightningDiT, peer.Peer], guided_by: str) -> None:
     ours, theirs = models

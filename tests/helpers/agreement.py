@@ -1,7 +1,8 @@
-"""One small SFD run under every engine, world size and accumulation, and every engine's checkpoint under every other.
+"""Agreement of engines: one small SFD run with every engine, world size and gradient accumulation, and every engine's
+checkpoint resumed by every other engine.
 
-The real LightningDiT and the real objective: draws are keyed by the sample, so every division of the global batch sees
-the same numbers. `reference` is the same run in plain torch; tests and docs/engines.md compare all others with it.
+It uses the real LightningDiT and objective. Random numbers are keyed by sample, so that they are the same for every
+split of the global batch. `reference` is the same run in plain torch; tests and docs/engines.md compare with it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirst
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import Spec, distance, make_engine, relative, whole
 
-STEPS, SAVED, AFTER = 50, 25, 5  # of the curves; saved at; resumed for
+STEPS, SAVED, AFTER = 50, 25, 5  # steps of a loss curve; step of the checkpoint; steps after resuming
 BATCH = 16
 CLIP = 1.0
 WORLDS, ACCUMULATIONS = (1, 2, 4), (1, 2, 4)
@@ -46,7 +47,7 @@ OPTIMIZER = AdamWConfig(lr=1e-3, weight_decay=0.01)
 RATE = ScheduleConfig(kind="cosine", warmup_steps=5, final=0.1)
 AVERAGES = EMAConfig(decay=0.95, lengths=(0.05, 0.1), snapshot_every=25)
 
-# The engines of the resume matrix, then those that only the curves are compared of.
+# Engines whose checkpoints are resumed; the others only train.
 RESUMED = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2", "HSDP")
 ENGINES = (*RESUMED, "ZeRO-0", "replicate")
 
@@ -55,7 +56,7 @@ def spec(engine: str, precision: str, world: int, grad_accum_steps: int = 1) -> 
     shared = {"precision": precision, "grad_clip": CLIP}
     if engine.startswith("ZeRO"):
         stage = {"zero_stage": int(engine[-1])}
-        # Most parameters have more elements and are sharded between uses; the others stay whole.
+        # Most parameters are larger and are sharded between uses; smaller ones stay whole.
         small = {"persistent_elements": 100} if engine == "ZeRO-3" else {}
         return Spec("deepspeed", {**shared, **stage, **small}, grad_accum_steps)
     sharding: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ def objective() -> SemanticFirstObjective:
 
 @functools.cache
 def batch(step: int) -> LatentBatch:
-    """The global batch of a step: samples step · BATCH …, by their position."""
+    """The global batch of a step: samples step · BATCH to (step + 1) · BATCH − 1."""
     ids = [(0, step * BATCH + i) for i in range(BATCH)]
     labels = torch.tensor([i % MODEL.num_classes for _, i in ids])
     latents = seeding.normal(1, "latents", ids, LAYOUT.shape).mul_(0.7)
@@ -90,7 +91,7 @@ def rate(step: int) -> float:
 
 
 def reference(steps: int = STEPS) -> list[float]:
-    """Losses of the run in plain torch: one process, fp32, no engine."""
+    """Losses of the run in plain torch: one process, fp32, without engine."""
     model, loss_of = make_model(), objective()
     groups = param_groups(model, OPTIMIZER)
     optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
@@ -108,7 +109,7 @@ def reference(steps: int = STEPS) -> list[float]:
 
 
 def train(engine: Engine, ema: EMA, steps: Sequence[int], grad_accum_steps: int) -> list[float]:
-    """Losses over the global batch, this rank taking its share in `accumulation` portions."""
+    """Train on this rank's part of the global batch; returns the losses over the global batch."""
     ranks, rank, loss_of = distributed.world_size(), distributed.rank(), objective()
     size = BATCH // ranks // grad_accum_steps
     losses = []
@@ -137,7 +138,7 @@ def state(engine: Engine, ema: EMA) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A curve from the start, or, with `by`, the AFTER steps after loading what `by` saved at `at` ranks."""
+    """A run from the start. With `by`: AFTER steps from the checkpoint that engine `by` saved on `at` ranks."""
 
     engine: str
     world: int
@@ -152,8 +153,10 @@ class Cell:
 
 
 def run_cells(root: str, cells: list[Cell], steps: int = STEPS) -> None:
-    """On every rank: train each cell; rank 0 adds a line to cells.jsonl: the cell, its losses, and for a resume the
-    largest difference of weights and averages from those of the run that was saved."""
+    """Train each cell, on every rank. Rank 0 appends one line per cell to cells.jsonl: the cell and its losses.
+
+    The line of a resumed run has its largest difference from the saved run too, over weights and averages.
+    """
     logging.disable(logging.INFO)
     for cell in cells:
         row = dataclasses.asdict(cell) | (resume(root, cell) if cell.by else curve(root, cell, steps))
@@ -163,7 +166,7 @@ def run_cells(root: str, cells: list[Cell], steps: int = STEPS) -> None:
 
 
 def curve(root: str, cell: Cell, steps: int) -> dict[str, Any]:
-    """From the start. A cell that `saves` does so at SAVED, in the background, and goes on at once."""
+    """Train from the start. A cell that `saves` writes a checkpoint in the background at step SAVED."""
     engine, ema = opened(spec(cell.engine, cell.precision, cell.world, cell.grad_accum_steps))
     checkpoints = CheckpointManager(folder(root, cell.engine, cell.world), CheckpointConfig())
     losses: list[float] = []
@@ -182,7 +185,7 @@ def curve(root: str, cell: Cell, steps: int) -> dict[str, Any]:
 
 
 def resume(root: str, cell: Cell) -> dict[str, Any]:
-    """In a new engine that starts from other weights."""
+    """Load a checkpoint into a new engine with other initial weights, and train on."""
     engine, ema = opened(spec(cell.engine, cell.precision, cell.world), seed=9)
     saved = folder(root, cell.by, cell.at)
     checkpoints = CheckpointManager(saved, CheckpointConfig())
@@ -202,7 +205,7 @@ def folder(root: str, engine: str, world: int) -> Path:
 
 
 def matrix() -> list[list[Cell]]:
-    """All cells, as lists of one world size each; what saves comes before what resumes."""
+    """All cells, in lists of one world size each. Cells that save come before cells that resume."""
     of_world = {
         world: [
             Cell(engine, world, precision, grad_accum_steps)
@@ -219,18 +222,18 @@ def matrix() -> list[list[Cell]]:
     return first + then + [[cell for cell in of_world[world] if not cell.saves] for world in WORLDS]
 
 
-def measure(root: str, groups: list[list[Cell]], said: Callable[[str], None] = lambda text: None) -> None:
-    """Run what `root` does not hold yet."""
+def measure(root: str, groups: list[list[Cell]], report: Callable[[str], None] = lambda text: None) -> None:
+    """Run the cells that cells.jsonl in `root` does not have yet."""
     for group in groups:
         done = read(root)
         left = [cell for cell in group if cell not in done]
         if left:
             run_ranks(run_cells, group[0].world, root, left, timeout=7200)
-            said(f"{len(left)} cells at {group[0].world} ranks")
+            report(f"{len(left)} cells at {group[0].world} ranks")
 
 
 def read(root: str) -> dict[Cell, dict[str, Any]]:
-    """The cells that were measured: {"loss", and for resumes "distance"}."""
+    """The finished cells: {"loss"}, and for resumed runs "distance"."""
     path = Path(root, "cells.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     names = [field.name for field in dataclasses.fields(Cell)]
@@ -238,8 +241,9 @@ def read(root: str) -> dict[Cell, dict[str, Any]]:
 
 
 def errors(found: dict[Cell, dict[str, Any]], plain: list[float]) -> dict[Cell, float]:
-    """Largest relative difference of the losses: of a curve from plain torch in fp32, of a resumed run from the run
-    that was saved."""
+    """Largest relative difference of the losses. Resumed runs are compared with the saved run, others with plain
+    torch in fp32.
+    """
     out = {}
     for cell, row in found.items():
         expected = found[Cell(cell.by, cell.at)]["loss"][SAVED : SAVED + AFTER] if cell.by else plain
@@ -248,7 +252,7 @@ def errors(found: dict[Cell, dict[str, Any]], plain: list[float]) -> dict[Cell, 
 
 
 def broken(found: dict[Cell, dict[str, Any]], plain: list[float]) -> list[str]:
-    """The bounds that do not hold: agreement, and bit for bit where engine and world size are those of the save."""
+    """Violations: losses beyond their bound, and runs that resume with the same engine but not bit for bit."""
     wrong = [f"{cell}: {e:.1e}" for cell, e in errors(found, plain).items() if not e <= BOUNDS[cell.precision]]
     same = [cell for cell in found if (cell.by, cell.at) == (cell.engine, cell.world)]
     return wrong + [f"{cell}: not bit for bit" for cell in same if found[cell]["distance"] > 0]

@@ -1,4 +1,4 @@
-"""A small composite tokenizer and encoded digits, for tests of the data."""
+"""A small composite tokenizer, and digits that it has encoded, for tests of the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUT = LatentLayout(texture_channels=6, semantic_channels=3, size=8)
 
 
 class Pooled:
-    """A vision encoder: mean colour and its square of each patch, so that (N, 6, 8, 8) of 32x32."""
+    """A vision encoder: the mean colour of each patch and its square, (N, 6, 8, 8) for images of 32x32."""
 
     dim, fingerprint = 6, "pooled:1"
 
@@ -39,7 +39,7 @@ class Pooled:
 
 
 class Blurred(PatchPCA):
-    """With a posterior variance that differs by channel."""
+    """A patch PCA with a posterior variance that differs by channel."""
 
     def encode(self, images: Tensor) -> Posterior:
         mean = super().encode(images).mean

@@ -1,4 +1,4 @@
-"""A small model and a small extractor for tests of the evaluation harness, built from seeds on any rank."""
+"""A small model and a small feature extractor for tests of the evaluation harness, the same on every rank."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TinyExtractor:
 
 
 def decode(latents: Tensor) -> Tensor:
-    """3 texture channels as the colours of 4x4 pixels each."""
+    """Show the 3 texture channels as colours, 4x4 pixels per latent position."""
     pixels = LAYOUT.split(latents)[0].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     return (127.5 * pixels + 128).clamp(0, 255).floor().to(torch.uint8)
 
@@ -68,7 +68,7 @@ def model(seed: int = 0) -> LightningDiT:
     net = LightningDiT(config, in_channels=LAYOUT.channels, input_size=LAYOUT.size, two_clocks=not SCHEDULE.synchronous)
     net.init_weights(seed)
     with torch.no_grad():
-        # The blocks and the output start at zero: give them something to do.
+        # Blocks and output are initialised to zero, which would hide errors.
         for name, parameter in net.named_parameters():
             if "adaLN" in name or name.startswith("final_layer.linear"):
                 parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed + 1))
@@ -105,7 +105,7 @@ def lazy(extractor: TinyExtractor | None = None) -> LazyExtractor:
 
 
 def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes: Any) -> Generation:
-    """What `prepare` makes of a recipe, for the tiny model."""
+    """The generation job that `prepare` would return, with the tiny model."""
     config = {
         "kind": "generated", "extractor": TinyExtractor.fingerprint, "num_samples": settings.num_samples,
         "batch": settings.batch, "seed": settings.seed,
@@ -118,13 +118,13 @@ def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes:
 
 
 def whole_run(settings: EvalRecipe, out: Path) -> Results:
-    """Generate and score, with the tiny extractor in place of the recipe's."""
+    """Generate and score with the tiny extractor."""
     generate.generate(settings, out, job(settings))
     return scoring.score(settings, out, out / "results.json", lazy())
 
 
 def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
-    """Rank `dying` is gone, without a word, when it has made `after` chunks."""
+    """Generate, but kill rank `dying` after its `after` chunks."""
     commit, made = ChunkFolder.commit, 0
 
     def counted(self: ChunkFolder, chunk: int, tensors: dict[str, Tensor]) -> None:
@@ -132,7 +132,7 @@ def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
         if distributed.rank() == dying and made == after:
             os._exit(9)
         if distributed.rank() != dying:
-            time.sleep(0.5)  # the other must get chunks enough to die at
+            time.sleep(0.5)  # leave enough chunks to the other rank
         commit(self, chunk, tensors)
         made += 1
 
@@ -141,7 +141,7 @@ def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:
 
 
 def in_other_ways(settings: EvalRecipe, out: Path) -> dict[str, Any]:
-    """Scores of a finished folder with moments added up over ranks, and precision and recall in many small blocks."""
+    """Scores of a finished folder in low_memory mode, and precision and recall computed in small blocks."""
     low = dataclasses.replace(settings.metrics, mode="low_memory")
     scores = scoring.score(dataclasses.replace(settings, metrics=low), out, out / "low.json", lazy()).scores
     features = read_features(open_features(out))
@@ -152,7 +152,7 @@ def in_other_ways(settings: EvalRecipe, out: Path) -> dict[str, Any]:
 
 
 def with_a_slow_rank(settings: EvalRecipe, out: Path) -> list[int]:
-    """How many chunks each rank makes when rank 1 takes long for one."""
+    """Number of chunks of each rank if rank 1 is slow."""
     made = 0
 
     def decode_slowly(latents: Tensor) -> Tensor:

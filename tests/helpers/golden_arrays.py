@@ -1,7 +1,7 @@
-"""The golden set: what the authors' code returned for fixed small inputs (tests/golden/README.md).
+"""The golden arrays: outputs of the official code for fixed small inputs (tests/golden/README.md).
 
-`SFD_GOLDEN` names another folder of the same form, made with other shapes, seeds and settings: every test that reads
-the set takes them from its manifest.
+`SFD_GOLDEN` selects another folder of the same format. It may have other shapes, seeds and settings, because tests read
+these from the manifest.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _tensor(value: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our error on one array and its bound."""
+    """The error of our result for one array, and its bound."""
 
     error: float
     bound: float
 
 
-COMPARED: dict[str, Comparison] = {}  # by file and array, of this session: conftest.py makes the table of them
+COMPARED: dict[str, Comparison] = {}  # by file and array, for the table of conftest.py
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Exact:
     most: int
 
 
-EXACT: dict[tuple[str, str, bool], Exact] = {}  # by guidance, error control and whether steps end at jumps
+EXACT: dict[tuple[str, str, bool], Exact] = {}  # by guidance, error control and `jump`
 
 
 def check(
     actual: Tensor, file: str, name: str, bound: float = 1e-5, *, of: Callable[[Tensor], Tensor] = lambda array: array
 ) -> None:
-    """Assert that the relative error on an array (or on what `of` makes of it) is within its bound, and note it."""
+    """Assert that the relative error for an array (or for `of` of it) is within its bound, and record it."""
     error, key = relative_error(actual, of(arrays(file)[name])), f"{file}/{name}"
     COMPARED[key] = Comparison(max(error, COMPARED[key].error if key in COMPARED else 0.0), bound)
     assert error <= bound, f"{key}: relative error {error:.1e}, allowed {bound:.0e}"
@@ -74,52 +74,54 @@ def check(
 
 @cache
 def noise(name: str) -> float:
-    """How far the authors' own samples of that name move with threads and compilation (README of the set)."""
+    """How much the official samples of that name change with threads and compilation (README of the golden arrays)."""
     row = re.search(rf"^\| `{re.escape(name)}` \|.*\| ([-+.e0-9]+) \|$", (FOLDER / "README.md").read_text(), re.M)
     return float(row[1]) if row else 0.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over largest expected value."""
+    """Largest difference, divided by the largest expected value."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return ((actual.detach() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 def golden_model(name: str) -> LightningDiT:
-    """`main`, `guide`, `sync/main` or `sync/guide` with its golden weights, every key loaded, in eval mode."""
+    """`main`, `guide`, `sync/main` or `sync/guide` with its golden weights, in eval mode."""
     base = name.removeprefix("sync/")
-    authors, sync, state = settings[base], name != base, arrays(f"weights_{base}")
+    arguments, sync, state = settings[base], name != base, arrays(f"weights_{base}")
     if sync:
         # The models with one clock share all other weights.
         own = {key.removeprefix(f"{base}/"): value for key, value in arrays("weights_sync").items() if base in key}
         state = {key: value for key, value in state.items() if not key.startswith("t_embedder")} | own
-    model = build(authors, two_clocks=not sync)
+    model = build(arguments, two_clocks=not sync)
     model.load_state_dict(state)
     return model.eval()
 
 
-def build(authors: dict[str, Any], two_clocks: bool) -> LightningDiT:
-    """Our model for the arguments of theirs."""
+def build(arguments: dict[str, Any], two_clocks: bool) -> LightningDiT:
+    """Our model for the arguments of the official model."""
     alignment = None
-    if authors.get("use_repa"):
+    if arguments.get("use_repa"):
         alignment = AlignmentConfig(
-            depth=authors["repa_depth"], hidden=authors["repa_projector_dim"], dim=arrays("inputs")["feats"].shape[1]
+            depth=arguments["repa_depth"],
+            hidden=arguments["repa_projector_dim"],
+            dim=arrays("inputs")["feats"].shape[1],
         )
     config = LightningDiTConfig(
-        depth=authors["depth"],
-        width=authors["hidden_size"],
-        heads=authors["num_heads"],
-        patch_size=authors["patch_size"],
-        num_classes=authors["num_classes"],
+        depth=arguments["depth"],
+        width=arguments["hidden_size"],
+        heads=arguments["num_heads"],
+        patch_size=arguments["patch_size"],
+        num_classes=arguments["num_classes"],
         alignment=alignment,
-        norm="rmsnorm" if authors["use_rmsnorm"] else "layernorm",
-        mlp="swiglu" if authors["use_swiglu"] else "gelu",
-        mlp_ratio=authors.get("mlp_ratio", 4.0),
-        rope=authors["use_rope"],
-        qk_norm=authors["use_qknorm"],
-        shift=not authors["wo_shift"],
-        learn_sigma=authors.get("learn_sigma", False),
+        norm="rmsnorm" if arguments["use_rmsnorm"] else "layernorm",
+        mlp="swiglu" if arguments["use_swiglu"] else "gelu",
+        mlp_ratio=arguments.get("mlp_ratio", 4.0),
+        rope=arguments["use_rope"],
+        qk_norm=arguments["use_qknorm"],
+        shift=not arguments["wo_shift"],
+        learn_sigma=arguments.get("learn_sigma", False),
     )
     return LightningDiT(
-        config, in_channels=authors["in_channels"], input_size=authors["input_size"], two_clocks=two_clocks
+        config, in_channels=arguments["in_channels"], input_size=arguments["input_size"], two_clocks=two_clocks
     )

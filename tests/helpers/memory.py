@@ -1,4 +1,4 @@
-"""What the real engines hold on each rank: bytes of the tensors that are alive, by what they are for."""
+"""Measure the memory of the real engines on each rank: bytes of all live tensors, by purpose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime import distributed
 from tests.helpers.tiny import Spec, make_engine
 
-# Two million parameters. Width and depth of no round number of rows, so that shards are padded.
+# Two million parameters. The ranks do not divide width and depth, so that shards are padded.
 CONFIG = LightningDiTConfig(depth=5, width=144, heads=3, num_classes=10)
 SIDE, CHANNELS = 4, 48
 
@@ -45,14 +45,14 @@ def storages(tensors: list[Tensor]) -> dict[int, int]:
 
 
 def alive() -> dict[int, int]:
-    """Every tensor that Python can reach."""
+    """Storages of all tensors that Python can reach."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return storages([*tensors, *[t.grad for t in tensors if t.is_leaf and t.grad is not None]])
 
 
 def measure(spec: Spec) -> dict[str, int]:
-    """Bytes on this rank: params, optimizer (fp32 masters and both moments), ema, gradients before the step."""
+    """Bytes on this rank: params, optimizer (fp32 master weights, moments), ema, and gradients before the step."""
     before = alive()
     engine = make_engine(spec, model(), AdamWConfig())
     whole = alive()
@@ -66,7 +66,7 @@ def measure(spec: Spec) -> dict[str, int]:
         velocity, _ = engine.model(x, t, t, y)
         engine.backward(velocity.square().mean(), last=last)
         del velocity
-    # ZeRO-3 has its gradients from the start, the others once there are some.
+    # ZeRO-3 allocates gradients at the start, the other engines in the first backward pass.
     gradients = {k: v for k, v in whole.items() if k not in before and k not in params and k not in masters}
     gradients |= {k: v for k, v in alive().items() if k not in held}
     out = {
@@ -81,7 +81,7 @@ def measure(spec: Spec) -> dict[str, int]:
 
 
 def _weights(wrapped: nn.Module) -> list[Tensor]:
-    """Weights as forward finds them: whole, or this rank's part where the engine has cut them."""
+    """The weights that forward uses: whole, or this rank's shard."""
     out: list[Tensor] = []
     for p in wrapped.parameters():
         part = getattr(p, "ds_tensor", None)
@@ -99,8 +99,8 @@ def run(specs: list[Spec]) -> list[dict[str, int]]:
 
 
 def under_fake_ranks(world_size: int) -> dict[str, int]:
-    """Rank 0 of many under FSDP2, with torch's process group that only pretends."""
+    """Measure rank 0 of many under FSDP2, with torch's fake process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    # It answers for the other ranks with this rank's values: true for equal weights, false for the parts of a whole.
+    # The fake group returns this rank's values for all ranks, so that the fragments do not cover the parameters.
     fsdp.check_fragments = lambda *arguments: None
     return measure(Spec("fsdp", {"precision": "bf16"}))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# What a launcher sets; a process that runs alone must not inherit it.
+# Variables of a launcher. A process that runs alone must not inherit them.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -25,7 +25,7 @@ class RankError(RuntimeError):
 
 
 def _entry(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """One rank; world_size 0 runs without a process group."""
+    """The main function of one rank. With world_size 0 it runs without a process group."""
     torch.set_num_threads(1)
     out = Path(folder)
     try:
@@ -41,35 +41,35 @@ def _entry(rank: int, world_size: int, port: int, folder: str, fn: Callable[...,
         torch.save(fn(*args), out / f"{rank}.pt")
         if world_size:
             dist.barrier()
-    except BaseException:  # noqa: BLE001  the parent raises it
+    except BaseException:  # noqa: BLE001  the parent raises the error
         (out / f"{rank}.error").write_text(f"{time.time()}\n{traceback.format_exc()}")
-        # Not an orderly exit: destructors of a broken group may wait for ranks that are gone.
+        # os._exit, because destructors of a broken group may wait for dead ranks.
         os._exit(1)
     os._exit(0)
 
 
 def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
-    """`fn(*args)` in one new process without launcher and process group; see `run_ranks`."""
+    """Run `fn(*args)` in one new process, without launcher and process group; see `run_ranks`."""
     return _run(fn, 0, args, timeout)[0]
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """`fn(*args)` on `world_size` new processes in one gloo group; returns their results, by rank.
+    """Run `fn(*args)` on `world_size` new processes in one gloo group; returns their results by rank.
 
-    `fn` must be importable (a module-level function) and return what torch.save can write.
+    `fn` must be importable (a module-level function) and return a value that torch.save can write.
 
     Raises:
-        RankError: with the traceback of the rank that failed first, or when `timeout` seconds have passed.
+        RankError: with the traceback of the rank that failed first, or after `timeout` seconds.
     """
     assert world_size >= 1
     return _run(fn, world_size, args, timeout)
 
 
 def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
-    # Read when a child loads its libraries: more threads than cores would only wait for each other.
+    # Set before a child loads its libraries: more threads than cores would slow it down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = mp.get_context("spawn")
-    # The rendezvous is a file. DeepSpeed names its shared memory after the port: no two runs may have the same.
+    # The rendezvous is a file, but DeepSpeed names its shared memory after the port: every run needs its own port.
     with tempfile.TemporaryDirectory() as folder, socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -86,7 +86,7 @@ def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout
             time.sleep(0.02)
         late = any(p.is_alive() for p in ranks) and all(p.exitcode in (None, 0) for p in ranks)
         if any(p.is_alive() for p in ranks) and not late:
-            time.sleep(0.5)  # the others' error may be the first one
+            time.sleep(0.5)  # the error of another rank may be earlier
         for process in ranks:
             if process.is_alive():
                 process.kill()

@@ -1,4 +1,4 @@
-"""The smallest whole training run: a recipe, its data, and what it leaves, for tests that start, stop and damage it."""
+"""The smallest complete training run: recipe, data and results, for tests that start, stop and damage runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfd_scale.checkpoint import load_weights
 from sfd_scale.recipe import TrainRecipe
 from tests.helpers.encoded import LAYOUT, encode_digits
 
-COUNT, BATCH = 40, 8  # samples, global batch: 5 steps an epoch
+COUNT, BATCH = 40, 8  # samples, global batch: 5 steps per epoch
 FSDP = {"kind": "fsdp", "precision": "fp32", "grad_clip": 1.0}
 ZERO1 = {"kind": "deepspeed", "zero_stage": 1, "precision": "bf16", "grad_clip": 1.0}
 
@@ -54,7 +54,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
+    """Whether both are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -1,4 +1,4 @@
-"""A small model with awkward shapes, its data, and a training loop over any engine, for tests on several ranks."""
+"""A small model with awkward shapes, its data, and a training loop for any engine, for tests on several ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """Width 37: no parameter divides evenly over 2 or 4 ranks. The buffer is not exact in bf16."""
+    """Width 37: 2 or 4 ranks divide no parameter evenly. bf16 cannot represent the buffer."""
 
     def __init__(self, width: int = 37, seed: int = 0) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def make_engine(spec: Spec, model: nn.Module | None = None, optimizer: AdamWConf
 def train(
     engine: Engine, ema: EMA, steps: Sequence[int], grad_accum_steps: int = 1, nan_step: int | None = None
 ) -> dict[str, list[float]]:
-    """The loop of the trainer: losses over the global batch, norms, and which steps were applied."""
+    """A training loop: returns losses over the global batch, gradient norms, and whether steps were applied."""
     ranks, rank = distributed.world_size(), distributed.rank()
     out: dict[str, list[float]] = {"loss": [], "norm": [], "applied": []}
     for step in steps:
@@ -93,7 +93,7 @@ def train(
         total = torch.zeros(())
         for micro in range(grad_accum_steps):
             loss = (engine.model(x[micro]) - y[micro]).square().mean() / grad_accum_steps
-            # Only on the last rank: all of them must drop the step.
+            # NaN on the last rank only: all ranks must skip the step.
             bad = step == nan_step and rank == ranks - 1
             engine.backward(loss * math.nan if bad else loss, last=micro == grad_accum_steps - 1)
             total += loss.detach()
@@ -107,7 +107,7 @@ def train(
 
 
 def plain(steps: int, nan_step: int | None = None, model: nn.Module | None = None) -> dict[str, Any]:
-    """The same training with torch alone, one process and no engine: what every engine must reproduce."""
+    """The same training in plain torch, in one process without engine. Every engine must reproduce it."""
     model = TinyModel() if model is None else model
     optimizer = torch.optim.AdamW(
         param_groups(model, OPTIMIZER), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
@@ -130,7 +130,7 @@ def plain(steps: int, nan_step: int | None = None, model: nn.Module | None = Non
 
 
 def whole(fragments: Sequence[Fragment], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Full tensors from the fragments of all ranks, by name."""
+    """Gather full tensors by name from the fragments of all ranks."""
     local = [
         (f.name, f.shape, f.start, tensor.detach().cpu().clone())
         for f, tensor in zip(fragments, tensors, strict=True)
@@ -157,13 +157,13 @@ def relative(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest absolute difference; the names must agree."""
+    """Largest absolute difference of tensors with the same names."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Address → bytes of the memory behind tensors, each once."""
+    """Address → bytes of the storages of tensors."""
     found = {}
     for tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -174,7 +174,7 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
-    """What this rank holds: of masters and moments, of the averages, and of all tensors in the process."""
+    """Bytes on this rank: master weights, Adam's moments, averages, and all tensors of the process."""
     fragments = engine.fragments()
     tensors = [tensor for tensor in gc.get_objects() if isinstance(tensor, Tensor)]
     tensors += [p.grad for p in tensors if isinstance(p, nn.Parameter) and p.is_leaf and p.grad is not None]

@@ -1,4 +1,4 @@
-"""Images that a codec can compress, and a small vision encoder, for tests of tokenizers."""
+"""Compressible images and a small vision encoder, for tests of tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 
 
 def smooth_images(count: int, size: int = 32, seed: int = 0) -> Tensor:
-    """Images with the neighbourhood of natural ones, which a PCA can compress: (N, 3, H, W) uint8."""
+    """Images whose neighbouring pixels correlate, so that PCA can compress them: (N, 3, H, W) uint8."""
     coarse = draws(count, 3, size // 4, size // 4, seed=seed)
     fine = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
     return codec.to_uint8(0.4 * fine + 0.02 * draws(count, 3, size, size, seed=seed + 1))

@@ -1,4 +1,4 @@
-"""torch alone behind the engine protocol, and checkpoints of it: for tests without ranks."""
+"""A plain-torch engine without process group, and its checkpoints, for tests in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.tiny import OPTIMIZER, TinyModel, batch
 
 
 class WholeEngine:
-    """torch alone behind the engine protocol: no sharding, no process group."""
+    """The engine protocol in plain torch, without sharding and process group."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.model = TinyModel() if model is None else model

@@ -1,4 +1,4 @@
-"""Losses, guidance and samples against the arrays of the authors' code, with their models' weights."""
+"""Losses, guidance and samples against golden arrays of the official code, with the official weights."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_samples(name: str) -> None:
     config, golden = golden_sampler(how), arrays("out_sample")
     velocity = velocity_of(GUIDANCE[what], sync=what == "sync")
     result = sample(velocity, inputs["z"], inputs["z_y"], SYNC if what == "sync" else LEAD, LAYOUT, config)
-    # The authors' own dopri5 samples move by `noise` with threads and compilation.
+    # The official dopri5 samples themselves change by `noise` with threads and compilation.
     bound = max(1e-4, 2 * noise(name)) if isinstance(config, Dopri5Config) else 1e-5
     check(result.x, "out_sample", name, bound)
     if f"{name}/nfe" in golden:
@@ -215,9 +215,9 @@ def test_a_whole_trajectory() -> None:
 
 @pytest.mark.parametrize("control", ["sample", "batch"])
 @pytest.mark.parametrize("what", GUIDANCE)
-def test_ending_steps_at_jumps_comes_to_the_exact_solution(what: str, control: Any) -> None:
-    """dopri5 at the authors' tolerances: across the jumps it misses the exact solution by 2 to 4 % (one clock: 0.06 %)
-    after 98 to 116 evaluations; ending steps at the jumps it is within 5e-5 after 20 to 42."""
+def test_steps_that_end_at_discontinuities_reach_the_exact_solution(what: str, control: Any) -> None:
+    """dopri5 with the official tolerances, and steps across discontinuities, misses the exact solution by 2 to 4 % (one
+    clock: 0.06 %) after 98 to 116 evaluations. With `jump` it is within 5e-5 after 20 to 42."""
     config, sync = GUIDANCE[what], what == "sync"
     velocity, schedule = velocity_of(config, sync), SYNC if sync else LEAD
     exact = arrays("out_sample")[f"exact/{what}"]
@@ -240,7 +240,7 @@ def test_ending_steps_at_jumps_comes_to_the_exact_solution(what: str, control: A
     ("kind", "across_over", "ending_under"),
     [("euler", 3e-2, 2e-2), ("heun2", 9e-3, 1e-3), ("rk4", 9e-3, 1e-5)],
 )
-def test_ten_fixed_steps_come_closer_by_ending_at_jumps(
+def test_ten_fixed_steps_are_more_accurate_if_they_end_at_discontinuities(
     kind: FixedStepMethod, across_over: float, ending_under: float
 ) -> None:
     velocity, exact = velocity_of(NoGuidance()), arrays("out_sample")["exact/plain"]

@@ -1,4 +1,4 @@
-"""Guidance: its formula on each part, where it acts, what it evaluates, and what it refuses."""
+"""Classifier-free guidance and AutoGuidance: formula, interval, evaluations, and refused settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NULL = 10
 
 
 class Constant:
-    """A model whose velocity is one number, by label; it keeps what it was called with."""
+    """A model whose velocity is one number, by label; it records its calls."""
 
     def __init__(self, by_label: dict[int, float]) -> None:
         self.by_label, self.calls = by_label, list[dict[str, Any]]()
@@ -36,7 +36,7 @@ def ask(velocity: Any, t_texture: list[float], t_semantic: list[float], labels: 
     return torch.stack([texture.mean((1, 2, 3)), semantic.mean((1, 2, 3))], 1)
 
 
-def test_without_guidance_the_model_is_asked_once() -> None:
+def test_without_guidance_the_model_is_evaluated_once() -> None:
     model = Constant({3: 5.0})
     assert ask(guided(model, NoGuidance(), LAYOUT), [0.1], [0.2], [3]).tolist() == [[5, 5]]
     assert model.calls == [{"labels": [3], "t_texture": pytest.approx([0.1]), "t_semantic": pytest.approx([0.2])}]
@@ -53,7 +53,7 @@ def test_cfg_extrapolates_from_the_null_label_with_a_scale_for_each_part() -> No
     assert model.calls[0]["t_semantic"] == pytest.approx([0.2, 0.9, 0.2, 0.9])
 
 
-def test_autoguidance_extrapolates_from_the_guide_at_the_same_label() -> None:
+def test_autoguidance_extrapolates_from_the_guidance_model_at_the_same_label() -> None:
     model, guide = Constant({3: 5.0}), Constant({3: 4.0})
     config = AutoGuidance(scale_texture=1.5, scale_semantic=0.0)
     assert ask(guided(model, config, LAYOUT, guide=guide), [0.1], [0.2], [3]).tolist() == [[5.5, 4]]
@@ -81,12 +81,12 @@ def test_each_part_obeys_the_interval_on_its_own_clock(kind: Any, mode: Any) -> 
     v = ask(velocity, [t for t, _ in times], [s for _, s in times], [3] * 4)
     expected = [[6.0 if texture else 5.0, 7.0 if semantic else 5.0] for texture, semantic in GUIDED[mode].values()]
     assert v.tolist() == expected
-    # The second velocity is evaluated for just the samples that it changes.
+    # The worse velocity is evaluated only for the samples whose velocity it changes.
     evaluated = len(guide.calls[0]["labels"]) if auto else model.calls[0]["labels"].count(NULL)
     assert evaluated == sum(any(parts) for parts in GUIDED[mode].values())
 
 
-def test_the_guide_rests_where_it_changes_nothing() -> None:
+def test_the_guidance_model_is_not_evaluated_where_it_changes_nothing() -> None:
     model, guide = Constant({3: 5.0}), Constant({3: 4.0})
     config = AutoGuidance(scale_texture=2.0, scale_semantic=1.0, interval_start=0.25, interval_mode="both")
     velocity = guided(model, config, LAYOUT, guide=guide)
@@ -95,7 +95,7 @@ def test_the_guide_rests_where_it_changes_nothing() -> None:
 
 
 def test_extrapolation_is_in_the_dtype_of_x() -> None:
-    """1 + 2⁻⁷ and 1 are apart in bfloat16; three times their difference over 1 is not representable there."""
+    """bfloat16 represents 1 and 1 + 2⁻⁷, but not the extrapolation between them."""
 
     def model(x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /) -> tuple[Tensor, None]:
         good = torch.where(y == NULL, 1.0, 1 + 2**-7)[:, None, None, None]
@@ -110,7 +110,7 @@ def test_extrapolation_is_in_the_dtype_of_x() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scale_texture": 1.0, "scale_semantic": 1.0}, "scale_texture: 1.0, as is scale_semantic.*kind: none"),
+        ({"scale_texture": 1.0, "scale_semantic": 1.0}, "scale_texture: 1.0, and scale_semantic too: no guidance"),
         ({"scale_texture": float("nan")}, "scale_texture: nan"),
         ({"scale_semantic": -1.0}, "scale_semantic: -1.0"),
         ({"interval_start": 0.2}, "interval_start: 0.2 has no effect with interval_mode none"),
@@ -122,12 +122,12 @@ def test_guidance_that_would_do_nothing_is_refused(kind: Any, fields: dict[str, 
         kind(**fields)
 
 
-def test_a_guide_is_needed_or_refused() -> None:
+def test_a_guidance_model_is_needed_or_refused() -> None:
     model = Constant({})
-    with pytest.raises(ValueError, match="autoguidance needs a guide"):
+    with pytest.raises(ValueError, match="autoguidance needs a guidance model"):
         guided(model, AutoGuidance(), LAYOUT)
     for config in (NoGuidance(), ClassifierFreeGuidance()):
-        with pytest.raises(ValueError, match=f"kind {config.kind} ignores the guide"):
+        with pytest.raises(ValueError, match=f"kind {config.kind} ignores the guidance model"):
             guided(model, config, LAYOUT, guide=model, null_label=NULL)
     with pytest.raises(ValueError, match="cfg needs the null label"):
         guided(model, ClassifierFreeGuidance(), LAYOUT)

@@ -1,4 +1,4 @@
-"""The channel order, the statistics, the batches, and that nobody else slices channels or shifts clocks."""
+"""Latents: channel order, statistics and batches. Only latents.py splits channels, only schedule.py shifts clocks."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_texture_is_first() -> None:
 
 def test_split_follows_dim_and_refuses_other_widths() -> None:
     assert LAYOUT.split(torch.zeros(5, 7), dim=0)[1].shape == (2, 7)
-    with pytest.raises(ValueError, match="6 channels does not fit the layout of 5"):
+    with pytest.raises(ValueError, match="latents have 6 channels; allowed: 5"):
         LAYOUT.split(torch.zeros(1, 6, 1, 1))
 
 
-def test_spread_gives_one_value_a_part_and_sample() -> None:
+def test_per_channel_repeats_one_value_per_part_and_sample() -> None:
     like = torch.zeros(2, 5, 4, 4)
     spread = LAYOUT.per_channel(torch.tensor([0.1, 0.2]), 7, like=like)
     assert spread.shape == (2, 5, 1, 1)
@@ -58,7 +58,7 @@ def test_impossible_layouts_are_refused(field: str) -> None:
 
 
 def test_accumulated_statistics_are_those_of_the_whole() -> None:
-    # Far from zero, so that the sum-of-squares formula in float32 would be off in the third digit.
+    # Far from zero, so that a float32 sum of squares would be wrong in the third digit.
     x = 1000 + normal(50, 5, 4, 4) * torch.tensor([1.0, 2, 3, 4, 5])[:, None, None]
     parts = [StatsAccumulator(5) for _ in range(3)]
     for part, chunk in zip(parts, x.split([7, 30, 13]), strict=True):
@@ -76,7 +76,7 @@ def test_no_samples_have_no_statistics() -> None:
         StatsAccumulator(5).finish()
 
 
-def test_normalised_latents_have_mean_zero_and_deviation_one() -> None:
+def test_normalised_latents_have_mean_0_and_std_1() -> None:
     x = 3 + 2 * normal(20, 5, 4, 4)
     accumulator = StatsAccumulator(5)
     accumulator.update(x)
@@ -87,7 +87,7 @@ def test_normalised_latents_have_mean_zero_and_deviation_one() -> None:
     torch.testing.assert_close(stats.denormalize(z), x)
 
 
-def test_statistics_keep_their_hash_on_disk_and_it_sees_every_bit(tmp_path: Path) -> None:
+def test_a_file_of_statistics_keeps_their_hash_and_any_bit_changes_it(tmp_path: Path) -> None:
     stats = LatentStats(normal(5).double(), normal(5).double().abs() + 0.1)
     stats.save(tmp_path / "stats.safetensors")
     assert LatentStats.load(tmp_path / "stats.safetensors").hash == stats.hash
@@ -96,7 +96,7 @@ def test_statistics_keep_their_hash_on_disk_and_it_sees_every_bit(tmp_path: Path
     assert LatentStats(stats.mean, nudged).hash != stats.hash
 
 
-def test_the_authors_statistics_are_read_texture_first(tmp_path: Path) -> None:
+def test_official_statistics_are_read_texture_first(tmp_path: Path) -> None:
     for name, channels, value in (("texture", 3, 1.0), ("semantic", 2, 5.0)):
         shape = (1, channels, 1, 1)
         torch.save({"mean": torch.full(shape, value), "std": torch.full(shape, value + 1)}, tmp_path / name)
@@ -104,7 +104,7 @@ def test_the_authors_statistics_are_read_texture_first(tmp_path: Path) -> None:
     assert stats.mean.tolist() == [1, 1, 1, 5, 5] and stats.std.tolist() == [2, 2, 2, 6, 6]
     (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     torch.save({"mean": 1.0}, tmp_path / "other")
-    for name, message in (("pointer", "pointer is a Git-LFS pointer"), ("other", "other holds no statistics")):
+    for name, message in (("pointer", "pointer is a Git-LFS pointer"), ("other", "other: no latent statistics")):
         with pytest.raises(ValueError, match=message):
             LatentStats.from_official(tmp_path / "texture", tmp_path / name)
 
@@ -113,7 +113,7 @@ def test_the_authors_statistics_are_read_texture_first(tmp_path: Path) -> None:
     ("mean", "std"), [([0.0], [0.0]), ([float("nan")], [1.0]), ([0.0], [float("inf")]), ([0.0, 0.0], [1.0])]
 )
 def test_unusable_statistics_are_refused(mean: list[float], std: list[float]) -> None:
-    with pytest.raises(ValueError, match="stats"):
+    with pytest.raises(ValueError, match="statistics"):
         LatentStats(torch.tensor(mean), torch.tensor(std))
 
 
@@ -162,7 +162,7 @@ def clock_arithmetic(tree: ast.AST) -> list[int]:
     ]
 
 
-def test_the_checks_below_see_what_they_forbid() -> None:
+def test_the_checks_of_the_next_test_find_violations() -> None:
     assert channel_slices(ast.parse("a = x[:, -layout.semantic_channels:]\nb = x.narrow(1, 0, texture_channels)")) == [
         1,
         2,

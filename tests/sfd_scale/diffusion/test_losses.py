@@ -1,4 +1,4 @@
-"""Path and losses: closed forms, and the authors' losses from their own predictions."""
+"""Path and losses: closed forms, and golden losses of the official code from its own predictions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_golden_cosine_loss() -> None:
     check(loss, "out_loss", "cos_loss")
 
 
-def test_the_path_joins_noise_and_data_at_its_velocity() -> None:
+def test_the_path_connects_noise_and_data_with_constant_velocity() -> None:
     noise, data = torch.tensor([1.0]), torch.tensor([5.0])
     assert (
         path.interpolate(noise, data, torch.tensor(0.0)) == 1 and path.interpolate(noise, data, torch.tensor(1.0)) == 5
@@ -45,7 +45,7 @@ def test_the_path_joins_noise_and_data_at_its_velocity() -> None:
     assert path.interpolate(noise, data, torch.tensor(0.25)) == 2 and path.velocity(noise, data) == 4
 
 
-def test_weights_stay_out_of_the_divisor() -> None:
+def test_the_velocity_loss_does_not_divide_by_its_weights() -> None:
     predicted, target = torch.ones(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     weight = torch.tensor([1.0, 1.0, 2.0])[:, None, None]
     torch.testing.assert_close(velocity_loss(predicted, target, weight), torch.full((2,), 4 / 3))
@@ -70,7 +70,7 @@ def test_alignment_compares_tokens_in_row_order() -> None:
     torch.testing.assert_close(alignment_loss(-tokens, features, "cos"), torch.full((2,), 2.0))
     both = alignment_loss(-tokens, features, "cos_mse")
     torch.testing.assert_close(both, (2 + alignment_loss(-tokens, features, "mse")) / 2)
-    # Columns before rows is another order, and not aligned.
+    # Column-major order does not match the tokens.
     assert alignment_loss(tokens_of(features.transpose(2, 3)), features, "cos").min() > 0.1
 
 

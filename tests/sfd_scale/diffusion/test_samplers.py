@@ -1,4 +1,4 @@
-"""Samplers: orders of convergence, closed forms, dopri5's step control, and the authors' samples."""
+"""Samplers: order of convergence of Euler, midpoint, Heun and RK4; closed forms; error control of dopri5."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_one_clock_integrates_a_constant_velocity_for_unit_time(kind: FixedStepM
     assert result.nfe.tolist() == [13 * CALLS[kind]] * 3
 
 
-def test_euler_with_two_clocks_moves_each_part_for_the_steps_of_its_phases() -> None:
-    # 10 steps of 0.13: texture moves in those that start at 0.39 or later, semantics in those up to 0.91.
+def test_euler_with_two_clocks_moves_each_part_while_its_clock_runs() -> None:
+    # 10 steps of 0.13: texture moves in steps from 0.39 on, semantics in steps that start at 0.91 or before.
     result = run(lambda x, t, y: torch.ones_like(x), FixedStepConfig(num_steps=10))
     gain = LAYOUT.per_channel(7 * 0.13, 8 * 0.13, like=result.x)
     torch.testing.assert_close(result.x, noise(3) + gain)
@@ -83,7 +83,7 @@ def test_a_tableau_is_consistent(kind: FixedStepMethod) -> None:
     assert [sum(row) for row in tableau.stages] == pytest.approx(list(tableau.times))
 
 
-def test_texture_keeps_its_noise_until_semantics_have_led() -> None:
+def test_texture_keeps_its_noise_until_its_clock_starts() -> None:
     seen: list[tuple[float, Tensor]] = []
 
     def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def test_texture_keeps_its_noise_until_semantics_have_led() -> None:
 
 
 @pytest.mark.parametrize("kind", TABLEAUX)
-def test_ending_steps_at_jumps_keeps_the_order_of_a_method(kind: FixedStepMethod) -> None:
-    """Two clocks and a nonlinear velocity; across the jumps every method is of first order."""
+def test_steps_that_end_at_discontinuities_keep_the_order_of_a_method(kind: FixedStepMethod) -> None:
+    """Two clocks and a nonlinear velocity. Steps across the discontinuities make every method first order."""
 
     def field(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         return LAYOUT.per_channel(*(torch.sin(3 * part) + 0.5 for part in t), like=x) * torch.sin(x + x.roll(1, dims=1))
@@ -107,13 +107,13 @@ def test_ending_steps_at_jumps_keeps_the_order_of_a_method(kind: FixedStepMethod
         return (run(field, FixedStepConfig(kind=kind, num_steps=steps, jump=jump)).x - exact).abs().max().item()
 
     exact = run(field, FixedStepConfig(kind="rk4", num_steps=260, jump=True)).x
-    # 13 or 26 even steps have points on both jumps, so that `jump` changes only which side of them is evaluated.
+    # Grids of 13 or 26 even steps contain both discontinuities: `jump` only changes on which side they are evaluated.
     assert math.log2(error(13, jump=True) / error(26, jump=True)) > min(ORDERS[kind], 2) - 0.3
     better = {"euler": 1, "midpoint": 1, "heun2": 4, "heun3": 10, "rk4": 100}[kind]
     assert error(13, jump=True) < error(13, jump=False) / better
 
 
-def test_points_of_the_grid_move_onto_jumps_and_stay_in_order() -> None:
+def test_points_of_the_grid_move_onto_discontinuities_and_stay_in_order() -> None:
     times = torch.linspace(0, 1.3, 4)
     assert snap(times, [0.3, 1.0]).tolist() == pytest.approx([0, 0.3, 1.0, 1.3])
     assert snap(times, [0.01, 0.02]).tolist() == pytest.approx([0, 0.01, 0.02, 1.3])
@@ -128,7 +128,7 @@ def test_points_of_the_grid_move_onto_jumps_and_stay_in_order() -> None:
 
 @pytest.mark.parametrize("jump", [False, True])
 @pytest.mark.parametrize("schedule", [LEAD, SYNC], ids=["lead", "sync"])
-def test_one_sample_alone_has_the_steps_of_its_batch(schedule: SemanticFirstSchedule, jump: bool) -> None:
+def test_both_error_controls_agree_on_a_batch_of_one(schedule: SemanticFirstSchedule, jump: bool) -> None:
     configs = [Dopri5Config(error_control=control, jump=jump) for control in ("sample", "batch")]
     alone, batch = (run(wave, config, count=1, schedule=schedule) for config in configs)
     assert torch.equal(alone.x, batch.x) and torch.equal(alone.nfe, batch.nfe)
@@ -167,7 +167,7 @@ def test_finished_samples_are_not_evaluated() -> None:
 
 
 def growth_error(rtol: float, schedule: SemanticFirstSchedule, control: Any, jump: bool) -> tuple[float, int]:
-    """Largest error relative to the largest value, and the evaluations of all samples."""
+    """Largest error relative to the largest value, and the number of evaluations of all samples."""
     config = Dopri5Config(rtol=rtol, atol=rtol, error_control=control, jump=jump)
     result = run(growth, config, schedule=schedule)
     exact = noise(3) * torch.exp(torch.arange(1, 4) * math.sin(3) / 3)[:, None, None, None]
@@ -181,16 +181,16 @@ def test_dopri5_meets_its_tolerance(control: Any, schedule: SemanticFirstSchedul
         assert growth_error(rtol, schedule, control, jump)[0] < 5 * rtol
 
 
-def test_stepping_across_jumps_misses_the_tolerance() -> None:
-    """The error estimate hardly sees a jump in the middle of a step; this is why `jump` exists."""
+def test_steps_across_discontinuities_miss_the_tolerance() -> None:
+    """The error estimate hardly notices a discontinuity inside a step. `jump` exists for this reason."""
     across, calls_across = growth_error(1e-3, LEAD, "batch", jump=False)
     ending, calls_ending = growth_error(1e-3, LEAD, "batch", jump=True)
     assert across > 10 * 1e-3 > ending
     assert calls_ending <= calls_across
 
 
-def test_ending_steps_at_jumps_is_exact_for_what_jumps() -> None:
-    """A constant velocity has no error but at the jumps: with jump, the result is exact and needs few evaluations."""
+def test_a_piecewise_constant_velocity_is_integrated_exactly_with_jump() -> None:
+    """A constant velocity has errors only at the discontinuities: with `jump` it is exact and takes few evaluations."""
     target = noise(3).flip(0)
     with_jump, without = (
         run(lambda x, t, y: target[: len(x)], Dopri5Config(error_control="batch", jump=jump)) for jump in (True, False)
@@ -200,7 +200,7 @@ def test_ending_steps_at_jumps_is_exact_for_what_jumps() -> None:
     assert with_jump.nfe[0] < without.nfe[0] / 2
 
 
-def test_steps_end_where_guidance_sets_in() -> None:
+def test_steps_end_at_the_start_of_the_guidance_interval() -> None:
     config = ClassifierFreeGuidance(scale_texture=3.0, scale_semantic=2.0, interval_start=0.25, interval_mode="both")
     velocity = guided(
         lambda x, t_texture, t_semantic, y: (y[:, None, None, None].float().expand_as(x), None),
@@ -224,7 +224,7 @@ def test_steps_end_where_guidance_sets_in() -> None:
 
 
 def test_first_step_of_dopri5_is_the_one_of_hairer() -> None:
-    """dx/dg = x from x = 1: d0 = d1 = 1/(atol + rtol), h0 = 0.01, d2 = d0·(growth of the slope)/h0 = d0."""
+    """dx/dg = x from x = 1: d0 = d1 = 1/(atol + rtol), h0 = 0.01, d2 = d0·(change of the slope)/h0 = d0."""
     times: list[float] = []
 
     def field(x: Tensor, t: Clocks, y: Tensor) -> Tensor:

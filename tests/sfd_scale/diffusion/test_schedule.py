@@ -1,4 +1,4 @@
-"""Two clocks: closed forms, the authors' time grids, and the draws of training."""
+"""The two clocks of semantic-first diffusion: closed forms, and the official time grids and training times."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_parts_move_in_three_phases() -> None:
     assert semantic.tolist() == [True, True, True, True, False, False, False]
 
 
-def test_texture_runs_on_beyond_the_end_and_semantics_stay() -> None:
+def test_beyond_the_end_the_texture_clock_continues_and_semantics_stay() -> None:
     clocks = LEAD.clocks(torch.tensor([1.5]))
     assert clocks.texture.item() == pytest.approx(1.2) and clocks.semantic.item() == 1
 
@@ -42,7 +42,7 @@ def test_without_lead_there_is_one_clock() -> None:
     assert SYNC.discontinuities() == () and SYNC.end == 1
 
 
-def test_kinks_are_where_moving_changes() -> None:
+def test_discontinuities_are_where_the_active_mask_changes() -> None:
     assert LEAD.discontinuities() == (0.3, 1.0)
     assert SemanticFirstSchedule(delta_t=1.0).discontinuities() == (1.0,)
     for kink in LEAD.discontinuities():
@@ -50,13 +50,13 @@ def test_kinks_are_where_moving_changes() -> None:
         assert not torch.equal(before, after)
 
 
-def test_crossings_invert_the_clocks() -> None:
+def test_inverse_clock_inverts_the_clocks() -> None:
     semantic, texture = LEAD.inverse_clock(0.25)
     assert LEAD.clocks(torch.tensor(semantic)).semantic.item() == pytest.approx(0.25)
     assert LEAD.clocks(torch.tensor(texture)).texture.item() == pytest.approx(0.25)
 
 
-def test_training_times_cover_the_whole_run() -> None:
+def test_training_times_cover_the_whole_path() -> None:
     u = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(LEAD.time_from_uniform(u), torch.tensor([0, 0.65, 1.3]))
     torch.testing.assert_close(LEAD.progress(LEAD.time_from_uniform(u)), u)
@@ -82,7 +82,7 @@ def test_golden_training_clocks() -> None:
 
 
 def test_golden_training_times_are_logit_normal() -> None:
-    """The authors draw from numpy's global generator, which the array was seeded with."""
+    """The official code draws from numpy's global generator; the array was made with this seed."""
     normal = torch.from_numpy(np.random.RandomState(11).standard_normal(len(arrays("out_loss")["draw/t"])))
     check(logit_normal(normal).float(), "out_loss", "draw/t", 1e-6)
 

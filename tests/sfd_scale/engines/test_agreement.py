@@ -1,4 +1,4 @@
-"""The real model and objective: the same curve and the same resume under every engine, world size and accumulation."""
+"""Engines agree on the real model and objective: same losses and same resume for every world size and accumulation."""
 
 from __future__ import annotations
 

@@ -8,20 +8,20 @@ from sfd_scale.engines.engine import Fragment
 
 
 def fragments(flat: torch.Tensor, cuts: list[int]) -> list[Fragment]:
-    """Views of a flat tensor, as ZeRO cuts its partitions."""
+    """Views of a flat tensor, like the partitions of ZeRO."""
     moments = torch.zeros_like(flat)
     bounds = list(zip([0, *cuts], [*cuts, flat.numel()], strict=True))
     return [Fragment(f"p{a}", (b - a,), 0, flat[a:b], moments[a:b], moments[a:b], True) for a, b in bounds]
 
 
-def test_warm_up_averages_faster_at_first() -> None:
+def test_warm_up_shortens_the_average_at_first() -> None:
     config = EMAConfig(decay=0.99, warmup=True)
     assert [decay_at(config, step) for step in (0, 1, 8, 10**6)] == [0.1, 2 / 11, 0.5, 0.99]
     assert decay_at(EMAConfig(decay=0.99), 0) == 0.99
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [3, 7, 8, 40]])
-def test_average_follows_the_formula_for_any_cut(cuts: list[int]) -> None:
+def test_average_follows_the_formula_for_any_fragments(cuts: list[int]) -> None:
     flat = torch.linspace(-1, 1, 64)
     ema = EMA(fragments(flat, cuts), EMAConfig(decay=0.9, warmup=True))
     expected = flat.double().clone()
@@ -33,8 +33,8 @@ def test_average_follows_the_formula_for_any_cut(cuts: list[int]) -> None:
     assert (torch.cat(ema.tensors).double() - expected).abs().max() < 1e-6
 
 
-def test_average_moves_where_a_rounded_one_stands_still() -> None:
-    # Steps of 1e-4 of the difference: the reason why averages and the weights they follow are fp32.
+def test_a_float32_average_changes_where_a_bf16_average_would_not() -> None:
+    # Updates of 1e-4 of the difference: bf16 would round them away.
     flat = torch.full((8,), 1.0)
     ema = EMA(fragments(flat, []), EMAConfig(decay=0.9999))
     rounded = flat.bfloat16()

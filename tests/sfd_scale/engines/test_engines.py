@@ -1,4 +1,4 @@
-"""Every engine against the same training in plain torch: losses, norms, weights, averages, dropped steps."""
+"""Every engine against the same training in plain torch: losses, gradient norms, weights, EMA, skipped steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FP32 = {
     "zero0": Spec("deepspeed", {"zero_stage": 0}),
     "zero1": Spec("deepspeed", {"zero_stage": 1}),
     "zero2": Spec("deepspeed", {"zero_stage": 2}, 2),
-    # Parameters above 100 elements are sharded between uses; the smaller ones stay whole.
+    # Parameters of more than 100 elements are sharded between uses; smaller ones stay whole.
     "zero3": Spec("deepspeed", {"zero_stage": 3, "persistent_elements": 100}),
     "zero1 accumulated, checkpointed": Spec("deepspeed", {"zero_stage": 1, "activation_checkpointing": "block"}, 2),
     "zero3 accumulated, checkpointed": Spec(
@@ -98,7 +98,7 @@ def run(spec: Spec, nan_step: int | None) -> dict[str, Any]:
 def run_all(groups: dict[str, dict[str, Spec]]) -> dict[str, dict[str, Any]]:
     logging.disable(logging.INFO)
     if distributed.launched():
-        # As the deepspeed launcher does, which switches its collectives over shared memory on.
+        # The deepspeed launcher sets this, which enables collectives in shared memory.
         os.environ["LOCAL_SIZE"] = os.environ["WORLD_SIZE"]
     out = {
         kind: {name: run(spec, NAN_STEP if kind == "nan" else None) for name, spec in specs.items()}
@@ -130,7 +130,7 @@ def test_fp32_training_is_that_of_plain_torch(
     assert relative(result["norm"], reference["norm"]) < 1e-5
     assert min(reference["norm"]) > 0.4, "clipping must be active for this comparison to mean something"
     assert all(result["applied"]) and result["steps"] == STEPS
-    # Adam divides by the root of the second moment, so a rounding of a tiny gradient moves a weight visibly.
+    # Adam divides by the root of the second moment, which amplifies the rounding of a tiny gradient.
     assert distance(result["params"], reference["params"]) < 2e-5
     assert distance(result["ema"], reference["ema"]) < 2e-5
 
@@ -160,13 +160,13 @@ def test_bf16_training_stays_close_and_keeps_fp32_state(
 
 
 @pytest.mark.parametrize("name", NAN)
-def test_a_step_that_is_not_finite_is_dropped_on_all_ranks(name: str, two: dict[str, dict[str, Any]]) -> None:
+def test_all_ranks_skip_a_step_that_is_not_finite(name: str, two: dict[str, dict[str, Any]]) -> None:
     result = two["nan"][name]
     expected = plain(STEPS, nan_step=NAN_STEP)
     assert [i for i, applied in enumerate(result["applied"]) if not applied] == [NAN_STEP]
     assert result["steps"] == STEPS - 1
     assert not math.isfinite(result["norm"][NAN_STEP])
-    assert relative(plain(STEPS)["loss"], expected["loss"]) > 2e-2, "the dropped step must show"
+    assert relative(plain(STEPS)["loss"], expected["loss"]) > 2e-2, "the skipped step must make a difference"
     assert relative(result["loss"], expected["loss"]) < (4e-3 if NAN[name].options.get("precision") == "bf16" else 1e-6)
 
 
@@ -210,7 +210,7 @@ def test_four_ranks_and_hybrid_sharding(reference: dict[str, Any]) -> None:
 
 
 def _hpz() -> list[float]:
-    # ZeRO++: backward gathers from a second copy of the weights; on two ranks of one node, all of them.
+    # ZeRO++: the backward pass gathers from a second copy of the weights, here on both ranks of the node.
     spec = Spec("deepspeed", {"zero_stage": 3, "persistent_elements": 0, "hpz_partition_size": 2}, 2)
     engine = make_engine(spec)
     return train(engine, make_ema(engine), range(STEPS), 2)["loss"]
@@ -238,7 +238,7 @@ def test_compiled_blocks(reference: dict[str, Any]) -> None:
 
 
 class _Timed(TinyModel):
-    """Remembers the times that it was called with."""
+    """Records the times of its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,8 +259,8 @@ def _times(name: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_in_bf16_times_arrive_in_float32(name: str) -> None:
-    """Rounded to bf16 both would be 0.6992: an error of the loss eight times as large."""
+def test_bf16_engines_do_not_round_the_times(name: str) -> None:
+    """bf16 would round both times to 0.6992, which makes the error of the loss eight times as large."""
     (times,) = run_alone(_times, name)
     assert times.dtype == torch.float32 and times.tolist() == pytest.approx([0.7001, 0.7002], rel=1e-6)
 
@@ -270,7 +270,7 @@ def _different() -> None:
 
 
 def test_ranks_with_different_weights_are_refused() -> None:
-    with pytest.raises(RankError, match="different initial weights"):
+    with pytest.raises(RankError, match="initial weights differ"):
         run_ranks(_different, 2)
 
 
@@ -292,7 +292,7 @@ def test_deepspeed_settings_that_contradict_are_refused(options: dict[str, Any],
         DeepSpeedConfig(**options)
 
 
-def test_deepspeed_knows_every_key_that_we_give_and_refuses_others() -> None:
+def test_deepspeed_knows_every_key_of_our_configuration_and_refuses_others() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     stage3 = {"zero_stage": 3, "offload_optimizer": True, "offload_params": True, "hpz_partition_size": 4}
@@ -310,8 +310,8 @@ def test_fsdp_settings_that_contradict_are_refused() -> None:
         FSDPConfig(shard_size=2)
 
 
-def test_deepspeed_clips_only_when_asked() -> None:
-    # DeepSpeed's default is 1.0, not off.
+def test_deepspeed_clips_gradients_only_with_grad_clip() -> None:
+    # DeepSpeed clips at 1.0 by default.
     assert deepspeed_json(DeepSpeedConfig())["gradient_clipping"] == 0.0
     assert deepspeed_json(DeepSpeedConfig(grad_clip=0.5))["gradient_clipping"] == 0.5
 
@@ -331,20 +331,20 @@ def test_self_check_notices_holes_and_overlaps() -> None:
 
 
 class _Count(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matmuls and activation functions."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products, self.activations = 0, 0
+        self.matmuls, self.activations = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.products += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        self.matmuls += func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
         self.activations += func is torch.ops.aten.silu.default
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode,products,activations", [("none", 0, 0), ("block", 6, 3), ("selective", 0, 3)])
-def test_checkpointing_computes_again_what_it_says(mode: Any, products: int, activations: int) -> None:
+@pytest.mark.parametrize("mode,matmuls,activations", [("none", 0, 0), ("block", 6, 3), ("selective", 0, 3)])
+def test_activation_checkpointing_recomputes_by_its_mode(mode: Any, matmuls: int, activations: int) -> None:
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     baseline, model = TinyModel(), TinyModel()
     prepare_blocks(model, mode, compiled=False)
@@ -354,12 +354,12 @@ def test_checkpointing_computes_again_what_it_says(mode: Any, products: int, act
         with _Count() as count:
             net(x).square().sum().backward()
         counts.append(count)
-    assert counts[1].products - counts[0].products == products
+    assert counts[1].matmuls - counts[0].matmuls == matmuls
     assert counts[1].activations - counts[0].activations == activations
     for ours, theirs in zip(model.parameters(), baseline.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None and torch.equal(ours.grad, theirs.grad)
 
 
-def test_checkpointing_needs_blocks() -> None:
+def test_activation_checkpointing_needs_blocks() -> None:
     with pytest.raises(ValueError, match="no repeated `blocks`"):
         prepare_blocks(nn.Linear(2, 2), "block", compiled=False)

@@ -1,4 +1,4 @@
-"""What a rank holds is what the stage promises: parameters, gradients, optimizer state, averages; measured."""
+"""Measured memory per rank of every ZeRO stage and FSDP2: parameters, gradients, optimizer state and EMA."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import Spec, TinyModel, batch, held_bytes, make_ema, make_engine, train
 
 SMALL = {"reduce_bucket_elements": 1000, "allgather_bucket_elements": 1000}
-# Bytes for each parameter in fp32 between backward and step: (on every rank, divided by the number of ranks). ZeRO has
-# weights of forward beside the masters; under FSDP2 they are the same memory. One average.
+# Bytes per parameter in fp32, between backward and step, with one average: (on every rank, divided by the ranks). ZeRO
+# keeps the weights of forward and the master weights; in FSDP2 they share memory.
 PROMISED = {
     "ZeRO-1": (Spec("deepspeed", {"zero_stage": 1, **SMALL}), 4 + 4, 4 + 8 + 4),
     "ZeRO-2": (Spec("deepspeed", {"zero_stage": 2, **SMALL}), 4, 4 + 4 + 8 + 4),
     "FSDP2": (Spec("fsdp"), 0, 4 + 4 + 8 + 4),
-    # The last: DeepSpeed does not free all of it when the engine is gone.
+    # ZeRO-3 is last: DeepSpeed does not free all of its memory.
     "ZeRO-3": (Spec("deepspeed", {"zero_stage": 3, "persistent_elements": 0, **SMALL}), 0, 4 + 4 + 4 + 8 + 4),
 }
 
 
 def measured() -> dict[str, dict[str, float]]:
-    """Bytes of this rank for each parameter, by engine."""
+    """Bytes per parameter on this rank, by engine."""
     logging.disable(logging.INFO)
     out = {}
     for name, (spec, *_) in PROMISED.items():
@@ -38,7 +38,7 @@ def measured() -> dict[str, dict[str, float]]:
         gc.collect()
         count = sum(p.numel() for p in TinyModel(width=128).parameters())
         out[name] = {part: held / count for part, held in held_bytes(engine, ema).items()}
-        # Rows of parameters that this rank updates in part; ZeRO-2 keeps their gradients whole until the step.
+        # Rows of parameters that this rank updates partially: ZeRO-2 keeps their whole gradients until the step.
         cut = sum(math.prod(f.shape) - f.param.numel() for f in engine.fragments())
         out[name]["cut"] = 4 * cut / count if name == "ZeRO-2" else 0.0
         engine.step(1e-3)
@@ -50,11 +50,11 @@ def measured() -> dict[str, dict[str, float]]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_rank_holds_its_share(ranks: int) -> None:
+def test_a_rank_holds_its_shard(ranks: int) -> None:
     for result in run_ranks(measured, ranks, timeout=300):
         for name, (_, whole, divided) in PROMISED.items():
             held = result[name]
-            # Padding, the data, and the small tensors of both libraries.
+            # For padding, data, and small tensors of both libraries.
             assert held["all"] == pytest.approx(whole + divided / ranks + held["cut"], rel=0.02), (name, held)
             assert held["masters"] == pytest.approx(4 / ranks, rel=0.02), (name, held)
             assert held["moments"] == pytest.approx(8 / ranks, rel=0.02), (name, held)
@@ -62,7 +62,7 @@ def test_a_rank_holds_its_share(ranks: int) -> None:
 
 
 def _smaller_than_the_world() -> dict[str, Any]:
-    """One parameter of three elements on four ranks."""
+    """One parameter with three elements, on four ranks."""
     import torch
     from torch import nn
 

@@ -23,12 +23,12 @@ def rates(schedule: ScheduleConfig, total: int) -> list[float]:
     return [learning_rate(2.0, schedule, step, total) for step in range(total)]
 
 
-def test_constant_rate_after_a_warm_up_that_never_is_zero() -> None:
+def test_warm_up_is_never_zero_and_ends_at_a_constant_rate() -> None:
     assert rates(ScheduleConfig(), 3) == [2.0, 2.0, 2.0]
     assert rates(ScheduleConfig(warmup_steps=4), 6) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
-def test_falling_rates_end_at_their_final_share() -> None:
+def test_decaying_schedules_end_at_their_final_fraction() -> None:
     assert rates(ScheduleConfig(kind="linear", warmup_steps=2), 7) == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
     cosine = rates(ScheduleConfig(kind="cosine", final=0.1), 5)
     expected = [0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
@@ -36,15 +36,15 @@ def test_falling_rates_end_at_their_final_share() -> None:
     assert cosine[-1] == pytest.approx(0.2)
 
 
-def test_wsd_is_constant_until_the_decay_of_its_last_steps() -> None:
+def test_wsd_is_constant_until_its_last_steps() -> None:
     schedule = ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=4, final=0.5)
     assert rates(schedule, 10) == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0]
-    # Prolonged, the stable part is the same: its checkpoints serve any length of training.
+    # A longer run has the same stable part, so it can start from its checkpoints.
     assert rates(schedule, 20)[:6] == rates(schedule, 10)[:6]
     assert rates(ScheduleConfig(kind="wsd", warmup_steps=3, decay_steps=50), 5)[-1] == 0.0
 
 
-def test_rate_stays_at_the_end_when_a_run_goes_past_its_total() -> None:
+def test_the_rate_stays_at_its_final_value_after_the_last_step() -> None:
     assert learning_rate(1.0, ScheduleConfig(kind="linear", final=0.25), 99, 10) == 0.25
     assert learning_rate(1.0, ScheduleConfig(kind="cosine", warmup_steps=10), 10, 10) == 1.0
 
@@ -58,7 +58,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert len(param_groups(model, AdamWConfig())) == 1
 
 
-def test_parameters_that_are_not_trained_are_refused_by_name() -> None:
+def test_parameters_without_gradients_are_refused_by_name() -> None:
     model = TinyModel()
     model.tail.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"tail\.bias"):
@@ -95,7 +95,7 @@ def test_step_count_decides_the_bias_correction() -> None:
         _steps(optimizer, param, range(1))
         assert optimizer.state[param]["step"].item() == count + 1
         results.append(1.0 - param.detach())
-    # Without momentum so far, step 4 is (1 - 0.9) / (1 - 0.9^4) · sqrt((1 - 0.999^4) / (1 - 0.999)) of step 1.
+    # With zero moments, step 4 is (1 - 0.9) / (1 - 0.9^4) · sqrt((1 - 0.999^4) / (1 - 0.999)) of step 1.
     factor = 0.1 / (1 - 0.9**4) * math.sqrt((1 - 0.999**4) / 0.001)
     weight_decay = 0.01 * 0.01
     torch.testing.assert_close(results[1] - weight_decay, (results[0] - weight_decay) * factor, rtol=1e-3, atol=1e-6)
@@ -119,8 +119,8 @@ def test_impossible_settings_are_refused_by_name(cls: Any, field: str, value: An
 
 
 @pytest.mark.parametrize("norm", [1.0, math.inf, math.nan])
-def test_a_step_of_a_norm_that_is_not_finite_changes_nothing(norm: float) -> None:
-    """Decided by the kernel: weights, moments and count of a dropped step are those before it, bit for bit."""
+def test_a_step_with_a_norm_that_is_not_finite_changes_nothing(norm: float) -> None:
+    """The kernel decides: a skipped step leaves weights, moments and step count the same, bit for bit."""
     plain, judged = (torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
     optimizers = [torch.optim.AdamW([p], lr=0.1, weight_decay=0.1, fused=True) for p in (plain, judged)]
     for number in range(3):

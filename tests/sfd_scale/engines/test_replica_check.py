@@ -1,4 +1,4 @@
-"""Copies of parameters that no longer agree: found by any bit, and the rank named."""
+"""Silent data corruption: any flipped bit in a replica is found, and its rank is named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_any_single_bit_changes_the_digest(element: int, bit: int) -> None:
     assert digests({"w": tensor}) != digests({"w": flipped})
 
 
-def test_elements_that_change_places_change_the_digest() -> None:
+def test_swapped_elements_change_the_digest() -> None:
     tensor = torch.randn(8, 16, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     assert digests({"w": tensor}) != digests({"w": tensor[torch.tensor([1, 0, *range(2, 8)])]})
     assert digests({"w": tensor}) == digests({"w": tensor.clone()})
@@ -34,12 +34,12 @@ def test_the_minority_is_named_in_its_group() -> None:
     assert disagreements([(0, good)] * 4) == []
     assert disagreements([(0, good), (0, good), (0, bad), (0, good)]) == ["rank 2 from the others in b"]
     assert disagreements([(0, good), (0, bad)]) == ["ranks 0, 1 from each other, without a majority, in b"]
-    # Two groups of hybrid sharding hold different shards: they are not compared with each other.
+    # Two groups of hybrid sharding have different shards, which are not compared.
     assert disagreements([(0, good), (1, bad), (0, good), (1, bad)]) == []
 
 
 def corrupt(specs: dict[str, Spec], flip: bool = True) -> dict[str, str]:
-    """Train, compare, flip one bit on the last rank, compare again: what each engine raised."""
+    """Train, compare, flip one bit on the last rank, compare again; returns the errors by engine."""
     logging.disable(logging.INFO)
     out = {}
     for name, spec in specs.items():
@@ -63,9 +63,9 @@ def corrupt(specs: dict[str, Spec], flip: bool = True) -> dict[str, str]:
 def check(results: dict[str, str], who: str) -> None:
     for name, text in results.items():
         if name == "fsdp":
-            assert "no two ranks hold copies" in text
+            assert "no parameter is replicated on two ranks" in text
         else:
-            assert text.startswith(f"step 3: copies of parameters differ: {who} in tail.bias. "), (name, text)
+            assert text.startswith(f"step 3: replicas of parameters differ: {who} in tail.bias. "), (name, text)
 
 
 FSDP = {

@@ -1,4 +1,4 @@
-"""Pixels, identities of codecs, and the composite of texture and semantics."""
+"""The composite tokenizer, fingerprints of codecs, pixel rounding, PSNR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfd_scale.tokenizers.semantic_codec import SemanticVAECodecConfig
 from tests.helpers.tokenizer_parts import CPU, convnet, smooth_images
 
 
-def test_pixels_round_by_the_authors_rule() -> None:
+def test_pixels_round_by_the_official_rule() -> None:
     values = torch.tensor([-2.0, -1.0, -0.5 / 127.5, 0.0, 0.49 / 127.5, 0.51 / 127.5, 1.0, 2.0])
     assert codec.to_uint8(values).tolist() == [0, 0, 127, 128, 128, 128, 255, 255]
     levels = torch.arange(256, dtype=torch.uint8)
@@ -34,7 +34,7 @@ def test_psnr_is_its_formula() -> None:
     )
 
 
-def test_identities_tell_values_names_and_settings_apart() -> None:
+def test_fingerprints_differ_by_values_names_and_settings() -> None:
     base = {"a": torch.ones(2), "b": torch.zeros(2)}
     same = {"b": torch.zeros(2), "a": torch.ones(2)}
     others = [{"a": torch.ones(2), "c": torch.zeros(2)}, {"a": torch.ones(2, 1), "b": torch.zeros(2)}]

@@ -16,7 +16,7 @@ from tests.helpers.tokenizer_parts import draws, smooth_images
 
 
 def test_components_are_those_of_the_whole_covariance() -> None:
-    """Streamed in batches and around a large mean, against NumPy's covariance of all rows."""
+    """Streamed in batches, with a large mean, against NumPy's covariance of all rows."""
     rows = draws(500, 6) @ torch.diag(torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1])) @ draws(6, 6, seed=1) + 1000
     found = fit_components(iter(rows.split(77)), 3)
     values, vectors = np.linalg.eigh(np.cov(rows.double().numpy(), rowvar=False, bias=True))
@@ -29,7 +29,7 @@ def test_components_are_those_of_the_whole_covariance() -> None:
 def test_too_few_rows_or_columns() -> None:
     with pytest.raises(ValueError, match="channels: 4; allowed: 1 to 3"):
         fit_components([draws(10, 3)], 4)
-    with pytest.raises(ValueError, match="there are 2"):
+    with pytest.raises(ValueError, match="fewer than the rows to fit, 2"):
         fit_components([draws(2, 3)], 2)
     with pytest.raises(ValueError, match="no rows"):
         fit_components([], 2)
@@ -53,7 +53,7 @@ def test_patch_pca(tmp_path: Path) -> None:
     moments = pca.encode(images)
     assert moments.mean.shape == (64, 12, 8, 8) and moments.logvar is None
     assert (pca.channels, pca.downsample) == (12, 4)
-    # What is lost is the variance of the components left out (quantisation to 8 bits adds 1/12 of a level²).
+    # The error is the variance of the dropped components (quantisation to 8 bits adds 1/12 of a level²).
     lost = exact.variance[12:].sum().item() / 48 * 127.5**2
     square = (pca.decode(moments.mean).double() - images.double()).square().mean().item()
     assert square == pytest.approx(lost + 1 / 12, rel=0.02)
@@ -80,10 +80,10 @@ def test_feature_pca(tmp_path: Path) -> None:
     pca.save(tmp_path / "pca.safetensors")
     assert FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "pca.safetensors")).fingerprint == pca.fingerprint
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors is no file of a feature PCA: it lacks directions"):
+    with pytest.raises(ValueError, match="other.safetensors is not a feature PCA: tensors are missing: directions"):
         FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="none.safetensors; allowed: an existing"):
         FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "none.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense, not tensors")
-    with pytest.raises(ValueError, match="bad.safetensors cannot be read as safetensors"):
+    with pytest.raises(ValueError, match="bad.safetensors is not a safetensors file"):
         FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "bad.safetensors"))

@@ -1,4 +1,4 @@
-"""PCA codecs fitted on ranks: the same bits at any world size, and those of one pass over everything."""
+"""PCA codecs fitted on several ranks: the same bits for any world size, and as one pass over all rows."""
 
 from __future__ import annotations
 

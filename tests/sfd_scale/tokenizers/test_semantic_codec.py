@@ -1,4 +1,4 @@
-"""The semantic VAE: the authors' golden arrays, its codec on grids, its sizes and start."""
+"""The semantic VAE (SemVAE): golden arrays of the official code, its codec on grids, sizes, initial weights."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_golden_semantic_codec_works_on_grids(tmp_path: Path) -> None:
     check(moments.mean.flatten(2).transpose(1, 2), "out_semvae", "mean")
     check(moments.logvar.flatten(2).transpose(1, 2), "out_semvae", "logvar")
     check(loaded.decode(moments.mean).flatten(2).transpose(1, 2), "out_semvae", "dec_mean")
-    # The authors' training writes more beside the weights (tokenizer/semvae/train.py).
+    # The official training code writes more than weights (tokenizer/semvae/train.py).
     more = {"iteration": 3, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(3.0)}}}, "config": "a: 1\n"}
     torch.save({**more, "model_state_dict": arrays("weights_semvae")}, tmp_path / "semantic_ae_final.pt")
     theirs = SemanticVAECodec.load(SemanticVAECodecConfig(weights=tmp_path / "semantic_ae_final.pt", heads=HEADS))
     assert theirs.fingerprint == loaded.fingerprint
-    # Heads leave no trace in the weights, but change what they do.
+    # The weights do not show the number of heads, but their meaning depends on it.
     other = SemanticVAECodec.load(SemanticVAECodecConfig(weights=tmp_path / "vae.safetensors", heads=2 * HEADS))
     assert other.fingerprint != loaded.fingerprint
     torch.save(arrays("weights_semvae"), tmp_path / "vae.pt")
@@ -69,7 +69,7 @@ def test_golden_semantic_codec_works_on_grids(tmp_path: Path) -> None:
         == loaded.fingerprint
     )
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors: these are not the weights of a semantic VAE"):
+    with pytest.raises(ValueError, match="other.safetensors: not the weights of a semantic VAE"):
         SemanticVAECodec.load(SemanticVAECodecConfig(weights=tmp_path / "other.safetensors"))
 
 
@@ -77,7 +77,7 @@ def test_semantic_vae_sizes_and_start() -> None:
     with torch.device("meta"):
         model = SemanticVAE(SemanticVAEConfig())
     side = sum(parameter.numel() for parameter in model.encoder.parameters())
-    assert 28e6 < side < 30e6  # about 29M a side in the paper
+    assert 28e6 < side < 30e6  # about 29M per side in the paper
     assert len(model.blocks) == 8
     first, second = SemanticVAE(GOLDEN_VAE), SemanticVAE(GOLDEN_VAE)
     first.init_weights(0)

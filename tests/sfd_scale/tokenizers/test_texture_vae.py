@@ -1,4 +1,4 @@
-"""The texture VAE: the authors' golden arrays, each kind of file, and the hub."""
+"""The texture VAE (AutoencoderKL): golden arrays of the official code, all file formats, and the hub."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_texture_vae_reads_each_kind_of_file(tmp_path: Path) -> None:
 
 
 def hub_cache(root: Path, repository: str, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repository as the hub's own client keeps it, and the client offline."""
+    """A repository in the cache of the hub's client, with the client offline."""
     folder = root / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
@@ -109,9 +109,9 @@ def test_texture_vae_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     by_path = AutoencoderKLCodec.load(AutoencoderKLConfig(weights=tmp_path / "folder"))
     for name in ("owner/vae", "owner/vae/variants/ldm.safetensors"):
         assert AutoencoderKLCodec.load(AutoencoderKLConfig(hub=name, **SMALL_VAE)).fingerprint == by_path.fingerprint
-    with pytest.raises(ValueError, match=r"hub: owner/absent cannot be had .* name the path"):
+    with pytest.raises(ValueError, match=r"hub: owner/absent cannot be downloaded .* set weights to a local copy"):
         AutoencoderKLCodec.load(AutoencoderKLConfig(hub="owner/absent"))
-    for wrong, message in (({}, "weights: needed"), ({"hub": "vae"}, "hub: 'vae'; allowed: owner/repository")):
+    for wrong, message in (({}, "weights: set either"), ({"hub": "vae"}, "hub: 'vae'; allowed: owner/repository")):
         with pytest.raises(ValueError, match=message):
             AutoencoderKLConfig(**wrong)  # type: ignore[arg-type]
 
@@ -128,5 +128,5 @@ def test_texture_vae_names_what_does_not_fit(tmp_path: Path) -> None:
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match="pointer.ckpt is a Git-LFS pointer"):
         AutoencoderKLCodec.load(AutoencoderKLConfig(weights=pointer))
-    with pytest.raises(ValueError, match="is no folder of a diffusers AutoencoderKL"):
+    with pytest.raises(ValueError, match="is not a folder of a diffusers AutoencoderKL"):
         AutoencoderKLCodec.load(AutoencoderKLConfig(weights=tmp_path))

@@ -1,4 +1,4 @@
-"""Vision encoders: DINOv2 by both names of its weights, its preprocessing, and the small classifier."""
+"""Vision encoders: DINOv2 weights of timm and of the official code, preprocessing, and the small convnet."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_dinov2_gives_normed_patch_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(features.mean(1), torch.zeros(2, 4, 4), atol=1e-4, rtol=0)
     wide = DINOv2.load(DINOv2Config(model=name, weights=tmp_path / "dino.safetensors", image_size=128))
     assert wide.features(smooth_images(1, 128)).shape == (1, 384, 8, 8)
-    with pytest.raises(ValueError, match=r"set tokenizer\.vision\.image_size"):
+    with pytest.raises(ValueError, match=r"as tokenizer\.vision\.image_size says"):
         wide.features(images)
 
 
-def test_dinov2_reads_the_names_of_its_authors(tmp_path: Path) -> None:
-    """Their files have register_tokens and mask_token, and no position for class or registers is added to these."""
+def test_dinov2_reads_official_weights(tmp_path: Path) -> None:
+    """Official files have register_tokens and mask_token, and no position embedding for class and register tokens."""
     name = "vit_small_patch14_reg4_dinov2"
     state = timm.create_model(name, img_size=56, num_classes=0).state_dict()
     theirs = dict(state)
@@ -50,7 +50,7 @@ def test_dinov2_reads_the_names_of_its_authors(tmp_path: Path) -> None:
     paths = (tmp_path / "dinov2.pth", tmp_path / "timm.safetensors")
     first, second = (DINOv2.load(DINOv2Config(model=name, weights=path, image_size=64)) for path in paths)
     torch.testing.assert_close(first.features(smooth_images(1, 64)), second.features(smooth_images(1, 64)))
-    with pytest.raises(ValueError, match="are not those of vit_small"):
+    with pytest.raises(ValueError, match="does not fit vit_small"):
         save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
         DINOv2.load(DINOv2Config(model=name, weights=tmp_path / "other.safetensors", image_size=64))
     with pytest.raises(ValueError, match="model: vit_none"):
@@ -59,14 +59,14 @@ def test_dinov2_reads_the_names_of_its_authors(tmp_path: Path) -> None:
         DINOv2Config(image_size=20)
 
 
-def test_the_default_dinov2_has_the_authors_sizes() -> None:
+def test_the_default_dinov2_has_the_official_sizes() -> None:
     with torch.device("meta"):
         model = timm.create_model(DINOv2Config().model, img_size=224, num_classes=0)
     assert (model.embed_dim, model.num_prefix_tokens, model.patch_embed.num_patches) == (768, 5, 256)
 
 
 def cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' kernel with a = -0.75, which PyTorch's bicubic has."""
+    """Keys' kernel with a = -0.75, as in PyTorch's bicubic interpolation."""
     x, a = np.abs(distance), -0.75
     near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
@@ -82,7 +82,7 @@ def shrunk(count: int, to: int) -> np.ndarray:
 
 
 def test_dinov2_preprocessing_by_its_formula() -> None:
-    """ImageNet's numbers as they stand in the literature, then 14/16 of the size (the authors' order)."""
+    """ImageNet's numbers as they stand in the literature, then 14/16 of the size (the official order)."""
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     scaled = (images.numpy() / 255.0 - mean) / std

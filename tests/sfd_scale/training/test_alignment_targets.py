@@ -42,7 +42,7 @@ def test_features_made_from_stored_images_are_those_that_were_stored(data: Path)
     assert torch.equal(stored.latents, online.latents)
     made = OnlineFeatures(FeatureTokenizer(Pooled()))(online)
     assert (made - stored.features).abs().max() <= 2**-11
-    # The flip matters: of the images as they were encoded first, half would be the wrong ones.
+    # Without flipping the images, half of the features would be wrong.
     unflipped = OnlineFeatures(FeatureTokenizer(Pooled()))(batch(data, features="online", flip=False))
     wrong = (unflipped - stored.features).abs().amax((1, 2, 3)) > 0.1
     assert 3 <= wrong.sum() <= 13
@@ -59,12 +59,12 @@ def test_decoded_features_are_the_codecs_reconstruction(data: Path) -> None:
     assert (made - best).abs().max() < 2e-3
     cosine = functional.cosine_similarity(made, stored.features.float(), dim=1).mean().item()
     assert 0.8 < cosine < 0.999  # three of six numbers are kept
-    # Latents that are still normalised would be decoded to something else.
+    # Normalised latents would decode to other features.
     raw = semantic.decode(LAYOUT.split(decoded.latents)[1])
     assert (raw - best).abs().max() > 0.3
 
 
-def test_the_reader_brings_only_what_is_asked_for(data: Path, tmp_path: Path) -> None:
+def test_the_dataloader_reads_only_the_columns_that_are_needed(data: Path, tmp_path: Path) -> None:
     assert batch(data, features="none").features is None
     encode_digits(tmp_path, 16)
     assert batch(tmp_path).features is None
@@ -88,7 +88,7 @@ def test_a_semantic_vae_learns_the_same_from_stored_features_and_from_images(dat
         for vision, own in ((None, stored), (FeatureTokenizer(Pooled()), images))
     ]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4) and losses[0].requires_grad
-    # Without the mirrored ones, the draws are the same but half of the samples are not.
+    # Without flips, the random numbers are the same, but half of the samples differ.
     plain = FeatureLoader(DataConfig(path=tmp_path, flip=False), **ONE_RANK).batch(keys)
     other = SemanticVAEObjective(SemanticVAELossConfig(), None, 2, seed=0)(model, plain).total
     assert other.item() != pytest.approx(losses[1].item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Bad steps: what is a spike, which data is passed over, and drills with a poisoned sample on two ranks."""
+"""Divergence: loss spikes, NaN, skipped steps and rollbacks, with a poisoned sample on two ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.tasks import diffusion
-from sfd_scale.training.divergence import DivergenceConfig, DivergenceError, DivergenceWatch, joined, spike_limit
+from sfd_scale.training.divergence import DivergenceConfig, DivergenceError, DivergenceWatch, merge_ranges, spike_limit
 from sfd_scale.training.objective import LossTerms
 from tests.helpers import small_run
 from tests.helpers.ranks import run_ranks
@@ -32,7 +32,7 @@ STEPS, EVERY, BAD_STEP = 12, 3, 5  # the first sample of data step 5 is poisoned
 def test_the_limit_is_robust_standard_deviations_above_the_median() -> None:
     losses = torch.randn(4001, generator=torch.Generator().manual_seed(0)).add(10).tolist()
     assert spike_limit(losses, 5.0) == pytest.approx(15.0, abs=0.2)
-    # A twentieth of outliers moves it by little; mean and standard deviation would put it beyond 60.
+    # 5 % outliers change it little; with mean and standard deviation it would be above 60.
     assert spike_limit([*losses, *[100.0] * 200], 5.0) == pytest.approx(15.5, abs=0.4)
     assert spike_limit([2.0] * 5, 3.0) == pytest.approx(2.0 + 3.0 * 0.002)
 
@@ -44,7 +44,7 @@ ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)).map(lambda r:
 def test_passed_data_is_left_out_and_nothing_else(passed: list[tuple[int, int]]) -> None:
     left_out = {step for start, stop in passed for step in range(start, stop)}
     kept = [step for step in range(100) if step not in left_out]
-    assert [data_step(step, joined(passed)) for step in range(len(kept))] == kept
+    assert [data_step(step, merge_ranges(passed)) for step in range(len(kept))] == kept
 
 
 def _watch(tmp_path: Path, **settings: Any) -> DivergenceWatch:
@@ -52,20 +52,20 @@ def _watch(tmp_path: Path, **settings: Any) -> DivergenceWatch:
 
 
 def _step(watch: DivergenceWatch, step: int, *losses: float) -> tuple[float, str]:
-    """The last micro-batch's loss as the watch hands it on, and the verdict."""
+    """The loss of the last micro-batch after `guarded`, and the result of `judge`."""
     for micro, loss in enumerate(losses):
         value = torch.tensor(loss)
         out = watch.guarded(LossTerms(value, {"loss": value}), torch.tensor([[0, micro]]), micro == len(losses) - 1)
     return out.item(), watch.judge(step, StepResult(1.0, math.isfinite(out.item())))
 
 
-def test_the_mean_over_micro_batches_is_judged_and_the_last_one_vetoed(tmp_path: Path) -> None:
+def test_the_mean_over_micro_batches_decides_and_the_last_one_becomes_nan(tmp_path: Path) -> None:
     watch = _watch(tmp_path, spike="skip", spike_z=10.0, window=4)
     for step, loss in enumerate([1.0, 1.1, 0.9, 1.0]):
         assert _step(watch, step, loss, loss) == (pytest.approx(loss), "go on")
     # Limit: 1 + 10 · 1.4826 · 0.05 = 1.7413.
     assert _step(watch, 4, 2.4, 1.08) == (pytest.approx(1.08), "go on")
-    # The window has moved on to 1.1, 0.9, 1.0, 1.74: 1.05 + 10 · 1.4826 · 0.1 = 2.5326.
+    # The window is now 1.1, 0.9, 1.0, 1.74: 1.05 + 10 · 1.4826 · 0.1 = 2.5326.
     assert _step(watch, 5, 1.0, 4.06) == (pytest.approx(4.06), "go on")
     watch = _watch(tmp_path, spike="skip", spike_z=10.0, window=4)
     for step, loss in enumerate([1.0, 1.1, 0.9, 1.0]):
@@ -82,11 +82,11 @@ def test_a_spike_is_only_logged_by_default_and_never_silent(tmp_path: Path, capl
     assert "step 3: loss spike, loss 9 of samples 0 (epoch 0): log" in caplog.text
 
 
-def test_patience_ends(tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     watch = _watch(tmp_path, max_in_row=3)
     for step in range(2):
         _step(watch, step, math.nan)
-    with pytest.raises(DivergenceError, match=r"3 steps in a row were dropped .*max_in_row.*step 3: loss not finite"):
+    with pytest.raises(DivergenceError, match=r"3 steps in a row were skipped .*max_in_row.*step 3: loss not finite"):
         _step(watch, 2, math.inf)
 
 
@@ -111,7 +111,7 @@ class Poisoned(LatentLoader):
 
 
 class Passing(LatentLoader):
-    """Whole data, from which the steps `left_out` are taken by hand."""
+    """All data, without the steps `left_out`."""
 
     left_out: tuple[int, ...] = ()
 
@@ -122,7 +122,7 @@ class Passing(LatentLoader):
 
 
 def drills(root: str, data: str, key: tuple[int, int], deepspeed: bool = False) -> dict[str, Any]:
-    """Every policy on one bad sample, as whole runs; returns what each raised."""
+    """Runs with every policy and one bad sample; returns their errors."""
     out: dict[str, Any] = {}
 
     def run(
@@ -192,7 +192,7 @@ def test_every_bad_step_is_on_record_with_its_whole_batch(
     assert rows[0]["reason"] == ("loss spike" if "spike" in name else "loss not finite")
 
 
-def test_a_skipped_step_leaves_no_trace_of_what_was_wrong_with_it(root: Path, raised: dict[str, str]) -> None:
+def test_a_skipped_step_has_no_effect_on_later_steps(root: Path, raised: dict[str, str]) -> None:
     skipped = small_run.weights(root / "skip nan", STEPS)
     assert small_run.same(skipped, small_run.weights(root / "skip spike", STEPS))
     assert not small_run.same(skipped, small_run.weights(root / "log spike", STEPS))
