@@ -1,1 +1,1 @@
-"""Every speed figure of the project: one command each, beside its peer in one run."""
+"""Benchmarks: one command for every speed figure of the project, which runs ours and a peer in turns."""

@@ -44,7 +44,7 @@ class DrawnLatents:
 class Sampler:
     """Everything needed to turn image numbers into images.
 
-    discontinuities: of the velocity, beside those of the schedule (guidance.interval_discontinuities).
+    discontinuities: of the velocity, in addition to the schedule's (guidance.interval_discontinuities).
     decode_batch: latents to decode at once; all of a batch by default.
     """
 

@@ -33,8 +33,8 @@ def sample(
         velocity: see guidance.guided; it is called with clocks of shape (N,). dopri5 changes N from call to call.
         noise: (N, C, H, W), standard normal, float32.
         y: (N,) labels.
-        discontinuities: global times at which the velocity is discontinuous, beside those of the schedule
-            (guidance.interval_discontinuities). Samplers with `jump` end steps there.
+        discontinuities: global times at which the velocity is discontinuous (guidance.interval_discontinuities), in
+            addition to the schedule's. Samplers with `jump` end steps there.
 
     Raises:
         FloatingPointError: from dopri5, if the velocity is not finite.

@@ -283,7 +283,7 @@ class DeepSpeedEngine:
         return tuple(param.shape), flat, address.start, address.numel, mapping.lp_fragment_address.start
 
     def _locate_partition(self, param: Any) -> tuple[tuple[int, ...], Tensor, int, int, int]:
-        """Stage 3: every parameter is split into equal partitions, the last of which are padded."""
+        """Stage 3: every parameter is split into equal partitions, with padding at the end."""
         zero = self._engine.optimizer
         group, offset, numel = zero.grad_position[zero.get_param_id(param)]
         start = distributed.rank() * numel

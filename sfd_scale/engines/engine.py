@@ -73,7 +73,7 @@ class Fragment:
 
 
 class Engine(Protocol):
-    """What the trainer calls. Every method is a collective: all ranks call it together."""
+    """The interface for the trainer. Every method is a collective: all ranks call it together."""
 
     device: torch.device
     optimizer_steps: int  # updates applied so far: the trainer's steps without the skipped ones

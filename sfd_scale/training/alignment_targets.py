@@ -23,7 +23,7 @@ class OnlineFeatures:
 
     def __call__(self, batch: LatentBatch) -> Tensor:
         """(N, D, h, w) float32."""
-        assert batch.images is not None  # the dataloader was told to read them
+        assert batch.images is not None  # the dataloader reads them for this objective
         return self.tokenizer.features(batch.images)
 
 

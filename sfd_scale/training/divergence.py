@@ -42,7 +42,7 @@ class DivergenceError(FloatingPointError):
 
 @dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
-    """What to do after a bad step.
+    """The policy for bad steps.
 
     not_finite: policy for a loss or gradient norm that is not finite. `stop` ends the run; its last checkpoint is from
         before the bad step. `skip` leaves weights and EMA unchanged and continues. `rollback` loads the last checkpoint
@@ -139,7 +139,7 @@ class DivergenceWatch:
     # ------------------------------------------------------------------------------------------ decide
 
     def judge(self, step: int, result: StepResult) -> Literal["go on", "rollback"]:
-        """What to do after step `step` (0, 1, …).
+        """Decide after step `step` (0, 1, …) whether to go on or to roll back.
 
         Raises:
             DivergenceError: if the policy is to stop, or too many steps in a row were skipped.

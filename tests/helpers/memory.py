@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.ema import EMA, EMAConfig
+from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime import distributed
@@ -28,15 +30,11 @@ def model() -> LightningDiT:
     return made
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Address → bytes of each storage, once."""
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address → bytes of the storages of tensors on the CPU."""
     found = {}
     for tensor in tensors:
-        local = _local(tensor)
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.device.type == "cpu" and local.layout == torch.strided:
             storage = local.untyped_storage()
             if storage.nbytes():
@@ -49,6 +47,17 @@ def alive() -> dict[int, int]:
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return storages([*tensors, *[t.grad for t in tensors if t.is_leaf and t.grad is not None]])
+
+
+def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
+    """Bytes on this rank: master weights, Adam's moments, averages, and all tensors of the process."""
+    fragments = engine.fragments()
+    return {
+        "masters": sum(storages(f.param for f in fragments).values()),
+        "moments": sum(storages(t for f in fragments for t in (f.exp_avg, f.exp_avg_sq)).values()),
+        "averages": sum(storages(t for ts in ema.averages.values() for t in ts).values()),
+        "all": sum(alive().values()),
+    }
 
 
 def measure(spec: Spec) -> dict[str, int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.ema import EMA, EMAConfig
@@ -160,27 +158,3 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest absolute difference of tensors with the same names."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
-def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Address → bytes of the storages of tensors."""
-    found = {}
-    for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        memory = local.untyped_storage()
-        if memory.nbytes() and local.device.type != "meta":
-            found[memory.data_ptr()] = memory.nbytes()
-    return found
-
-
-def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
-    """Bytes on this rank: master weights, Adam's moments, averages, and all tensors of the process."""
-    fragments = engine.fragments()
-    tensors = [tensor for tensor in gc.get_objects() if isinstance(tensor, Tensor)]
-    tensors += [p.grad for p in tensors if isinstance(p, nn.Parameter) and p.is_leaf and p.grad is not None]
-    return {
-        "masters": sum(storages(f.param for f in fragments).values()),
-        "moments": sum(storages(t for f in fragments for t in (f.exp_avg, f.exp_avg_sq)).values()),
-        "averages": sum(storages(t for ts in ema.averages.values() for t in ts).values()),
-        "all": sum(storages(tensors).values()),
-    }

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from sfd_scale.runtime import distributed
+from tests.helpers.memory import held_bytes
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import Spec, TinyModel, batch, held_bytes, make_ema, make_engine, train
+from tests.helpers.tiny import Spec, TinyModel, batch, make_ema, make_engine, train
 
 SMALL = {"reduce_bucket_elements": 1000, "allgather_bucket_elements": 1000}
 # Bytes per parameter in fp32, between backward and step, with one average: (on every rank, divided by the ranks). ZeRO
