@@ -302,7 +302,8 @@ def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
             except ValueError:
                 missing.append(f"{name}/seed{seed} (made by other settings)")
                 continue
-            rows += [study_report.Row(name, seed, cell.schedule.delta_t, scored) for scored in read_table(table)]
+            lead = cell.schedule.delta_t
+            rows += [study_report.Row(name, seed, lead, scored) for scored in read_table(table)]
     return rows, missing
 
 
