@@ -1,7 +1,9 @@
-"""Every command of the pages parses, its recipe loads with its settings, and the cheap ones run."""
+"""Every command of the pages parses, its recipe loads with its settings, and the cheap ones run. Words can be found:
+messages of Troubleshooting stand in the source, and the field's phrases stand in the pages that explain them."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -176,3 +178,67 @@ def test_pages_are_in_the_navigation_and_exist() -> None:
     assert len(named) == len(entries)
     assert all((ROOT / "docs" / name).is_file() for name in named)
     assert {"index.md", "quickstart.md", "training.md", "architecture.md", "troubleshooting.md"} <= named
+
+
+def long_lines(text: str) -> list[str]:
+    """Lines of more than 100 characters, without tables that a command writes and lines that cannot be broken."""
+    text = re.sub(r"<!-- (?!end\b).*? -->\n.*?<!-- .*?end.*? -->", "", text, flags=re.DOTALL)
+    unbreakable = re.compile(r"\s*(?:!?\[[^\]]*\])?\S+")  # one word, or one link with its text
+    return [line for line in text.splitlines() if len(line) > 100 and not unbreakable.fullmatch(line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_have_at_most_100_characters(page: Path) -> None:
+    assert long_lines(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_long_line_is_found_and_a_link_or_a_table_of_a_command_is_not_one() -> None:
+    words = "word " * 21
+    table = f"<!-- table: sfd plan -->\n\n| {words} |\n\n<!-- end of table -->\n"
+    assert long_lines(f"{table}[a link](https://{'x' * 100})\n{words}\n") == [words]
+
+
+PHRASES = {
+    "training.md": (
+        "flow matching", "gradient accumulation", "learning-rate schedule", "mixed precision", "throughput", "resume",
+        "loss spike", "silent data corruption", "pretrained", "checkpoint", "EMA", "official checkpoints",
+    ),
+    "engines.md": ("mixed precision", "activation checkpointing", "torch.compile", "FSDP2", "ZeRO", "HSDP", "matmul"),
+    "evaluation.md": ("classifier-free guidance", "AutoGuidance", "FID", "sampler", "Inception"),
+    "data.md": ("pretrained weights", "MDS", "throughput", "TF32 matmul", "object stores"),
+    "troubleshooting.md": ("out of memory", "NaN", "hangs", "throughput", "silent data corruption"),
+    "parity.md": ("official code", "autocast"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PHRASES)
+def test_the_phrases_that_users_search_for_are_in_the_page_that_explains_them(page: str) -> None:
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / page).read_text(encoding="utf-8")).lower()
+    assert [phrase for phrase in PHRASES[page] if phrase.lower() not in text] == []
+
+
+def messages() -> list[str]:
+    """Every text of the source, with … for what is filled in."""
+    found = []
+    for file in [*(ROOT / "sfd_scale").rglob("*.py"), *(ROOT / "eval").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+OF_LIBRARIES = ("CUDA out of memory",)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_source() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    section = page[page.index("## Error messages") : page.index("## The loss is NaN")]
+    cells = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if name not in OF_LIBRARIES]
+    assert len(named) > 20
+    texts = messages()
+    patterns = {name: re.compile(".*".join(map(re.escape, name.split("…")))) for name in named}
+    missing = [name for name, pattern in patterns.items() if not any(pattern.search(text) for text in texts)]
+    assert missing == []
