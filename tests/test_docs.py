@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,10 @@ def test_the_messages_of_troubleshooting_are_those_of_the_source() -> None:
     patterns = {name: re.compile(".*".join(map(re.escape, name.split("…")))) for name in named}
     missing = [name for name, pattern in patterns.items() if not any(pattern.search(text) for text in texts)]
     assert missing == []
+
+
+def test_the_new_modules_of_the_migration_page_exist() -> None:
+    rows = re.findall(r"^\| (`.*) \| (.*) \|$", (ROOT / "docs/migration.md").read_text(encoding="utf-8"), re.MULTILINE)
+    old, new = (re.findall(r"`((?:sfd_scale|eval)(?:\.\w+)+)`", " ".join(cells)) for cells in zip(*rows, strict=True))
+    assert len(old) > 30 and len(new) > 30
+    assert [name for name in new if find_spec(name) is None] == []
