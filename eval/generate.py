@@ -280,7 +280,7 @@ def generate(recipe: EvalRecipe, out: Path, job: Generation | None = None) -> Ch
     extractor, side = job.extractor.get(), SideStream(device)
     folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
-        folder.claim(job.config)
+        folder.require_settings(job.config)
     distributed.barrier()
     kept = outputs.kept_rows(recipe.outputs, job.labels)
 

@@ -34,7 +34,7 @@ from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime.files import sha256
-from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.locks import folder_lock
 from sfd_scale.runtime.weight_files import State
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tasks.diffusion import DiffusionTask
@@ -129,7 +129,7 @@ def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence
             "training"
         )
     origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
-    with run_lock(run.path):
+    with folder_lock(run.path):
         runs.begin(run, recipe, None, origin, allow_foreign=False)
         manager = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
         parts = {PARAMS_PART: params, ema.PART: average}

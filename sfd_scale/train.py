@@ -24,7 +24,7 @@ from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from sfd_scale.runtime.hang_dump import HangDump
-from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.locks import folder_lock
 from sfd_scale.runtime.logging import log_summary
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, no_tf32
 from sfd_scale.runtime.profiling import StepProfiler
@@ -49,7 +49,7 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: s
     # Before the process group, so that a start that hangs is recorded too.
     with HangDump(RunFolder(run).logs_folder, recipe.train.timeout_s) as hangs:
         distributed.init(recipe.train.timeout_s)
-        with run_lock(run):
+        with folder_lock(run):
             return _train(recipe, RunFolder(run), source, hangs, allow_foreign)
 
 

@@ -85,7 +85,7 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
     }
     folder = ChunkFolder(cache / f"features-{digest(config)[:16]}", images.count, batch)
     if distributed.is_main():
-        folder.claim(config)
+        folder.require_settings(config)
     if not distributed.broadcast_object(folder.missing() if distributed.is_main() else None):
         return folder
     network = extractor.get()

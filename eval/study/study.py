@@ -14,7 +14,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ from eval.sweep import sweep
 from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
+from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.files import write_atomically
-from sfd_scale.runtime.locks import run_lock
 from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
 logger = logging.getLogger(__name__)
-_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -242,34 +240,18 @@ def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], b
 
 
 def run(study: Study, only: Sequence[str] = ()) -> bool:
-    """Do what is missing, one step at a time, beside other processes that do the same; False if asked to stop."""
+    """Do the missing steps one by one. Other processes may do the same. Returns False if asked to stop."""
     todo = study.chosen(only)
-    while True:
-        missing = study.missing(todo)
-        if not missing:
-            return True
-        open_needs = {step.key for step in missing}
-        ready = [step for step in missing if not step.needs & open_needs]
-        for step in ready:
-            with _claimed(study, step) as mine:
-                if mine and not study.done(step):
-                    if not _do(study, step, len(todo) - len(missing) + 1, len(todo)):
-                        return False
-                    break
-        else:
-            time.sleep(_POLL_S)  # all that can be done now is being done by others
-
-
-@contextmanager
-def _claimed(study: Study, step: Step) -> Iterator[bool]:
-    """Whether this process may do the step; the claim ends with the context, or with the process."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(run_lock(study.recipe.out / "claims" / step.key.replace("/", ".")))
-        except ValueError:
-            yield False
-            return
-        yield True
+    with Claims(study.recipe.out / "claims") as claims:
+        while missing := study.missing(todo):
+            open_needs = {step.key for step in missing}
+            ready = (step for step in missing if not step.needs & open_needs)
+            step = next((step for step in ready if claims.take(step.key.replace("/", "."))), None)
+            if step is None:
+                claims.wait()  # other processes do all steps that can be done now
+            elif not study.done(step) and not _do(study, step, len(todo) - len(missing) + 1, len(todo)):
+                return False
+    return True
 
 
 def _do(study: Study, step: Step, number: int, total: int) -> bool:

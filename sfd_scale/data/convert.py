@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,19 @@ from safetensors import SafetensorError, safe_open
 
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.mds_reader import MDSReader
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
+from sfd_scale.data.writer import (
+    ChunkNote,
+    Description,
+    finish,
+    is_committed,
+    is_complete,
+    require_recipe,
+    write_chunk,
+    writing,
+)
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats, StatsAccumulator
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import at_least
 
@@ -82,15 +93,16 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     }
     decisive = {key: value for key, value in recipe.items() if key not in ("source", "stats")}
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, len(files))):
-        claim(out, decisive)
+        require_recipe(out, decisive)
     else:
-        with working(out):
-            claim(out, decisive)
-            _convert_files(files, starts, config, out)
-            finish(
-                out, len(files), num_classes=config.num_classes, image_size=config.image_size,
-                columns=_columns(config), dtype=config.dtype, tokenizers=config.tokenizers, recipe=recipe,
+        with writing(out) as claims:
+            require_recipe(out, decisive)
+            _convert_files(files, starts, config, out, claims)
+            description = Description(
+                num_classes=config.num_classes, image_size=config.image_size, columns=_columns(config),
+                dtype=config.dtype, tokenizers=config.tokenizers, recipe=recipe,
             )  # fmt: skip
+            finish(out, len(files), description)
     manifest = Manifest.read(out)
     if manifest.num_samples != starts[-1]:
         raise ValueError(f"{out}: {manifest.num_samples} samples, of {starts[-1]}; remove it and convert again")
@@ -101,18 +113,18 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     return manifest
 
 
-def _convert_files(files: list[Path], starts: Any, config: ConvertConfig, out: Path) -> None:
-    """The chunks that are missing, shared by all ranks; `starts`: the first row of each file."""
-    claims = Claims(out, len(files))
+def _convert_files(files: list[Path], starts: Any, config: ConvertConfig, out: Path, claims: Claims) -> None:
+    """Write the chunks that are missing, on all ranks.
+
+    Args:
+        starts: the first row of each file.
+    """
     with progress(len(files), f"convert {out.name}", "files") as bar:
-        bar.skip(len(files) - len(claims.todo))
-        shown = 0
-        for number in claims:
-            _convert_file(files[number], int(starts[number]), config, out, number)
-            taken = claims.taken
-            bar.advance(taken - shown)
-            shown = taken
-        claims.close()
+        for todo, mine in claims.rounds(len(files), partial(is_committed, out)):
+            bar.skip(len(files) - len(todo) - bar.done)
+            for number in mine:
+                _convert_file(files[number], int(starts[number]), config, out, number)
+                bar.advance(len(files) - len(claims.unclaimed(todo)) - bar.done)  # by all ranks
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,19 @@ from sfd_scale import config
 from sfd_scale.data.image_io import UnreadableImage
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.sources import Source
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_complete, working, write_chunk
+from sfd_scale.data.writer import (
+    ChunkNote,
+    Description,
+    finish,
+    is_committed,
+    is_complete,
+    require_recipe,
+    write_chunk,
+    writing,
+)
 from sfd_scale.diffusion.latents import StatsAccumulator
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.tokenizers.composite import CompositeTokenizer, FeatureTokenizer
@@ -68,40 +79,41 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
     count = -(-len(source) // store.chunk)
     # Rank 0 decides for all, as files of other nodes may show late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
-        claim(out, decisive)
+        require_recipe(out, decisive)
         logger.info("%s is complete", out)
         return _checked(Manifest.read(out), store, out)
     columns = _columns(source, tokenizer, store)
-    with working(out):
-        claim(out, decisive)
-        _write_chunks(source, tokenizer, store, out, columns, count)
-        manifest = finish(
-            out, count, num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
+    with writing(out) as claims:
+        require_recipe(out, decisive)
+        _write_chunks(source, tokenizer, store, out, columns, claims)
+        description = Description(
+            num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
             tokenizers=fingerprints, recipe=config.to_dict(recipe), classes=getattr(source, "classes", ()),
         )  # fmt: skip
+        manifest = finish(out, count, description)
     logger.info("%s: %d samples", out, manifest.num_samples)
     return _checked(manifest, store, out)
 
 
 def _write_chunks(
     source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, columns: Mapping[str, str],
-    count: int,
+    claims: Claims,
 ) -> None:  # fmt: skip
-    """The chunks that are missing, shared by all ranks."""
-    claims = Claims(out, count)
+    """Write the chunks that are missing, on all ranks."""
+    count = -(-len(source) // store.chunk)
     spans = [range(c * store.chunk, min((c + 1) * store.chunk, len(source))) for c in range(count)]
-    todo = sum(len(spans[chunk]) for chunk in claims.todo)
+
+    def done(missing: Sequence[int]) -> int:
+        return len(source) - sum(len(spans[chunk]) for chunk in missing)
+
     with progress(len(source), f"encode {out.name}", "images") as bar:
-        bar.skip(len(source) - todo)
-        shown = 0
-        for chunk, batches in _claimed(source, claims, spans, store):
-            composite = tokenizer if isinstance(tokenizer, CompositeTokenizer) else None
-            note = ChunkNote([], None if composite is None else StatsAccumulator(composite.layout.channels))
-            write_chunk(out, chunk, columns, _rows(batches, tokenizer, store, note), note)
-            taken = min(claims.taken * store.chunk, todo)  # by all ranks
-            bar.advance(taken - shown)
-            shown = taken
-        claims.close()
+        for todo, mine in claims.rounds(count, partial(is_committed, out)):
+            bar.skip(done(todo) - bar.done)
+            for chunk, batches in _pulled(source, mine, spans, store):
+                composite = tokenizer if isinstance(tokenizer, CompositeTokenizer) else None
+                note = ChunkNote([], None if composite is None else StatsAccumulator(composite.layout.channels))
+                write_chunk(out, chunk, columns, _rows(batches, tokenizer, store, note), note)
+                bar.advance(done(claims.unclaimed(todo)) - bar.done)  # by all ranks
 
 
 def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
@@ -169,23 +181,23 @@ class _Batch:
 
 
 class _Work(Sampler[list[int]]):
-    """The batches of the chunks that this rank claims, chunk by chunk."""
+    """The batches of the chunks that this rank pulls, chunk by chunk."""
 
-    def __init__(self, claims: Claims, spans: list[range], batch: int) -> None:
-        self.claims, self.spans, self.batch = claims, spans, batch
+    def __init__(self, chunks: Iterator[int], spans: list[range], batch: int) -> None:
+        self.chunks, self.spans, self.batch = chunks, spans, batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for chunk in self.claims:
+        for chunk in self.chunks:
             ids = self.spans[chunk]
             yield from (list(ids[start : start + self.batch]) for start in range(0, len(ids), self.batch))
 
 
-def _claimed(
-    source: Source, claims: Claims, spans: list[range], store: StoreConfig
+def _pulled(
+    source: Source, chunks: Iterator[int], spans: list[range], store: StoreConfig
 ) -> Iterator[tuple[int, Iterator[_Batch]]]:
-    """Each chunk that this rank claims with its batches. Workers run on from chunk to chunk."""
+    """Each chunk that this rank pulls, with its batches. The workers run on from chunk to chunk."""
     loader = DataLoader(
-        _Images(source), batch_sampler=_Work(claims, spans, store.batch), num_workers=store.num_workers,
+        _Images(source), batch_sampler=_Work(chunks, spans, store.batch), num_workers=store.num_workers,
         collate_fn=_Batch.of, generator=torch.Generator(),
     )  # fmt: skip
     batches = iter(loader)

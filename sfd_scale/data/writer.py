@@ -1,7 +1,7 @@
-"""MDS shards in chunks: each is written apart, committed by a rename, and joined with the others at the end.
+"""MDS shards in chunks: each chunk is written on its own and committed by a rename; at the end all are joined.
 
-Inside `out`/chunks a committed chunk has a folder of its own. Joining moves its shards up into `out`; the folder keeps
-the chunk's index, note and statistics, a few kilobytes, so that a lost shard can be remade without the rest.
+A committed chunk is a folder in `out`/chunks. Joining moves its shards to `out`. The folder keeps the chunk's index,
+note and statistics, a few kilobytes, so that a lost shard can be encoded again without the other chunks.
 """
 
 from __future__ import annotations
@@ -10,41 +10,54 @@ import errno
 import json
 import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 
-from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, index_sha256
+from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, StoredDtype, index_sha256
 from sfd_scale.data.mosaic import streaming
 from sfd_scale.diffusion.latents import StatsAccumulator
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.files import write_json
-from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.locks import folder_lock
 
 CHUNKS = "chunks"
 
 
 @dataclass(frozen=True)
 class ChunkNote:
-    """What a chunk says of itself: the images that could not be read, and its statistics."""
+    """The images of a chunk that could not be read, and the statistics of its latents."""
 
     unreadable: list[str]
     stats: StatsAccumulator | None
 
 
-def claim(out: Path, recipe: Mapping[str, Any]) -> None:
-    """Make the folder belong to what decides its content; to be called while it is held (`working`), or is complete.
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The fields of the manifest that do not follow from the chunks."""
 
-    A start that ended before its first chunk, for a wrong setting say, leaves nothing behind.
+    num_classes: int
+    image_size: int
+    columns: dict[str, str]
+    dtype: StoredDtype
+    tokenizers: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+
+def require_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse a folder that belongs to another recipe. The recipe is recorded until the first chunk is committed.
+
+    Call it while the folder is reserved (`writing`), or is complete.
 
     Raises:
-        ValueError: if it belongs to something else, or holds data of unknown origin.
+        ValueError: if the folder belongs to another recipe, or holds data of unknown origin.
     """
     wanted, path = json.loads(json.dumps(recipe)), out / "recipe.json"
     if distributed.is_main():
@@ -66,7 +79,7 @@ def is_complete(out: Path, count: int) -> bool:
 
 
 def is_committed(out: Path, chunk: int) -> bool:
-    """Whether a chunk is written and its shards, joined or not, have their full length."""
+    """Whether a chunk is written and its shards, joined or not, have their full size."""
     folder = _folder(out, chunk)
     if not (folder / "note.json").is_file():
         return False
@@ -78,65 +91,28 @@ def is_committed(out: Path, chunk: int) -> bool:
 
 
 @contextmanager
-def working(out: Path) -> Iterator[None]:
-    """Hold the folder while its chunks are written: a second start would take them for those of a dead one.
+def writing(out: Path) -> Iterator[Claims]:
+    """Reserve the folder for this job, and hand out the claims on its chunks.
 
     Raises:
-        ValueError: on all ranks, where another job writes there.
+        ValueError: on all ranks, if another job writes there.
     """
-    with run_lock(out / CHUNKS, "give another out="):
-        yield
-
-
-class Claims:
-    """Hands out the chunks that are not committed, once each over all ranks, first come first served.
-
-    A claim is an empty file that only one process can create, in a folder of this start: what a killed start claimed
-    is free again. So that no rank waits long at the end for a slower one.
-    """
-
-    def __init__(self, out: Path, count: int) -> None:
-        self.out = out
-        token, todo = None, None
-        if distributed.is_main():
-            (out / CHUNKS).mkdir(exist_ok=True)
-            for stale in (out / CHUNKS).glob("claims-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            token = f"claims-{uuid.uuid4().hex[:12]}"
-            (out / CHUNKS / token).mkdir()
-            todo = [chunk for chunk in range(count) if not is_committed(out, chunk)]
-        token, self.todo = distributed.broadcast_object((token, todo))
-        self.folder = out / CHUNKS / token
-
-    def __iter__(self) -> Iterator[int]:
-        for chunk in self.todo:
-            try:
-                os.close(os.open(self.folder / str(chunk), os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            yield chunk
-
-    @property
-    def taken(self) -> int:
-        """How many chunks all ranks have claimed."""
-        return len(os.listdir(self.folder))
-
-    def close(self) -> None:
-        """Wait for all ranks; every chunk is committed then."""
-        distributed.barrier()
-        if distributed.is_main():
-            shutil.rmtree(self.folder)
+    with folder_lock(out / CHUNKS, "give another out="), Claims(out / CHUNKS / "claims") as claims:
+        yield claims
 
 
 def write_chunk(
     out: Path, chunk: int, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], note: ChunkNote,
     verify: Callable[[Path], None] | None = None,
 ) -> None:  # fmt: skip
-    """Write one chunk's shards to a temporary folder and commit it by a rename. `rows` is exhausted before `note` is
-    read, so it may fill the note; `verify` looks at the folder before the rename.
+    """Write the shards of one chunk to a temporary folder, and commit it by a rename.
+
+    Args:
+        rows: may fill `note`, which is read after the last row.
+        verify: checks the folder before the rename.
 
     Raises:
-        ValueError: on a full disk; what was committed before is whole.
+        ValueError: if the disk is full. The chunks that were committed before are whole.
     """
     final = _folder(out, chunk)
     partial = final.with_name(f"{final.name}.tmp")
@@ -149,13 +125,13 @@ def write_chunk(
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    shutil.rmtree(final, ignore_errors=True)  # a chunk whose shards were lost
+    shutil.rmtree(final, ignore_errors=True)  # if its shards were lost
     os.replace(partial, final)
 
 
 @contextmanager
 def _disk(out: Path) -> Iterator[None]:
-    """Says of a full disk what to do."""
+    """Turn the error of a full disk into one that says what to do."""
     try:
         yield
     except OSError as error:
@@ -175,29 +151,27 @@ def _write(folder: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str,
             for row in rows:
                 writer.write(dict(row))
     if note.stats is not None:
-        # Not save_file, which has an error of its own for a full disk.
+        # Not save_file: it has its own error for a full disk.
         (folder / STATS).write_bytes(save(note.stats.state()))
     write_json(folder / "note.json", note.unreadable)
 
 
-def finish(out: Path, count: int, **fields: Any) -> Manifest:
-    """Join the chunks on rank 0: shards in order, index.json, statistics and, last, the manifest. The bytes depend on
-    neither the number of ranks nor the number of starts; a join that was cut off goes on where it stopped.
+def finish(out: Path, count: int, description: Description) -> Manifest:
+    """Join the chunks on rank 0: shards in order, index.json, statistics, and last the manifest.
 
-    Args:
-        fields: those of the manifest that the chunks do not tell.
+    The bytes depend neither on the number of ranks nor on the number of starts. A join that was cut off is continued.
 
     Raises:
         ValueError: if no sample was written.
     """
     if distributed.is_main():
         with _disk(out):
-            _join(out, count, fields)
+            _join(out, count, description)
     distributed.barrier()
     return Manifest.read(out)
 
 
-def _join(out: Path, count: int, fields: dict[str, Any]) -> None:
+def _join(out: Path, count: int, description: Description) -> None:
     shards: list[dict[str, Any]] = []
     unreadable: list[str] = []
     stats: StatsAccumulator | None = None
@@ -226,7 +200,9 @@ def _join(out: Path, count: int, fields: dict[str, Any]) -> None:
         stats_hash = finished.hash
     Manifest(
         num_samples=sum(shard["samples"] for shard in shards), index_sha256=index_sha256(out), stats_hash=stats_hash,
-        unreadable=tuple(unreadable), **fields,
+        unreadable=tuple(unreadable), num_classes=description.num_classes, image_size=description.image_size,
+        columns=description.columns, dtype=description.dtype, tokenizers=description.tokenizers,
+        recipe=description.recipe, classes=description.classes,
     ).write(out)  # fmt: skip
 
 

@@ -1,4 +1,8 @@
-"""Locks of run folders. The operating system releases the lock of a killed process."""
+"""Locks on files and folders. The operating system releases them when their holder dies, however it dies.
+
+They are POSIX locks. Unlike those of flock, the forked workers of a data loader do not inherit them, so a worker that
+outlives its rank does not keep the lock.
+"""
 
 from __future__ import annotations
 
@@ -15,63 +19,65 @@ from pathlib import Path
 from sfd_scale.runtime import distributed
 
 logger = logging.getLogger(__name__)
+LOCK = "lock"
 
 
 @contextmanager
-def run_lock(run: Path, other: str = "give another --run") -> Iterator[None]:
-    """Create a folder and lock it for this job. All ranks call this; rank 0 holds the lock.
-
-    This is a POSIX lock (lockf). Forked dataloader workers, which may outlive the rank, would inherit a lock of flock.
+def folder_lock(folder: Path, advice: str = "give another --run") -> Iterator[None]:
+    """Reserve a folder, which is created, for this job. All ranks have to call it together; rank 0 holds the lock.
 
     Args:
-        other: advice for the error message: how to run a second job.
+        advice: how a second job can start at once, for the error message.
 
     Raises:
-        ValueError: on all ranks, if another job holds the lock; names its host and process.
+        ValueError: on all ranks, if another job holds the lock, with its host and process.
     """
     holder, descriptor = None, None
     if distributed.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-        holder = _take(descriptor, run)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        if try_lock(descriptor, folder):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(
+                descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0
+            )
+        else:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another job"
     holder = distributed.broadcast_object(holder)
     try:
         if holder is not None:
-            raise ValueError(f"{run} is in use by {holder}; wait until it ends, or {other}")
+            raise ValueError(f"{folder} is in use by {holder}; wait until it ends, or {advice}")
         yield
     finally:
         if descriptor is not None:
             if holder is None:
-                os.ftruncate(descriptor, 0)  # so that the content of a finished folder does not depend on the process
+                os.ftruncate(descriptor, 0)  # the bytes of a finished folder do not depend on who made it
             os.close(descriptor)
 
 
-def in_use(run: Path) -> bool:
-    """Whether a job in another process holds the lock.
+def in_use(folder: Path) -> bool:
+    """Whether a job of another process holds the lock of the folder.
 
-    The holder must not call this: a process loses its POSIX locks of a file when it closes any descriptor of the file.
+    The holder itself must not ask: a process that closes a locked file, even one opened twice, gives up its lock.
     """
-    if not (run / "lock").is_file():
+    if not (folder / LOCK).is_file():
         return False
-    descriptor = os.open(run / "lock", os.O_RDWR)
+    descriptor = os.open(folder / LOCK, os.O_RDWR)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return not try_lock(descriptor, folder)
     finally:
         os.close(descriptor)
-    return False
 
 
-def _take(descriptor: int, run: Path) -> str | None:
-    """Lock the file; returns None, or a description of the job that holds the lock."""
+def try_lock(descriptor: int, folder: Path) -> bool:
+    """Lock an open file without waiting; False if another process holds its lock.
+
+    On a file system without locks it logs a warning that names `folder`, and returns True.
+    """
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another job"
-        logger.warning("%s: this file system has no locks (%s), so a second job is not refused", run, error.strerror)
-        return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}\n".encode(), 0)
-    return None
+            return False
+        logger.warning("%s: this file system has no locks (%s), so a second job is not refused", folder, error.strerror)
+    return True

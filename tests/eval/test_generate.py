@@ -26,7 +26,6 @@ from eval.images.outputs import OutputsConfig
 from eval.images.sources import NpzSource
 from eval.recipe import EvalRecipe, FixedLabel, IidLabels, LabelFile
 from eval.results import Results
-from eval.work import chunks
 from sfd_scale.diffusion import sampler as sample
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
@@ -220,10 +219,10 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(chunks.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="disk is full"):
         generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
-    monkeypatch.setattr(chunks.os, "fsync", sync)
+    monkeypatch.setattr(os, "fsync", sync)
     left = sorted(path.name for path in (tmp_path / "out" / "chunks").iterdir())
     assert left == [f"chunk-{number:06d}.safetensors" for number in range(3)]  # and no half-written file
     tiny = TinyExtractor()

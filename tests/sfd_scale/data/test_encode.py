@@ -88,8 +88,8 @@ def test_two_starts_at_once_do_not_take_each_others_chunks(tmp_path: Path) -> No
     encode_digits(tmp_path, 8)
     (tmp_path / "manifest.json").unlink()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    hold = "import sys; from pathlib import Path; from sfd_scale.data.writer import working\n"
-    hold += "with working(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from pathlib import Path; from sfd_scale.data.writer import writing\n"
+    hold += "with writing(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     ) as first:

@@ -1,4 +1,4 @@
-"""Chunks: atomic, claimed once, joined in order, remade when lost; the manifest and the index are checked."""
+"""Chunks: atomic, joined in order, written again when lost; the manifest and the index are checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ import torch
 from sfd_scale.data import writer
 from sfd_scale.data.manifest import Manifest, encoding, read_index, restored, stored
 from sfd_scale.data.shards import MDSReader, check_data, open_shards
-from sfd_scale.data.writer import ChunkNote, Claims, claim, finish, is_committed, write_chunk
+from sfd_scale.data.writer import (
+    ChunkNote,
+    Description,
+    finish,
+    is_committed,
+    require_recipe,
+    write_chunk,
+)
 from sfd_scale.diffusion.latents import LatentStats, StatsAccumulator
 
 COLUMNS = {"id": "int", "label": "int", "latents": "ndarray:float16:2,3,3"}
@@ -38,7 +45,7 @@ def write(out: Path, chunks: list[int], count: int = 4) -> None:
 
 
 def join(out: Path, count: int) -> Manifest:
-    return finish(out, count, num_classes=3, image_size=3, columns=COLUMNS, dtype="float16")
+    return finish(out, count, Description(num_classes=3, image_size=3, columns=COLUMNS, dtype="float16"))
 
 
 def test_joined_rows_are_those_written_whatever_the_order(tmp_path: Path) -> None:
@@ -91,20 +98,6 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         write_chunk(tmp_path, 0, COLUMNS, rows(0), ChunkNote([], None))
 
 
-def test_claims_hand_out_what_is_missing_once(tmp_path: Path) -> None:
-    write(tmp_path, [1, 4])
-    (tmp_path / "chunks" / "claims-killed").mkdir()  # of a start that was killed while it held chunk 2
-    (tmp_path / "chunks" / "claims-killed" / "2").touch()
-    claims = Claims(tmp_path, 6)
-    assert claims.todo == [0, 2, 3, 5] and not (tmp_path / "chunks" / "claims-killed").exists()
-    one, other = iter(claims), iter(claims)  # two ranks take turns
-    assert [next(one), next(other), next(one)] == [0, 2, 3]
-    assert claims.taken == 3
-    assert [*other, *one] == [5] and claims.taken == 4
-    claims.close()
-    assert not claims.folder.exists()
-
-
 def test_a_lost_or_cut_shard_makes_its_chunk_missing(tmp_path: Path) -> None:
     write(tmp_path, [0, 1, 2])
     first = join(tmp_path, 3)
@@ -130,16 +123,16 @@ def test_chunks_without_samples(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
-    claim(tmp_path / "a", {"size": 2})
-    claim(tmp_path / "a", {"size": 3})  # the first start ended before it had anything
+    require_recipe(tmp_path / "a", {"size": 2})
+    require_recipe(tmp_path / "a", {"size": 3})  # the first start ended before it had anything
     write(tmp_path / "a", [0])
-    claim(tmp_path / "a", {"size": 3})
+    require_recipe(tmp_path / "a", {"size": 3})
     with pytest.raises(ValueError, match=r"out: .* holds data of another recipe"):
-        claim(tmp_path / "a", {"size": 4})
+        require_recipe(tmp_path / "a", {"size": 4})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no recipe\.json"):
-        claim(tmp_path / "b", {"size": 3})
+        require_recipe(tmp_path / "b", {"size": 3})
 
 
 @pytest.mark.parametrize("name", ["../outside.mds", "/etc/passwd", "..", "sub/shard.mds"])

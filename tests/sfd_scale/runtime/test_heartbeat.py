@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat, Operation
-from sfd_scale.runtime.locks import run_lock
+from sfd_scale.runtime.locks import folder_lock
 from tests.helpers.ranks import RankError, run_ranks
 
 TIMEOUT_S = 4.0
@@ -129,8 +129,8 @@ def test_other_errors_pass_through() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sfd_scale.runtime.locks import run_lock
-with run_lock(Path(sys.argv[1])):
+from sfd_scale.runtime.locks import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -143,11 +143,11 @@ def test_a_run_folder_in_use_is_refused_until_its_holder_is_dead(tmp_path: Path)
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     in_use = f"run is in use by process {holder.pid} on .*give another --run"
-    with pytest.raises(ValueError, match=in_use), run_lock(tmp_path / "run"):
+    with pytest.raises(ValueError, match=in_use), folder_lock(tmp_path / "run"):
         raise AssertionError
     holder.kill()  # not an orderly end
     holder.wait()
-    with run_lock(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         pass
-    with run_lock(tmp_path / "run"):
+    with folder_lock(tmp_path / "run"):
         pass
