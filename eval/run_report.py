@@ -8,14 +8,14 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from eval.metrics.scores import SCORES
-from eval.pages import figures
-from eval.pages.figures import Row
-from eval.report import Picture, find, flatten, path_labels, score_cells, templates
+from eval.pages import figures, html
+from eval.pages.html import Picture, find_picture, path_labels, settings_as_text
+from eval.pages.run_metrics import Row, loss_names, read_metrics
+from eval.pages.score_table import ScoreTableRow, score_table
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # Panels of the second figure, as far as they were logged.
 HEALTH = (
     "lr", "grad_norm", "samples_per_s", "mfu", "data_wait_share", "data_wait_share_max", "step_s/p50", "step_s/p99",
-    "memory_allocated_bytes", "memory_host_bytes", "ema_distance", "skipped_steps",
+    "memory_allocated_bytes", "memory_host_bytes", "ema_distance", "skipped_steps", "accuracy",
 )  # fmt: skip
 MOST_GRIDS = 12
 
@@ -58,7 +58,7 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
     colours = itertools.cycle(figures.COLOURS)
     values = {
         "title": title or ", ".join(run.label for run in runs),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": html.now(),
         "columns": SCORES,
         "runs": [_shown(run, colour) for run, colour in zip(runs, colours, strict=False)],
         "sections": _sections(runs),
@@ -66,14 +66,14 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
         "grids": [(run.label, pictures) for run in runs if (pictures := _grids(run))],
         "between": _between(runs),
     }
-    write_atomically(out, templates().get_template("run.html.j2").render(values))
+    write_atomically(out, html.environment().get_template("run.html.j2").render(values))
     logger.info("%s", out)
     return out
 
 
 def read_run(path: Path, label: str) -> Run:
     """Raises ValueError: see `write`."""
-    rows = figures.read_metrics(path)
+    rows = read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
     run = RunPaths(path)
@@ -91,7 +91,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
     every = [row for run in runs for row in run.rows]
     health = [name for name in HEALTH if any(isinstance(row.get(name), int | float) for row in every)]
     sections = [
-        ("Losses", [_picture("the total and every term", figures.panels(rows, figures.loss_names(every)))]),
+        ("Losses", [_picture("the total and every term", figures.panels(rows, loss_names(every)))]),
         ("Throughput and health", [_picture("by step", figures.panels(rows, health))]),
     ]
     clock = figures.clock_curves(rows)
@@ -107,7 +107,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
 
 
 def _picture(title: str, data: bytes, *, wide: bool = True) -> Picture:
-    return Picture(title, "", data, wide)
+    return Picture(title, data, wide)
 
 
 def _grids(run: Run) -> list[Picture]:
@@ -115,11 +115,11 @@ def _grids(run: Run) -> list[Picture]:
     found: list[Picture] = []
     real: Picture | None = None
     for file, result in run.results:
-        grid, reference = (find(name, file) for name in (result.run.grid, result.run.reference_grid))
+        grid, reference = (find_picture(name, file) for name in (result.run.grid, result.run.reference_grid))
         if grid is not None:
-            found.append(Picture(f"step {result.step:,}", "", grid.read_bytes()))
+            found.append(Picture(f"step {result.step:,}", grid.read_bytes()))
         if real is None and reference is not None:
-            real = Picture("real images", "", reference.read_bytes())
+            real = Picture("real images", reference.read_bytes())
     if len(found) > MOST_GRIDS:
         found = [found[round(i * (len(found) - 1) / (MOST_GRIDS - 1))] for i in range(MOST_GRIDS)]
     return [*found, *([real] if real and found else [])]
@@ -141,10 +141,10 @@ def _shown(run: Run, colour: str) -> dict[str, Any]:
         "{:.2f} at {:,}".format(*min(fids)) if fids else "–",
     ]
     source, parents, changes = _changes(run)
-    details = [("every setting", flatten(dict(run.recipe)))]
+    details = [("every setting", settings_as_text(dict(run.recipe)))]
     machine = RunPaths(run.path).environment_file
     if machine.is_file():
-        details.append(("environment", flatten(json.loads(machine.read_text(encoding="utf-8")))))
+        details.append(("environment", settings_as_text(json.loads(machine.read_text(encoding="utf-8")))))
     return {
         "label": run.label, "colour": colour, "cells": cells, "details": details,
         "source": source, "parents": parents, "changes": changes,
@@ -168,7 +168,7 @@ def _changes(run: Run) -> tuple[str | None, list[str], list[dict[str, str]] | No
         logger.warning("%s: %s", run.path, error)
         return None, [], None
     rows = []
-    for key, value in flatten(dict(run.recipe)).items():
+    for key, value in settings_as_text(dict(run.recipe)).items():
         inherited, resolved = str(lineage.inherited.get(key, "–")), str(lineage.resolved.get(key, "–"))
         if value != resolved:
             rows.append({"key": key, "inherited": resolved, "value": value, "by": "the command line"})
@@ -178,22 +178,12 @@ def _changes(run: Run) -> tuple[str | None, list[str], list[dict[str, str]] | No
 
 
 def _between(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    flat = [flatten(dict(run.recipe)) for run in runs]
+    flat = [settings_as_text(dict(run.recipe)) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1 and key not in ("run", "name")]
 
 
-def _scores(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _scores(runs: Sequence[Run]) -> list[ScoreTableRow]:
     results = [(run.label, result) for run in runs for _, result in run.results]
-    cells = score_cells([result for _, result in results])
-    return [
-        {
-            "run": label,
-            "step": f"{result.step:,}",
-            "cells": row,
-            "count": f"{result.count:,}",
-            "how": result.sampling,
-        }
-        for (label, result), row in zip(results, cells, strict=True)
-    ]
+    return score_table([result for _, result in results], [(label, f"{result.step:,}") for label, result in results])

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,50 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sfd_scale.runtime.run_paths import RunPaths
+from eval.pages.run_metrics import Row, loss_names
 
-logger = logging.getLogger(__name__)
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_NOT_LOSSES = frozenset(
-    ("step", "samples", "lr", "grad_norm", "grad_norm_max", "mfu", "ema_distance")
-    + ("skipped_steps", "loss_spikes", "rollbacks")
-)
 _GREY = "#8a8f98"
-Row = dict[str, Any]
-
-
-def read_metrics(run: Path) -> list[Row]:
-    """The lines of a run's metrics.jsonl; a torn last one is left out.
-
-    Raises:
-        ValueError: if the run folder has none.
-    """
-    file = RunPaths(run).metrics_file
-    if not file.is_file():
-        raise ValueError(f"{run}: no run folder (no metrics.jsonl in it)")
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: a line that is no JSON is left out", file)
-    return rows
-
-
-def loss_names(rows: list[Row]) -> list[str]:
-    """The total first, then every term."""
-    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    terms = sorted(name for name in names if _is_loss(name))
-    return [name for name in ("loss",) if name in terms] + [name for name in terms if name != "loss"]
-
-
-def _is_loss(name: str) -> bool:
-    return (
-        name not in _NOT_LOSSES
-        and "/" not in name
-        and not name.endswith(("_s", "_share", "_share_max", "_per_rank", "_bytes"))
-    )
 
 
 def loss_curves(rows: list[Row]) -> bytes:
@@ -69,8 +26,9 @@ def loss_curves(rows: list[Row]) -> bytes:
 
 
 def progress_curves(rows: list[Row]) -> bytes:
-    """Learning rate, gradient norm and speed over steps, as far as they were written: a PNG."""
-    return panels({"": rows}, [name for name in ("lr", "grad_norm", "samples_per_s") if any(name in r for r in rows)])
+    """Learning rate, gradient norm, speed and accuracy over steps, as far as they were logged: a PNG."""
+    names = ("lr", "grad_norm", "samples_per_s", "accuracy")
+    return panels({"": rows}, [name for name in names if any(name in row for row in rows)])
 
 
 def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
@@ -79,7 +37,7 @@ def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
     lines = max(1, -(-len(names) // columns))
     figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
     for index, name in enumerate(names):
-        axes = _axes(figure, name.replace("_", " "), (lines, columns, index + 1))
+        axes = _axes(figure, name.removeprefix("loss/").replace("_", " "), (lines, columns, index + 1))
         shown: list[float] = []
         for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
             points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from eval.pages import figures
-from eval.report import differences, find, report
+from eval.pages.html import find_picture
+from eval.pages.run_metrics import loss_names, read_metrics
+from eval.report import differences, report
 from eval.results import Results
 
 
@@ -51,7 +53,7 @@ def run_folder(path: Path) -> Path:
     for step in range(10, 1010, 10):
         loss = 1 + math.exp(-step / 200)
         clocks = {f"loss_by_clock/{i}": loss * (1 + i / 10) for i in range(10)}
-        row = {"step": step, "loss": loss, "velocity": 0.6 * loss, "cosine": 0.4 * loss, "alignment": 0.1 * loss}
+        row = {"step": step, "loss": loss, "loss/velocity": 0.6 * loss, "loss/cosine": 0.4 * loss}
         lines.append(json.dumps(row | clocks | {"lr": 1e-3, "grad_norm": 0.5, "samples_per_s": 90.0, "mfu": None}))
     (path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10')
     (path / "recipe.yaml").write_text("name: sfd\n")
@@ -86,7 +88,7 @@ def test_report_has_every_score_and_file(tmp_path: Path) -> None:
 def test_results_that_differ_otherwise_are_said_to(tmp_path: Path) -> None:
     paths = [result(tmp_path / "a", 1000, 4.5), result(tmp_path / "b", 1000, 4.4, num_samples=1000, seed=1)]
     loaded = [Results.read(path) for path in paths]
-    assert [found["key"] for found in differences(loaded, ["x", "y"])] == ["samples.num_samples", "samples.seed"]
+    assert [found.key for found in differences(loaded, ["x", "y"])] == ["samples.num_samples", "samples.seed"]
     page = report(paths, tmp_path / "out").read_text()
     assert "differ in more than the checkpoint" in page and "samples.num_samples" in page
     # Two results of one checkpoint are told apart by their places.
@@ -95,13 +97,29 @@ def test_results_that_differ_otherwise_are_said_to(tmp_path: Path) -> None:
 
 def test_curves() -> None:
     rows = [
-        {"step": step, "loss": 2.0 - step / 100, "cosine": 0.1, "lr": 1e-3, "data_wait_share": 0.1}
+        {
+            "step": step,
+            "loss": 2.0 - step / 100,
+            "loss/cosine": 0.1,
+            "accuracy": 0.5,
+            "lr": 1e-3,
+            "data_wait_share": 0.1,
+        }
         for step in range(50)
     ]
-    assert figures.loss_names(rows) == ["loss", "cosine"]
+    assert loss_names(rows) == ["loss", "loss/cosine"]
     assert Image.open(io.BytesIO(figures.loss_curves(rows))).size[0] > 600
     assert figures.clock_curve(rows) is None
     assert figures.smoothed([1.0, 2.0, 3.0, 4.0]) == [1.5, 2.0, 3.0, 3.5]
+
+
+def test_curves_of_a_run_of_the_release_before_are_drawn() -> None:
+    """Release 0.1 wrote the terms of the loss without the prefix."""
+    rows = read_metrics(Path(__file__).parents[1] / "golden" / "release-0.1" / "run")
+    terms = ["alignment", "cosine", "velocity", "velocity_semantic", "velocity_texture"]
+    assert loss_names(rows) == ["loss", *(f"loss/{term}" for term in terms)]
+    assert rows[0]["loss/velocity"] == 2.8842597007751465 and "velocity" not in rows[0]
+    assert Image.open(io.BytesIO(figures.loss_curves(rows))).size[1] > 600  # two rows of panels
 
 
 def test_bad_input(tmp_path: Path) -> None:
@@ -130,4 +148,4 @@ def test_results_that_were_moved_keep_their_pictures(tmp_path: Path) -> None:
     old = result(tmp_path / "a", 1000, 4.5).parent.rename(tmp_path / "old")
     result(tmp_path / "a", 7, 4.4)  # another run, where the first one was
     recorded = json.loads((old / "results.json").read_text())["run"]["grid"]
-    assert find(recorded, old / "results.json") == old / "grid.png"
+    assert find_picture(recorded, old / "results.json") == old / "grid.png"

@@ -1,0 +1,73 @@
+"""Parts that the HTML pages share: templates, pictures, and texts of settings and paths."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sfd_scale import config
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that the page contains.
+
+    file: its path beside the page, if it is written there too.
+    wide: as wide as the page.
+    """
+
+    title: str
+    data: bytes
+    wide: bool = False
+    file: str = ""
+
+    @property
+    def inline(self) -> str:
+        """The URL that holds the picture itself."""
+        return f"data:image/png;base64,{base64.b64encode(self.data).decode()}"
+
+
+def environment(*, autoescape: bool = True) -> Environment:
+    """The templates. The HTML pages extend page.html.j2, which has their style."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def settings_as_text(tree: Any) -> dict[str, str]:
+    """Nested settings as dotted keys and texts."""
+    return {key: str(value) for key, value in config.flatten(tree).items()}
+
+
+def path_labels(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path: the fewest that make all labels different."""
+    resolved = [path.resolve() for path in paths]
+    for depth in range(1, max((len(path.parts) for path in resolved), default=0) + 1):
+        labels = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in resolved]
+
+
+def find_picture(recorded: str | None, results: Path) -> Path | None:
+    """The picture that a results.json records: beside the results, in case they were moved, or at its recorded path."""
+    if recorded is None:
+        return None
+    folder = results if results.is_dir() else results.parent
+    return next((file for file in (folder / Path(recorded).name, Path(recorded)) if file.is_file()), None)
