@@ -56,7 +56,7 @@ class ClassificationObjective:
         logits = model(images).logits.float()
         total = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return LossTerms(total, {"loss": total.detach(), "accuracy": accuracy})
+        return LossTerms(total, {"loss": total.detach()}, measures={"accuracy": accuracy})
 
     def rotate(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Square images, each turned counterclockwise by quarter turns of its own draw, and these (N,) in 0 .. 3."""

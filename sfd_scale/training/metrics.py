@@ -1,6 +1,7 @@
-"""What a training run says of itself: losses, norms, throughput, waiting, memory; two collectives when it is read.
+"""Metrics of a training run: losses, gradient norms, throughput, data wait, memory.
 
-Between two reads nothing waits for the device: losses are summed there, times are of the host.
+Between two logged steps nothing waits for the device: losses are summed there, and times are the host's. A logged step
+costs two collectives.
 """
 
 from __future__ import annotations
@@ -20,25 +21,29 @@ from sfd_scale.runtime import distributed
 from sfd_scale.training.objective import LossTerms
 
 CLOCK_BINS = 10
-ClockLosses = list[tuple[float | None, int]]  # mean loss and number of samples by tenths of the clock
+ClockLosses = list[tuple[float | None, int]]  # mean loss and number of samples in each tenth of the clock
 PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMetricsConfig:
-    """`peak`: what MFU is a share of. table: the maker's figure, and no MFU for a device without one. measured: the
-    rate of one large product of matrices, timed at the start, in the precision of the run.
+    """`peak`: the FLOP/s that MFU is a fraction of.
+
+    table: the manufacturer's figure; there is no MFU for a device that the table lacks.
+    measured: the rate of one large matmul in the precision of the run, timed at the start.
     """
 
     peak: Literal["table", "measured"] = "table"
 
 
 class TrainingMetrics:
-    """Means since the last read, of what is finite: one micro-batch that is not would make nothing of all of them.
+    """Means of the finite values since the last `reduce`. A single value that is not finite would spoil the mean.
+
+    Losses are named `loss` and, for its terms, `loss/velocity`, `loss/cosine`, ...
 
     Args:
-        flops_per_sample: of forward and backward; 0 where it is not known, which leaves MFU out.
-        peak_flops: FLOP/s of one rank's device; infinite where it is not known.
+        flops_per_sample: of forward and backward; 0 if unknown: no MFU.
+        peak_flops: FLOP/s of one rank's device; infinite if unknown.
     """
 
     def __init__(
@@ -46,12 +51,12 @@ class TrainingMetrics:
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
         self.flops_per_sample, self.peak_flops = flops_per_sample, peak_flops
-        self.clock_losses: ClockLosses | None = None  # of the last read; checkpoints record them
+        self.clock_losses: ClockLosses | None = None  # of the last `reduce`; checkpoints record them
         self.reset()
 
     def reset(self) -> None:
         self.names: list[str] = []
-        self.sums = torch.zeros(2, 0)  # of each term, and how many were finite
+        self.sums = torch.zeros(2, 0)  # the sum of each value, and the number of finite ones
         self.clock_sums = torch.zeros(2, CLOCK_BINS)
         self.step_s: list[float] = []
         self.grad_norms: list[float] = []
@@ -59,10 +64,12 @@ class TrainingMetrics:
         self.started = self.stepped = time.monotonic()
 
     def add(self, losses: LossTerms, samples: int, wait_s: float) -> None:
-        """Count a micro-batch, for whose data this rank waited `wait_s` seconds."""
-        counted = _counted(torch.stack([value.detach() for value in losses.terms.values()]))
+        """Count a micro-batch. This rank waited `wait_s` seconds for its data."""
+        terms = {name if name == "loss" else f"loss/{name}": value for name, value in losses.terms.items()}
+        named = terms | losses.measures
+        counted = _counted(torch.stack([value.detach() for value in named.values()]))
         self.sums = self.sums + counted if self.names else counted
-        self.names = list(losses.terms)
+        self.names = list(named)
         if losses.clock is not None and losses.per_sample is not None:
             bins = (losses.clock * CLOCK_BINS).long().clamp_(0, CLOCK_BINS - 1)
             both = _counted(losses.per_sample)
@@ -70,18 +77,19 @@ class TrainingMetrics:
         self.samples, self.wait_s = self.samples + samples, self.wait_s + wait_s
 
     def step(self, grad_norm: float) -> None:
-        """Mark the end of an optimizer step; its gradient norm is the one before clipping."""
+        """Mark the end of an optimizer step. `grad_norm` is the norm before clipping."""
         now = time.monotonic()
         self.step_s.append(now - self.stepped)
         self.grad_norms.append(grad_norm)
         self.stepped = now
 
     def reduce(self, ema_squares: Tensor | None = None) -> dict[str, float | None]:
-        """Means over batches and ranks, None where there is nothing to average, and the slowest rank's times. A
-        collective: all ranks call it at one step.
+        """Means over micro-batches and ranks (None without a finite value), and the times of the slowest rank.
+
+        A collective: all ranks call it at the same step.
 
         Args:
-            ema_squares: this rank's part of (‖EMA − weights‖², ‖weights‖²), see EMA.squares.
+            ema_squares: this rank's part of (‖EMA − weights‖², ‖weights‖²); see EMA.squares.
         """
         elapsed = time.monotonic() - self.started
         world = distributed.world_size()
@@ -89,8 +97,8 @@ class TrainingMetrics:
         host = torch.tensor([self.samples, self.wait_s / elapsed / world], dtype=torch.float64)
         summed = [self.sums.double(), self.clock_sums.double(), squares.double(), host]
         sums = distributed.all_reduce_sum(torch.cat([part.to(self.device).flatten() for part in summed])).cpu()
-        terms, clock, (distance, norm, samples, waited) = sums.split([2 * len(self.names), 2 * CLOCK_BINS, 4])
-        values = {name: mean for name, (mean, _) in sorted(zip(self.names, _means(terms), strict=True))}
+        means, clock, (distance, norm, samples, waited) = sums.split([2 * len(self.names), 2 * CLOCK_BINS, 4])
+        values = {name: mean for name, (mean, _) in sorted(zip(self.names, _means(means), strict=True))}
         self.clock_losses = _means(clock)
         for index, (mean, _) in enumerate(self.clock_losses):
             if mean is not None:
@@ -110,13 +118,13 @@ class TrainingMetrics:
         return values
 
     def mfu(self, samples_per_s: float) -> float | None:
-        """Model FLOPs utilisation of one rank (arXiv 2204.02311, App. B), where both sides are known."""
+        """Model FLOPs utilisation of one rank (arXiv 2204.02311, App. B); None if a rate is unknown."""
         if not (math.isfinite(self.peak_flops) and self.flops_per_sample):
             return None
         return samples_per_s * self.flops_per_sample / self.peak_flops
 
     def _slowest(self, elapsed: float) -> dict[str, float | None]:
-        """Largest value over ranks of what one rank can hold all others up with."""
+        """Of values by which one rank can delay all others: the largest over the ranks."""
         own: dict[str, float | None] = {"data_wait_share_max": self.wait_s / elapsed, **memory_bytes(self.device)}
         if self.step_s:
             times = np.percentile(self.step_s, PERCENTILES).tolist()
@@ -127,18 +135,18 @@ class TrainingMetrics:
 
 
 def _counted(values: Tensor) -> Tensor:
-    """(N,) → (2, N) float32: the values, 0 in place of what is not finite, and 1 for each that is."""
+    """(N,) → (2, N) float32: the values, with 0 for those that are not finite, and 1 for each finite one."""
     values = values.float()
     return torch.stack([values.nan_to_num(0.0, 0.0, 0.0), values.isfinite().float()])
 
 
 def _means(sums: Tensor) -> list[tuple[float | None, int]]:
-    """Sums and counts, (2N,) → mean and count of each."""
+    """(2N,), N sums and N counts → the mean and the count of each."""
     return [(total / count if count else None, int(count)) for total, count in sums.view(2, -1).T.tolist()]
 
 
 def memory_bytes(device: torch.device) -> dict[str, int | None]:
-    """Peaks since the start: of the accelerator's allocator, and of the process in host memory."""
+    """Peak memory since the start: of the accelerator's allocator, and of the process on the host."""
     cuda = device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
     return {

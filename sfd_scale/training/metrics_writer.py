@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: metrics.jsonl, W&B, TensorBoard; and scores of checkpoints for W&B."""
+"""Metrics of a run: metrics.jsonl, Weights & Biases (W&B) and TensorBoard. W&B gets the scores of checkpoints too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases; the key comes from the environment alone and is never written."""
+    """Weights & Biases. Its key comes from the environment alone and is never written."""
 
     mode: Literal["online", "offline", "disabled"] = "offline"
     project: str = "sfd-scale"
@@ -27,11 +27,12 @@ class WandbConfig:
 
 
 class MetricsWriter:
-    """metrics.jsonl (one object a logged step), a W&B run that a resumed run continues, and TensorBoard's event files
-    in `tensorboard/` where asked for. Rank 0 writes.
+    """Writes each logged step to metrics.jsonl, to W&B, and on request to TensorBoard's event files. Rank 0 writes.
+
+    A resumed run continues its W&B run.
 
     Raises:
-        ValueError: if TensorBoard is asked for and not installed.
+        ValueError: if TensorBoard is requested and not installed.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class MetricsWriter:
         self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
             self._wandb = open_wandb(run, wandb, config)
-            self.wandb_id, self._scores, self._row = self._wandb.id, ScoreTable(run), self._wandb.step - 1
+            self.wandb_id, self._scores, self._row = self._wandb.id, WandbScores(run), self._wandb.step - 1
         if self._file is not None and tensorboard:
             self._board = _event_writer(run.tensorboard_folder)
 
     def truncate(self, step: int) -> None:
-        """Drop lines after `step`: a run resumed from its checkpoint writes them anew. A torn last line goes too."""
+        """Delete the lines after `step`, and a torn last line: a resumed run writes them again."""
         if self._file is None:
             return
         kept = [
@@ -62,20 +63,21 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """One row; what is not finite, which JSON has no word for, is null."""
+        """Write the values of one step. A value that is not finite becomes null, because JSON has no word for it."""
         if self._file is None:
             return
         values = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            # One row of scores with each row of metrics: the trainer alone writes to W&B while it runs.
-            identity, scores = next(iter(self._scores.pending()), (None, {}))
-            row = {"step": step, **values, **scores}
-            # W&B drops a row whose number is not above the last one's, as a step's is that a rollback trains again.
+            # While a run trains, the trainer alone writes to W&B. It adds one row of scores per row of metrics.
+            pending = next(iter(self._scores.pending()), None)
+            row = {"step": step, **values, **({} if pending is None else pending.values)}
+            # W&B drops a row whose number is not larger than the last one. After a rollback, step numbers repeat.
             self._row = max(step, self._row + 1)
             self._wandb.log({key: value for key, value in row.items() if value is not None}, step=self._row)
-            self._scores.done(identity)
+            if pending is not None:
+                self._scores.mark_logged(pending)
         if self._board is not None:
             for key, value in values.items():
                 if value is not None:
@@ -91,8 +93,8 @@ class MetricsWriter:
 
 
 def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any] | None = None) -> Any:
-    """The W&B run of a run folder, begun or continued: its id is kept there."""
-    import wandb  # one file imports it, and only when it is used: it takes a second to import
+    """The W&B run of a run folder: a new one, or the one whose id the folder holds."""
+    import wandb  # takes a second to import
 
     def start(mode: Literal["online", "offline", "disabled"]) -> Any:
         return wandb.init(
@@ -107,7 +109,7 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
     except wandb.errors.Error as error:
         if settings.mode != "online":
             raise
-        # A run of days must not depend on a server: `wandb sync` brings it there later.
+        # A long run must not depend on a server. `wandb sync` sends the offline record later.
         logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, folder.path)
         run = start("offline")
     run.define_metric("*", step_metric="step")
@@ -116,41 +118,57 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
     return run
 
 
-class ScoreTable:
-    """Scores of checkpoints, which `python -m eval watch` writes, and those that W&B has already."""
+@dataclass(frozen=True)
+class PendingScores:
+    """A row of scores that W&B lacks: the id of its results, and `eval/step`, `eval/fid`, ..."""
+
+    id: str
+    values: dict[str, Any]
+
+
+class WandbScores:
+    """The scores that `python -m eval watch` writes for a run, and a record of those that W&B has."""
 
     def __init__(self, run: RunPaths) -> None:
-        self.table, self.seen = run.evaluations.table, run.wandb_scores_file
+        self.table, self.logged_file = run.evaluations.table, run.wandb_scores_file
 
-    def pending(self) -> list[tuple[str, dict[str, Any]]]:
-        """What W&B lacks: identity, and the row for it, `eval/step`, `eval/fid`, …"""
+    def pending(self) -> list[PendingScores]:
+        """The rows that W&B lacks, in the order of the table."""
         if not self.table.is_file():
             return []
-        logged = set(json.loads(self.seen.read_text(encoding="utf-8"))) if self.seen.is_file() else set()
+        logged = set(self._logged())
         rows = [json.loads(line) for line in self.table.read_text(encoding="utf-8").splitlines()]
         return [
-            (row["id"], {f"eval/{key}": value for key, value in row.items() if isinstance(value, int | float)})
+            PendingScores(row["id"], {f"eval/{key}": value for key, value in row.items() if _is_number(value)})
             for row in rows
             if row["id"] not in logged
         ]
 
-    def done(self, identity: str | None) -> None:
-        if identity is not None:
-            logged = json.loads(self.seen.read_text(encoding="utf-8")) if self.seen.is_file() else []
-            write_json(self.seen, [*logged, identity])
+    def mark_logged(self, scores: PendingScores) -> None:
+        write_json(self.logged_file, [*self._logged(), scores.id])
+
+    def _logged(self) -> list[str]:
+        if not self.logged_file.is_file():
+            return []
+        ids: list[str] = json.loads(self.logged_file.read_text(encoding="utf-8"))
+        return ids
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def log_scores(folder: RunPaths, settings: WandbConfig) -> None:
-    """Add what is pending to the W&B run of a training that is not running: two writers would overwrite each other."""
-    scores, metrics = ScoreTable(folder), folder.metrics_file
+    """Add pending scores to the W&B run of a training that is not running. Two writers would overwrite each other."""
+    scores, metrics = WandbScores(folder), folder.metrics_file
     if settings.mode == "disabled" or not scores.pending():
         return
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []  # an imported run has none
     step = max((_step_of(line, default=0) for line in lines), default=0)
     run = open_wandb(folder, settings)
-    for number, (identity, row) in enumerate(scores.pending(), start=max(step + 1, run.step)):
-        run.log(row, step=number)
-        scores.done(identity)
+    for number, pending in enumerate(scores.pending(), start=max(step + 1, run.step)):
+        run.log(pending.values, step=number)
+        scores.mark_logged(pending)
     run.finish()
 
 

@@ -8,7 +8,7 @@ N batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 class LossTerms:
     """`total` is the scalar to minimise, with its gradient. `terms` are detached means over the batch.
 
+    `measures` are means over the batch that are no losses, such as an accuracy.
     Losses that depend on time also have `clock` (N,), the progress of the global clock from 0 to 1, and `per_sample`
     (N,), the detached loss of each sample.
     """
@@ -26,6 +27,7 @@ class LossTerms:
     terms: dict[str, Tensor]
     clock: Tensor | None = None
     per_sample: Tensor | None = None
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):

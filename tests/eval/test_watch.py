@@ -18,7 +18,7 @@ from sfd_scale.data.sources import DigitsConfig, ToyImages
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
-from sfd_scale.training.metrics_writer import ScoreTable
+from sfd_scale.training.metrics_writer import WandbScores
 from tests.helpers.encoded import encode_digits, tokenizer
 from tests.helpers.ranks import run_ranks
 from tests.sfd_scale.training.test_metrics import read_by_wandb
@@ -105,7 +105,7 @@ def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
     logged = [record["history"]["item"] for record in records if record["type"] == "history"]
     scores = [(row["eval/step"], row["eval/fid"]) for row in logged if "eval/fid" in row]
     assert scores == [(row["step"], pytest.approx(row["fid"])) for row in (*rows, rows[1])]
-    assert not ScoreTable(run).pending()
+    assert not WandbScores(run).pending()
     # One table is of one recipe.
     other = config.load(tmp_path / "eval.yaml", EvalRecipe, ["seed=1"])
     with pytest.raises(ValueError, match=r"its scores are of another recipe \(seed differ\)"):

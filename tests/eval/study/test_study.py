@@ -94,7 +94,7 @@ def test_rotation_asks_for_the_turn_and_not_for_the_class() -> None:
         return SimpleNamespace(logits=30.0 * torch.nn.functional.one_hot(turns, 4))
 
     found = pretext(model, batch)
-    assert found.terms["accuracy"] == 1 and found.total < 1e-6
+    assert found.measures["accuracy"] == 1 and found.total < 1e-6
 
 
 def test_rotation_has_four_classes() -> None:

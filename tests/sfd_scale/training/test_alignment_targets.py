@@ -107,7 +107,7 @@ def semvae_recipe(folder: Path, run: Path, **changes: Any) -> TrainRecipe:
 def test_a_semantic_vae_trains_from_shards_of_features(data: Path, tmp_path: Path) -> None:
     assert train.train(semvae_recipe(data, tmp_path / "run"), tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["mse"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["loss/mse"] > 0 for row in rows)
     wide = semvae_recipe(data, tmp_path, model={"kind": "semantic_vae", "input_dim": 7})
     with pytest.raises(ValueError, match=r"model\.input_dim: 7; the stored features have 6"):
         train.train(wide, tmp_path / "wide")

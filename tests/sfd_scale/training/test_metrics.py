@@ -16,7 +16,7 @@ from sfd_scale.runtime import distributed
 from sfd_scale.runtime.matmul import measured_flops
 from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.training.metrics import TrainingMetrics
-from sfd_scale.training.metrics_writer import MetricsWriter, ScoreTable, WandbConfig, log_scores
+from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig, WandbScores, log_scores
 from sfd_scale.training.objective import LossTerms
 from tests.helpers.ranks import run_ranks
 
@@ -75,6 +75,17 @@ def test_what_is_not_finite_is_left_out_of_the_means() -> None:
     assert meter.reduce()["loss"] is None
 
 
+def test_terms_of_the_loss_are_below_loss_and_other_measures_are_not() -> None:
+    meter = TrainingMetrics()
+    for velocity, accuracy in ((2.0, 0.5), (4.0, 1.0)):
+        terms = {"loss": torch.tensor(velocity + 1), "velocity": torch.tensor(velocity)}
+        measured = LossTerms(torch.tensor(0.0), terms, measures={"accuracy": torch.tensor(accuracy)})
+        meter.add(measured, samples=1, wait_s=0.0)
+    values = meter.reduce()
+    assert (values["loss"], values["loss/velocity"], values["accuracy"]) == (4.0, 3.0, 0.75)
+    assert not {"velocity", "loss/accuracy", "loss/loss"} & values.keys()
+
+
 def test_what_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
     writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {})
     writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5, "mfu": None})
@@ -88,7 +99,7 @@ def test_an_imported_run_has_scores_before_it_has_metrics(tmp_path: Path) -> Non
     (tmp_path / "evaluations").mkdir()
     (tmp_path / "evaluations" / "results.jsonl").write_text('{"step": 4, "id": "a", "fid": 4.5}\n')
     log_scores(RunPaths(tmp_path), WandbConfig(mode="offline"))
-    assert not ScoreTable(RunPaths(tmp_path)).pending()
+    assert not WandbScores(RunPaths(tmp_path)).pending()
 
 
 def test_replicas_count_once() -> None:

@@ -249,7 +249,7 @@ def test_classification_is_smoothed_cross_entropy() -> None:
     log_p = logits.log_softmax(1)
     targets = torch.full((3, 3), 0.1) + 0.7 * torch.eye(3)
     assert result.total.item() == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
-    assert result.terms["accuracy"].item() == pytest.approx(2 / 3)
+    assert result.measures["accuracy"].item() == pytest.approx(2 / 3)
 
 
 def test_translation_moves_whole_images_by_their_own_draw() -> None:
