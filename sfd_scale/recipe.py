@@ -36,16 +36,18 @@ from sfd_scale.training.trainer import TrainerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Weights that a fresh run starts from, with a new optimizer at step 0: a run folder, a checkpoint of one, or a
-    file of `sfd export`. A run that has checkpoints of its own goes on from those."""
+    """Initial weights of a new run, which has a new optimizer and step 0. A run with checkpoints resumes from them.
+
+    path: a run folder, one of its checkpoints, or a file of `sfd export`.
+    """
 
     path: Path
-    weights: Literal["ema", "params"] = "ema"  # the averages or the weights themselves; a file holds one of them
+    weights: Literal["ema", "params"] = "ema"  # EMA or plain weights; an exported file holds only one of them
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecipe:
-    """Everything that decides a training run."""
+    """All settings of a training run."""
 
     kind: Literal["train"] = "train"
     name: NoEffectOnResults[str]
@@ -53,7 +55,7 @@ class TrainRecipe:
     objective: ObjectiveConfig
     data: DataConfig
     train: TrainerConfig
-    published: NoEffectOnResults[str | None] = None  # the number that the run is to reach, and whose it is
+    published: NoEffectOnResults[str | None] = None  # the published score of this run, with its source
     seed: int = 0
     run: NoEffectOnResults[Path] = Path("runs/train")
     latents: LatentLayout = field(default_factory=LatentLayout)
@@ -83,7 +85,7 @@ class TrainRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRecipe:
-    """Images in, shards out."""
+    """Encode images to shards."""
 
     kind: Literal["encode"] = "encode"
     name: NoEffectOnResults[str]
@@ -107,8 +109,10 @@ class EncodeRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FitRecipe:
-    """A codec in closed form, from the first `num_images` of a source: a PCA of patches, or of the features of
-    tokenizer.vision."""
+    """Fit a codec in closed form to the first `num_images` images of a source.
+
+    codec: a PCA of patches, or of the features of tokenizer.vision.
+    """
 
     kind: Literal["fit"] = "fit"
     name: NoEffectOnResults[str]
@@ -130,7 +134,7 @@ class FitRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRecipe:
-    """The authors' feature files in, shards out."""
+    """Convert the feature files of the official code to shards."""
 
     kind: Literal["convert"] = "convert"
     name: NoEffectOnResults[str]

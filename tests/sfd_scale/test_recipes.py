@@ -103,7 +103,7 @@ def of(name: str) -> TrainRecipe:
 
 
 @pytest.mark.parametrize("size", ["B", "L", "XL", "XXL"])
-def test_the_lengths_of_a_size_differ_as_the_authors_do(size: str) -> None:
+def test_the_800_and_80_epoch_runs_of_a_size_differ_as_in_the_official_code(size: str) -> None:
     long, short = of(f"sfd_{size.lower()}"), of(f"sfd_{size.lower()}_80ep")
     for recipe in (long, short):
         assert isinstance(recipe.model, LightningDiTConfig) and recipe.model.size == size
@@ -158,22 +158,22 @@ def test_an_old_recipe_name_is_an_error_that_says_the_new_one(old: str) -> None:
         load_any(old)
 
 
-AUTHORS = SemanticFirstConfig(
+OFFICIAL = SemanticFirstConfig(
     semantic_weight=2.0, cosine_weight=1.0, alignment_weight=1.0, alignment_mode="cos", label_dropout=0.1
 )  # fmt: skip
-SHORT = dataclasses.replace(AUTHORS, alignment_weight=0.5, alignment_mode="cos_mse")
+SHORT = dataclasses.replace(OFFICIAL, alignment_weight=0.5, alignment_mode="cos_mse")
 
 
 @pytest.mark.parametrize(
     ("name", "size", "steps", "objective", "optimizer"),
     [
-        ("sfd_xl", "XL", 4_000_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
-        ("sfd_xxl", "XXL", 4_000_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+        ("sfd_xl", "XL", 4_000_000, OFFICIAL, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+        ("sfd_xxl", "XXL", 4_000_000, OFFICIAL, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
         ("sfd_xl_80ep", "XL", 400_000, SHORT, AdamWConfig(lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)),
-        ("autoguidance_b", "B", 400_000, AUTHORS, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
+        ("autoguidance_b", "B", 400_000, OFFICIAL, AdamWConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0)),
     ],
 )
-def test_the_authors_runs_have_their_settings(
+def test_the_official_runs_have_the_official_settings(
     name: str, size: str, steps: int, objective: SemanticFirstConfig, optimizer: AdamWConfig
 ) -> None:
     recipe = of(name)
@@ -210,7 +210,7 @@ GUIDED_SCORES = {
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_published(name: str) -> None:
+def test_a_published_evaluation_has_the_published_run_guidance_model_and_scale(name: str) -> None:
     run, step, guide, scale, scores = EVALUATIONS[name]
     recipe, training, guiding = load_any(f"eval/{name}"), of(run), of("autoguidance_b")
     last = step == training.train.steps
@@ -228,7 +228,7 @@ def test_a_published_evaluation_is_of_the_run_the_guide_and_the_scale_that_are_p
         assert recipe.guide == Path(f"runs/autoguidance_b_{guide}k.safetensors")
         assert guiding.checkpoint.keep_every and guide * 1000 % guiding.checkpoint.keep_every == 0
         assert recipe.guidance == AutoGuidance(scale_texture=scale, scale_semantic=scale)
-    # What the authors' evaluation shares: 50 images of each class, dopri5, float32 with TF32, ADM's metrics.
+    # All official evaluations: 50 images of each class, dopri5, float32 with TF32, ADM's metrics.
     assert (recipe.num_samples, recipe.labels, recipe.seed) == (50_000, BalancedLabels(), 0)
     assert recipe.sampler == Dopri5Config(rtol=1e-3, atol=1e-6) and recipe.precision == "tf32"
     assert recipe.metrics == MetricsConfig(is_split=5000, neighbours=3, reference_images=10_000, kid_size=1000)
@@ -245,7 +245,7 @@ def test_the_evaluation_with_euler_steps_has_the_settings_of_its_measurement() -
     assert {key.split(".")[0] for key in different} == {"name", "published", "guide", "sampler"}
 
 
-def test_the_data_and_the_tokenizers_of_the_authors() -> None:
+def test_data_and_tokenizers_are_those_of_the_official_code() -> None:
     for name in ("encode_imagenet256", "encode_imagenet256_features"):
         recipe = load_any(f"data/{name}")
         assert recipe.store.flip and recipe.store.dtype == "float16" and recipe.tokenizer.precision == "tf32"
