@@ -130,22 +130,19 @@ def test_features_alone_for_a_semantic_vae(source: Path, tmp_path: Path) -> None
         config(source, latents=False, features=False)
 
 
-def test_a_conversion_that_was_cut_off_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_resumes_with_the_files_that_are_missing(source: Path, tmp_path: Path) -> None:
     convert(config(source), tmp_path / "straight")
-    done: list[int] = []
-    whole_file = module._convert_file
-
-    def cut_off(*args: Any) -> None:
-        if done:
-            raise KeyboardInterrupt
-        done.append(args[-1])
-        whole_file(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_convert_file", cut_off)
+    second = source / "latents_rank00_shard001.safetensors"
+    whole_file, broken = second.read_bytes(), tensors(1, COUNTS[1])
+    label(broken)
+    save_file(broken, second)
+    with pytest.raises(ValueError, match="labels of"):
         convert(config(source), tmp_path / "out")
-    assert done == [0]
+    (first,) = (tmp_path / "out").glob("chunks/*/note.json")
+    written = first.stat().st_mtime_ns
+    second.write_bytes(whole_file)
     convert(config(source), tmp_path / "out")
+    assert first.stat().st_mtime_ns == written
     assert files(tmp_path / "out") == files(tmp_path / "straight")
     save_file(tensors(9, 6), source / "latents_rank00_shard003.safetensors")
     with pytest.raises(ValueError, match="holds data of another recipe"):
