@@ -1,7 +1,8 @@
-"""`python -m benchmarks`: every benchmark, each in a process of its own, and one table of the targets.
+"""`python -m benchmarks`: run all benchmarks, each in its own process, and print a table of the targets.
 
-The results go into benchmarks/results/cpu.json, each beside its machine and date; names measure only those anew.
-`--page` writes the tables of that file into docs/performance.md, between its two marks, and measures nothing.
+The results go into benchmarks/results/cpu.json, each with its machine and date. NAME runs only that benchmark and
+replaces its results. `--page` runs nothing: it writes the tables of the file into docs/performance.md, between two
+marks.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ START, END = "<!-- benchmarks: start -->", "<!-- benchmarks: end -->"
 
 
 def main() -> int:
-    """1 if a benchmark failed to run; a target that is missed is printed, not an error."""
+    """Returns 1 if a benchmark failed to run. A missed target is printed, but is no error."""
     parser = harness.parser(__doc__ or "")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)}; default: all")
-    parser.add_argument("--page", action="store_true", help="write the tables of the results into the docs")
+    parser.add_argument("--page", action="store_true", help="write the tables of the results into docs/performance.md")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(SUITE)
     if unknown:
@@ -41,24 +42,24 @@ def main() -> int:
     results = (chosen.out or harness.RESULTS) / FILE
     if arguments.page:
         if not results.is_file():
-            parser.error(f"{results} is not there; run `python -m benchmarks` first")
+            parser.error(f"{results} does not exist; run `python -m benchmarks` first")
         insert(DOCS, page(harness.sections(results)))
         return 0
     started = time.monotonic()
     new, failed = measure(arguments.names or SUITE, chosen)
     figures = [figure for section in new for figure in harness.figures_of(section)]
     print(f"\n## Targets\n\n{harness.markdown([figure for figure in figures if figure.target is not None])}")
-    print(f"\n{time.monotonic() - started:.0f} s in all")
+    print(f"\n{time.monotonic() - started:.0f} s in total")
     if not chosen.quick:
         harness.merge(results, new, SUITE)
-        print(f"written to {results}; `python -m benchmarks --page` puts it into {DOCS.name}")
+        print(f"written to {results}; `python -m benchmarks --page` copies the tables into {DOCS.name}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def measure(names: Sequence[str], chosen: harness.Options) -> tuple[list[dict[str, Any]], list[str]]:
-    """What each benchmark wrote, and the names of those that failed."""
+    """Run benchmarks; returns their results and the names of the failed ones."""
     new, failed = [], []
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as out:
         command = [f"--threads={chosen.threads}", f"--out={out}"]
@@ -75,7 +76,7 @@ def measure(names: Sequence[str], chosen: harness.Options) -> tuple[list[dict[st
 
 
 def page(sections: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of results: the targets, then what each benchmark found besides, with machine and date."""
+    """Markdown of results: the figures with a target, then the others of each benchmark, with machine and date."""
     with_target = [
         figure for section in sections for figure in harness.figures_of(section) if figure.target is not None
     ]
@@ -97,10 +98,10 @@ def _machine(section: Mapping[str, Any]) -> str:
 
 
 def insert(path: Path, text: str) -> None:
-    """Put a text between the marks of a page.
+    """Replace the text between the marks of a page.
 
     Raises:
-        ValueError: if the page has not both marks, once each.
+        ValueError: unless the page has each mark once.
     """
     old = path.read_text(encoding="utf-8")
     if old.count(START) != 1 or old.count(END) != 1:

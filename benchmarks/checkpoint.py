@@ -1,4 +1,4 @@
-"""Checkpoints of LightningDiT-S/1: how long training stands still, a whole save, a load; against torch.save of all."""
+"""Checkpoints of LightningDiT-S/1: time that a save blocks training, time of a save, time of a load; vs. torch.save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sfd_scale.engines.optim import AdamWConfig
 
 
 def run(options: Options) -> list[Figure]:
-    """Checkpoints/s: training held up, saved and checked, loaded; the official code saves by torch.save from rank 0."""
+    """Checkpoints/s: training blocked, saved and verified, loaded. The official code uses torch.save on rank 0."""
     depth = 1 if options.quick else None
     model, theirs = our_model("S", depth), Peer("S", depth=depth)
     randomize(model, theirs)
@@ -44,7 +44,7 @@ def run(options: Options) -> list[Figure]:
             manager.wait()
 
         saved = harness.race({"ours": whole, "peer": peer}, repeats)
-        held = {"ours": [_held(manager, next(steps), engine, ema) for _ in range(repeats)], "peer": saved["peer"]}
+        blocked = {"ours": [_blocked(manager, next(steps), engine, ema) for _ in range(repeats)], "peer": saved["peer"]}
         latest = manager.latest()
         assert latest is not None
         loaded = harness.race(
@@ -58,15 +58,15 @@ def run(options: Options) -> list[Figure]:
     return [
         harness.compare(f"S/1 checkpoint, {what}", seconds, against=against, work=1, unit="1/s")
         for what, seconds, against in (
-            ("training held up", held, "torch.save of model, ema, opt"),
-            ("written and checked", saved, "torch.save of model, ema, opt"),
-            ("loaded into the engine", loaded, "torch.load, into no model yet"),
+            ("training blocked", blocked, "torch.save of model, ema, opt"),
+            ("written and verified", saved, "torch.save of model, ema, opt"),
+            ("loaded into the engine", loaded, "torch.load alone"),
         )
     ]
 
 
-def _held(manager: CheckpointManager, step: int, engine: Any, ema: EMA) -> float:
-    """Seconds that a save in the background holds training up."""
+def _blocked(manager: CheckpointManager, step: int, engine: Any, ema: EMA) -> float:
+    """Seconds for which a background save blocks training."""
     seconds = harness.race({"it": lambda: manager.save(step, engine, ema, {})}, 1, warmup=0)["it"][0]
     manager.wait()
     return seconds

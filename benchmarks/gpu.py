@@ -1,7 +1,8 @@
-"""What one GPU does with the real sizes: `python -m benchmarks.gpu check` and `python -m benchmarks.gpu bench`.
+"""Correctness and throughput of the real model sizes on one GPU: `python -m benchmarks.gpu check` and `... bench`.
 
-Needs torch, numpy and this checkout; torch-fidelity for the Inception figure and torchao for float8, whose lines say so
-where they are missing. `--device cpu` runs the same code on the CPU, with size S and small batches.
+Needs torch, numpy and this checkout; torch-fidelity for Inception features and torchao for float8, which are left out
+with a message if these packages are missing. `--device cpu` runs the same code on the CPU, with size S and small
+batches.
 """
 
 from __future__ import annotations
@@ -45,58 +46,58 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 2e-2
 Part = Literal["training", "sampling", "features"]
 M = TypeVar("M", bound=nn.Module)
-# The issue of 50,000 guided images: Euler with 100 steps, the guide a B.
-EULER_STEPS, GUIDE = 100, "B"
+# 50,000 guided images take 100 Euler steps, with a B as guidance model.
+EULER_STEPS, GUIDANCE_SIZE = 100, "B"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is run. On the CPU: size S of `depth` blocks, to see that it works."""
+class Workload:
+    """Sizes and batches to run. On the CPU: size S with `depth` blocks, to test the benchmark."""
 
     device: torch.device
     sizes: tuple[str, ...]
     depth: int | None
-    micro_batches: tuple[int, ...]  # of the first size; every other one of them of the second
+    micro_batches: tuple[int, ...]  # of the first size; the second size takes every other one
     sampling_batches: tuple[int, ...]
     inception_batch: int
     repeats: int
 
 
-def plan(device: torch.device, quick: bool) -> Plan:
+def workload(device: torch.device, quick: bool) -> Workload:
     if device.type == "cuda":
-        return Plan(device, ("XXL", "XL"), None, (16, 32, 64, 128), (64, 128, 256, 512), 256, 3)
-    return Plan(device, ("S",), 1 if quick else None, (1,) if quick else (2, 8), (1,) if quick else (2, 8), 2, 1)
+        return Workload(device, ("XXL", "XL"), None, (16, 32, 64, 128), (64, 128, 256, 512), 256, 3)
+    return Workload(device, ("S",), 1 if quick else None, (1,) if quick else (2, 8), (1,) if quick else (2, 8), 2, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- check
 
 
 def check(device: torch.device) -> list[str]:
-    """Attention and blocks on this device against float32 products; returns what is beyond its tolerance."""
+    """Compare attention and compiled blocks on this device with exact results; returns names of failed checks."""
     failed = []
     for backend, head_dim in itertools.product(get_args(AttentionBackend), (64, 72)):
         try:
             chosen = attention.activate(backend, device, (head_dim,))
         except ValueError as error:
-            print(f"head of {head_dim}: {error}")
+            print(f"head dim {head_dim}: {error}")
             continue
         try:
             kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
             worst = attention_error(device, head_dim)
-        except Exception as error:  # noqa: BLE001 (a kernel that loads, and does not run)
+        except Exception as error:  # noqa: BLE001 (a kernel may load and fail to run)
             kernel, worst = f"{type(error).__name__}: {error}", math.inf
         verdict = "ok" if worst <= TOLERANCE else "FAILED"
-        print(f"head of {head_dim}: attention {backend} ({chosen}): {kernel}, worst error {worst:.1e}: {verdict}")
-        failed += [f"attention {backend}, head of {head_dim}"] if worst > TOLERANCE else []
+        print(f"head dim {head_dim}: attention {backend} ({chosen}): {kernel}, worst error {worst:.1e}: {verdict}")
+        failed += [f"attention {backend}, head dim {head_dim}"] if worst > TOLERANCE else []
     attention.activate("auto", device)
     worst = compiled_error(device)
     verdict = "ok" if worst <= TOLERANCE else "FAILED"
-    print(f"block in bf16, compiled against eager, with gradients: worst error {worst:.1e}: {verdict}")
+    print(f"block in bf16, compiled vs. eager, with gradients: worst error {worst:.1e}: {verdict}")
     return failed + (["compiled block"] if worst > TOLERANCE else [])
 
 
 def attention_error(device: torch.device, head_dim: int) -> float:
-    """The largest error of output and gradients of bf16 attention, each relative to the largest value there is."""
+    """Largest error of output and gradients of bf16 attention, each relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -113,7 +114,7 @@ def attention_error(device: torch.device, head_dim: int) -> float:
 
 
 def compiled_error(device: torch.device) -> float:
-    """The largest difference of a compiled S block from the same block eager, in bf16, over the largest value."""
+    """Largest difference between a compiled and an eager S block in bf16, relative to the largest value."""
     model = our_model("S", 1, alignment=False)
     randomize(model)
     model = model.to(device, torch.bfloat16)
@@ -140,8 +141,8 @@ def _relative(value: Any, reference: Any) -> float:
 # ------------------------------------------------------------------------------------------------------- bench
 
 
-def bench(chosen: Plan, parts: Sequence[Part] = get_args(Part)) -> Iterator[Figure]:
-    """Training, sampling and features; each figure as soon as it is measured."""
+def bench(chosen: Workload, parts: Sequence[Part] = get_args(Part)) -> Iterator[Figure]:
+    """Run training, sampling and features; yields each figure as soon as it is measured."""
     attention.activate("auto", chosen.device)
     first, *others = chosen.sizes
     if "training" in parts:
@@ -154,7 +155,7 @@ def bench(chosen: Plan, parts: Sequence[Part] = get_args(Part)) -> Iterator[Figu
         yield from _training(chosen, size, chosen.micro_batches[1::2])
 
 
-def _training(chosen: Plan, size: str, micro_batches: Sequence[int]) -> Iterator[Figure]:
+def _training(chosen: Workload, size: str, micro_batches: Sequence[int]) -> Iterator[Figure]:
     for count in micro_batches:
         peer = _rate(chosen, count, functools.partial(_peer_training, chosen, size, count))
         name = f"{size}/1 bf16 training, micro-batch {count}"
@@ -167,7 +168,7 @@ def _training(chosen: Plan, size: str, micro_batches: Sequence[int]) -> Iterator
 def _training_settings(device: torch.device, eager: bool) -> Iterator[tuple[str, FSDPConfig]]:
     base = FSDPConfig(sharding="replicate", compile=True)
     for mode in get_args(Checkpointing):
-        yield f"checkpointing {mode}", dataclasses.replace(base, activation_checkpointing=mode)
+        yield f"activation checkpointing {mode}", dataclasses.replace(base, activation_checkpointing=mode)
     if eager:
         yield "eager", dataclasses.replace(base, compile=False)
     reason = float8_missing(device)
@@ -179,16 +180,16 @@ def _training_settings(device: torch.device, eager: bool) -> Iterator[tuple[str,
 
 @dataclass(frozen=True)
 class Rate:
-    """Units a second and the largest memory; None where it did not run, and `failure` says why."""
+    """Units/s and peak memory; None if it failed, for the reason `failure`."""
 
     value: float | None
     memory_gib: float | None
     failure: str = ""
 
 
-def _rate(chosen: Plan, work: float, make: Callable[[], Callable[[], object]]) -> Rate:
-    """The median rate of what `make` makes, `work` units a call. What fails is a figure too, and ends no other one."""
-    # Else the blocks of earlier figures, which share their code, would make these ones compile for any shape.
+def _rate(chosen: Workload, work: float, make: Callable[[], Callable[[], object]]) -> Rate:
+    """Median rate of the function that `make` returns, with `work` units per call. An exception becomes a `failure`."""
+    # Without it, earlier figures, which compile the same code for other shapes, would switch to dynamic shapes.
     torch.compiler.reset()
     gc.collect()
     on_gpu = chosen.device.type == "cuda"
@@ -202,14 +203,14 @@ def _rate(chosen: Plan, work: float, make: Callable[[], Callable[[], object]]) -
     except torch.OutOfMemoryError:
         return Rate(None, None, "out of memory")
     except Exception as error:
-        logger.warning("did not run", exc_info=error)
+        logger.warning("a contender failed", exc_info=error)
         return Rate(None, None, f"failed: {type(error).__name__}")
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     return Rate(work / sorted(seconds)[len(seconds) // 2], memory)
 
 
-def utilisation(chosen: Plan, size: str, rate: Rate) -> str:
-    """Model FLOP utilisation of training at this rate, where the device's peak is known."""
+def utilisation(chosen: Workload, size: str, rate: Rate) -> str:
+    """Model FLOP utilisation (MFU) of training at this rate; empty if the device's peak is unknown."""
     peak = peak_flops(chosen.device)
     if rate.value is None or not math.isfinite(peak):
         return ""
@@ -232,7 +233,7 @@ def _figure(
     return figure
 
 
-def _peer_training(chosen: Plan, size: str, count: int) -> Callable[[], object]:
+def _peer_training(chosen: Workload, size: str, count: int) -> Callable[[], object]:
     model = _on(chosen.device, lambda: Peer(size, depth=chosen.depth, compiled=True))
     batch = batch_of(count).to(chosen.device)
     precision: baseline.Precision = "bf16" if chosen.device.type == "cuda" else "fp32"
@@ -243,14 +244,14 @@ def _peer_training(chosen: Plan, size: str, count: int) -> Callable[[], object]:
 
 
 def _on(device: torch.device, make: Callable[[], M]) -> M:
-    """A model with small random weights, built where it is to run: on one core that would take longer than the runs."""
+    """Make a model with small random weights on the device; on one CPU core this would take longer than the run."""
     with device:
         model = make()
     randomize(model)
     return model
 
 
-def _sampling(chosen: Plan, size: str) -> Iterator[Figure]:
+def _sampling(chosen: Workload, size: str) -> Iterator[Figure]:
     for count in chosen.sampling_batches:
         for name, guidance in (("no guidance", NoGuidance()), ("AutoGuidance", AutoGuidance())):
             peer = _images(chosen, count, _peer_sampling(chosen, size, count, guidance))
@@ -261,13 +262,13 @@ def _sampling(chosen: Plan, size: str) -> Iterator[Figure]:
                 yield _figure(f"{label}, {'compiled' if compiled else 'eager'}", rate, peer, "images/s", note)
 
 
-def _images(chosen: Plan, count: int, make: Callable[[], Callable[[], object]]) -> Rate:
-    """Images/s from calls of two steps: every step costs the same."""
+def _images(chosen: Workload, count: int, make: Callable[[], Callable[[], object]]) -> Rate:
+    """Images/s, from calls of two steps: all steps take the same time."""
     return _rate(chosen, count * 2 / EULER_STEPS, make)
 
 
 def _our_sampling(
-    chosen: Plan, size: str, count: int, guidance: GuidanceConfig, compiled: bool
+    chosen: Workload, size: str, count: int, guidance: GuidanceConfig, compiled: bool
 ) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
         models = []
@@ -289,7 +290,9 @@ def _our_sampling(
     return make
 
 
-def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig) -> Callable[[], Callable[[], object]]:
+def _peer_sampling(
+    chosen: Workload, size: str, count: int, guidance: GuidanceConfig
+) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
         builds = [functools.partial(Peer, name, depth=chosen.depth, compiled=True) for name in
                   _names(chosen, size, guidance)]  # fmt: skip
@@ -298,7 +301,7 @@ def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig
         field = baseline.field(models[0], labels, models[1] if len(models) > 1 else None)
 
         def run() -> Tensor:
-            with allow_tf32():  # as the official script allows
+            with allow_tf32():  # as in the official script
                 return baseline.euler(field, noise, 2)
 
         return run
@@ -306,19 +309,19 @@ def _peer_sampling(chosen: Plan, size: str, count: int, guidance: GuidanceConfig
     return make
 
 
-def _names(chosen: Plan, size: str, guidance: GuidanceConfig) -> list[str]:
-    """The model, and its guide where there is one."""
-    guide = GUIDE if chosen.device.type == "cuda" else "S"
+def _names(chosen: Workload, size: str, guidance: GuidanceConfig) -> list[str]:
+    """Size of the model, and of the guidance model with AutoGuidance."""
+    guide = GUIDANCE_SIZE if chosen.device.type == "cuda" else "S"
     return [size, guide] if isinstance(guidance, AutoGuidance) else [size]
 
 
-def _start(chosen: Plan, count: int) -> tuple[Tensor, Tensor]:
+def _start(chosen: Workload, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(count, *LAYOUT.shape, generator=generator)
     return noise.to(chosen.device), torch.randint(NULL_LABEL, (count,), generator=generator).to(chosen.device)
 
 
-def _inception(chosen: Plan) -> Iterator[Figure]:
+def _inception(chosen: Workload) -> Iterator[Figure]:
     if importlib.util.find_spec("torch_fidelity") is None:
         print("Inception features: needs the package torch-fidelity")
         return
@@ -326,8 +329,8 @@ def _inception(chosen: Plan) -> Iterator[Figure]:
     yield _figure(f"Inception features, batch {chosen.inception_batch}", rate, rate, "images/s", against="itself")
 
 
-def _features(chosen: Plan) -> Callable[[], object]:
-    """Of random weights, on which the speed does not depend: no file is needed."""
+def _features(chosen: Workload) -> Callable[[], object]:
+    """Inception with random weights, which have the same speed and need no file."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     from sfd_scale.runtime.matmul import strict_float32
@@ -355,14 +358,16 @@ def _features(chosen: Plan) -> Callable[[], object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """1 if a check failed."""
+    """Returns 1 if a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "bench"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="one block, batch 1: to see that it works")
-    parser.add_argument("--part", action="append", choices=get_args(Part), help="of bench; all of them by default")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further figure of bench after these")
-    parser.add_argument("--out", type=Path, help="folder of gpu.json; by default the results, of a GPU only")
+    parser.add_argument("--quick", action="store_true", help="one block, batch 1: to test the benchmark")
+    parser.add_argument("--part", action="append", choices=get_args(Part), help="part of bench (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further figure of bench after this time"
+    )
+    parser.add_argument("--out", type=Path, help="folder of gpu.json (default on a GPU: benchmarks/results)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -376,16 +381,16 @@ def main(arguments: list[str] | None = None) -> int:
     state = {"machine": harness.machine(), "versions": harness.versions(), "quick": options.quick}
     chosen = options.part or []
     words = [f"python -m benchmarks.gpu bench --device {device.type}", *(f"--part {part}" for part in chosen)]
-    name = "_".join(["gpu", *chosen])  # a part does not take the place of what was measured of the others
+    name = "_".join(["gpu", *chosen])  # a part must not overwrite the results of other parts
     out = options.out or (harness.RESULTS if device.type == "cuda" else None)
     figures: list[Figure] = []
-    for figure in bench(plan(device, options.quick), chosen or get_args(Part)):
+    for figure in bench(workload(device, options.quick), chosen or get_args(Part)):
         figures.append(figure)
         if out is not None:
-            # After each: a run that is cut off has those before.
+            # After every figure, so that an interrupted run keeps the earlier ones.
             harness.write(name, " ".join(words), figures, state, out)
         if time.monotonic() - started > options.seconds:
-            print(f"stopped after {options.seconds:.0f} s; the other figures by --part")
+            print(f"stopped after {options.seconds:.0f} s; run the other figures with --part")
             break
     print(harness.markdown(figures))
     return 0

@@ -1,7 +1,7 @@
-"""What every benchmark shares: contenders run in turn on the same work, and what comes out of it is written down.
+"""Code of all benchmarks: run contenders on the same work in turns, and write the figures.
 
-A figure is a ratio, peer over ours, from repeats that alternate: other load on the machine then meets both sides alike.
-Needs torch alone, so that a bare GPU machine can run it.
+A figure is the ratio peer / ours, from repeats that alternate, so that other load on the machine affects both equally.
+The harness needs only torch, so that it runs on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _PACKAGES = ("torch", "numpy", "deepspeed", "mosaicml-streaming", "scipy", "torc
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark is told.
+    """Options of every benchmark.
 
-    repeats: timed runs of each contender; None: the benchmark's own choice.
-    quick: small models and few repeats, to see that a benchmark works; its figures mean nothing.
-    official: a checkout of the official code, run as one more peer where a benchmark can.
-    out: the folder of NAME.json; None: the figures are printed only.
+    repeats: timed runs per contender; None for the benchmark's default.
+    quick: small models and few repeats, to test the benchmark; its figures mean nothing.
+    official: a checkout of the official code, as one more peer of the benchmarks that support it.
+    out: the folder of NAME.json; None to print the figures only.
     """
 
     repeats: int | None = None
@@ -47,9 +47,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a table: `ours` and `peer` in `unit`, and how many times better ours is.
+    """One row of a table: `ours` and `peer` in `unit`, and the factor by which ours is better.
 
-    ratio is the median over the repeats, low and high its quartiles. `target`: the ratio that ours has to reach.
+    ratio is the median over the repeats, low and high are its quartiles. target is the ratio to reach.
     """
 
     what: str
@@ -77,9 +77,9 @@ def race(
     warmup: int = 1,
     synchronize: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call, `repeats` a contender, after `warmup` calls of each that are not timed.
+    """Seconds of `repeats` calls per contender, after `warmup` calls that are not timed.
 
-    The contenders take turns, in reverse order every other round: what drifts with time favours none.
+    The contenders take turns, in reverse order every other round, so that a drift over time favours none.
     """
     wait = synchronize or (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -106,9 +106,10 @@ def compare(
     unit: str,
     target: float | None = None,
 ) -> Figure:
-    """The figure of two contenders of one race: median rates, `work` units a call, and the ratios round by round.
+    """The figure of two contenders of a race: their median rates, and the median of the ratios of all rounds.
 
-    Without `work` the two values are the median seconds themselves.
+    Args:
+        work: units of work per call; None to give seconds in place of rates.
     """
     ratios = [theirs / own for own, theirs in zip(seconds[ours], seconds[peer], strict=True)]
     low, high = _quartiles(ratios)
@@ -127,13 +128,13 @@ def measured(
     better: Literal["lower", "higher"] = "lower",
     target: float | None = None,
 ) -> Figure:
-    """A figure of two values that are no times of a race, such as bytes; the peer's may be a limit."""
+    """The figure of two values that do not come from a race, such as bytes. The peer's value may be a limit."""
     ratio = peer / ours if better == "lower" else ours / peer
     return Figure(what, against, unit, ours, peer, ratio, ratio, ratio, target)
 
 
 def peak_memory(target: Callable[..., object], *args: Any) -> int:
-    """Bytes: the largest resident set of a new process that runs `target`, a function of a module, once.
+    """Peak resident memory in bytes of a new process that calls `target`, a function of a module, once.
 
     Raises:
         RuntimeError: if the process fails.
@@ -154,7 +155,7 @@ def peak_memory(target: Callable[..., object], *args: Any) -> int:
 
 def _report_memory(sender: Any, target: Callable[..., object], args: tuple[Any, ...]) -> None:
     target(*args)
-    # Not getrusage: its largest set begins with that of the process that started this one.
+    # Not getrusage: its maximum includes the memory of the parent process.
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     sender.send(int(line.split()[1]) * 1024)
@@ -167,11 +168,11 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-# ---------------------------------------------------------------------------------------- what comes out of it
+# ------------------------------------------------------------------------------------------------- results
 
 
 def machine() -> dict[str, Any]:
-    """The machine in general terms, without its name, and how loaded it was at this moment."""
+    """A description of the machine without its name, and its load average at this moment."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -195,11 +196,11 @@ def versions() -> dict[str, str]:
 
 
 def write(name: str, command: str, figures: Sequence[Figure], state: Mapping[str, Any], out: Path) -> Path:
-    """Write OUT/NAME.json: the figures and what they were measured with."""
+    """Write OUT/NAME.json: the figures, the command, and `state`: machine, versions and options."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     rows = [{**dataclasses.asdict(figure), "met": figure.met} for figure in figures]
-    # What did not run has no number, for which JSON has no word but null.
+    # A contender that failed has NaN, which JSON does not have.
     lines = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     content = {"benchmark": name, "command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), **state}
     path.write_text(json.dumps({**content, "figures": lines}, indent=1) + "\n", encoding="utf-8")
@@ -207,17 +208,17 @@ def write(name: str, command: str, figures: Sequence[Figure], state: Mapping[str
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote."""
+    """The content of a file of `write`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sections(path: Path) -> list[dict[str, Any]]:
-    """What `write` wrote for each benchmark, out of a file of several; empty where there is none yet."""
+    """The results of all benchmarks in a file of `merge`; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if path.is_file() else []
 
 
 def merge(path: Path, new: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
-    """Put the results of benchmarks into a file of several, in the place of their older ones."""
+    """Write results to a file of several benchmarks, in place of older results of the same benchmarks."""
     found = {section["benchmark"]: section for section in [*sections(path), *new]}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"benchmarks": [found[name] for name in order if name in found]}, indent=1)
@@ -225,13 +226,12 @@ def merge(path: Path, new: Sequence[Mapping[str, Any]], order: Sequence[str]) ->
 
 
 def figures_of(section: Mapping[str, Any]) -> list[Figure]:
-    """The figures of what `write` wrote."""
+    """The figures of a result of `read` or `sections`."""
     figures = []
     for line in section["figures"]:
-        values: dict[str, Any] = {
-            k: math.nan if v is None and k != "target" else v for k, v in line.items() if k != "met"
-        }
-        figures.append(Figure(**values))
+        fields: dict[str, Any] = {key: value for key, value in line.items() if key != "met"}
+        missing = {key: math.nan for key, value in fields.items() if value is None and key != "target"}
+        figures.append(Figure(**{**fields, **missing}))
     return figures
 
 
@@ -242,15 +242,15 @@ def row(figure: Figure) -> tuple[str, ...]:
     """The cells of a figure under HEADINGS."""
     target = "" if figure.target is None else f"{figure.target:g}"
     met = {None: "", True: "met", False: "not met"}[figure.met]
-    ratio, spread = f"{figure.ratio:.2f}", f"{figure.low:.2f} to {figure.high:.2f}"
+    ratio, quartiles = f"{figure.ratio:.2f}", f"{figure.low:.2f} to {figure.high:.2f}"
     return (
-        figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, spread, target,
+        figure.what, figure.against, figure.unit, f"{figure.ours:.4g}", f"{figure.peer:.4g}", ratio, quartiles, target,
         met,
     )  # fmt: skip
 
 
 def markdown(figures: Sequence[Figure]) -> str:
-    """A Markdown table, its columns aligned to be read as plain text too."""
+    """A Markdown table with aligned columns, which can be read as plain text too."""
     rows = [HEADINGS, *map(row, figures)]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADINGS))]
     lines = [[cell.ljust(width) for cell, width in zip(cells, widths, strict=True)] for cells in rows]
@@ -262,19 +262,21 @@ def markdown(figures: Sequence[Figure]) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes."""
+    """The command line of `Options`."""
     out = argparse.ArgumentParser(description=description)
-    out.add_argument("--repeats", type=int, help="timed runs of each contender")
+    out.add_argument("--repeats", type=int, help="timed runs per contender")
     cores = len(os.sched_getaffinity(0))
-    out.add_argument("--threads", type=int, default=cores, help="threads of torch (default: one a core)")
-    out.add_argument("--quick", action="store_true", help="tiny, to see that it works; the figures mean nothing")
+    out.add_argument("--threads", type=int, default=cores, help="threads of torch (default: one per core)")
+    out.add_argument(
+        "--quick", action="store_true", help="tiny models, to test the benchmark; the figures mean nothing"
+    )
     out.add_argument("--official", type=Path, help="a checkout of the official code, run as one more peer")
-    out.add_argument("--out", type=Path, help="folder for NAME.json; without, the figures are printed only")
+    out.add_argument("--out", type=Path, help="folder for NAME.json (default: only print the figures)")
     return out
 
 
 def options(arguments: argparse.Namespace) -> Options:
-    """Raises ValueError for a checkout that is not there."""
+    """Raises ValueError if the checkout of --official does not exist."""
     if arguments.official is not None and not arguments.official.is_dir():
         raise ValueError(f"--official {arguments.official}: no such folder")
     torch.set_num_threads(arguments.threads)
@@ -283,7 +285,7 @@ def options(arguments: argparse.Namespace) -> Options:
 
 
 def main(name: str, run: Benchmark) -> None:
-    """`python -m benchmarks.NAME`: run, print the tables, write NAME.json where asked to."""
+    """`python -m benchmarks.NAME`: run, print the tables, write NAME.json to --out."""
     try:
         _main(name, run, options(parser(run.__doc__ or name).parse_args()))
     except ValueError as error:

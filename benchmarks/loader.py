@@ -1,9 +1,9 @@
-"""Loading latents: our shards and reader beside the loader form of the official release, on the same samples.
+"""Loading latents: our shards and dataloader vs. the official file format and data set, on the same samples.
 
-The peer is that form written anew: safetensors shards of 1,000 images with float32 latents and float16 alignment
-features of both flips, and a map-style data set that opens the file for each item. Ours are made from these by
-`sfd convert`, with features and without, so all hold the same samples. Cold: the files are dropped from the page cache
-before the pass, so that the disk decides.
+The peer reimplements the official format: safetensors files of 1,000 images with float32 latents and float16 alignment
+features of both flips, and a map-style data set that opens the file for every item. `sfd convert` makes our shards from
+these files, with and without features. Before a cold pass, the files are dropped from the page cache, so that they are
+read from the disk.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from sfd_scale.runtime.batch_split import BatchSplit
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)
 THEIRS, THEIRS_FEATURES, OURS, OURS_FEATURES = "theirs", "theirs+features", "ours", "ours+features"
-OFFICIAL = "official"  # their own data set, where a checkout is given; it reads the features
-# What is compared, ours, theirs, and the target on the ratio.
+OFFICIAL = "official"  # the official data set, if --official is given; it reads the features
+# Name, ours, theirs, name of theirs, and the target of the ratio.
 PAIRS = (
-    ("latents, the default form", OURS, THEIRS_FEATURES, "official form, with features", 2.0),
-    ("latents", OURS, THEIRS, "official form", 1.0),
-    ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "official form, with features", 1.0),
+    ("latents, default format", OURS, THEIRS_FEATURES, "official format, with features", 2.0),
+    ("latents", OURS, THEIRS, "official format", 1.0),
+    ("latents and features", OURS_FEATURES, THEIRS_FEATURES, "official format, with features", 1.0),
 )
 OFFICIAL_PAIRS = tuple(
     (what, own, OFFICIAL, "the official code", target) for what, own, _, _, target in (PAIRS[0], PAIRS[2])
@@ -48,7 +48,7 @@ Batches = Iterator[Any]
 
 
 def write_theirs(folder: Path, samples: int) -> None:
-    """Feature files of random numbers: neither form compresses."""
+    """Official latent files of random numbers, which is fine because neither format compresses."""
     folder.mkdir(parents=True)
     for number, start in enumerate(range(0, samples, SHARD)):
         count, draw = min(SHARD, samples - start), torch.Generator().manual_seed(number)
@@ -61,7 +61,7 @@ def write_theirs(folder: Path, samples: int) -> None:
 
 
 class Theirs(Dataset[dict[str, Tensor]]):
-    """One item, one opened file; the flip by the global generator."""
+    """Opens the file for every item; the flip comes from the global random generator."""
 
     def __init__(self, folder: Path, stats: LatentStats, features: bool) -> None:
         self.stats, self.features = stats, features
@@ -113,7 +113,7 @@ def take(batches: Batches, count: int) -> None:
 
 
 class Folders:
-    """The same samples in the three forms, and a loader of each contender."""
+    """The same samples in all formats, and a dataloader of each contender."""
 
     def __init__(self, root: Path, samples: int, official: Path | None = None) -> None:
         self.root, self.samples, self.official = root, samples, official
@@ -121,7 +121,7 @@ class Folders:
         write_theirs(root / "theirs", samples)
         for name, features in ((OURS, False), (OURS_FEATURES, True)):
             convert(ConvertConfig(source=root / "theirs", features=features), root / name)
-        os.sync()  # only what is on the disk can be dropped from the page cache
+        os.sync()  # only files that are on the disk can be dropped from the page cache
         self.stats = LatentStats.load(root / OURS / "stats.safetensors")
 
     def folder(self, name: str) -> Path:
@@ -135,18 +135,18 @@ class Folders:
             return theirs(self.folder(name), self.stats, name == THEIRS_FEATURES, workers)
         return ours(self.folder(name), workers)
 
-    def bytes_an_image(self, name: str) -> float:
+    def bytes_per_image(self, name: str) -> float:
         files = (file for file in self.folder(name).rglob("*") if file.is_file())
         return sum(file.stat().st_size for file in files) / self.samples
 
     def warm(self, workers: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds of a pass over all samples; workers are running and read ahead between the turns, for all alike."""
+        """Seconds of a pass over all samples. Workers run on and read ahead between the turns, for all contenders."""
         streams = {name: self.start(name, workers) for name in self.names}
         count = self.samples // BATCH
         return harness.race({n: functools.partial(take, s, count) for n, s in streams.items()}, repeats)
 
-    def processor(self, repeats: int) -> dict[str, list[float]]:
-        """Processor seconds of a warm pass in one process: what other load on the machine hardly changes."""
+    def cpu_time(self, repeats: int) -> dict[str, list[float]]:
+        """CPU seconds of a warm pass in one process: other load on the machine hardly changes them."""
         streams = {name: self.start(name, 0) for name in self.names}
         seconds: dict[str, list[float]] = {name: [] for name in streams}
         for number in range(1 + repeats):
@@ -158,7 +158,7 @@ class Folders:
         return seconds
 
     def cold(self, workers: int, repeats: int) -> dict[str, list[float]]:
-        """Seconds of a first pass, with the start of the workers."""
+        """Seconds of a first pass, including the start of the workers."""
         seconds: dict[str, list[float]] = {name: [] for name in self.names}
         for _ in range(repeats):
             for name, own in seconds.items():
@@ -170,15 +170,16 @@ class Folders:
 
 
 def run(options: Options) -> list[Figure]:
-    """Loading latents: samples a second and bytes an image, beside the official form."""
-    torch.set_num_threads(1)  # as in a worker process; with more, one form would wait for a loaded core, the other not
+    """Dataloading throughput and bytes per image, vs. the official format."""
+    # As in a worker process. With more threads, a busy core would slow down one format and not the other.
+    torch.set_num_threads(1)
     samples = 128 if options.quick else SAMPLES
     repeats = options.repeats or (2 if options.quick else 4)
     figures = []
     with tempfile.TemporaryDirectory() as root:
         folders = Folders(Path(root), samples, options.official)
         passes: list[tuple[str, str, dict[str, list[float]]]] = [
-            ("processor time", "samples/cpu-s", folders.processor(repeats))
+            ("CPU time", "samples/cpu-s", folders.cpu_time(repeats))
         ]
         for workers in WORKERS:
             passes.append((f"warm, {workers} workers", "samples/s", folders.warm(workers, repeats)))
@@ -197,12 +198,12 @@ def run(options: Options) -> list[Figure]:
                         target=target,
                     )  # fmt: skip
                 )
-        size = folders.bytes_an_image(OURS)
+        size = folders.bytes_per_image(OURS)
         for against, peer, limit in (
-            ("official form", folders.bytes_an_image(THEIRS), None),
-            ("the limit", LIMIT, 1.0),
+            ("official format", folders.bytes_per_image(THEIRS), None),
+            ("limit", LIMIT, 1.0),
         ):
-            what = "the default form on disk"
+            what = "default format on disk"
             figures.append(
                 harness.measured(what, ours=size, peer=float(peer), against=against, unit="bytes/image", target=limit)
             )

@@ -1,8 +1,8 @@
-"""The official code as one more peer, where a checkout of it is given (`--official PATH`).
+"""The official code as one more peer, from a checkout (`--official PATH`).
 
-What is used of it: `LightningDiT` of models/lightningdit.py, `create_transport` and `Sampler` of transport/, and
-`ImgLatentDataset` of datasets/img_latent_dataset.py, with the settings of their runs of S/1. It runs as they ship it,
-with their torch.compile decorators. A checkout is code: give one that you trust.
+The benchmarks call `LightningDiT` of models/lightningdit.py, `create_transport` and `Sampler` of transport/, and
+`ImgLatentDataset` of datasets/img_latent_dataset.py, with the settings of the official S/1 runs. The code runs
+unchanged, with its torch.compile decorators. A checkout is executed: use one that you trust.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sfd_scale.models.lightningdit import SIZES
 
 @contextlib.contextmanager
 def _first_on_path(checkout: Path) -> Iterator[None]:
-    """Imports find the checkout's own packages, whose names (`models`, `datasets`) are those of others too."""
+    """Import packages of the checkout, although other packages have the same names (`models`, `datasets`)."""
     sys.path.insert(0, str(checkout))
     own = {path.name.removesuffix(".py") for path in checkout.iterdir()}
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in own}
@@ -39,26 +39,28 @@ def _first_on_path(checkout: Path) -> Iterator[None]:
 
 
 def load(checkout: Path, file: str, name: str) -> Any:
-    """A class or function of a file of the checkout.
+    """A class or function from a file of the checkout.
 
     Raises:
-        ValueError: in one sentence, if the file or the name is not there, or something that the file imports.
+        ValueError: if the file, the name, or a package that the file imports is missing.
     """
     if not (checkout / file).is_file():
-        raise ValueError(f"--official {checkout}: no {file} in it; give the folder that holds train.py of their code")
+        raise ValueError(f"--official {checkout}: {file} is missing; give the folder with the official train.py")
     module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     with _first_on_path(checkout):
         try:
             found = importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"--official {checkout}: {file} cannot be imported ({error}); install that") from error
+            raise ValueError(
+                f"--official {checkout}: {file} cannot be imported ({error}); install that package"
+            ) from error
     if not hasattr(found, name):
         raise ValueError(f"--official {checkout}: {file} has no {name}; give a checkout of Semantic-First Diffusion")
     return getattr(found, name)
 
 
 def model(checkout: Path, size: str, depth: int | None = None) -> nn.Module:
-    """Their LightningDiT /1 on the composite latents of 256x256 images, with the alignment head."""
+    """The official LightningDiT /1 for composite latents of 256x256 images, with the alignment head."""
     layers, width, heads = SIZES[size]
     depth = depth or layers
     made: nn.Module = load(checkout, "models/lightningdit.py", "LightningDiT")(
@@ -81,7 +83,7 @@ def training_step(
     checkout: Path, size: str, precision: Precision, latents: Tensor, features: Tensor, labels: Tensor,
     depth: int | None = None,
 ) -> Callable[[], object]:  # fmt: skip
-    """A step of their training loop, ready to be called for its loss: their losses, torch's AdamW, their EMA."""
+    """A function that does one official training step and returns the loss: official losses and EMA, torch's AdamW."""
     transport = _transport(checkout)
 
     def loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor) -> Tensor:
@@ -94,7 +96,10 @@ def training_step(
 
 
 def euler(checkout: Path, model: nn.Module, noise: Tensor, labels: Tensor, num_steps: int) -> Callable[[], Tensor]:
-    """`num_steps` Euler steps of their sampler without guidance; their grid has one time more than steps."""
+    """A function that does `num_steps` Euler steps of the official sampler without guidance.
+
+    The official num_steps counts the points of the grid: one more than the steps.
+    """
     sampler = load(checkout, "transport/__init__.py", "Sampler")(_transport(checkout))
     run = sampler.sample_ode_semantic_first(
         sampling_method="euler", num_steps=num_steps + 1, atol=1e-6, rtol=1e-3, timestep_shift=0.0,
@@ -111,11 +116,11 @@ def euler(checkout: Path, model: nn.Module, noise: Tensor, labels: Tensor, num_s
 
 
 def batches(checkout: Path, folder: Path, size: int, workers: int) -> Iterator[Any]:
-    """Endless batches of their data set over a folder of their files."""
+    """Endless batches of the official data set, from a folder of official latent files."""
     kind = load(checkout, "datasets/img_latent_dataset.py", "ImgLatentDataset")
     settings = {"data_dir": str(folder), "latent_norm": True, "latent_multiplier": 1.0}
-    taken = inspect.signature(kind).parameters
-    data = kind(**{name: value for name, value in settings.items() if name in taken})
+    parameters = inspect.signature(kind).parameters
+    data = kind(**{name: value for name, value in settings.items() if name in parameters})
     loader = DataLoader(data, size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
     while True:
         yield from loader

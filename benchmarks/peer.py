@@ -1,9 +1,9 @@
-"""The baseline: the arithmetic of the official code, as their training and sampling scripts run it, written anew.
+"""The baseline: a reimplementation of the arithmetic of the official training and sampling scripts.
 
-Nothing in the project uses it. It is slow where theirs is: RMSNorm by hand with a weight that turns bf16 back into
-float32, a rotation that makes three copies, SDPA, autocast, one EMA launch a tensor, torch's AdamW, a wait for the
-device each step, sampling in float32. State-dict keys are theirs, so that both sides can hold the same weights and
-tests can show that both do the same work.
+Only benchmarks use it. It is slow for the same reasons as the official code: RMSNorm in Python with a float32 weight,
+which turns bf16 activations into float32; a rotary embedding that makes three copies; SDPA; autocast; one EMA kernel
+per tensor; torch's default AdamW; a wait for the device each step; sampling in float32. The state-dict keys are the
+official ones, so that both sides can load the same weights and tests can compare their results.
 
 N batch · T tokens · D width · C channels.
 """
@@ -60,7 +60,7 @@ class _Attention(nn.Module):
 
 
 def attention(dim: int, heads: int) -> nn.Module:
-    """The attention of a block alone, called with tokens (N, T, D) and the rotary tables."""
+    """The attention of one block. Its inputs are tokens (N, T, D) and the tables of the rotary embedding."""
     return _Attention(dim, heads)
 
 
@@ -134,11 +134,11 @@ class _PatchEmbed(nn.Module):
 
 
 class Peer(nn.Module):
-    """LightningDiT /1 of a named size on the composite latents of 256x256 images, with the alignment head.
+    """LightningDiT /1 of a named size for composite latents of 256x256 images, with the alignment head.
 
     Args:
-        depth: other than the size's own, where a whole model would take too long.
-        compiled: torch.compile where the official code applies it: both embedders, block, final layer.
+        depth: number of blocks, if not that of the size.
+        compiled: torch.compile of the same modules as in the official code: embedders, blocks, final layer.
     """
 
     pos_embed: Tensor
@@ -150,9 +150,9 @@ class Peer(nn.Module):
         self.x_embedder = _PatchEmbed(channels, dim)
         self.t_embedder_sem, self.t_embedder_tex = _TimestepEmbedder(dim // 2), _TimestepEmbedder(dim // 2)
         self.y_embedder = _LabelEmbedder(dim)
-        # Their EMA averages it too.
+        # The official EMA averages it too.
         self.register_buffer("pos_embed", torch.zeros(1, SIDE**2, dim))
-        self.feat_rope = RotaryEmbedding2D(dim // heads, SIDE)  # for its tables alone
+        self.feat_rope = RotaryEmbedding2D(dim // heads, SIDE)  # only for its tables
         self.blocks = nn.ModuleList([_Block(dim, heads) for _ in range(depth or layers)])
         self.final_layer = _FinalLayer(dim, channels)
         self.repa_projector = nn.Sequential(
@@ -163,7 +163,7 @@ class Peer(nn.Module):
                 object.__setattr__(module, "forward", torch.compile(module.forward))
 
     def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(N, C, 16, 16), times (N,), labels (N,) → velocity, and in training the projected tokens (N, T, 768)."""
+        """(N, C, 16, 16), times (N,), labels (N,) → the velocity, and in training mode projected tokens (N, T, 768)."""
         tokens = self.x_embedder(x) + self.pos_embed
         time = torch.cat([self.t_embedder_sem(t_semantic), self.t_embedder_tex(t_texture)], dim=1)
         c, projected = time + self.y_embedder(y), None
@@ -175,17 +175,17 @@ class Peer(nn.Module):
 
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""(model, latents (N, C, 16, 16), features (N, 768, 16, 16), labels (N,)) → the loss, its draws included."""
+"""(model, latents (N, C, 16, 16), features (N, 768, 16, 16), labels (N,)) → the loss; draws noise and times."""
 
 
 class PeerTraining:
-    """The official training step on one device: autocast, AdamW and EMA tensor by tensor, the loss read each step."""
+    """The official training step on one device: autocast, AdamW and EMA tensor by tensor, loss.item() each step."""
 
     def __init__(
         self, model: nn.Module, precision: Precision, lr: float = 1e-4, decay: float = 0.9999, loss: Loss | None = None
     ) -> None:
         self.model, self.precision, self.decay = model.train(), precision, decay
-        self.loss = _drawn_loss if loss is None else loss
+        self.loss = _randomized_loss if loss is None else loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.999))
         self.ema = average_of(model)
         self.device = next(model.parameters()).device
@@ -205,14 +205,14 @@ def autocast(device: torch.device, precision: Precision) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def _drawn_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+def _randomized_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     labels = torch.where(torch.rand(len(labels), device=labels.device) < 0.1, NULL_LABEL, labels)
     noise, u = torch.randn_like(latents), torch.sigmoid(torch.randn(len(latents), device=latents.device))
     return peer_loss(model, latents, features, labels, noise, u)
 
 
 def peer_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-    """The loss for given draws: noise like the latents, u (N,) a share of the run."""
+    """The loss for given noise, shaped like the latents, and u (N,), a fraction of the path."""
     g = u * (1 + DELTA_T)
     t_texture, t_semantic = (g - DELTA_T).clamp(min=0), g.clamp(max=1)
     t = torch.cat([
@@ -231,7 +231,7 @@ def peer_loss(model: nn.Module, latents: Tensor, features: Tensor, labels: Tenso
 
 
 def average_of(model: nn.Module) -> nn.Module:
-    """A copy to average into, as the official code keeps one on every rank."""
+    """A copy of the model for the EMA; the official code keeps one on every rank."""
     average = deepcopy(model)
     for parameter in average.parameters():
         parameter.requires_grad_(False)
@@ -244,7 +244,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     for name, parameter in model.named_parameters():
         averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
     averaged_buffers = dict(average.named_buffers())
-    if "pos_embed" in averaged_buffers:  # a parameter of the official model, and so averaged with the others
+    if "pos_embed" in averaged_buffers:  # a parameter of the official model, and so averaged
         averaged_buffers["pos_embed"].mul_(decay).add_(dict(model.named_buffers())["pos_embed"], alpha=1 - decay)
 
 
@@ -253,16 +253,16 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
-def field(model: Peer, labels: Tensor, guide: Peer | None = None, scale: float = 1.5) -> Field:
-    """dx/dg at a global time g (0-d), float32: the two clocks, the masks, and AutoGuidance where there is a guide."""
+def field(model: Peer, labels: Tensor, guidance_model: Peer | None = None, scale: float = 1.5) -> Field:
+    """dx/dg at global time g (0-d), float32, with AutoGuidance if there is a guidance model."""
     model.eval()
 
     def at(g: Tensor, x: Tensor) -> Tensor:
         n = len(x)
         t_texture, t_semantic = (g - DELTA_T).clamp(min=0).expand(n), g.clamp(max=1).expand(n)
         velocity, _ = model(x, t_texture, t_semantic, labels)
-        if guide is not None:
-            worse, _ = guide.eval()(x, t_texture, t_semantic, labels)
+        if guidance_model is not None:
+            worse, _ = guidance_model.eval()(x, t_texture, t_semantic, labels)
             texture, semantic = velocity.split((TEXTURE, SEMANTIC), dim=1)
             worse_texture, worse_semantic = worse.split((TEXTURE, SEMANTIC), dim=1)
             texture = worse_texture + scale * (texture - worse_texture)
@@ -278,7 +278,7 @@ def field(model: Peer, labels: Tensor, guide: Peer | None = None, scale: float =
 
 @torch.no_grad()
 def euler(derivative: Field, noise: Tensor, num_steps: int) -> Tensor:
-    """All states of `num_steps` Euler steps, kept as the official solver keeps them: (num_steps + 1, N, C, 16, 16)."""
+    """All states of `num_steps` Euler steps, as the official solver returns: (num_steps + 1, N, C, 16, 16)."""
     times = torch.linspace(0, 1 + DELTA_T, num_steps + 1, device=noise.device)
     states = torch.empty((num_steps + 1, *noise.shape), device=noise.device)
     states[0] = noise

@@ -1,7 +1,7 @@
-"""Sampling with LightningDiT-S/1, batch 4: ours beside the official arithmetic, and solvers beside their default.
+"""Sampling with LightningDiT-S/1, batch 4: ours and the official arithmetic, and solvers vs. the official default.
 
-Their sampling is float32 whatever is asked for; ours is bf16 where the machine has it. The weights are random, so the
-field is one for the solvers to follow, not one that draws images.
+Official sampling always runs in float32. Ours runs in bf16 if the machine is fast at it. The weights are random: that
+is enough to compare the errors of solvers, but samples are no images.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import harness
-from benchmarks import official as theirs
+from benchmarks import harness, official
 from benchmarks import peer as baseline
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
@@ -47,7 +46,7 @@ SOLVERS: dict[str, SamplerConfig] = {
 
 @dataclass(frozen=True)
 class Models:
-    """Both sides with the same weights; `guide` is shallower."""
+    """The models of both sides, with the same weights. The guidance models have fewer blocks."""
 
     ours: LightningDiT
     guide: LightningDiT
@@ -57,13 +56,13 @@ class Models:
 
 
 def make_models(depth: int | None, compiled: bool) -> Models:
-    """Ours without the alignment head and in bf16 where the CPU is faster at it; theirs as they ship it, float32."""
+    """Ours without the alignment head, in bf16 if the CPU is fast at it; the baseline in float32."""
     ours, guide = our_model("S", depth, alignment=False), our_model("S", depth or GUIDE_DEPTH, alignment=False)
     theirs = Peer("S", depth=depth, compiled=compiled)
     their_guide = Peer("S", depth=depth or GUIDE_DEPTH, compiled=compiled)
     for own, other in ((ours, theirs), (guide, their_guide)):
         randomize(own)
-        other.load_state_dict(own.state_dict(), strict=False)  # which lacks their alignment head
+        other.load_state_dict(own.state_dict(), strict=False)  # ours has no alignment head
         other.eval()
         own.eval().to(torch.bfloat16 if fast_bf16(CPU) else torch.float32)
         if compiled:
@@ -80,7 +79,7 @@ def our_sampling(velocity: Velocity, noise: Tensor, labels: Tensor, config: Samp
 
 
 def their_default(models: Models, noise: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """dopri5 with one error norm over the batch, stepping across the jumps and beyond the end: (x, evaluations)."""
+    """The official default: dopri5 with one error norm over the batch and without `jump`; returns (x, evaluations)."""
 
     @torch.no_grad()
     def run() -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ def their_default(models: Models, noise: Tensor, labels: Tensor) -> Callable[[],
 
 
 def run(options: Options) -> list[Figure]:
-    """Sampling: equal Euler steps without guidance and with AutoGuidance, then solvers against dopri5."""
+    """Sampling throughput with equal Euler steps, without guidance and with AutoGuidance; then solvers vs. dopri5."""
     depth, batch, steps = (1, 2, 2) if options.quick else (None, 4, 4)
     repeats = options.repeats or (1 if options.quick else 5)
     models = make_models(depth, compiled=not options.quick)
@@ -112,8 +111,8 @@ def run(options: Options) -> list[Figure]:
         }  # fmt: skip
         against = {"peer": "official arithmetic, fp32, compiled"}
         if options.official is not None and their_guide is None:
-            model = theirs.model(options.official, "S", depth)
-            contenders["official"] = theirs.euler(options.official, model, noise, labels, steps)
+            model = official.model(options.official, "S", depth)
+            contenders["official"] = official.euler(options.official, model, noise, labels, steps)
             against["official"] = "the official code"
         seconds = harness.race(contenders, repeats)
         figures += [
@@ -121,20 +120,20 @@ def run(options: Options) -> list[Figure]:
                 f"S/1 Euler, {kind}, {models.precision}, batch {batch}",
                 seconds,
                 peer=side,
-                against=told,
+                against=label,
                 work=batch * steps,
                 unit="evaluations/s",
                 target=1.8,
             )  # fmt: skip
-            for side, told in against.items()
+            for side, label in against.items()
         ]
     return figures + _solvers(models, noise[:2], labels[:2], min(repeats, 2))
 
 
 def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> list[Figure]:
-    """Each solver's speed over that of the official default, with the evaluations and error of both in its name.
+    """The speed of each solver vs. the official default. The names give evaluations and error of both.
 
-    The target is on the fastest one whose error is no larger than the default's.
+    The target is for the fastest solver whose error is no larger than the default's.
     """
     velocity = guided(models.ours, NoGuidance(), LAYOUT)
     with torch.no_grad():
@@ -155,7 +154,7 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
         x, evaluations = default()
         last["peer"] = (x, evaluations.double().max())
 
-    # Compiled for this batch: theirs by the fine solution, ours here.
+    # Compile for this batch size. The reference solution has compiled the baseline.
     our_sampling(velocity, noise, labels, FixedStepConfig(num_steps=2))()
     seconds = harness.race({"peer": peer} | {name: solver(name) for name in SOLVERS}, repeats, warmup=0)
     errors = {name: _error(x, fine) for name, (x, _) in last.items()}
@@ -179,7 +178,7 @@ def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> lis
 
 
 def _error(x: Tensor, fine: Tensor) -> float:
-    """Distance to the fine reference, relative to its length."""
+    """Distance from the reference solution, relative to its norm."""
     return float((x - fine).norm() / fine.norm())
 
 

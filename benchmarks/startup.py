@@ -1,8 +1,8 @@
-"""From the command to the first step: `launchers/deepspeed.sh train quickstart/sfd` on two ranks, part by part.
+"""Seconds from the command to the first step of `launchers/deepspeed.sh train quickstart/sfd` on two ranks, in parts.
 
-The peer is the least that a start can be: torchrun, two ranks, a script that imports torch, wraps a model of one block
-of the official arithmetic in DDP and steps once. Both on the CPU, with operators compiled; the first start may find a
-cold page cache.
+The peer is a minimal start: torchrun with two ranks and a script that imports torch, wraps one block of the official
+arithmetic in DDP, and does one step. Both run on the CPU, with DeepSpeed's extensions already compiled. The page cache
+may be cold at the first start.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from sfd_scale.diffusion.latents import LatentLayout
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S, RANKS = 20, 2
-# Of the quickstart's latents.
+# The sizes of the quickstart's latents.
 SIDE, FEATURES, CLASSES, SAMPLES = 4, 96, 10, 64
-# Stamps of benchmarks/startup_rank.py and startup_peer.py, in their order, and what has ended with each.
+# Time stamps of benchmarks/startup_rank.py and startup_peer.py in order, and the part that ends with each.
 OURS = {
     "rank": "launcher", "imports": "imports", "group": "process group", "data": "data", "engine": "model and engine",
     "metrics": "W&B", "step": "first step",
@@ -42,7 +42,7 @@ Stamps = dict[str, float]
 
 
 def prepare(folder: Path) -> Path:
-    """Random samples in the form of the quickstart's latents."""
+    """Random samples with the shapes of the quickstart's latents."""
     source, out = folder / "features", folder / "latents"
     source.mkdir()
     draw = torch.Generator().manual_seed(0)
@@ -64,18 +64,18 @@ def prepare(folder: Path) -> Path:
 
 
 def ours(data: Path, run: Path) -> Stamps:
-    """Seconds since the command at which rank 0 had done each part."""
+    """Seconds from the command to the end of each part, on rank 0."""
     command = [str(ROOT / "launchers" / "deepspeed.sh"), "--module", "benchmarks.startup_rank", "train"]
     command += ["quickstart/sfd", f"data.path={data}", "train.steps=1", "--run", str(run)]
-    return _timed(command, run, OURS, {"DS_ACCELERATOR": "cpu", "RANKS": str(RANKS)})
+    return run_with_stamps(command, run, OURS, {"DS_ACCELERATOR": "cpu", "RANKS": str(RANKS)})
 
 
 def peer(folder: Path) -> Stamps:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    return _timed([*command, "-m", "benchmarks.startup_peer"], folder, PEER, {})
+    return run_with_stamps([*command, "-m", "benchmarks.startup_peer"], folder, PEER, {})
 
 
-def _timed(command: list[str], folder: Path, parts: Mapping[str, str], more: Mapping[str, str]) -> Stamps:
+def run_with_stamps(command: list[str], folder: Path, parts: Mapping[str, str], more: Mapping[str, str]) -> Stamps:
     folder.mkdir()
     file, log = folder / "stamps.json", folder / "start.log"
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -92,12 +92,12 @@ def _timed(command: list[str], folder: Path, parts: Mapping[str, str], more: Map
     stamps = {name: when - started for name, when in json.loads(file.read_text()).items()}
     missing = [name for name in parts if name not in stamps]
     if missing:
-        raise RuntimeError(f"{' '.join(command)} never came to: {', '.join(missing)}; it is called otherwise now")
+        raise RuntimeError(f"{' '.join(command)} never reached: {', '.join(missing)}; has a function been renamed?")
     return stamps
 
 
-def told(runs: list[Stamps], parts: Mapping[str, str]) -> str:
-    """The median seconds of each part."""
+def describe_parts(runs: list[Stamps], parts: Mapping[str, str]) -> str:
+    """Each part with its median seconds."""
     names, words = list(parts), []
     for before, name in zip([None, *names], names, strict=False):
         spent = statistics.median(run[name] - (run[before] if before else 0.0) for run in runs)
@@ -106,7 +106,7 @@ def told(runs: list[Stamps], parts: Mapping[str, str]) -> str:
 
 
 def run(options: Options) -> list[Figure]:
-    """Command to first step of the quickstart on two ranks, beside torchrun and DDP; the parts in seconds."""
+    """Command to first step of the quickstart on two ranks, vs. torchrun and DDP; the parts in seconds."""
     repeats = options.repeats or (1 if options.quick else 3)
     runs: dict[str, list[Stamps]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as name:
@@ -116,11 +116,11 @@ def run(options: Options) -> list[Figure]:
             runs["ours"].append(ours(data, folder / f"ours{number}"))
             runs["peer"].append(peer(folder / f"peer{number}"))
     seconds = {side: [stamps["step"] for stamps in own] for side, own in runs.items()}
-    what = f"command to first step, {told(runs['ours'], OURS)}"
-    against = f"torchrun and DDP, {told(runs['peer'], PEER)}"
+    what = f"command to first step, {describe_parts(runs['ours'], OURS)}"
+    against = f"torchrun and DDP, {describe_parts(runs['peer'], PEER)}"
     return [
         harness.measured(
-            "command to first step", ours=statistics.median(seconds["ours"]), peer=LIMIT_S, against="the limit",
+            "command to first step", ours=statistics.median(seconds["ours"]), peer=LIMIT_S, against="limit",
             unit="s", target=1.0,
         ),
         harness.compare(what, seconds, against=against, work=None, unit="s"),

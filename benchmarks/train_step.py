@@ -1,6 +1,6 @@
-"""One optimizer step of LightningDiT-S/1, batch 8, with its EMA: ours beside the official arithmetic.
+"""One optimizer step of LightningDiT-S/1 with EMA, batch 8: ours and the official arithmetic.
 
-Ours is what the trainer does in a step: the objective with its keyed draws, the FSDP2 engine on one rank, AdamW, EMA.
+Ours is a step of the trainer: the objective with its keyed random numbers, the FSDP2 engine on one rank, AdamW, EMA.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
-from benchmarks import official as theirs
+from benchmarks import harness, official
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
 from sfd_scale.data.batches import LatentBatch
@@ -38,7 +37,7 @@ LAYOUT = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size
 
 
 def batch_of(count: int) -> LatentBatch:
-    """Random latents, features and labels of the sizes of ImageNet 256x256."""
+    """Random latents, features and labels with the shapes of ImageNet 256x256."""
     generator = torch.Generator().manual_seed(0)
     return LatentBatch(
         latents=torch.randn(count, *LAYOUT.shape, generator=generator),
@@ -64,18 +63,18 @@ def model_flops(size: str, depth: int | None = None) -> float:
 
 
 def randomize(*models: nn.Module) -> None:
-    """Fill every parameter with small random numbers, the same in each model: a fresh one gives zero everywhere."""
+    """Fill all parameters with small random numbers, the same in each model: freshly initialised models output zero."""
     for model in models:
         generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
         for name, parameter in sorted(model.named_parameters()):
-            spread = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
-            spread = min(spread, 0.05) if "adaLN" in name or name.startswith("final_layer.linear") else spread
+            std = 0.02 if parameter.ndim == 1 else 1 / math.sqrt(parameter[0].numel())
+            std = min(std, 0.05) if "adaLN" in name or name.startswith("final_layer.linear") else std
             offset = 1.0 if "norm" in name and parameter.ndim == 1 else 0.0
-            parameter.data.normal_(offset, spread, generator=generator)
+            parameter.data.normal_(offset, std, generator=generator)
 
 
 def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> Callable[[], object]:
-    """Draws, loss, backward, optimizer step and EMA, as the trainer does them, ready to be called for a loss each."""
+    """A function that does one step of the trainer (draws, loss, backward, optimizer, EMA) and returns the loss."""
     with distributed.device():
         model = our_model(size, depth)
     randomize(model)
@@ -109,7 +108,7 @@ def _ours(size: str, count: int, precision: Precision, depth: int | None) -> Cal
 
 
 def _one_of(side: str, size: str, count: int, precision: Precision, depth: int | None, threads: int) -> None:
-    """Two compiled steps of one side, for its memory."""
+    """Two compiled steps of one side, to measure its peak memory."""
     torch.set_num_threads(threads)
     step = peer_step(size, count, precision, True, depth) if side == "peer" else _ours(size, count, precision, depth)
     for _ in range(2):
@@ -117,16 +116,15 @@ def _one_of(side: str, size: str, count: int, precision: Precision, depth: int |
 
 
 def run(options: Options) -> list[Figure]:
-    """Training step: samples/s and peak memory, fp32 and bf16, against the official arithmetic."""
+    """Training throughput and peak memory, fp32 and bf16, vs. the official arithmetic."""
     depth, count = (1, 2) if options.quick else (None, 8)
     repeats = options.repeats or (1 if options.quick else 5)
-    official = options.official
-    figures, seconds = _raced("S/1", "fp32", depth, count, repeats, targets=(1.0, 1.0), official=official)
+    figures, seconds = _raced("S/1", "fp32", depth, count, repeats, targets=(1.0, 1.0), checkout=options.official)
     figures += _roofline(seconds, depth, count)
     if has_bf16(CPU):
-        figures += _raced("S/1", "bf16", depth, count, repeats, targets=(1.15, 1.4), official=official)[0]
+        figures += _raced("S/1", "bf16", depth, count, repeats, targets=(1.15, 1.4), checkout=options.official)[0]
     else:
-        # Without bf16 instructions the official step takes scalar products, 1.3 GFLOP/s: minutes for the whole model.
+        # Without bf16 instructions, official matmuls are scalar code with 1.3 GFLOP/s: minutes for the whole model.
         figures += _raced("S/1 of one block", "bf16", 1, 1, min(repeats, 3), targets=(1.15, 1.4))[0]
     sides = ("ours", "peer")
     ours, peer = (harness.peak_memory(_one_of, side, "S", count, "fp32", depth, options.threads) for side in sides)
@@ -145,7 +143,7 @@ def run(options: Options) -> list[Figure]:
 
 def _raced(
     name: str, precision: Precision, depth: int | None, count: int, repeats: int, targets: tuple[float, float],
-    warmup: int = 1, official: Path | None = None,
+    warmup: int = 1, checkout: Path | None = None,
 ) -> tuple[list[Figure], dict[str, list[float]]]:  # fmt: skip
     contenders = {
         "ours": _ours("S", count, precision, depth),
@@ -156,11 +154,11 @@ def _raced(
         side: (f"official arithmetic, {side}", target)
         for side, target in zip(("compiled", "eager"), targets, strict=True)
     }
-    if official is not None:
+    if checkout is not None:
         batch = batch_of(count)
         assert batch.features is not None
-        contenders["official"] = theirs.training_step(
-            official, "S", precision, batch.latents, batch.features, batch.labels, depth
+        contenders["official"] = official.training_step(
+            checkout, "S", precision, batch.latents, batch.features, batch.labels, depth
         )
         against["official"] = ("the official code", targets[0])
     seconds = harness.race(contenders, repeats, warmup=warmup)
@@ -169,35 +167,35 @@ def _raced(
             f"{name} {precision} step, batch {count}",
             seconds,
             peer=side,
-            against=told,
+            against=label,
             work=count,
             unit="samples/s",
             target=target,
         )  # fmt: skip
-        for side, (told, target) in against.items()
+        for side, (label, target) in against.items()
     ]
     return figures, seconds
 
 
-# AdamW reads weight, gradient and both moments and writes three of them; EMA reads two numbers and writes one.
+# Per weight, AdamW reads 4 numbers (weight, gradient, moments) and writes 3; EMA reads 2 and writes 1.
 UPDATE_BYTES = 4 * (4 + 3 + 2 + 1)
 
 
 def _roofline(seconds: dict[str, list[float]], depth: int | None, count: int) -> list[Figure]:
-    """Each side's step beside the least that it can take: its products at the measured peak, and the update of the
-    weights at the measured bandwidth. The ratio is the share of that bound."""
+    """Each side's step vs. its lower bound: the model FLOPs at the measured peak of matmuls, plus the memory traffic of
+    the update at the measured bandwidth. The ratio is the fraction of the bound that is reached."""
     model = our_model("S", depth)
     flops = count * model_flops("S", depth)
     moved = UPDATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
     peak, bandwidth = measured_flops(CPU, torch.float32), _bandwidth()
     bound = flops / peak + moved / bandwidth
-    told = (
+    label = (
         f"bound: {flops / 1e9:.0f} GFLOP at {peak / 1e9:.0f} GFLOP/s and {moved / 1e9:.2f} GB at "
         f"{bandwidth / 1e9:.1f} GB/s"
     )
     return [
         harness.measured(
-            f"S/1 fp32 step, batch {count}, {side}", ours=statistics.median(seconds[key]), peer=bound, against=told,
+            f"S/1 fp32 step, batch {count}, {side}", ours=statistics.median(seconds[key]), peer=bound, against=label,
             unit="s",
         )
         for key, side in (("ours", "ours"), ("compiled", "official arithmetic, compiled"))
@@ -205,7 +203,7 @@ def _roofline(seconds: dict[str, list[float]], depth: int | None, count: int) ->
 
 
 def _bandwidth() -> float:
-    """Bytes/s of a sum of two arrays into a third, 64 MiB each; the best of several."""
+    """Memory bandwidth in bytes/s: the best of several sums of two arrays of 64 MiB into a third."""
     left, right, out = (torch.ones(1 << 24) for _ in range(3))
     best = math.inf
     for _ in range(8):

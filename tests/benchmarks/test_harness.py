@@ -73,17 +73,17 @@ def test_peak_memory_is_that_of_the_process() -> None:
 def test_the_parts_of_a_start_are_medians_of_what_lies_between_the_stamps() -> None:
     stamps = ((1.0, 3.0, 9.0), (2.0, 8.0, 9.0), (4.0, 5.0, 9.0))
     runs = [dict(zip(("rank", "imports", "step"), times, strict=True)) for times in stamps]
-    assert startup.told(runs, {"rank": "launcher", "imports": "imports", "step": "first step"}) == (
+    assert startup.describe_parts(runs, {"rank": "launcher", "imports": "imports", "step": "first step"}) == (
         "launcher 2.0, imports 2.0, first step 4.0"
     )
 
 
-def test_a_part_that_never_came_is_told(tmp_path: Path) -> None:
+def test_a_start_that_fails_or_lacks_a_part_is_an_error(tmp_path: Path) -> None:
     program = "import json, os; json.dump({'rank': 2e9}, open(os.environ['SFD_STAMPS'], 'w'))"
-    with pytest.raises(RuntimeError, match="never came to: step"):
-        startup._timed([sys.executable, "-c", program], tmp_path / "a", {"rank": "", "step": ""}, {})
+    with pytest.raises(RuntimeError, match="never reached: step"):
+        startup.run_with_stamps([sys.executable, "-c", program], tmp_path / "a", {"rank": "", "step": ""}, {})
     with pytest.raises(RuntimeError, match="ended with 3:\\nno such thing"):
-        startup._timed(
+        startup.run_with_stamps(
             [sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], tmp_path / "b", {}, {}
         )
 

@@ -12,7 +12,7 @@ from benchmarks import official, peer
 from benchmarks.loader import write_theirs
 from benchmarks.train_step import batch_of, randomize
 
-# The layout and the calls of their code, over the arithmetic of the baseline: what the loading has to get right.
+# A stand-in for the official checkout: its files, classes and arguments, with the arithmetic of the baseline.
 MODEL = """
 from torch import nn
 from models.swiglu import ALIGNED
@@ -102,7 +102,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_training_step_and_euler_are_theirs(checkout: Path) -> None:
+def test_a_training_step_and_euler_call_the_official_code(checkout: Path) -> None:
     batch = batch_of(1)
     assert batch.features is not None
     step = official.training_step(checkout, "S", "fp32", batch.latents, batch.features, batch.labels, depth=1)
@@ -118,15 +118,15 @@ def test_a_training_step_and_euler_are_theirs(checkout: Path) -> None:
     assert str(checkout) not in sys.path and "transport" not in sys.modules
 
 
-def test_their_data_set_reads_their_files(checkout: Path, tmp_path: Path) -> None:
+def test_the_official_data_set_reads_official_files(checkout: Path, tmp_path: Path) -> None:
     write_theirs(tmp_path / "data", 8)
     latents, labels = next(official.batches(checkout, tmp_path / "data", 4, 0))
     assert latents.shape == (4, 32, 16, 16) and labels.shape == (4,)
 
 
-def test_another_folder_is_told_in_a_sentence(checkout: Path) -> None:
+def test_a_folder_of_other_code_is_an_error(checkout: Path) -> None:
     (checkout / "datasets" / "img_latent_dataset.py").unlink()
-    with pytest.raises(ValueError, match=r"no datasets/img_latent_dataset\.py in it; give the folder"):
+    with pytest.raises(ValueError, match=r"datasets/img_latent_dataset\.py is missing; give the folder"):
         official.load(checkout, "datasets/img_latent_dataset.py", "ImgLatentDataset")
     with pytest.raises(ValueError, match=r"models/lightningdit\.py has no DiT; give a checkout"):
         official.load(checkout, "models/lightningdit.py", "DiT")

@@ -1,8 +1,8 @@
-"""Hosts for tests of several nodes: network namespaces on one bridge, each with an address and a name.
+"""Hosts for multi-node tests: network namespaces on one bridge, each with its own address and name.
 
-`network` also starts an sshd on each of them.
+`network` also starts an sshd on each host.
 
-Each host's own name resolves to its loopback address, as Debian and many clusters have it.
+The name of a host resolves to its own loopback address, as on Debian and many clusters.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _run(*command: str) -> str:
 
 
 def why_not(programs: Sequence[str], packages: str) -> str | None:
-    """Why this machine cannot have such hosts, or None.
+    """Why this machine cannot run such hosts, or None if it can.
 
     Args:
-        programs: which the hosts need besides `ip` and `unshare`.
-        packages: of Debian, which hold the programs.
+        programs: needed in addition to `ip` and `unshare`.
+        packages: the Debian packages of the programs.
     """
     missing = [name for name in ("ip", "unshare", *programs) if not shutil.which(name)]
     if missing:
@@ -52,12 +52,12 @@ class NetworkHost:
     namespace: str
 
     def command(self, *words: str) -> list[str]:
-        """A command as it is run on this host."""
+        """The command that runs `words` on this host."""
         inside = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh", *words]
         return ["ip", "netns", "exec", self.namespace, *inside]
 
     def kill(self) -> None:
-        """Everything on the host ends at once, sshd too."""
+        """Kill all processes of the host, also its sshd."""
         for pid in _run("ip", "netns", "pids", self.namespace).split():
             try:
                 os.kill(int(pid), signal.SIGKILL)
@@ -67,7 +67,7 @@ class NetworkHost:
 
 @dataclass(frozen=True)
 class Network:
-    """`private` is a folder that only the first host sees; on the others it is empty."""
+    """private: a folder that is empty on all hosts but the first."""
 
     hosts: Sequence[NetworkHost]
     ssh_config: Path
@@ -80,7 +80,7 @@ class Network:
 
 @contextmanager
 def network(count: int, folder: Path) -> Iterator[Network]:
-    """`count` hosts with an sshd each; skips the test where there can be none."""
+    """Start `count` hosts with an sshd each; skips the test if this machine cannot run them."""
     private = folder / "private"
     private.mkdir()
     with linked_hosts(count, ("sshd", "ssh", "ssh-keygen", "pdsh"), "openssh-server pdsh") as hosts:
@@ -121,7 +121,7 @@ def linked_hosts(count: int, programs: Sequence[str], packages: str) -> Iterator
 
 def _attach(host: NetworkHost, switch: str, port: str) -> None:
     _run("ip", "netns", "add", host.namespace)
-    own = Path("/etc/netns", host.namespace)  # `ip netns exec` mounts what is there over /etc
+    own = Path("/etc/netns", host.namespace)  # `ip netns exec` mounts the files of this folder over /etc
     own.mkdir(parents=True)
     (own / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n")
     _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "fab0", "netns", host.namespace)
@@ -132,7 +132,7 @@ def _attach(host: NetworkHost, switch: str, port: str) -> None:
 
 
 def _ssh(folder: Path, hosts: Sequence[NetworkHost]) -> Path:
-    """Keys, a configuration of sshd for each host, and one of ssh that knows them all."""
+    """Write keys, an sshd configuration for each host, and an ssh configuration for all."""
     Path("/run/sshd").mkdir(exist_ok=True)
     for name in ("host_key", "user_key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
