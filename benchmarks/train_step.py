@@ -19,6 +19,7 @@ from benchmarks import harness, official
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
 from sfd_scale.data.batches import LatentBatch
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.ema import EMA, EMAConfig
@@ -80,7 +81,7 @@ def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> 
     randomize(model)
     engine = make_fsdp(model, AdamWConfig(), settings)
     schedule = SemanticFirstSchedule(delta_t=DELTA_T)
-    objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, schedule, NULL_LABEL, seed=0)
+    objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, schedule, ClassLabels(NULL_LABEL), seed=0)
     ema, steps, batch = EMA(engine.fragments(), EMAConfig()), itertools.count(), batch_of(count)
 
     def step() -> Tensor:

@@ -26,7 +26,7 @@ from eval.work.chunks import ChunkFolder
 from eval.work.cuda_graphs import GraphedModel, check_graphs
 from eval.work.side_stream import SideStream
 from sfd_scale import config
-from sfd_scale.diffusion import sampler as sample
+from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_discontinuities
 from sfd_scale.diffusion.sampler import Sampler
@@ -78,7 +78,7 @@ def prepare(
     kernel = attention.activate(recipe.attention, device, dtype=dtype)
     loaded = load(recipe.checkpoint, recipe.precision, recipe.compile, device)
     guide = None if recipe.guide is None else load(recipe.guide, recipe.precision, recipe.compile, device)
-    labels = labels_of(recipe, loaded.num_classes)
+    labels = labels_of(recipe, loaded.conditioning)
     check_guidance(recipe.guidance, recipe.sampler, loaded.schedule)
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
     if recipe.batch == "auto":
@@ -149,7 +149,8 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     if recipe.cuda_graphs:
         sizes = (recipe.batch, 2 * recipe.batch)  # CFG asks for both velocities at once
         model, worse = GraphedModel(model, sizes), None if worse is None else GraphedModel(worse, sizes)
-    velocity = guided(model, recipe.guidance, loaded.layout, guide=worse, null_label=loaded.null_label)
+    conditioning = loaded.conditioning if loaded.null_trained else None
+    velocity = guided(model, recipe.guidance, loaded.layout, guide=worse, conditioning=conditioning)
     return Sampler(
         velocity=velocity,
         layout=loaded.layout,
@@ -175,7 +176,7 @@ def check_guide(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = Fals
         "latent layout": (loaded.layout, guide.layout),
         "hash of the latent statistics": (loaded.stats.hash, guide.stats.hash),
         "schedule": (loaded.schedule, guide.schedule),
-        "number of classes": (loaded.num_classes, guide.num_classes),
+        "conditioning": (loaded.conditioning, guide.conditioning),
     }
     for what, (own, other) in pairs.items():
         if own != other and "statistics" in what and allow_stats_mismatch:
@@ -203,7 +204,7 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: S
     )
 
 
-def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
+def labels_of(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
     """The label of every image: (num_samples,) int64.
 
     Raises:
@@ -212,9 +213,9 @@ def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
     count = recipe.num_samples
     match recipe.labels:
         case BalancedLabels():
-            return sample.balanced_labels(recipe.seed, count, num_classes)
+            return conditioning.balanced(recipe.seed, count)
         case IidLabels():
-            return sample.iid_labels(recipe.seed, count, num_classes)
+            return conditioning.independent(recipe.seed, count)
         case FixedLabel(label=label):
             labels = torch.full((count,), label)
         case LabelFile(path=path):
@@ -226,8 +227,7 @@ def labels_of(recipe: EvalRecipe, num_classes: int) -> Tensor:
             labels = torch.tensor([int(word) for word in words])
     if len(labels) != count:
         raise ValueError(f"labels.path: {len(labels)} labels; allowed: num_samples, {count}")
-    if not bool(((labels >= 0) & (labels < num_classes)).all()):
-        raise ValueError(f"labels: values from {labels.min()} to {labels.max()}; allowed: 0 to {num_classes - 1}")
+    conditioning.check(labels, "labels")
     return labels
 
 

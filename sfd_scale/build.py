@@ -86,7 +86,7 @@ def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
     def forward(model: nn.Module, samples: int) -> Any:
         return model(*task.example_inputs(samples))
 
-    return trace(task.make_model, forward if activations else None, flops(recipe), recipe.engine.precision)
+    return trace(task.make_model, forward if activations else None, recipe.engine.precision)
 
 
 def flops(recipe: TrainRecipe) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sfd_scale.build import footprint
+from sfd_scale.build import flops, footprint
 from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
 from sfd_scale.planning import planner
@@ -32,7 +32,7 @@ def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
 
 
 def job(
-    recipe: TrainRecipe, model: Footprint, gpus: int, gpus_per_node: int, samples: int | None
+    recipe: TrainRecipe, model: Footprint, flops_per_sample: float, gpus: int, gpus_per_node: int, samples: int | None
 ) -> planner.PlannedRun:
     size, count = data_size(recipe, samples)
     checkpoint, steps = recipe.checkpoint, recipe.train.steps
@@ -41,6 +41,7 @@ def job(
     kept = saved if checkpoint.keep_last is None else min(saved, apart + checkpoint.keep_last)
     return planner.PlannedRun(
         footprint=model,
+        flops_per_sample=flops_per_sample,
         engine=recipe.engine,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,
@@ -92,18 +93,18 @@ def make(
     """
     if gpu not in planner.DEVICES:
         raise ValueError(f"--gpu: {gpu!r}; allowed: {', '.join(planner.DEVICES)}")
-    device, made, models = planner.DEVICES[gpu], [], dict[str, Footprint]()
+    device, made, models = planner.DEVICES[gpu], [], dict[str, tuple[Footprint, float]]()
     peak = peak_flops_by_name(device.name)
     for name in names:
         recipe = load(name, TrainRecipe, overrides)
         # Recipes that differ in the engine alone have one footprint.
         key = digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision])
-        model = models[key] = models[key] if key in models else footprint(recipe)
+        model, work_per_sample = models[key] = models[key] if key in models else (footprint(recipe), flops(recipe))
         used = planner.ASSUMED_MFU if mfu is None else mfu
-        used = used if measured is None else measured_mfu(measured, model.flops, peak)
+        used = used if measured is None else measured_mfu(measured, work_per_sample, peak)
         for count in gpus:
             planner.check_ranks(count, min(gpus_per_node, max(count, 1)))
-            work = job(recipe, model, count, gpus_per_node, samples)
+            work = job(recipe, model, work_per_sample, count, gpus_per_node, samples)
             made.append((recipe, work, planner.plan(work, device, peak, used)))
     return made
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale import checkpoint, config
+from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import NoGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
@@ -38,8 +39,8 @@ class Loaded:
     schedule: SemanticFirstSchedule
     stats: LatentStats
     decode: Callable[[Tensor], Tensor]
-    num_classes: int
-    null_label: int | None  # the label of no class; None for a model that was never trained on it
+    conditioning: Conditioning
+    null_trained: bool  # whether the training dropped conditions, which classifier-free guidance needs
     provenance: dict[str, Any]
 
 
@@ -82,8 +83,8 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         return texture.decode(recipe.latents.split(latents)[0])
 
     return Loaded(
-        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, task.model.num_classes,
-        task.model.num_classes if task.loss.label_dropout > 0 else None,
+        model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, task.model.conditioning,
+        task.loss.label_dropout > 0,
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
     )  # fmt: skip
 
@@ -100,14 +101,13 @@ def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | No
     """Draw images by Euler's method without guidance, the classes in turn or one of them, as a PNG grid."""
     device = distributed.device()
     loaded = load_for_sampling(checkpoint_file, device)
-    if label is not None and not 0 <= label < loaded.num_classes:
-        raise ValueError(f"--label: {label}; allowed: 0 to {loaded.num_classes - 1}")
+    labels = loaded.conditioning.in_turn(count) if label is None else torch.full((count,), label)
+    loaded.conditioning.check(labels, "--label")
     velocity = guided(loaded.model, NoGuidance(), loaded.layout)
     sampler = Sampler(
         velocity, loaded.layout, loaded.schedule, FixedStepConfig(num_steps=steps), loaded.stats, loaded.decode,
         seed, count, device,
     )  # fmt: skip
-    labels = torch.arange(count) % loaded.num_classes if label is None else torch.full((count,), label)
     images = sampler.images(range(count), labels).images
     from torchvision.utils import save_image  # it imports the compiler, which takes seconds
 

@@ -73,7 +73,7 @@ def drawn(file: Path) -> dict[str, Tensor]:
         velocity, loaded.layout, loaded.schedule, FixedStepConfig(num_steps=STEPS), loaded.stats, loaded.decode,
         0, COUNT, CPU,
     )  # fmt: skip
-    latents = sampler.draw(range(COUNT), torch.arange(COUNT) % loaded.num_classes)
+    latents = sampler.draw(range(COUNT), loaded.conditioning.in_turn(COUNT))
     return {"latents": latents.latents, "images": sampler.pixels(latents).float()}
 
 

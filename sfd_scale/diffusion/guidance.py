@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 from sfd_scale.runtime.settings import at_least
@@ -85,7 +86,7 @@ def guided(
     layout: LatentLayout,
     *,
     guide: FlowModel | None = None,
-    null_label: int | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Velocity:
     """The guided velocity function of `model` (arXiv 2512.04926).
 
@@ -93,7 +94,7 @@ def guided(
 
     Args:
         guide: the guidance model; only for AutoGuidance, which needs it.
-        null_label: the label that means no class (num_classes); CFG needs it.
+        conditioning: of a model trained with dropped conditions; CFG needs it.
 
     Raises:
         ValueError: if the guidance model or the null label is missing, or the guidance model would be ignored.
@@ -108,9 +109,9 @@ def guided(
         case NoGuidance():
             return lambda x, t, y: _evaluate(model, x, t, y)
         case ClassifierFreeGuidance():
-            if null_label is None:
-                raise ValueError("guidance: kind cfg needs the null label of a model trained with label dropout")
-            return _classifier_free(model, config, layout, null_label)
+            if conditioning is None:
+                raise ValueError("guidance: kind cfg needs the null condition of a model trained with label dropout")
+            return _classifier_free(model, config, layout, conditioning)
         case AutoGuidance():
             assert guide is not None
             return _autoguidance(model, config, layout, guide)
@@ -140,13 +141,13 @@ def _evaluate(model: FlowModel, x: Tensor, t: Clocks, y: Tensor) -> Tensor:
 
 
 def _classifier_free(
-    model: FlowModel, config: ClassifierFreeGuidance, layout: LatentLayout, null_label: int
+    model: FlowModel, config: ClassifierFreeGuidance, layout: LatentLayout, conditioning: Conditioning
 ) -> Velocity:
     def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
         acts, rows = _acting(config, t)
         # One batch: the conditional velocity of every sample, then the null-label velocity of the guided samples.
         both, times, null = (_and_rows(part, rows) for part in (x, torch.stack([t.texture, t.semantic], 1), y))
-        null[len(x) :] = null_label
+        null[len(x) :] = conditioning.null_like(null[len(x) :])
         v = _evaluate(model, both, Clocks(times[:, 0], times[:, 1]), null)
         return _combine(v[: len(x)], v[len(x) :], rows, acts, config, layout)
 

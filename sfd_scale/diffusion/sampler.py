@@ -97,19 +97,6 @@ def noise_of(seed: int, indices: Sequence[int], layout: LatentLayout) -> Tensor:
     return seeding.normal(seed, "sample_noise", [(index,) for index in indices], layout.shape)
 
 
-def balanced_labels(seed: int, count: int, num_classes: int) -> Tensor:
-    """The label of every image: (count,) int64, shuffled. The counts of two classes differ by at most one.
-
-    Shuffled because the Inception Score averages over splits of the images: in class order it halves.
-    """
-    return (torch.arange(count) % num_classes)[seeding.permutation(seed, "labels", count)]
-
-
-def iid_labels(seed: int, count: int, num_classes: int) -> Tensor:
-    """Independent uniform labels: (count,) int64."""
-    return torch.randint(num_classes, (count,), generator=seeding.generator(seed, "labels_iid"))
-
-
 def _check_finite(x: Tensor, indices: Sequence[int]) -> None:
     bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if bad:

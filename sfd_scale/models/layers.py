@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfd_scale.diffusion.conditioning import Conditioning
+
 MlpKind = Literal["swiglu", "gelu"]
 
 
@@ -64,6 +66,11 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
+
+
+def condition_embedder(conditioning: Conditioning, dim: int) -> LabelEmbedder:
+    """The embedder of a kind of condition: (N, …) → (N, D)."""
+    return LabelEmbedder(conditioning.num_classes, dim)
 
 
 class PatchProjection(nn.Conv2d):

@@ -14,17 +14,18 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sfd_scale.diffusion.conditioning import ClassLabels, Conditioning
 from sfd_scale.models.alignment import AlignmentConfig, alignment_head
 from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
     GeluMlp,
-    LabelEmbedder,
     LayerNorm,
     MlpKind,
     PatchEmbed,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
+    condition_embedder,
     mlp_hidden,
     modulate,
     sincos_position,
@@ -98,6 +99,10 @@ class LightningDiTConfig:
         assert self.width is not None
         assert self.heads is not None
         return Size(self.depth, self.width, self.heads)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return ClassLabels(self.num_classes)
 
     @property
     def description(self) -> str:
@@ -182,7 +187,7 @@ class LightningDiT(FixedBuffers):
         else:
             self.t_embedder = TimestepEmbedder(width)
         self.two_clocks = two_clocks
-        self.y_embedder = LabelEmbedder(config.num_classes, width)
+        self.y_embedder = condition_embedder(config.conditioning, width)
         self.register_buffer("pos_embed", sincos_position(width, side))
         self.feat_rope = RotaryEmbedding2D(width // heads, side) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(depth)])

@@ -37,7 +37,6 @@ class Footprint:
     """A model, as far as the planner needs it.
 
     shapes: of the parameters of each block, in order, then of what stands outside of the blocks.
-    flops: of a sample's training step, three times the forward pass; recomputation is not counted.
     block_share: the share of the FLOPs that lies inside blocks, and is done again under checkpointing.
     """
 
@@ -45,7 +44,6 @@ class Footprint:
     outside: tuple[tuple[int, ...], ...]
     buffers: int  # bytes
     activations: Activations
-    flops: float
     block_share: float
 
     @property
@@ -63,7 +61,7 @@ class Footprint:
 
 
 def trace(
-    make: Callable[[], nn.Module], forward: Callable[[nn.Module, int], Any] | None, flops: float, precision: Precision
+    make: Callable[[], nn.Module], forward: Callable[[nn.Module, int], Any] | None, precision: Precision
 ) -> Footprint:
     """The footprint of a model.
 
@@ -71,7 +69,6 @@ def trace(
         make: builds the model; called where nothing is allocated.
         forward: the model and a number of samples → what the loss is computed from. None leaves activations at 0, and
             spares the one or two seconds that the trace takes.
-        flops: of one sample's training step.
     """
     with torch.device("meta"), _FlashAttention():
         model = make()
@@ -89,7 +86,7 @@ def trace(
     per_sample = Activations(two.none - one.none, two.selective - one.selective, two.block - one.block)
     weights = sum(math.prod(shape) for block in inside for shape in block)
     share = weights / max(weights + sum(map(math.prod, outside)), 1)
-    return Footprint(inside, outside, buffers, per_sample, flops, share)
+    return Footprint(inside, outside, buffers, per_sample, share)
 
 
 def _activations(model: nn.Module, forward: Callable[[nn.Module, int], Any], samples: int) -> Activations:

@@ -45,6 +45,7 @@ class PlannedRun:
     """What is planned: a model's footprint with the recipe's numbers."""
 
     footprint: Footprint
+    flops_per_sample: float  # forward and backward; recomputation is not counted
     engine: AnyEngineConfig
     global_batch: int
     micro_batch: int | None
@@ -104,7 +105,7 @@ def memory_of(job: PlannedRun, micro_batch: int, grad_accum_steps: int) -> Memor
 def seconds(job: PlannedRun, peak_flops: float, mfu: float) -> float:
     """Of one step: the model's FLOPs at the stated use of the peak; checkpointing does the forward pass of its blocks
     again, which the use of the peak (MFU) does not count."""
-    work = job.footprint.flops * (1 + recompute_fraction(job.engine) * job.footprint.block_share / 3)
+    work = job.flops_per_sample * (1 + recompute_fraction(job.engine) * job.footprint.block_share / 3)
     return job.global_batch * work / (job.ranks * peak_flops * mfu)
 
 
@@ -133,7 +134,7 @@ def plan(job: PlannedRun, device: Device, peak_flops: float, mfu: float = ASSUME
         checkpoint=checkpoint,
         checkpoints=checkpoint * job.kept_checkpoints,
         data=job.sample_bytes * job.samples,
-        flops_per_step=job.global_batch * job.footprint.flops,
+        flops_per_step=job.global_batch * job.flops_per_sample,
         peak_flops=peak_flops,
         mfu=mfu,
         step_seconds=step,

@@ -77,7 +77,7 @@ class DiffusionTask:
         assert isinstance(loader, LatentLoader)
         recipe = self.recipe
         return SemanticFirstObjective(
-            self.loss, recipe.latents, recipe.schedule, self.model.num_classes, recipe.seed,
+            self.loss, recipe.latents, recipe.schedule, self.model.conditioning, recipe.seed,
             self.alignment_targets(loader, device),
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ class DiffusionTask:
 
     def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
         x, t = torch.zeros(samples, *self.recipe.latents.shape), torch.zeros(samples)
-        return x, t, t, torch.zeros(samples, dtype=torch.long)
+        return x, t, t, self.model.conditioning.example(samples)
 
     def latent_loader(self) -> LatentLoader:
         return self.make_loader(split_batch(self.recipe.train.global_batch, None, 1))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfd_scale.data.batches import LatentBatch
 from sfd_scale.diffusion import losses, path
+from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.losses import AlignmentMode
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule, logit_normal
@@ -47,7 +48,7 @@ class FlowDraw:
 
     noise: Tensor
     g: Tensor
-    labels: Tensor
+    condition: Tensor
 
 
 class SemanticFirstObjective:
@@ -64,12 +65,12 @@ class SemanticFirstObjective:
         config: SemanticFirstConfig,
         layout: LatentLayout,
         schedule: SemanticFirstSchedule,
-        num_classes: int,
+        conditioning: Conditioning,
         seed: int,
         features: Callable[[LatentBatch], Tensor] | None = None,
     ) -> None:
         self.config, self.layout, self.schedule = config, layout, schedule
-        self.num_classes, self.seed, self.features = num_classes, seed, features
+        self.conditioning, self.seed, self.features = conditioning, seed, features
 
     def __call__(self, model: Callable[..., Any], batch: LatentBatch, /) -> LossTerms:
         return self.loss(model, batch, self.draw(batch))
@@ -80,8 +81,8 @@ class SemanticFirstObjective:
         noise = seeding.normal(self.seed, "noise", keys, batch.latents.shape[1:], device)
         u = logit_normal(seeding.normal(self.seed, "time", keys, ()))
         dropped = seeding.uniform(self.seed, "label_drop", keys) < self.config.label_dropout
-        labels = batch.labels.masked_fill(dropped.to(device, non_blocking=True), self.num_classes)
-        return FlowDraw(noise, self.schedule.time_from_uniform(u).to(device, non_blocking=True), labels)
+        condition = self.conditioning.dropped(batch.labels, dropped)
+        return FlowDraw(noise, self.schedule.time_from_uniform(u).to(device, non_blocking=True), condition)
 
     def loss(self, model: Callable[..., Any], batch: LatentBatch, draw: FlowDraw) -> LossTerms:
         """The loss for given draws; float32 whatever the model computes in.
@@ -92,7 +93,7 @@ class SemanticFirstObjective:
         clocks = self.schedule.clocks(draw.g)
         x = path.interpolate(draw.noise, batch.latents, self.layout.per_channel(*clocks, like=batch.latents))
         target = path.velocity(draw.noise, batch.latents)
-        predicted, projected = model(x, clocks.texture, clocks.semantic, draw.labels)
+        predicted, projected = model(x, clocks.texture, clocks.semantic, draw.condition)
         predicted = predicted.float()
         weight = self.layout.per_channel(1.0, self.config.semantic_weight, like=target)
         velocity = losses.velocity_loss(predicted, target, weight)

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import peer
 from benchmarks.train_step import LAYOUT, batch_of, our_model, randomize
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, guided
 from sfd_scale.diffusion.samplers import sample
@@ -32,7 +33,7 @@ def test_a_training_step_is_that_of_the_objective(models: tuple[LightningDiT, pe
     batch = batch_of(2)
     u = torch.tensor([0.3, 0.9])
     draw = FlowDraw(torch.randn_like(batch.latents), u * SCHEDULE.end, batch.labels)
-    objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, SCHEDULE, peer.NULL_LABEL, seed=0)
+    objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, SCHEDULE, ClassLabels(peer.NULL_LABEL), seed=0)
     expected = objective.loss(ours, batch, draw).total
     expected.backward()
     theirs.train()

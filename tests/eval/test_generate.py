@@ -26,13 +26,15 @@ from eval.images.outputs import OutputsConfig
 from eval.images.sources import NpzSource
 from eval.recipe import EvalRecipe, FixedLabel, IidLabels, LabelFile
 from eval.results import Results
-from sfd_scale.diffusion import sampler as sample
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.sample import Loaded
 from tests.helpers import eval_tiny
 from tests.helpers.eval_tiny import CLASSES, CPU, LAYOUT, SCHEDULE, STATS, TinyExtractor
 from tests.helpers.ranks import RankError, run_ranks
+
+LABELS = ClassLabels(CLASSES)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +114,7 @@ def test_one_and_four_ranks(tmp_path: Path, reference: NpzSource, ranks: int) ->
 
 
 def test_an_image_depends_on_its_number_alone() -> None:
-    labels = sample.balanced_labels(0, 20, CLASSES)
+    labels = LABELS.balanced(0, 20)
     sampler = eval_tiny.sampler(batch=8)
     together = sampler.images(range(4, 12), labels[4:12]).images
     others = [17, 6, 2]
@@ -151,25 +153,25 @@ def test_latents_that_are_not_finite_are_refused() -> None:
 
 
 def test_labels(tmp_path: Path) -> None:
-    balanced = sample.balanced_labels(0, 52, CLASSES)
+    balanced = LABELS.balanced(0, 52)
     assert set(balanced.bincount(minlength=CLASSES).tolist()) == {10, 11}
     assert balanced.tolist() not in (sorted(balanced.tolist()), [i % CLASSES for i in range(52)])
-    assert not torch.equal(balanced, sample.balanced_labels(1, 52, CLASSES))
+    assert not torch.equal(balanced, LABELS.balanced(1, 52))
     settings = eval_tiny.recipe(tmp_path)
     (tmp_path / "labels.txt").write_text("\n".join(map(str, [2] * 53)))
     for config, expected in ((FixedLabel(label=2), {2}), (LabelFile(path=tmp_path / "labels.txt"), {2})):
         given = eval_tiny.recipe(tmp_path, labels=config)
-        assert set(labels_of(given, CLASSES).tolist()) == expected and len(labels_of(given, CLASSES)) == 53
-    iid = labels_of(eval_tiny.recipe(tmp_path, labels=IidLabels()), CLASSES)
+        assert set(labels_of(given, LABELS).tolist()) == expected and len(labels_of(given, LABELS)) == 53
+    iid = labels_of(eval_tiny.recipe(tmp_path, labels=IidLabels()), LABELS)
     assert set(iid.tolist()) == set(range(CLASSES)) and len(set(iid.bincount().tolist())) > 2
     with pytest.raises(ValueError, match="allowed: 0 to 4"):
-        labels_of(eval_tiny.recipe(tmp_path, labels=FixedLabel(label=5)), CLASSES)
+        labels_of(eval_tiny.recipe(tmp_path, labels=FixedLabel(label=5)), LABELS)
     with pytest.raises(ValueError, match="53 labels; allowed: num_samples, 9"):
-        labels_of(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), CLASSES)
+        labels_of(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
     assert settings.labels.kind == "balanced"
     (tmp_path / "labels.txt").write_text("3\ncat\n")
     with pytest.raises(ValueError, match="holds more than class numbers"):
-        labels_of(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), CLASSES)
+        labels_of(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -242,7 +244,7 @@ def test_outputs(tmp_path: Path) -> None:
         assert set(plain) == {"arr_0", "arr_1"} and plain["arr_0"].dtype == np.uint8
         assert np.array_equal(plain["arr_0"].transpose(0, 3, 1, 2), images.numpy())
         assert np.array_equal(np.sort(np.bincount(plain["arr_1"])), [10, 10, 11, 11, 11])
-    assert labels is not None and torch.equal(labels, sample.balanced_labels(0, 53, CLASSES))
+    assert labels is not None and torch.equal(labels, LABELS.balanced(0, 53))
     expected = eval_tiny.sampler(8).images([52], labels[52:])
     assert torch.equal(images[52], expected.images[0])
     assert len(list((tmp_path / "out" / outputs.PNG).glob("*.png"))) == 53
@@ -254,7 +256,7 @@ def test_the_grid_keeps_only_its_images(tmp_path: Path) -> None:
     settings = eval_tiny.recipe(tmp_path)
     folder = generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
     kept = torch.cat(list(folder.read("image_numbers"))).tolist()
-    labels = sample.balanced_labels(0, 53, CLASSES)
+    labels = LABELS.balanced(0, 53)
     chosen = outputs.grid_rows(settings.outputs, labels)
     assert sorted(kept) == sorted(number for row in chosen for number in row) and len(kept) == 6
     assert all(len(set(labels[row].tolist())) == 1 for row in chosen)
@@ -267,7 +269,7 @@ def test_the_grid_keeps_only_its_images(tmp_path: Path) -> None:
 def loaded(**changes: Any) -> Loaded:
     settings: dict[str, Any] = {
         "model": eval_tiny.model(), "layout": LAYOUT, "schedule": SCHEDULE, "stats": STATS,
-        "decode": eval_tiny.decode, "num_classes": CLASSES, "null_label": CLASSES, "provenance": {"step": 3},
+        "decode": eval_tiny.decode, "conditioning": LABELS, "null_trained": True, "provenance": {"step": 3},
     }  # fmt: skip
     return Loaded(**settings | changes)
 
@@ -295,8 +297,8 @@ def test_recipes_that_contradict_themselves(tmp_path: Path) -> None:
 
 def test_cfg_needs_a_model_that_knows_the_null_label(tmp_path: Path) -> None:
     settings = eval_tiny.recipe(tmp_path, guidance=ClassifierFreeGuidance(scale_texture=2.0))
-    with pytest.raises(ValueError, match="of a model with label dropout"):
-        generate.make_sampler(settings, loaded(null_label=None), None, CPU)
+    with pytest.raises(ValueError, match="needs the null condition of a model trained with label dropout"):
+        generate.make_sampler(settings, loaded(null_trained=False), None, CPU)
 
 
 def test_chunks_of_two_machines_are_warned_about(tmp_path: Path, reference: NpzSource) -> None:

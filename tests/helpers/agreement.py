@@ -73,7 +73,7 @@ def make_model(seed: int = 0) -> LightningDiT:
 
 
 def objective() -> SemanticFirstObjective:
-    return SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, SCHEDULE, MODEL.num_classes, seed=0)
+    return SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, SCHEDULE, MODEL.conditioning, seed=0)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from eval.metrics.config import MetricsConfig
 from eval.recipe import EvalRecipe
 from eval.results import Results
 from eval.work.chunks import ChunkFolder
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
@@ -80,7 +81,7 @@ STATS = LatentStats(torch.linspace(-0.2, 0.2, 5).double(), torch.linspace(0.4, 0
 
 def sampler(batch: int, seed: int = 0, **changes: Any) -> Sampler:
     guidance = ClassifierFreeGuidance(scale_texture=1.5, scale_semantic=1.2)
-    velocity = guided(model(), guidance, LAYOUT, null_label=CLASSES)
+    velocity = guided(model(), guidance, LAYOUT, conditioning=ClassLabels(CLASSES))
     settings: dict[str, Any] = {
         "velocity": velocity, "layout": LAYOUT, "schedule": SCHEDULE, "config": FixedStepConfig(num_steps=4),
         "stats": STATS, "decode": decode, "seed": seed, "batch": batch, "device": CPU,
@@ -111,7 +112,7 @@ def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes:
         "batch": settings.batch, "seed": settings.seed,
     }  # fmt: skip
     drawn = sampler(settings.batch, settings.seed, **changes)
-    return Generation(drawn, labels_of(settings, CLASSES), lazy(extractor), config)
+    return Generation(drawn, labels_of(settings, ClassLabels(CLASSES)), lazy(extractor), config)
 
 
 # ------------------------------------------------------------------------------------------------- ranks

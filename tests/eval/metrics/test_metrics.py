@@ -28,7 +28,7 @@ from eval.metrics.kernel_distance import kernel_distance
 from eval.metrics.moments import FeatureMoments, MomentSums, moments
 from eval.metrics.precision_recall import half_distances, precision_recall, squared_distances
 from eval.metrics.sample_warnings import sample_warnings
-from sfd_scale.diffusion.sampler import balanced_labels
+from sfd_scale.diffusion.conditioning import ClassLabels
 
 
 def features(count: int, dim: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -136,7 +136,7 @@ def class_logits(labels: Tensor, classes: int) -> Tensor:
 
 
 def test_inception_score_equals_torch_fidelity() -> None:
-    logits = class_logits(balanced_labels(0, 1000, 20), 20)
+    logits = class_logits(ClassLabels(20).balanced(0, 1000), 20)
     theirs = isc_features_to_metric(logits, splits=5, shuffle=False)
     ours = inception_score(logits, split=200)
     assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-10)
@@ -145,7 +145,7 @@ def test_inception_score_equals_torch_fidelity() -> None:
 
 def test_inception_score_of_labels_in_class_order_collapses() -> None:
     """What shuffled labels are for: the same images, in class order, score a fraction."""
-    shuffled = balanced_labels(0, 2000, 100)
+    shuffled = ClassLabels(100).balanced(0, 2000)
     good = inception_score(class_logits(shuffled, 100), split=200).mean
     bad = inception_score(class_logits(shuffled.sort().values, 100), split=200).mean
     assert bad < 0.2 * good
@@ -156,13 +156,13 @@ def test_inception_score_of_labels_in_class_order_collapses() -> None:
 
 
 def test_inception_score_survives_a_certain_class() -> None:
-    logits = class_logits(balanced_labels(0, 400, 10), 10)
+    logits = class_logits(ClassLabels(10).balanced(0, 400), 10)
     logits[3, 2] = 120.0
     assert np.isfinite(inception_score(logits, split=200).mean)
 
 
 def test_inception_score_of_a_short_last_split() -> None:
-    logits = class_logits(balanced_labels(0, 450, 10), 10)
+    logits = class_logits(ClassLabels(10).balanced(0, 450), 10)
     found = inception_score(logits, split=200)
     parts = [inception_score(part, split=200).mean for part in logits.split(200)]
     assert found.mean == pytest.approx(sum(parts) / 3)
@@ -245,7 +245,7 @@ def test_kernel_distance_equals_torch_fidelity() -> None:
 def test_few_samples_are_warned_about() -> None:
     found = sample_warnings(1000, 2048, 5000, None)
     assert any("biased upwards" in text for text in found)
-    assert not sample_warnings(50_000, 2048, 5000, balanced_labels(0, 50_000, 1000))
+    assert not sample_warnings(50_000, 2048, 5000, ClassLabels(1000).balanced(0, 50_000))
 
 
 @pytest.mark.parametrize("field", ["is_split", "neighbours", "reference_images", "kid_subsets", "kid_size"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfd_scale.data.batches import LatentBatch
 from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.fixed_step import TABLEAUX, FixedStepConfig, FixedStepMethod, trajectory
 from sfd_scale.diffusion.guidance import (
     AutoGuidance,
@@ -50,7 +51,7 @@ def models() -> dict[str, Any]:
 def velocity_of(config: GuidanceConfig, sync: bool = False) -> Velocity:
     prefix = "sync/" if sync else ""
     guide = models()[f"{prefix}guide"] if isinstance(config, AutoGuidance) else None
-    return guided(models()[f"{prefix}main"], config, LAYOUT, guide=guide, null_label=NULL)
+    return guided(models()[f"{prefix}main"], config, LAYOUT, guide=guide, conditioning=ClassLabels(NULL))
 
 
 # -------------------------------------------------------------------------------------------------- loss
@@ -59,7 +60,7 @@ def velocity_of(config: GuidanceConfig, sync: bool = False) -> Velocity:
 def golden_loss(schedule: SemanticFirstSchedule, config: SemanticFirstConfig, name: str) -> dict[str, Tensor]:
     batch = LatentBatch(inputs["x1"], inputs["y"], torch.zeros(len(inputs["y"]), 2, dtype=torch.long), inputs["feats"])
     draw = FlowDraw(inputs["x0"], schedule.time_from_uniform(inputs["t"]), inputs["y"])
-    objective = SemanticFirstObjective(config, LAYOUT, schedule, num_classes=NULL, seed=0)
+    objective = SemanticFirstObjective(config, LAYOUT, schedule, ClassLabels(NULL), seed=0)
     result = objective.loss(golden_model(name).train(), batch, draw)
     assert result.per_sample is not None
     return {**result.terms, "per_sample": result.per_sample}

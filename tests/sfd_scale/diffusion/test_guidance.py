@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, NoGuidance, guided
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import Clocks
@@ -45,7 +46,7 @@ def test_without_guidance_the_model_is_evaluated_once() -> None:
 def test_cfg_extrapolates_from_the_null_label_with_a_scale_for_each_part() -> None:
     model = Constant({3: 5.0, 4: 1.0, NULL: 2.0})
     config = ClassifierFreeGuidance(scale_texture=1.5, scale_semantic=3.0)
-    v = ask(guided(model, config, LAYOUT, null_label=NULL), [0.1, 0.6], [0.2, 0.9], [3, 4])
+    v = ask(guided(model, config, LAYOUT, conditioning=ClassLabels(NULL)), [0.1, 0.6], [0.2, 0.9], [3, 4])
     assert v.tolist() == [[2 + 1.5 * 3, 2 + 3 * 3], [2 - 1.5, 2 - 3]]
     # One doubled batch, each half at the same clocks.
     assert [call["labels"] for call in model.calls] == [[3, 4, NULL, NULL]]
@@ -76,7 +77,9 @@ def test_each_part_obeys_the_interval_on_its_own_clock(kind: Any, mode: Any) -> 
     config = kind(scale_texture=2.0, scale_semantic=3.0, interval_start=start, interval_mode=mode)
     model, guide = Constant({3: 5.0, NULL: 4.0}), Constant({3: 4.0})
     auto = kind is AutoGuidance
-    velocity = guided(model, config, LAYOUT, guide=guide if auto else None, null_label=None if auto else NULL)
+    velocity = guided(
+        model, config, LAYOUT, guide=guide if auto else None, conditioning=None if auto else ClassLabels(NULL)
+    )
     times = list(POINTS.values())
     v = ask(velocity, [t for t, _ in times], [s for _, s in times], [3] * 4)
     expected = [[6.0 if texture else 5.0, 7.0 if semantic else 5.0] for texture, semantic in GUIDED[mode].values()]
@@ -102,7 +105,7 @@ def test_extrapolation_is_in_the_dtype_of_x() -> None:
         return good.expand_as(x).bfloat16(), None
 
     config = ClassifierFreeGuidance(scale_texture=256.5, scale_semantic=256.5)
-    v = ask(guided(model, config, LAYOUT, null_label=NULL), [0.5], [0.5], [3])
+    v = ask(guided(model, config, LAYOUT, conditioning=ClassLabels(NULL)), [0.5], [0.5], [3])
     assert v.dtype == torch.float32 and v.tolist() == [[1 + 256.5 * 2**-7] * 2]
 
 
@@ -128,6 +131,6 @@ def test_a_guidance_model_is_needed_or_refused() -> None:
         guided(model, AutoGuidance(), LAYOUT)
     for config in (NoGuidance(), ClassifierFreeGuidance()):
         with pytest.raises(ValueError, match=f"kind {config.kind} ignores the guidance model"):
-            guided(model, config, LAYOUT, guide=model, null_label=NULL)
-    with pytest.raises(ValueError, match="cfg needs the null label"):
+            guided(model, config, LAYOUT, guide=model, conditioning=ClassLabels(NULL))
+    with pytest.raises(ValueError, match="cfg needs the null condition"):
         guided(model, ClassifierFreeGuidance(), LAYOUT)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.diffusion.adaptive import Dopri5Config
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.fixed_step import TABLEAUX, FixedStepConfig, FixedStepMethod, snap, trajectory
 from sfd_scale.diffusion.flow_ode import SampleResult
 from sfd_scale.diffusion.guidance import ClassifierFreeGuidance, Velocity, guided, interval_discontinuities
@@ -206,7 +207,7 @@ def test_steps_end_at_the_start_of_the_guidance_interval() -> None:
         lambda x, t_texture, t_semantic, y: (y[:, None, None, None].float().expand_as(x), None),
         config,
         LAYOUT,
-        null_label=0,
+        conditioning=ClassLabels(0),
     )
     result = sample(
         velocity,

@@ -13,12 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sfd_scale import plan as plans
 from sfd_scale import train
+from sfd_scale.config import load
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.planning import planner
 from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, memory_per_rank, shard_group
 from sfd_scale.planning.footprint import Activations, Footprint, trace
+from sfd_scale.recipe import TrainRecipe
 from tests.helpers import memory
 from tests.helpers.ranks import run_alone, run_ranks
 from tests.helpers.tiny import Spec
@@ -49,7 +51,7 @@ def bare() -> LightningDiT:
 
 
 def footprint(precision: Any = "bf16") -> Footprint:
-    return trace(bare, forward, 1e9, precision)
+    return trace(bare, forward, precision)
 
 
 def check(spec: Spec, ranks: int, found: list[dict[str, int]]) -> None:
@@ -108,7 +110,7 @@ def test_the_footprint_counts_every_parameter_once() -> None:
     assert sorted(made.shapes) == sorted(tuple(p.shape) for p in model.parameters())
 
 
-MODEL = Footprint((((1000, 1000),), ((1000, 1000),)), (), 0, Activations(10**9, 10**8, 10**7), 6e12, 1.0)
+MODEL = Footprint((((1000, 1000),), ((1000, 1000),)), (), 0, Activations(10**9, 10**8, 10**7), 1.0)
 P = MODEL.parameters
 
 
@@ -136,8 +138,8 @@ def test_traffic_is_that_of_ring_collectives(
 
 def job(engine: AnyEngineConfig, ranks: int = 8, micro_batch: int | None = None) -> planner.PlannedRun:
     return planner.PlannedRun(
-        footprint=MODEL, engine=engine, global_batch=256, micro_batch=micro_batch, steps=1000, ranks=ranks,
-        ranks_per_node=8, sample_bytes=1000, samples=5000, kept_checkpoints=3,
+        footprint=MODEL, flops_per_sample=6e12, engine=engine, global_batch=256, micro_batch=micro_batch, steps=1000,
+        ranks=ranks, ranks_per_node=8, sample_bytes=1000, samples=5000, kept_checkpoints=3,
     )  # fmt: skip
 
 
@@ -214,7 +216,7 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
     # Shards of the ImageNet recipe: 48 × 16 × 16 values of 16 bits, both flips.
     assert made[0][1].sample_bytes == 48 * 16 * 16 * 2 * 2
     assert made[0][1].samples == plans.IMAGENET
-    assert math.isclose(made[0][2].flops_per_step, 256 * made[0][1].footprint.flops)
+    assert math.isclose(made[0][2].flops_per_step, 256 * made[0][1].flops_per_sample)
     # The summary of a run says the same.
     recipe, _, plan = made[0]
     total, state = (size / 2**30 for size in (plan.memory.total, plan.memory.state))
@@ -223,3 +225,29 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
     assert total > state + 1
     with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g"):
         plans.make([], [], [8], "h999", gpus_per_node=8, mfu=0.4, measured=None, samples=None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sample_bytes"),
+    [
+        ("quickstart/sfd", (32 + 16) * 4 * 4 * 2 + 96 * 4 * 4 * 2),  # latents and alignment features, one flip
+        ("quickstart/semvae", 3 * 32 * 32),  # images
+        ("quickstart/vision", 3 * 32 * 32),
+        ("train/semvae_ch16", 3 * 256 * 256),
+    ],
+)
+def test_every_kind_of_run_has_a_plan(recipe: str, sample_bytes: int, tmp_path: Path) -> None:
+    overrides = [f"data.path={tmp_path / 'none'}"]
+    ((loaded, work, plan),) = plans.make(
+        [recipe], overrides, [2], "h100", gpus_per_node=8, mfu=0.4, measured=None, samples=1000
+    )
+    assert work.sample_bytes == sample_bytes and plan.data == 1000 * sample_bytes
+    assert plan.memory.activations > 0 and plan.flops_per_step == loaded.train.global_batch * work.flops_per_sample > 0
+
+
+def test_images_of_512_pixels_take_four_times_the_space(tmp_path: Path) -> None:
+    online = [f"data.path={tmp_path / 'none'}", "data.features=online"]
+    small = load("train/sfd_xl", TrainRecipe, online)
+    large = load("train/sfd_xl", TrainRecipe, [*online, "latents.size=32", "tokenizer.vision.image_size=512"])
+    assert plans.data_size(small, 1)[0] == 48 * 16 * 16 * 2 * 2 + 3 * 256 * 256
+    assert plans.data_size(large, 1)[0] == 4 * plans.data_size(small, 1)[0]

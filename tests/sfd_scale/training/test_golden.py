@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_scale.data.batches import LatentBatch
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.ema import EMA, EMAConfig
@@ -25,7 +26,7 @@ OBJECTIVE = SemanticFirstObjective(
         texture_channels=settings["tex"], semantic_channels=settings["sem"], size=settings["main"]["input_size"]
     ),
     SCHEDULE,
-    num_classes=settings["main"]["num_classes"],
+    conditioning=ClassLabels(settings["main"]["num_classes"]),
     seed=0,
 )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.data.batches import ImageBatch, LatentBatch
+from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
@@ -31,7 +32,9 @@ def latents(count: int, features: bool = False) -> LatentBatch:
 
 
 def objective(config: SemanticFirstConfig = PLAIN, delta_t: float = 0.3, seed: int = 0) -> SemanticFirstObjective:
-    return SemanticFirstObjective(config, LAYOUT, SemanticFirstSchedule(delta_t=delta_t), num_classes=10, seed=seed)
+    return SemanticFirstObjective(
+        config, LAYOUT, SemanticFirstSchedule(delta_t=delta_t), conditioning=ClassLabels(10), seed=seed
+    )
 
 
 def still(x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, None]:
@@ -44,7 +47,7 @@ def still(x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[
 def test_draws_belong_to_the_sample_not_to_its_batch() -> None:
     batch = latents(6)
     whole, part = objective().draw(batch), objective().draw(batch.slice(2, 4))
-    for name in ("noise", "g", "labels"):
+    for name in ("noise", "g", "condition"):
         assert torch.equal(getattr(whole, name)[2:4], getattr(part, name)), name
     other = objective(seed=1).draw(batch)
     assert not torch.equal(whole.noise, other.noise) and not torch.equal(whole.g, other.g)
@@ -61,8 +64,8 @@ def test_draws_have_their_laws() -> None:
     # Five standard errors: the logit of the time is standard normal, so is the noise; a tenth of the labels drop.
     assert abs(logit.mean()) < 0.08 and abs(logit.std() - 1) < 0.06
     assert abs(draw.noise.mean()) < 0.025 and abs(draw.noise.std() - 1) < 0.02
-    assert abs((draw.labels == 10).float().mean() - 0.1) < 0.024
-    assert objective(SemanticFirstConfig(label_dropout=0.0, alignment_weight=0.0)).draw(batch).labels.max() == 0
+    assert abs((draw.condition == 10).float().mean() - 0.1) < 0.024
+    assert objective(SemanticFirstConfig(label_dropout=0.0, alignment_weight=0.0)).draw(batch).condition.max() == 0
 
 
 def test_terms_are_those_of_the_formula() -> None:
@@ -101,7 +104,7 @@ def test_the_model_gets_each_part_at_its_own_time() -> None:
     torch.testing.assert_close(texture[1], 0.4 * data_texture[1] + 0.6)
     torch.testing.assert_close(semantic[1], 0.7 * data_semantic[1] + 0.3)
     torch.testing.assert_close(semantic[2], data_semantic[2])
-    assert torch.equal(seen["y"], draw.labels)
+    assert torch.equal(seen["y"], draw.condition)
 
 
 def test_without_lead_both_times_are_the_same() -> None:
@@ -149,7 +152,9 @@ def test_missing_alignment_is_said_not_skipped() -> None:
 
 def test_latents_without_semantics_train() -> None:
     layout = LatentLayout(texture_channels=3, semantic_channels=0, size=2)
-    alone = SemanticFirstObjective(PLAIN, layout, SemanticFirstSchedule(delta_t=0.0), num_classes=10, seed=0)
+    alone = SemanticFirstObjective(
+        PLAIN, layout, SemanticFirstSchedule(delta_t=0.0), conditioning=ClassLabels(10), seed=0
+    )
     result = alone(still, latents(2))
     assert result.total.isfinite() and "velocity_semantic" not in result.terms
 
