@@ -21,10 +21,10 @@ from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.export import TEXTURE, read_note, require_note
-from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.tasks import diffusion_task
+from sfd_scale.tasks.diffusion import DiffusionModel
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Loaded:
     """A trained model with all that turns its latents into images."""
 
-    model: LightningDiT
+    model: DiffusionModel
     layout: LatentLayout
     schedule: SemanticFirstSchedule
     stats: LatentStats

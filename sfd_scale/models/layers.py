@@ -137,9 +137,14 @@ class GeluMlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift for tokens (N, T, D) and a condition (N, D) (adaLN, arXiv 2212.09748)."""
-    scaled = x * (1 + scale[:, None])
-    return scaled if shift is None else scaled + shift[:, None]
+    """x·(1 + scale) + shift (adaLN, arXiv 2212.09748), all of them (N, T, D); T is 1 for a condition of the sample."""
+    scaled = x * (1 + scale)
+    return scaled if shift is None else scaled + shift
+
+
+def per_token(values: Tensor) -> Tensor:
+    """(N, D) → (N, 1, D), which holds for every token; (N, T, D) is returned as it is."""
+    return values[:, None] if values.ndim == 2 else values
 
 
 def sincos_position(dim: int, side: int) -> Tensor:

@@ -9,6 +9,7 @@ N batch · C channels · H, W latent grid · T tokens · D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from sfd_scale.models.layers import (
     condition_embedder,
     mlp_hidden,
     modulate,
+    per_token,
     sincos_position,
     unpatchify,
 )
@@ -131,16 +133,16 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if config.shift else 4) * width))
 
     def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:
-        """Tokens (N, T, D), condition (N, D) → tokens."""
-        modulation = self.adaLN_modulation(c)
+        """Tokens (N, T, D), condition of the samples (N, D) or of each token (N, T, D) → tokens."""
+        modulation = per_token(self.adaLN_modulation(c))
         shift_attn: Tensor | None = None
         shift_mlp: Tensor | None = None
         if self.shift:
-            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         else:
-            scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
-        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn).to(c.dtype), rope)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(c.dtype))
+            scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn).to(c.dtype), rope)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(c.dtype))
 
 
 class FinalLayer(nn.Module):
@@ -154,7 +156,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = per_token(self.adaLN_modulation(c)).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale).to(c.dtype))
 
 
@@ -162,8 +164,17 @@ def _norm(config: LightningDiTConfig, width: int) -> nn.Module:
     return RMSNorm(width) if config.norm == "rmsnorm" else LayerNorm(width, eps=1e-6, elementwise_affine=False)
 
 
-class LightningDiT(FixedBuffers):
-    """The velocity of a latent at given times, for given labels.
+class Encoded(NamedTuple):
+    """The output of the trunk."""
+
+    tokens: Tensor  # (N, T, D) float32
+    time: Tensor  # (N, D), the embedded times
+    condition: Tensor  # (N, D), the embedded times plus the embedded conditions
+    projected: Tensor | None  # (N, T, dim) float32, the tokens of the alignment head
+
+
+class Trunk(FixedBuffers):
+    """The embedders and blocks of LightningDiT. A model adds the layers that turn tokens into a velocity.
 
     Args:
         in_channels, input_size: C and the side of the latent grid.
@@ -172,14 +183,15 @@ class LightningDiT(FixedBuffers):
     """
 
     pos_embed: Tensor
+    repa_projector: nn.Sequential | None  # made by the model, after its other layers: official files have that order
 
     def __init__(self, config: LightningDiTConfig, *, in_channels: int, input_size: int, two_clocks: bool) -> None:
         super().__init__()
         if input_size % config.patch_size:
             raise ValueError(f"model.patch_size: {config.patch_size} does not divide the latent side {input_size}")
-        self.config, self.in_channels, self.input_size = config, in_channels, input_size
+        self.trunk, self.in_channels, self.input_size = config, in_channels, input_size
         depth, width, heads = config.dimensions
-        side = input_size // config.patch_size
+        self.side = side = input_size // config.patch_size
         self.x_embedder = PatchEmbed(config.patch_size, in_channels, width)
         if two_clocks:
             self.t_embedder_sem = TimestepEmbedder(width // 2)
@@ -191,35 +203,20 @@ class LightningDiT(FixedBuffers):
         self.register_buffer("pos_embed", sincos_position(width, side))
         self.feat_rope = RotaryEmbedding2D(width // heads, side) if config.rope else None
         self.blocks = nn.ModuleList([Block(config) for _ in range(depth)])
-        self.final_layer = FinalLayer(config, in_channels * (2 if config.learn_sigma else 1))
-        self.repa_projector = None if config.alignment is None else alignment_head(width, config.alignment)
 
-    def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Velocity and alignment projection.
-
-        Args:
-            x: (N, C, H, W), cast to the dtype of the weights. t_texture, t_semantic: (N,) in [0, 1], float32 in any
-                case. y: (N,) int64; num_classes is the null label.
-
-        Returns:
-            Velocity (N, C, H, W) and the tokens of the alignment head (N, T, dim), float32; None without such a head.
-        """
-        hidden = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
-        hidden = hidden.float() + self.pos_embed  # (N, T, D)
-        c = self.embed_time(t_texture, t_semantic) + self.y_embedder(y)  # (N, D)
+    def encode(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> Encoded:
+        """Latents, times and conditions through the trunk's blocks; the arguments are those of the model."""
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
+        tokens = tokens.float() + self.pos_embed  # (N, T, D)
+        time = self.embed_time(t_texture, t_semantic)
+        condition = time + self.y_embedder(y)  # (N, D)
         projected: Tensor | None = None
-        aligned = None if self.config.alignment is None else self.config.alignment.depth
-        for index, block in enumerate(self.blocks, start=1):
-            hidden = block(hidden, c, self.feat_rope)
+        aligned = None if self.trunk.alignment is None else self.trunk.alignment.depth
+        for index, block in enumerate(islice(self.blocks, self.trunk.dimensions.depth), start=1):
+            tokens = block(tokens, condition, self.feat_rope)
             if index == aligned and self.repa_projector is not None:
-                projected = self.repa_projector(hidden.to(c.dtype)).float()
-        out = unpatchify(self.final_layer(hidden, c), self.config.patch_size, self.out_channels)
-        # learn_sigma: the second half of the channels belongs to a variance that flow matching does not have.
-        return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), projected
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.config.learn_sigma else 1)
+                projected = self.repa_projector(tokens.to(condition.dtype)).float()
+        return Encoded(tokens, time, condition, projected)
 
     def embed_time(self, t_texture: Tensor, t_semantic: Tensor) -> Tensor:
         """(N,) times → (N, D)."""
@@ -234,9 +231,40 @@ class LightningDiT(FixedBuffers):
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
         # A construction on the meta device leaves them empty.
-        self.pos_embed.copy_(sincos_position(self.config.dimensions.width, self.input_size // self.config.patch_size))
+        self.pos_embed.copy_(sincos_position(self.trunk.dimensions.width, self.side))
         if self.feat_rope is not None:
             self.feat_rope.reset()
+
+
+class LightningDiT(Trunk):
+    """The velocity of a latent at given times, under a condition; see Trunk."""
+
+    def __init__(self, config: LightningDiTConfig, *, in_channels: int, input_size: int, two_clocks: bool) -> None:
+        super().__init__(config, in_channels=in_channels, input_size=input_size, two_clocks=two_clocks)
+        self.config = config
+        self.final_layer = FinalLayer(config, self.out_channels)
+        width = config.dimensions.width
+        self.repa_projector = None if config.alignment is None else alignment_head(width, config.alignment)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.config.learn_sigma else 1)
+
+    def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Velocity and alignment projection.
+
+        Args:
+            x: (N, C, H, W), cast to the dtype of the weights. t_texture, t_semantic: (N,) in [0, 1], always float32.
+                y: the condition, (N,) int64 for class labels.
+
+        Returns:
+            Velocity (N, C, H, W) and the tokens of the alignment head (N, T, dim), float32; None without such a head.
+        """
+        encoded = self.encode(x, t_texture, t_semantic, y)
+        out = self.final_layer(encoded.tokens, encoded.condition)
+        out = unpatchify(out, self.config.patch_size, self.out_channels)
+        # learn_sigma: the second half of the channels belongs to a variance that flow matching does not have.
+        return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), encoded.projected
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sfd_scale.recipe import TrainRecipe
 
 DiffusionModelConfig = LightningDiTConfig
+DiffusionModel = LightningDiT
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DiffusionTask:
         if recipe.latents.size % model.patch_size:
             raise ValueError(f"model.patch_size: {model.patch_size} does not divide latents.size {recipe.latents.size}")
 
-    def make_model(self) -> LightningDiT:
+    def make_model(self) -> DiffusionModel:
         layout, two_clocks = self.recipe.latents, not self.recipe.schedule.synchronous
         return LightningDiT(self.model, in_channels=layout.channels, input_size=layout.size, two_clocks=two_clocks)
 
