@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.data.dataloader import LatentLoader
+from sfd_scale.models.ddt import DDT, DDTConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from sfd_scale.tasks.task import STORED_BYTES, Loader, check_classes, check_fingerprint, open_loader
@@ -26,8 +27,8 @@ from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirst
 if TYPE_CHECKING:
     from sfd_scale.recipe import TrainRecipe
 
-DiffusionModelConfig = LightningDiTConfig
-DiffusionModel = LightningDiT
+DiffusionModelConfig = LightningDiTConfig | DDTConfig
+DiffusionModel = LightningDiT | DDT
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ class DiffusionTask:
 
     def make_model(self) -> DiffusionModel:
         layout, two_clocks = self.recipe.latents, not self.recipe.schedule.synchronous
-        return LightningDiT(self.model, in_channels=layout.channels, input_size=layout.size, two_clocks=two_clocks)
+        match self.model:
+            case LightningDiTConfig() as model:
+                return LightningDiT(model, in_channels=layout.channels, input_size=layout.size, two_clocks=two_clocks)
+            case DDTConfig() as model:
+                return DDT(model, in_channels=layout.channels, input_size=layout.size, two_clocks=two_clocks)
 
     def make_loader(self, split: BatchSplit) -> LatentLoader:
         recipe, data = self.recipe, self.recipe.data
