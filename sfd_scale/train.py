@@ -165,7 +165,7 @@ def _costs(
     facts["MFU"] = (
         f"of {metrics.peak_flops / 1e12:,.4g} TFLOP/s per rank"
         if math.isfinite(metrics.peak_flops)
-        else "not reported: the peak of this device is not known; meter.peak=measured measures it"
+        else "not reported: the peak of this device is not known; metrics.peak=measured measures it"
     )
     if distributed.is_main():
         facts["planned memory"] = planned_memory(recipe, split, activations=engine.device.type == "cuda")
