@@ -1,4 +1,4 @@
-"""The authors' feature files (safetensors shards of 1,000 images) → shards of ours, row by row.
+"""Converts feature files of the official code (safetensors files of 1,000 images) to MDS shards.
 
 N images of a file · T, S texture and semantic channels · D feature channels · h, w latent grid.
 """
@@ -42,13 +42,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What is taken over from the files of `source`; the rest is not read, and need not be there.
+    """What to convert from the files in `source`. Tensors that are not converted may be missing.
 
-    latents false keeps features alone, which a semantic VAE trains on.
-    stats: the authors' latents_stats.pt and latents_sv_stats.pt, to be kept as stats_authors.safetensors, which
-    `data.stats` can name: their weights were trained on latents normalised with these.
-    tokenizers: what the latents were made with, as `sfd encode` notes it ({texture: identity of the codec, ...});
-    sampling refuses a texture codec that is not named here.
+    latents: false converts features only, for training a semantic VAE.
+    stats: the official latents_stats.pt and latents_sv_stats.pt. They are written to stats_authors.safetensors. Set
+        `data.stats` to that file to train official weights further: they expect latents normalised by it.
+    tokenizers: fingerprints of the codecs that made the latents, as in the manifest of `sfd encode` ({texture: ...}).
+        Sampling refuses a texture codec that is not listed here.
     """
 
     source: Path
@@ -68,16 +68,17 @@ class ConvertConfig:
         if self.stats is not None and len(self.stats) != 2:
             raise ValueError(f"stats: {len(self.stats)} files; allowed: latents_stats.pt and latents_sv_stats.pt")
         if not (self.latents or self.features):
-            raise ValueError("latents: false, with features false too; nothing is left to convert")
+            raise ValueError("latents: false, but features is false too; set one of them to true")
 
 
 def convert(config: ConvertConfig, out: Path) -> Manifest:
-    """Write one chunk a file, on all ranks, and verify each before it is committed: it is read back, and its count and
-    the SHA-256 of its rows must be those of the file. Continues where a start was cut off.
+    """Convert each file to one chunk, on all ranks. An interrupted conversion resumes.
+
+    Each chunk is read back before its rename: the number and SHA-256 of its samples must equal those of the file.
 
     Raises:
-        ValueError: naming the file, for a missing tensor, another shape or type, labels out of range, or bytes that
-            do not come back.
+        ValueError: names the file, if a tensor is missing, has another shape or dtype, a label is out of range, or the
+            written data reads back differently.
     """
     if not config.source.is_dir():
         raise ValueError(f"convert.source: {config.source} is not a folder")
@@ -88,7 +89,7 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     starts = np.cumsum([0, *counts])
     recipe = {
         "kind": "convert",
-        **_plain(asdict(config)),
+        **_json_values(asdict(config)),
         "files": {file.name: n for file, n in zip(files, counts, strict=True)},
     }
     decisive = {key: value for key, value in recipe.items() if key not in ("source", "stats")}
@@ -105,19 +106,21 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
             finish(out, len(files), description)
     manifest = Manifest.read(out)
     if manifest.num_samples != starts[-1]:
-        raise ValueError(f"{out}: {manifest.num_samples} samples, of {starts[-1]}; remove it and convert again")
+        raise ValueError(
+            f"{out}: {manifest.num_samples} samples, expected {starts[-1]}; remove the folder and convert again"
+        )
     if config.stats is not None and distributed.is_main():
         texture, semantic = config.stats
         LatentStats.from_official(texture, semantic, config.layout).save(out / "stats_authors.safetensors")
-    logger.info("%s: %d samples of %d files", out, manifest.num_samples, len(files))
+    logger.info("%s: %d samples from %d files", out, manifest.num_samples, len(files))
     return manifest
 
 
 def _convert_files(files: list[Path], starts: Any, config: ConvertConfig, out: Path, claims: Claims) -> None:
-    """Write the chunks that are missing, on all ranks.
+    """Write the missing chunks, on all ranks.
 
     Args:
-        starts: the first row of each file.
+        starts: index of the first sample of each file.
     """
     with progress(len(files), f"convert {out.name}", "files") as bar:
         for todo, mine in claims.rounds(len(files), partial(is_committed, out)):
@@ -127,7 +130,7 @@ def _convert_files(files: list[Path], starts: Any, config: ConvertConfig, out: P
                 bar.advance(len(files) - len(claims.unclaimed(todo)) - bar.done)  # by all ranks
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _json_values(settings: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
 
@@ -144,7 +147,7 @@ def _columns(config: ConvertConfig) -> dict[str, str]:
 
 
 def _tensors(config: ConvertConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that are read of a file, and the shape of one row (REFERENCE: the authors' extract_features)."""
+    """The tensors to read from a file, and their shape per image (extract_features of the official code)."""
     grid = (config.layout.size, config.layout.size)
     wanted: dict[str, tuple[int, ...]] = {"labels": ()}
     for suffix in ("", FLIPPED) if config.flip else ("",):
@@ -157,7 +160,7 @@ def _tensors(config: ConvertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_file(file: Path, config: ConvertConfig) -> int:
-    """Names and shapes, from the header alone; returns the number of rows."""
+    """Check names and shapes in the header of a file; returns its number of images."""
     try:
         with safe_open(str(file), framework="pt") as handle:
             shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
@@ -171,7 +174,7 @@ def _check_file(file: Path, config: ConvertConfig) -> int:
     for name, shape in wanted.items():
         if shapes[name] != (rows, *shape):
             raise ValueError(
-                f"{file}: {name} is {shapes[name]}; allowed: (N, {', '.join(map(str, shape))}), one N a file"
+                f"{file}: {name} is {shapes[name]}; allowed: (N, {', '.join(map(str, shape))}), with one N per file"
             )
     return rows
 
@@ -185,15 +188,15 @@ def _convert_file(file: Path, start: int, config: ConvertConfig, out: Path, numb
         for row in range(back.num_samples):
             _digest(read, back[row])
         if read.digest() != written.digest():
-            raise ValueError(f"{file}: what was written to {folder} reads back differently; check the disk")
+            raise ValueError(f"{file}: the data written to {folder} reads back differently; check the disk")
 
-    write_chunk(out, number, _columns(config), _rows(file, start, config, note, written), note, verify)
+    write_chunk(out, number, _columns(config), _samples(file, start, config, note, written), note, verify)
 
 
-def _rows(
+def _samples(
     file: Path, start: int, config: ConvertConfig, note: ChunkNote, digest: hashlib._Hash
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file; feeds the statistics and the digest."""
+    """The samples of a file. Updates the statistics in the note, and the digest."""
     with safe_open(str(file), framework="pt") as handle:
         labels = handle.get_tensor("labels")
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= config.num_classes:
@@ -207,16 +210,16 @@ def _rows(
                 texture, semantic = (handle.get_tensor(f"{name}{suffix}").float() for name in ("latents", "latents_sv"))
                 latents = config.layout.join(texture, semantic)
                 note.stats.update(latents)
-                parts[f"latents{suffix}"] = _named(file, latents, config.dtype)
+                parts[f"latents{suffix}"] = _stored(file, latents, config.dtype)
             if config.features:
-                parts[f"features{suffix}"] = _named(file, handle.get_tensor(f"feats_dino{suffix}"), config.dtype)
+                parts[f"features{suffix}"] = _stored(file, handle.get_tensor(f"feats_dino{suffix}"), config.dtype)
     for row in range(len(labels)):
         sample = {"id": start + row, "label": int(labels[row]), **{name: part[row] for name, part in parts.items()}}
         _digest(digest, sample)
         yield sample
 
 
-def _named(file: Path, values: torch.Tensor, dtype: StoredDtype) -> Array:
+def _stored(file: Path, values: torch.Tensor, dtype: StoredDtype) -> Array:
     try:
         return stored(values, dtype)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Images → shards, on any number of ranks, in chunks that a second start does not repeat."""
+"""Encodes images to MDS shards, in chunks, on any number of ranks. A restart skips complete chunks."""
 
 from __future__ import annotations
 
@@ -41,10 +41,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """What is kept of each image.
+    """What is stored for each image.
 
-    image: its pixels. latents: the posterior mean, or `moments`, mean and log-variance, so that training draws anew
-    each time. features: the alignment features, for `shards`. flip: all of these of the mirrored image too.
+    image: the pixels.
+    latents: `mean`, the posterior mean; or `moments`, mean and log-variance, so that training samples the posterior.
+    features: `shards`, the alignment features.
+    dtype: of latents and features.
+    flip: store latents and features of the mirrored image too.
+    chunk: images per chunk. batch: images per forward pass. num_workers: processes that decode image files.
+    skip_unreadable: leave unreadable images out; otherwise they are an error at the end.
     """
 
     image: bool = False
@@ -52,32 +57,33 @@ class StoreConfig:
     features: Literal["none", "shards"] = "none"
     dtype: StoredDtype = "float16"
     flip: bool = True
-    chunk: int = 512  # images a chunk
-    batch: NoEffectOnResults[int] = 64  # images encoded at once
-    num_workers: NoEffectOnResults[int] = 0  # processes that decode image files
+    chunk: int = 512
+    batch: NoEffectOnResults[int] = 64
+    num_workers: NoEffectOnResults[int] = 0
     skip_unreadable: NoEffectOnResults[bool] = False
 
     def __post_init__(self) -> None:
         at_least(self, chunk=1, batch=1, num_workers=0)
         if not (self.image or self.latents != "none" or self.features != "none"):
-            raise ValueError("latents: none, and nothing else is stored either; allowed: mean, moments, or image true")
+            raise ValueError("latents: none, but image and features are off too; allowed: mean, moments, or image=true")
 
 
 def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, recipe: Any) -> Manifest:
-    """Write shards, statistics and the manifest. Goes on where a start was cut off, and remakes shards that were lost;
-    returns at once where nothing is missing.
+    """Write shards, statistics and the manifest.
+
+    An interrupted encode resumes. Shards that were lost are written again. A complete folder is left as it is.
 
     Args:
-        tokenizer: a composite one where latents are stored, else what makes the features, if these are.
-        recipe: the recipe that all of them are of; it is kept in the manifest.
+        tokenizer: a CompositeTokenizer if latents are stored, a FeatureTokenizer if only features are, else None.
+        recipe: the recipe of source, tokenizer and store. It is kept in the manifest.
 
     Raises:
-        ValueError: if the folder holds another recipe's data, or images could not be read and may not be skipped.
+        ValueError: if the folder has data of another recipe, or images are unreadable and skip_unreadable is false.
     """
     fingerprints = {} if tokenizer is None else tokenizer.fingerprints
     decisive = {**config.settings_affecting_results(recipe), "tokenizers": fingerprints}
     count = -(-len(source) // store.chunk)
-    # Rank 0 decides for all, as files of other nodes may show late.
+    # Rank 0 decides: on a network file system the other nodes may see new files late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
         require_recipe(out, decisive)
         logger.info("%s is complete", out)
@@ -88,7 +94,7 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
         _write_chunks(source, tokenizer, store, out, columns, claims)
         description = Description(
             num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,
-            tokenizers=fingerprints, recipe=config.to_dict(recipe), classes=getattr(source, "classes", ()),
+            tokenizers=fingerprints, recipe=config.to_dict(recipe), classes=source.classes,
         )  # fmt: skip
         manifest = finish(out, count, description)
     logger.info("%s: %d samples", out, manifest.num_samples)
@@ -99,7 +105,7 @@ def _write_chunks(
     source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfig, out: Path, columns: Mapping[str, str],
     claims: Claims,
 ) -> None:  # fmt: skip
-    """Write the chunks that are missing, on all ranks."""
+    """Write the missing chunks, on all ranks."""
     count = -(-len(source) // store.chunk)
     spans = [range(c * store.chunk, min((c + 1) * store.chunk, len(source))) for c in range(count)]
 
@@ -109,10 +115,10 @@ def _write_chunks(
     with progress(len(source), f"encode {out.name}", "images") as bar:
         for todo, mine in claims.rounds(count, partial(is_committed, out)):
             bar.skip(done(todo) - bar.done)
-            for chunk, batches in _pulled(source, mine, spans, store):
+            for chunk, batches in _chunk_batches(source, mine, spans, store):
                 composite = tokenizer if isinstance(tokenizer, CompositeTokenizer) else None
                 note = ChunkNote([], None if composite is None else StatsAccumulator(composite.layout.channels))
-                write_chunk(out, chunk, columns, _rows(batches, tokenizer, store, note), note)
+                write_chunk(out, chunk, columns, _samples(batches, tokenizer, store, note), note)
                 bar.advance(done(claims.unclaimed(todo)) - bar.done)  # by all ranks
 
 
@@ -120,8 +126,8 @@ def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
     if manifest.unreadable and not store.skip_unreadable:
         raise ValueError(
             f"{len(manifest.unreadable)} images could not be read and are left out, listed in {out}/manifest.json; "
-            f"first: {manifest.unreadable[0]}; set store.skip_unreadable=true, which finishes this folder without "
-            "them, or mend them and encode into another one"
+            f"first: {manifest.unreadable[0]}; set store.skip_unreadable=true to use this folder without them, or "
+            "repair the images and encode into another folder"
         )
     return manifest
 
@@ -146,8 +152,8 @@ def _columns(source: Source, tokenizer: FeatureTokenizer | None, store: StoreCon
     return columns
 
 
-class _Images(Dataset[tuple[int, Tensor | str, int]]):
-    """A source for worker processes: an unreadable image comes back as its message."""
+class _ImageDataset(Dataset[tuple[int, Tensor | str, int]]):
+    """Items (index, image, label) of a source. For an unreadable image, the error message in place of the image."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -162,7 +168,10 @@ class _Images(Dataset[tuple[int, Tensor | str, int]]):
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images (N, 3, H, W) uint8 that could be read, of those from `start` on, and messages for the others."""
+    """The readable images (N, 3, H, W) uint8 of a batch, and error messages for the others.
+
+    start: index of the first image of the batch, readable or not.
+    """
 
     start: int
     ids: list[int]
@@ -171,17 +180,17 @@ class _Batch:
     unreadable: list[str]
 
     @classmethod
-    def of(cls, items: list[tuple[int, Tensor | str, int]]) -> _Batch:
+    def collate(cls, items: list[tuple[int, Tensor | str, int]]) -> _Batch:
         images = [item for _, item, _ in items if isinstance(item, Tensor)]
-        whole = [(index, label) for index, item, label in items if isinstance(item, Tensor)]
+        readable = [(index, label) for index, item, label in items if isinstance(item, Tensor)]
         return cls(
-            items[0][0], [index for index, _ in whole], [label for _, label in whole],
+            items[0][0], [index for index, _ in readable], [label for _, label in readable],
             torch.stack(images) if images else torch.empty(0), [item for _, item, _ in items if isinstance(item, str)],
         )  # fmt: skip
 
 
-class _Work(Sampler[list[int]]):
-    """The batches of the chunks that this rank pulls, chunk by chunk."""
+class _ChunkSampler(Sampler[list[int]]):
+    """The batches of this rank's chunks, chunk by chunk."""
 
     def __init__(self, chunks: Iterator[int], spans: list[range], batch: int) -> None:
         self.chunks, self.spans, self.batch = chunks, spans, batch
@@ -192,13 +201,13 @@ class _Work(Sampler[list[int]]):
             yield from (list(ids[start : start + self.batch]) for start in range(0, len(ids), self.batch))
 
 
-def _pulled(
+def _chunk_batches(
     source: Source, chunks: Iterator[int], spans: list[range], store: StoreConfig
 ) -> Iterator[tuple[int, Iterator[_Batch]]]:
-    """Each chunk that this rank pulls, with its batches. The workers run on from chunk to chunk."""
+    """This rank's chunks, each with its batches. One dataloader serves all chunks, so its workers never pause."""
     loader = DataLoader(
-        _Images(source), batch_sampler=_Work(chunks, spans, store.batch), num_workers=store.num_workers,
-        collate_fn=_Batch.of, generator=torch.Generator(),
+        _ImageDataset(source), batch_sampler=_ChunkSampler(chunks, spans, store.batch), num_workers=store.num_workers,
+        collate_fn=_Batch.collate, generator=torch.Generator(),
     )  # fmt: skip
     batches = iter(loader)
     for first in batches:
@@ -207,10 +216,10 @@ def _pulled(
         yield chunk, chain([first], islice(batches, rest))
 
 
-def _rows(
+def _samples(
     batches: Iterator[_Batch], tokenizer: FeatureTokenizer | None, store: StoreConfig, note: ChunkNote
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a chunk; fills the note."""
+    """The samples of a chunk. Fills the note with unreadable images and statistics."""
     for batch in batches:
         note.unreadable.extend(batch.unreadable)
         if not batch.ids:
@@ -218,8 +227,8 @@ def _rows(
         parts: dict[str, np.ndarray[Any, Any]] = {"image": batch.images.numpy()} if store.image else {}
         for suffix in ("", FLIPPED) if store.flip else ("",):
             if tokenizer is not None:
-                turned = batch.images.flip(3) if suffix else batch.images
-                parts |= {f"{k}{suffix}": v for k, v in _encoded(tokenizer, store, turned, note.stats).items()}
+                images = batch.images.flip(3) if suffix else batch.images
+                parts |= {f"{k}{suffix}": v for k, v in _encoded(tokenizer, store, images, note.stats).items()}
         for row, (index, label) in enumerate(zip(batch.ids, batch.labels, strict=True)):
             yield {"id": index, "label": label, **{name: values[row] for name, values in parts.items()}}
 

@@ -59,6 +59,8 @@ class ParquetImages:
         ValueError: names the file, if it is not a Parquet file, a column is missing, or a label is not a class index.
     """
 
+    classes: tuple[str, ...] = ()
+
     def __init__(self, config: ParquetConfig) -> None:
         self.config, self.size, self.upright = config, config.size, config.upright
         self.groups: list[_RowGroup] = []

@@ -87,6 +87,7 @@ class Source(Protocol):
 
     num_classes: int
     size: int
+    classes: tuple[str, ...]  # class names, by class index; empty if unknown
 
     def __len__(self) -> int: ...
 
@@ -97,6 +98,7 @@ class ToyImages:
     """The generated images of DigitsConfig or ScenesConfig."""
 
     num_classes = NUM_CLASSES
+    classes: tuple[str, ...] = ()
 
     def __init__(self, config: DigitsConfig | ScenesConfig) -> None:
         self.config, self.size = config, config.size
@@ -159,6 +161,8 @@ class ImageFolder:
 
 class MDSImages:
     """The images of MDSConfig."""
+
+    classes: tuple[str, ...] = ()
 
     def __init__(self, config: MDSConfig) -> None:
         manifest = Manifest.read(config.path)

@@ -51,6 +51,8 @@ class TarImages:
         ValueError: names the file, if it is not a tar file, is truncated, or only some images have a class.
     """
 
+    classes: tuple[str, ...] = ()
+
     def __init__(self, config: TarConfig) -> None:
         files = sorted(config.path.glob("*.tar")) if config.path.is_dir() else [config.path]
         if not files or not files[0].is_file():

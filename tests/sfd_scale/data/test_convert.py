@@ -126,7 +126,7 @@ def test_features_alone_for_a_semantic_vae(source: Path, tmp_path: Path) -> None
     data = DataConfig(path=tmp_path / "out", flip=False, shuffle=False)
     reader = FeatureLoader(data, seed=0, split=BatchSplit(12, 1, 1), rank=0)
     assert torch.equal(next(reader.batches(0)).features, whole("feats_dino"))
-    with pytest.raises(ValueError, match="latents: false, with features false too"):
+    with pytest.raises(ValueError, match="latents: false, but features is false too"):
         config(source, latents=False, features=False)
 
 
@@ -159,7 +159,7 @@ def test_bytes_that_do_not_come_back_are_not_committed(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "MDSReader", Faulty)
-        with pytest.raises(ValueError, match=r"shard000\.safetensors: what was written .* reads back differently"):
+        with pytest.raises(ValueError, match=r"shard000\.safetensors: the data written to .* reads back differently"):
             convert(config(source), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.mds")) and not (tmp_path / "out" / "chunks" / "000000").exists()
     assert convert(config(source), tmp_path / "out").num_samples == 12
@@ -193,7 +193,7 @@ def lost(t: dict[str, Tensor]) -> None:
     ("change", "message"),
     [
         (bad_shape, r"latents is \(3, 3, 3, 3\); allowed: \(N, 4, 3, 3\)"),
-        (short, r"feats_dino_flip is \(2, 7, 3, 3\); allowed: \(N, 7, 3, 3\), one N a file"),
+        (short, r"feats_dino_flip is \(2, 7, 3, 3\); allowed: \(N, 7, 3, 3\), with one N per file"),
         (label, "labels of torch.int64 from . to 10; allowed: integers from 0 to 9"),
         (infinite, "values up to inf: not finite"),
         (huge, r"values up to 100000.0: beyond the range of float16; set store\.dtype=bfloat16"),

@@ -34,7 +34,7 @@ class Failing:
 
     def __init__(self, last: int) -> None:
         self.source, self.last = digits(COUNT), last
-        self.num_classes, self.size, self.read = 10, 32, [0]
+        self.num_classes, self.size, self.classes, self.read = 10, 32, (), [0]
 
     def __len__(self) -> int:
         return COUNT
@@ -188,7 +188,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"latents": "none"}, "latents: none, and nothing else is stored"),
+        ({"latents": "none"}, "latents: none, but image and features are off"),
         ({"chunk": 0}, "chunk: 0; allowed: 1 and up"),
         ({"num_workers": -1}, "num_workers: -1; allowed: 0 and up"),
     ],
