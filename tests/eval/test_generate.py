@@ -145,7 +145,7 @@ def test_latents_that_are_not_finite_are_refused() -> None:
         return torch.where((y == 3)[:, None, None, None], torch.nan, x)
 
     labels = torch.tensor([0, 3, 1])
-    with pytest.raises(FloatingPointError, match="1 images .*image 11 first"):
+    with pytest.raises(FloatingPointError, match="1 images .*first is image 11"):
         eval_tiny.sampler(4, velocity=broken).images([10, 11, 12], labels)
 
 
