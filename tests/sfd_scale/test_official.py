@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_named(folder: Path, theirs: TheirTraining, tmp_pat
     for stats, message in (
         (pair[:1], "alone; allowed: both of the authors' files"),
         (pair[:1] * 2, r"latents_stats\.pt: 6 channels; allowed here: 3 \(give texture first\)"),
-        (pair[::-1], r"latents_sv_stats\.pt: of 3 channels; allowed here: 6 \(texture comes first\)"),
+        (pair[::-1], r"latents_sv_stats\.pt: 3 channels; allowed here: 6 \(give texture first\)"),
         (pair * 2, "--stats: 4 files"),
         ((tmp_path / "no.safetensors",), "no.safetensors; allowed: an existing file"),
     ):
