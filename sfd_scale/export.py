@@ -1,4 +1,4 @@
-"""A run's weights as one file, and that file as a model that draws images."""
+"""`sfd export`: the weights of a run as one safetensors file, with the settings that sampling needs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 
 logger = logging.getLogger(__name__)
-TEXTURE = "texture.safetensors"  # the texture codec's weights in a folder for the hub
-EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds all that sampling needs to know
+TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
+EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds its note (`note_of`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
 def note_of(
     recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What an exported file says of itself under EXPORT_KEY; sampling needs stats and tokenizers."""
+    """The note of an exported file: recipe, step, and for sampling the latent statistics and tokenizers."""
     note = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": step}
     if stats is not None:
         note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
@@ -92,31 +92,34 @@ def note_of(
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What an exported file says of itself (`note_of`).
+    """The note of an exported file (`note_of`).
 
     Raises:
-        ValueError: if it is no such file.
+        ValueError: if the file is not an export, or its note is damaged.
     """
     if not path.is_file() or path.suffix != ".safetensors":
-        raise ValueError(f"{path}: no such file of `sfd export` (.safetensors)")
+        raise ValueError(f"{path}: not a file of `sfd export` (.safetensors)")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
     if EXPORT_KEY not in metadata:
-        raise ValueError(
-            f"{path}: written neither by `sfd export` nor by `sfd import`: it says nothing of the model it belongs to"
-        )
+        raise ValueError(f"{path}: it does not name its model; give a file of `sfd export` or `sfd import`")
     try:
         note = json.loads(metadata[EXPORT_KEY])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its note on the run is damaged: {error}") from error
+        raise ValueError(f"{path}: its note is damaged: {error}") from error
     require_note(note, path, {"recipe": dict})
     return note
 
 
 def require_note(note: Any, path: Path, needed: Mapping[str, type]) -> None:
+    """Check the types of the entries of a note.
+
+    Raises:
+        ValueError: naming the entries that are missing or have another type.
+    """
     wrong = [key for key, kind in needed.items() if not isinstance(note, dict) or not isinstance(note.get(key), kind)]
     if wrong:
-        raise ValueError(f"{path}: its note on the run is damaged: {', '.join(wrong)} missing or of another type")
+        raise ValueError(f"{path}: its note is damaged: {', '.join(wrong)} missing or of another type")

@@ -1,4 +1,4 @@
-"""A folder ready for the Hugging Face hub: weights, recipe, statistics, texture codec, scores and a model card."""
+"""A folder for the Hugging Face hub: weights, recipe, statistics, texture codec, scores and a model card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from sfd_scale.runtime.run_paths import RECIPE, RESULTS
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CARD = "model.safetensors", "README.md"
-_CITATION = """@article{pan2025semantics,
-  title   = {Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion},
-  author  = {Pan, Yueming and Feng, Ruoyu and Dai, Qi and Wang, Yuqi and Lin, Wenfeng and Guo, Mingyu and Luo, Chong and
-             Zheng, Nanning},
-  journal = {arXiv preprint arXiv:2512.04926},
-  year    = {2025}
-}"""
+_PAPER = "Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion"
+_PAPER_URL = "https://arxiv.org/abs/2512.04926"
+_CITATION = f"""@article{{pan2025semantics,
+  title   = {{{_PAPER}}},
+  author  = {{Pan, Yueming and Feng, Ruoyu and Dai, Qi and Wang, Yuqi and Lin, Wenfeng and Guo, Mingyu and
+             Luo, Chong and Zheng, Nanning}},
+  journal = {{arXiv preprint arXiv:2512.04926}},
+  year    = {{2025}}
+}}"""
 
 
 def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None) -> Path:
@@ -46,7 +48,7 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
     weights = export.export(source, folder / WEIGHTS, choice)
     for name in {*own, "samples.png"} - {WEIGHTS}:
-        (folder / name).unlink(missing_ok=True)  # of the weights of an earlier call
+        (folder / name).unlink(missing_ok=True)  # left by an earlier call
     note = export.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
     write_atomically(folder / RECIPE, config.to_yaml(recipe))
@@ -56,9 +58,9 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
     texture = recipe.tokenizer.texture
     if texture is not None and texture.weights is not None and texture.weights.is_file():
         shutil.copyfile(texture.weights, folder / export.TEXTURE)
-    # The hub counts downloads of a file of this name.
+    # The hub counts downloads by the requests for this file.
     write_json(folder / "config.json", _config(recipe, note))
-    # `watch` scores the plain average: its numbers are not those of other weights of the step.
+    # `python -m eval watch` scores the EMA weights. Its scores do not belong to other weights of the step.
     plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
     results = _results(source, note["step"]) if plain else None
     if results is not None:
@@ -94,8 +96,8 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {recipe.name}",
-        "Class-conditional image generation by Semantic-First Diffusion "
-        "([arXiv 2512.04926](https://arxiv.org/abs/2512.04926)), trained with sfd-scale.",
+        "Class-conditional image generation with Semantic-First Diffusion "
+        f"([{_PAPER}]({_PAPER_URL}), arXiv 2512.04926), trained with sfd-scale.",
         "![samples](samples.png)" if (folder / "samples.png").is_file() else "",
         "## Use\n\nIn this folder, with sfd-scale installed:\n\n"
         f"    sfd sample {WEIGHTS} --out samples.png\n"
@@ -103,12 +105,12 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
         _table("## Model and training", _training(recipe, note)),
         "" if results is None else _table("## Scores", _scored(results)),
         "## Files\n\n"
-        f"`{WEIGHTS}` holds the weights in float32 by the authors' names and, in its metadata, the recipe, the "
-        "statistics of the latents and the identities of the tokenizers. `recipe.yaml`, `stats.safetensors` "
-        "(mean and std, float64) and `config.json` say the same in plain files."
+        f"`{WEIGHTS}` holds the weights in float32, under the names of the official code. Its metadata holds the "
+        f"recipe, the latent statistics and the fingerprints of the tokenizers. `{RECIPE}`, `stats.safetensors` (mean "
+        "and std, float64) and `config.json` repeat them as plain files."
         + (f" `{export.TEXTURE}` is the texture codec." if (folder / export.TEXTURE).is_file() else ""),
-        "## Limits\n\nThe images are of the classes and of the kind of images that the model was trained on, with "
-        "their biases. Scores are comparable under the same extractor, reference, sampler and number of samples only.",
+        "## Limits\n\nThe model draws the classes and the kind of images that it was trained on, with their biases. "
+        "Scores are comparable only for the same extractor, reference, sampler and number of samples.",
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -121,7 +123,7 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
         "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
         "Optimizer": f"AdamW, learning rate {recipe.optimizer.lr:g}, betas {recipe.optimizer.betas}",
         "Weights": _weights(recipe, note),
-        "Recipe": f"`recipe.yaml`, digest `{note['recipe_digest'][:16]}`",
+        "Recipe": f"`{RECIPE}`, digest `{note['recipe_digest'][:16]}`",
     }
     if "stats_hash" in note:
         rows["Latent statistics"] = f"`{note['stats_hash'][:16]}`"
@@ -131,10 +133,10 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
 
 def _weights(recipe: TrainRecipe, note: Mapping[str, Any]) -> str:
     if "ema_length" in note:
-        return f"averaged, sigma_rel {note['ema_length']:g}"
+        return f"post-hoc EMA, sigma_rel {note['ema_length']:g}"
     if note["step"] == 0:
         return "untrained"
-    return f"averaged, decay {recipe.ema.decay:g}" if note["weights"] == "ema" else "of the last step, not averaged"
+    return f"EMA, decay {recipe.ema.decay:g}" if note["weights"] == "ema" else "raw weights of the step"
 
 
 def _scored(results: Results) -> dict[str, str]:
@@ -147,13 +149,13 @@ def _scored(results: Results) -> dict[str, str]:
 
 
 def _present(results: Results) -> list[tuple[Score, float]]:
-    """The scores of the table that the results have."""
+    """The scores that the results have, in the order of the table."""
     found = [(score, results.scores.of(score)) for score in SCORES]
     return [(score, value) for score, value in found if value is not None]
 
 
 def _index_entry(results: Results) -> dict[str, Any]:
-    """The hub's own form of scores, which it shows beside the card."""
+    """The scores in the form of the hub's model index."""
     data = str(results.reference["data"])
     return {
         "task": {"type": "unconditional-image-generation"},

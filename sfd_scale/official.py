@@ -1,4 +1,7 @@
-"""The authors' checkpoints as files and runs of ours and back. All weights and moments arrive, or it is said."""
+"""Import and export of checkpoints of the official code: weights to sample from, and runs to resume.
+
+All weights and moments are converted. Anything that does not fit is an error.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ _HEAD = "repa_projector."
 
 
 def recipe_for(file: Path, name: str | None, overrides: Sequence[str]) -> TrainRecipe:
-    """The recipe of that name; without a name `train/sfd_xl` with the size that the weights of the file have.
+    """The training recipe `name`; without a name, `train/sfd_xl` with the model size of the file.
 
     Raises:
         ValueError: if the file's model has none of the known sizes.
@@ -61,7 +64,7 @@ def recipe_for(file: Path, name: str | None, overrides: Sequence[str]) -> TrainR
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
     if found.size is None:
-        raise ValueError(f"{file}: depth, width, heads {tuple(found.dimensions)} are no known size; name its recipe")
+        raise ValueError(f"{file}: depth, width, heads {tuple(found.dimensions)}: not a known size; name the recipe")
     shape = [f"model.size={found.size}", f"model.patch_size={found.patch_size}"]
     return config.load("train/sfd_xl", TrainRecipe, [*shape, f"model.num_classes={found.num_classes}", *overrides])
 
@@ -69,16 +72,16 @@ def recipe_for(file: Path, name: str | None, overrides: Sequence[str]) -> TrainR
 def import_weights(
     file: Path, out: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = (), weights: Literal["ema", "params"] = "ema"
 ) -> Path:
-    """Write one set of weights of an authors' file as a safetensors file of ours, which evaluation takes.
+    """Write one set of weights of an official file as a safetensors file, as `sfd export` does.
 
     Args:
-        recipe: what the weights were trained by; a file without alignment head leaves it out of the recipe.
-        stats: of the latents: the authors' two files (texture, semantic) or one of ours; those of the recipe's data
-            if there is such. Without any, the file holds weights alone, and images cannot be drawn from it.
-        weights: `ema`, which the authors sample with, or `params`, the trained ones, their `model`.
+        recipe: the recipe of the weights' training. If the file has no alignment head, it is dropped from the recipe.
+        stats: latent statistics: the two official files (texture, semantic), or one .safetensors. By default those of
+            the recipe's data. Without any, images cannot be drawn from the written file.
+        weights: `ema`, from which the official code samples, or `params`, its `model`.
 
     Raises:
-        ValueError: if the file cannot be read, does not fit the recipe, or the recipe's texture codec cannot.
+        ValueError: if the file or the texture codec cannot be read, or the file does not fit the recipe.
     """
     content = read_official(file)
     state = content.ema if weights == "ema" else content.model
@@ -90,10 +93,10 @@ def import_weights(
     found = _stats(stats, recipe)
     tokenizers = None
     if found is None:
-        logger.warning("%s: no statistics of latents (--stats): images cannot be drawn from it", out)
+        logger.warning("%s: no latent statistics (--stats), so images cannot be drawn from it", out)
     else:
         if recipe.tokenizer.texture is None:
-            raise ValueError("tokenizer.texture: null; name the codec of the file's latents, which decodes them")
+            raise ValueError("tokenizer.texture: null; name the codec that decodes the latents of the file")
         tokenizers = {"texture": make_texture(recipe.tokenizer.texture, torch.device("cpu")).fingerprint}
     note = export.note_of(recipe, _step_of(file), found, tokenizers)
     origin = {"imported_from": file.name, "imported_sha256": sha256(file), "weights": weights}
@@ -103,30 +106,30 @@ def import_weights(
 
 
 def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence[Path] = ()) -> Checkpoint:
-    """Make a run folder that `sfd train` goes on from: weights, both moments, average and step of an authors' file.
+    """Create a run folder that `sfd train` resumes, from the weights, moments, EMA and step of an official file.
 
     Args:
-        stats: if given, the statistics that the recipe's data has to have.
+        stats: if given, the data of the recipe has to have these latent statistics.
 
     Raises:
-        ValueError: if something is missing or does not fit, or the folder holds a run already.
+        ValueError: if the file lacks something or does not fit, or the folder has a run already.
     """
     run = RunFolder(folder)
     if run.checkpoints:
-        raise ValueError(f"--run: {run.path} holds a run already; allowed: a new folder")
+        raise ValueError(f"--run: {run.path} has a run already; allowed: a new folder")
     if recipe.ema.lengths:
-        raise ValueError(f"ema.lengths: {recipe.ema.lengths}; allowed: none, as the authors' files hold one average")
+        raise ValueError(f"ema.lengths: {recipe.ema.lengths}; allowed: none, because official files hold one average")
     content = read_official(file, optimizer=True)
     moments = read_moments(content, str(file))
     if content.ema is None or content.model is None:
-        raise ValueError(f"{file} holds no ema, the average that a run goes on with")
+        raise ValueError(f"{file} holds no ema, which a resumed run needs")
     params, average = (_fitted(content, state, recipe, file) for state in (content.model, content.ema))
     reader = diffusion_task(recipe).latent_loader()
     wanted = _stats(stats, recipe) if stats else None
     if wanted is not None and wanted.hash != reader.stats.hash:
         raise ValueError(
-            f"data.path: {recipe.data.path} has other statistics than --stats; give them as data.stats, here and in "
-            "training"
+            f"data.path: {recipe.data.path} has other statistics than --stats; set data.stats to those files, here and "
+            "for training"
         )
     origin = {"imported_from": file.name, "imported_sha256": sha256(file)}
     with folder_lock(run.path):
@@ -142,16 +145,20 @@ def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence
 
 
 def _fitted(content: OfficialCheckpoint, state: State, recipe: TrainRecipe, file: Path) -> State:
-    """The parameters of a state, fp32, after all has been compared with the recipe; fixed tables are left out."""
+    """The parameters of a state in fp32, without the fixed tables.
+
+    Raises:
+        ValueError: if the state or the file's settings do not fit the recipe.
+    """
     architecture = _architecture(recipe)
-    theirs = (content.config or {}).get("model")
+    official = (content.config or {}).get("model")
     pairs = {
         "schedule.delta_t": (recipe.schedule.delta_t, "semfirst_delta_t"),
         "latents.semantic_channels": (recipe.latents.semantic_channels, "semantic_chans"),
     }
     for key, (own, name) in pairs.items():
-        if isinstance(theirs, Mapping) and name in theirs and theirs[name] != own:
-            raise ValueError(f"{key}: {own}, but {file} was trained with {name} {theirs[name]}")
+        if isinstance(official, Mapping) and name in official and official[name] != own:
+            raise ValueError(f"{key}: {own}, but {file} was trained with {name} {official[name]}")
     try:
         check_weights(architecture, state, str(file))
     except ValueError as error:
@@ -198,7 +205,7 @@ def _without_head(recipe: TrainRecipe) -> TrainRecipe:
 def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
     channels = recipe.latents.channels
     if len(paths) > 2:
-        raise ValueError(f"--stats: {len(paths)} files; allowed: one of ours, or the authors' for texture and semantic")
+        raise ValueError(f"--stats: {len(paths)} files; allowed: one .safetensors, or both official files")
     if len(paths) == 2:
         stats = LatentStats.from_official(paths[0], paths[1], recipe.latents)
     elif not paths and recipe.data.stats is not None:
@@ -210,15 +217,15 @@ def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
                 raise ValueError(f"--stats: {path}; allowed: an existing file")
             return None
         if path.suffix != ".safetensors":
-            raise ValueError(f"--stats: {path} alone; allowed: both of the authors' files, or one .safetensors of ours")
+            raise ValueError(f"--stats: {path} alone; allowed: both official files, or one .safetensors")
         stats = LatentStats.load(path)
     if len(stats.mean) != channels:
-        raise ValueError(f"--stats: of {len(stats.mean)} channels; allowed: {channels}, as latents has (texture first)")
+        raise ValueError(f"--stats: {len(stats.mean)} channels; allowed: {channels}, those of latents (texture first)")
     return stats
 
 
 def _step_of(file: Path) -> int:
-    """The step in the name of an authors' file (0400000.pt); 0 if it is named otherwise."""
+    """The step in the name of an official file, such as 0400000.pt; 0 for any other name."""
     return int(file.stem) if file.stem.isdigit() else 0
 
 
@@ -226,14 +233,14 @@ def _step_of(file: Path) -> int:
 
 
 def export_official(source: Path, out: Path, step: int | None = None) -> Path:
-    """Write a file that the authors' code loads: `ema`, and from a run `model`, `opt` and `config` too.
+    """Write a file for the official code: `ema` and `config`, and from a run also `model` and `opt`.
 
     Args:
-        source: a run folder, one checkpoint of it, or a safetensors file of ours.
-        step: of a run: a saved step; the newest if None.
+        source: a run folder, the folder of one checkpoint, or a file of `sfd export`.
+        step: a saved step of the run; the newest if None.
 
     Raises:
-        ValueError: if there is no LightningDiT in it.
+        ValueError: if its model is not a LightningDiT.
     """
     if source.suffix == ".safetensors":
         recipe = config.from_dict(TrainRecipe, export.read_note(source)["recipe"], str(source))
@@ -245,17 +252,14 @@ def export_official(source: Path, out: Path, step: int | None = None) -> Path:
         saved = run.checkpoint(step) if saved is None else saved
         average, params = (_full(saved.weights(name), recipe) for name in ("ema", "params"))
         moments = AdamMoments(saved.weights("exp_avg"), saved.weights("exp_avg_sq"), saved.state["optimizer_steps"])
-        opt = optimizer_state(
-            params, moments, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps,
-            weight_decay=recipe.optimizer.weight_decay,
-        )  # fmt: skip
+        opt = optimizer_state(params, moments, recipe.optimizer)
         write_official(out, ema=average, model=params, opt=opt, config=_official_config(recipe))
-    logger.info("%s: in the authors' format, from %s", out, source)
+    logger.info("%s: in the format of the official code, from %s", out, source)
     return out
 
 
 def _full(parameters: Mapping[str, Tensor], recipe: TrainRecipe) -> State:
-    """Parameters and fixed tables in the order of the model's state."""
+    """Parameters and fixed tables, in the order of the model's state_dict."""
     architecture = _architecture(recipe)
     with torch.device("meta"):
         names = list(architecture.build().state_dict())
@@ -264,7 +268,7 @@ def _full(parameters: Mapping[str, Tensor], recipe: TrainRecipe) -> State:
 
 
 def _official_config(recipe: TrainRecipe) -> dict[str, Any]:
-    """The settings of the model and of its loss under the authors' names, and the whole recipe."""
+    """The settings of the model and of its loss under their official names, and the whole recipe."""
     task, model = _lightningdit(recipe)
     objective = task.loss
     named = {

@@ -1,4 +1,4 @@
-"""An exported checkpoint as a model that draws images; `sfd sample`."""
+"""`sfd sample`: draw images from an exported file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with all that turns its latents into images."""
+    """A trained model, with the codec, statistics and schedule that turn its latents into images."""
 
     model: DiffusionModel
     layout: LatentLayout
@@ -40,15 +40,15 @@ class Loaded:
     stats: LatentStats
     decode: Callable[[Tensor], Tensor]
     conditioning: Conditioning
-    null_trained: bool  # whether the training dropped conditions, which classifier-free guidance needs
+    null_trained: bool  # whether training dropped conditions; classifier-free guidance needs it
     provenance: dict[str, Any]
 
 
 def load_for_sampling(path: Path, device: torch.device) -> Loaded:
-    """The model of an exported file in eval mode, and the texture codec that its data was made with.
+    """The model of an exported file, in eval mode, with the texture codec of its data.
 
     Raises:
-        ValueError: if the file is not an export of a diffusion run, or the codec is not the one of its data.
+        ValueError: if the file is not an export of a diffusion run, or its data was encoded with another codec.
     """
     note = read_note(path)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(path))
@@ -57,25 +57,25 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     except ValueError as error:
         raise ValueError(f"{path}: images cannot be drawn from it: {error}") from error
     if "stats" not in note:
-        raise ValueError(f"{path}: without the statistics of its latents; import it again with --stats")
+        raise ValueError(f"{path}: it has no latent statistics; import it again with --stats")
     require_note(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
     if recipe.tokenizer.texture is None:
-        raise ValueError(f"{path}: its recipe names no tokenizer.texture, which decodes latents to images")
+        raise ValueError(f"{path}: its recipe has no tokenizer.texture, which decodes latents to images")
     model = task.make_model()
     weights = checkpoint.load_weights(path)
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit its recipe's model and latents: {error}") from error
+        raise ValueError(f"{path}: its weights do not fit the model and latents of its recipe: {error}") from error
     missing = [name for name in missing if name not in dict(model.named_buffers())]
     if missing or unexpected:
         raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
     texture = make_texture(_codec_beside(path, recipe.tokenizer.texture), device)
     if texture.fingerprint not in note["tokenizers"].values():
         raise ValueError(
-            f"{path}: trained on latents of {note['tokenizers']}, but its tokenizer.texture is {texture.fingerprint}; "
-            "start the run again with the tokenizer.texture that the data was encoded with (it has nothing left to "
-            "train), and export again"
+            f"{path}: tokenizer.texture: {texture.fingerprint}, but the training data was encoded with "
+            f"{note['tokenizers']}; give the run that tokenizer.texture, start it once more, which trains no further "
+            "step, and export again"
         )
     stats = LatentStats(*(torch.tensor(note["stats"][key], dtype=torch.float64) for key in ("mean", "std")))
 
@@ -90,15 +90,19 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
 
 
 def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
-    """The codec of a folder for the hub, where the file that the recipe names is not on this machine. Its identity is
-    checked like any other's."""
+    """The texture codec; the copy beside the exported file if this machine lacks the file that the recipe names."""
     beside = path.with_name(TEXTURE)
     missing = texture.weights is not None and not texture.weights.exists() and beside.is_file()
     return dataclasses.replace(texture, weights=beside) if missing else texture
 
 
 def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:
-    """Draw images by Euler's method without guidance, the classes in turn or one of them, as a PNG grid."""
+    """Draw a PNG grid of images with the Euler sampler, without guidance.
+
+    Args:
+        label: one class; all classes in turn if None.
+        steps: Euler steps.
+    """
     device = distributed.device()
     loaded = load_for_sampling(checkpoint_file, device)
     labels = loaded.conditioning.in_turn(count) if label is None else torch.full((count,), label)
@@ -109,7 +113,7 @@ def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | No
         seed, count, device,
     )  # fmt: skip
     images = sampler.images(range(count), labels).images
-    from torchvision.utils import save_image  # it imports the compiler, which takes seconds
+    from torchvision.utils import save_image  # a slow import: it loads the compiler
 
     out.parent.mkdir(parents=True, exist_ok=True)
     save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)

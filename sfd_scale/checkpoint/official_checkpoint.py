@@ -1,6 +1,6 @@
-"""The authors' checkpoint files: torch pickles with model, ema, opt and config, or with fewer of them.
+"""Checkpoint files of the official code: torch pickles with model, ema, opt and config, or some of these.
 
-A bare set of weights, as DiT publishes its own (arXiv 2212.09748), is read like a file with an ema alone.
+A bare state_dict, the form in which DiT (arXiv 2212.09748) is published, is read as a file with `ema` alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.layers import MlpKind, mlp_hidden, sincos_position
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, Size
@@ -24,7 +25,10 @@ from sfd_scale.runtime.weight_files import State, read_weights, strip_prefixes
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """Weights without prefixes; `opt` is AdamW's state_dict; `config` plain nested data. What a file lacks is None."""
+    """The contents of a file; None for what it lacks.
+
+    Names of weights have no prefixes. `opt` is the state_dict of AdamW, `config` plain nested data.
+    """
 
     model: State | None
     ema: State | None
@@ -33,17 +37,20 @@ class OfficialCheckpoint:
 
     @property
     def weights(self) -> State:
-        """The EMA weights, which the authors sample with, or else the trained ones."""
+        """The EMA weights, from which the official code samples; without them, the raw weights."""
         state = self.model if self.ema is None else self.ema
         assert state is not None
         return state
 
 
 def read_official(path: Path, optimizer: bool = False) -> OfficialCheckpoint:
-    """Read a file of the authors, its optimizer state only on request. Nothing in the file is run.
+    """Read an official file without executing its pickle.
+
+    Args:
+        optimizer: read the optimizer state, too.
 
     Raises:
-        ValueError: that names the file, if it is a Git-LFS pointer, truncated, or holds no weights.
+        ValueError: naming the file, if it is a Git LFS pointer, truncated, or holds no weights.
     """
     file = TorchFile(path)
     content = file.content
@@ -61,7 +68,11 @@ def read_official(path: Path, optimizer: bool = False) -> OfficialCheckpoint:
 
 
 def _state(file: TorchFile, value: Any) -> State:
-    """A set of weights of a file, read; anything in it that is no tensor is refused."""
+    """Read a set of weights.
+
+    Raises:
+        ValueError: if it holds anything but tensors.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"{file.path}: {type(value).__name__} where a set of weights should be")
     for name, item in value.items():
@@ -78,10 +89,10 @@ def write_official(
     opt: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Write a file that the authors' code loads: what is given, in float32 and contiguous, under their names.
+    """Write a file that the official code loads. Weights are written in float32 and contiguous.
 
     Raises:
-        ValueError: without any weights.
+        ValueError: if neither `ema` nor `model` is given.
     """
     if ema is None and model is None:
         raise ValueError("ema and model: none; allowed: at least one of them")
@@ -98,14 +109,14 @@ def write_official(
 
 # -------------------------------------------------------------------------------------------- Adam's moments
 
-# The authors' positional embedding is a parameter that is not trained, counted by their optimizer; the rotary tables
-# are buffers.
+# In the official code, the positional embedding is a parameter that is not trained but has a place in the optimizer;
+# the rotary tables are buffers.
 _UNTRAINED, _BUFFERS = ("pos_embed",), ("feat_rope.",)
 
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """AdamW's averages of gradients and of their squares, by parameter, after `steps` updates."""
+    """AdamW's moving averages of the gradients and of their squares, by parameter, after `steps` updates."""
 
     exp_avg: State
     exp_avg_sq: State
@@ -113,19 +124,19 @@ class AdamMoments:
 
 
 def read_moments(file: OfficialCheckpoint, source: str) -> AdamMoments:
-    """The moments under the names of their parameters, which an optimizer's state numbers in the order of the model.
+    """The moments by parameter name. The optimizer state numbers the parameters in the order of the model.
 
     Raises:
-        ValueError: if there is no optimizer or no model in the file, or the one is not of the other.
+        ValueError: if the file lacks optimizer or model, or the optimizer is of another model.
     """
     if file.opt is None or file.model is None:
         lacking = " and ".join(name for name in ("model", "opt") if getattr(file, name) is None)
         raise ValueError(
-            f"{source} holds no {lacking}, without which training cannot go on; to start anew from weights, import "
-            "them with --out and train with init_from.path"
+            f"{source} holds no {lacking}, which a resumed run needs; to start a new run from the weights, import them "
+            "with --out and train with init_from.path"
         )
     if not isinstance(file.opt, dict) or not {"state", "param_groups"} <= file.opt.keys():
-        raise ValueError(f"{source}: its opt is no state of a torch optimizer (state and param_groups)")
+        raise ValueError(f"{source}: opt is not the state of a torch optimizer (state and param_groups)")
     numbers = [number for group in file.opt["param_groups"] for number in group["params"]]
     counted = [name for name in file.model if not name.startswith(_BUFFERS)]
     trained = [name for name in counted if name not in _UNTRAINED]
@@ -146,15 +157,19 @@ def read_moments(file: OfficialCheckpoint, source: str) -> AdamMoments:
     return AdamMoments(first, second, counts.pop())
 
 
-def optimizer_state(names: Iterable[str], moments: AdamMoments, **settings: Any) -> dict[str, Any]:
-    """The inverse of `read_moments`: what `state_dict` of the authors' AdamW would be.
+def optimizer_state(names: Iterable[str], moments: AdamMoments, config: AdamWConfig) -> dict[str, Any]:
+    """The state_dict of the official code's AdamW; the inverse of `read_moments`.
 
     Args:
-        names: the keys of the model's state, in order. settings: lr, betas, eps and weight_decay.
+        names: the keys of the model's state_dict, in order.
     """
     counted = [name for name in names if not name.startswith(_BUFFERS)]
-    # torch's own defaults for whatever else its release puts into a group.
-    (group,) = torch.optim.AdamW([torch.empty(0) for _ in counted], **settings).state_dict()["param_groups"]
+    # An optimizer of this torch release, so that the group has all keys that the release knows, with its defaults.
+    optimizer = torch.optim.AdamW(
+        [torch.empty(0) for _ in counted], lr=config.lr, betas=config.betas, eps=config.eps,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    (group,) = optimizer.state_dict()["param_groups"]
     state = {
         number: {
             "step": torch.tensor(float(moments.steps)),
@@ -171,7 +186,7 @@ def optimizer_state(names: Iterable[str], moments: AdamMoments, **settings: Any)
 
 
 class Architecture(NamedTuple):
-    """All that a LightningDiT is built from."""
+    """The arguments of a LightningDiT."""
 
     config: LightningDiTConfig
     in_channels: int
@@ -185,10 +200,11 @@ class Architecture(NamedTuple):
 
 
 def infer_architecture(state: Mapping[str, Tensor], alignment_depth: int = 2, heads: int | None = None) -> Architecture:
-    """The settings of a LightningDiT or DiT from the shapes of its weights; where its head reads leaves no trace there.
+    """Infer the settings of a LightningDiT or DiT from the shapes of its weights.
 
     Args:
-        heads: needed where nothing in the file tells: neither norms of queries nor rotary tables, and no known size.
+        alignment_depth: the block that the alignment head reads. It leaves no trace in the shapes.
+        heads: needed if neither query norms, rotary tables nor a known size tell the number of heads.
 
     Raises:
         ValueError: if keys are missing that every LightningDiT has, or the number of heads cannot be told.
@@ -234,11 +250,11 @@ def _heads(state: Mapping[str, Tensor], depth: int, width: int) -> int:
 
 
 def _mlp_ratio(hidden: int, width: int, swiglu: bool) -> float:
-    """A ratio that gives that many hidden features (layers.mlp_hidden): 4 where it does."""
+    """The inverse of `layers.mlp_hidden`: a ratio that gives this number of hidden features, 4 if 4 does."""
     kind: MlpKind = "swiglu" if swiglu else "gelu"
     if mlp_hidden(kind, width) == hidden:
         return 4.0
-    # Half a feature more, so that rounding down comes to it.
+    # mlp_hidden rounds down: half a feature more makes the result exact.
     return (hidden + 0.5) * (1.5 if swiglu else 1.0) / width
 
 
@@ -250,10 +266,10 @@ def _infer_alignment(state: Mapping[str, Tensor], depth: int) -> AlignmentConfig
 
 
 def check_weights(architecture: Architecture, state: Mapping[str, Tensor], source: str) -> None:
-    """Compare names and shapes with what the model needs, and the fixed tables of positions with those it makes.
+    """Compare names and shapes with those of the model, and the fixed tables of positions by value.
 
     Raises:
-        ValueError: that lists missing, unexpected and misshapen keys, or names a table of other positions.
+        ValueError: listing missing, unexpected and misshapen keys, or naming a table that differs.
     """
     with torch.device("meta"):
         expected = {name: value.shape for name, value in architecture.build().state_dict().items()}
@@ -276,7 +292,7 @@ def check_weights(architecture: Architecture, state: Mapping[str, Tensor], sourc
 
 
 def fixed_tables(architecture: Architecture) -> State:
-    """The buffers of the model, by name."""
+    """The fixed tables of positions (buffers of the model), by name."""
     _, width, heads = architecture.config.dimensions
     side = architecture.input_size // architecture.config.patch_size
     tables = {"pos_embed": sincos_position(width, side)}
@@ -292,9 +308,10 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def load_lightningdit(path: Path, alignment: bool = True) -> LightningDiT:
-    """A LightningDiT with the weights of a file of the authors, or of one with their names in safetensors.
+    """A LightningDiT with the weights of an official file, or of a safetensors file with the official names.
 
-    `alignment` False leaves the head out, which sampling does not need.
+    Args:
+        alignment: keep the alignment head, which sampling does not need.
     """
     state = read_weights(path) if path.suffix == ".safetensors" else read_official(path).weights
     if not alignment:

@@ -72,3 +72,5 @@ def test_the_card_is_what_the_hub_reads(run: Path, tmp_path: Path) -> None:
     assert "| FID | 4.568 |" in card.text and "untrained" in card.text and "![samples](samples.png)" in card.text
     loaded = load_for_sampling(folder / "model.safetensors", torch.device("cpu"))
     assert f"`{loaded.stats.hash[:16]}`" in card.text
+    title = "Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion"
+    assert f"title   = {{{title}}}," in card.text and "author  = {Pan, Yueming and Feng, Ruoyu and" in card.text

@@ -1,4 +1,4 @@
-"""The authors' checkpoints become files to sample from and runs to go on with, and runs become their files."""
+"""Official checkpoints become files to sample from and runs to resume, and runs become official files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sfd_scale.checkpoint.official_checkpoint import (
     read_official,
 )
 from sfd_scale.diffusion.latents import LatentStats
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.lightningdit import SIZES, LightningDiT
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.batch_split import split_batch
@@ -221,7 +222,7 @@ def test_a_file_of_weights_alone_is_where_a_run_starts(folder: Path, theirs: The
     start = checkpoint.start_weights(out, "ema", build.make_model(recipe))
     assert distance(start, theirs.average) == 0
     official.import_run(folder / "0000003.pt", tmp_path / "run", recipe)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="has a run already"):
         official.import_run(folder / "0000003.pt", tmp_path / "run", recipe)
 
 
@@ -229,7 +230,7 @@ def test_a_file_of_weights_alone_is_where_a_run_starts(folder: Path, theirs: The
 
 
 def test_an_imported_file_is_evaluated(folder: Path, theirs: TheirTraining, tmp_path: Path) -> None:
-    """Statistics from the authors' two files; the model is the file's EMA; images are those of its velocity."""
+    """Statistics from the two official files; the model is the file's EMA; images are those of its velocity."""
     out = tmp_path / "x.safetensors"
     stats = (folder / "latents_stats.pt", folder / "latents_sv_stats.pt")
     recipe = recipe_of(folder, data={"path": str(folder / "nowhere")})
@@ -254,9 +255,9 @@ def test_without_statistics_a_file_holds_weights_alone(
 ) -> None:
     recipe, out = recipe_of(folder, data={"path": str(folder / "nowhere")}), tmp_path / "x.safetensors"
     official.import_weights(folder / "0000003.pt", out, recipe, weights="params")
-    assert "no statistics of latents" in caplog.text
+    assert "no latent statistics" in caplog.text
     assert distance(checkpoint.load_weights(out), read_official(folder / "0000003.pt").model or {}) == 0
-    with pytest.raises(ValueError, match="without the statistics of its latents; import it again with --stats"):
+    with pytest.raises(ValueError, match="it has no latent statistics; import it again with --stats"):
         load_for_sampling(out, CPU)
 
 
@@ -311,7 +312,7 @@ def test_what_does_not_fit_is_named(folder: Path, theirs: TheirTraining, tmp_pat
             official.import_weights(theirs.save(tmp_path / "a.pt", **parts), out, settings)
     pair = (folder / "latents_stats.pt", folder / "latents_sv_stats.pt")
     for stats, message in (
-        (pair[:1], "alone; allowed: both of the authors' files"),
+        (pair[:1], "alone; allowed: both official files"),
         (pair[:1] * 2, r"latents_stats\.pt: 6 channels; allowed here: 3 \(give texture first\)"),
         (pair[::-1], r"latents_sv_stats\.pt: 3 channels; allowed here: 6 \(give texture first\)"),
         (pair * 2, "--stats: 4 files"),
@@ -334,13 +335,13 @@ def test_an_optimizer_that_is_not_of_the_model_is_refused(folder: Path, theirs: 
         (lost, "no moments of t_embedder_sem.mlp.0.bias"),
         (shifted, "moments have other shapes than"),
         (late, "updated some parameters 2 times, some 6"),
-        ([1], "is no state of a torch optimizer"),
+        ([1], "opt is not the state of a torch optimizer"),
     ):
         file = theirs.save(tmp_path / "a.pt", opt=opt)
         with pytest.raises(ValueError, match=message):
             official.import_run(file, tmp_path / "run", recipe_of(folder))
     del whole
-    with pytest.raises(ValueError, match="holds no opt, without which training cannot go on"):
+    with pytest.raises(ValueError, match="holds no opt, which a resumed run needs"):
         read_moments(read_official(file), "a.pt")
     assert not (tmp_path / "run").exists()
 
@@ -358,5 +359,5 @@ def test_optimizers_of_trained_parameters_alone_are_read_too(theirs: TheirTraini
     first, second = (read_moments(read_official(file, optimizer=True), "x") for file in files)
     assert list(first.exp_avg) == list(second.exp_avg) == names
     assert all(torch.equal(first.exp_avg[name], second.exp_avg[name]) for name in names)
-    back = optimizer_state(theirs.state(), first, lr=LR, weight_decay=0.0)
+    back = optimizer_state(theirs.state(), first, AdamWConfig(lr=LR))
     assert back["state"].keys() == theirs.optimizer.state_dict()["state"].keys()

@@ -1,4 +1,4 @@
-"""The authors' files: read without running anything in them, settings from shapes, and the way back."""
+"""Official checkpoint files: read without executing their pickle, settings from shapes, and written back."""
 
 from __future__ import annotations
 
