@@ -12,7 +12,6 @@ from eval.recipe import EvalRecipe
 from eval.study.recipe import StudyRecipe
 from sfd_scale import config
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
-from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 
 KINDS: dict[str, type] = {**harness.KINDS, "study": StudyRecipe}
@@ -39,10 +38,8 @@ def summary_table() -> Table:
 
 
 def _model(recipe: TrainRecipe) -> str:
-    model = recipe.model
-    if isinstance(model, LightningDiTConfig) and model.size is not None:
-        return f"{model.kind} {model.size}/{model.patch_size}"
-    return model.kind
+    """The kind of model, with its named size."""
+    return recipe.task.summary()["model"].partition(",")[0]
 
 
 def _engine(recipe: TrainRecipe) -> str:

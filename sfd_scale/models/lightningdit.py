@@ -109,7 +109,8 @@ class LightningDiTConfig:
     @property
     def description(self) -> str:
         depth, width, heads = self.dimensions
-        return f"{self.kind}{f' {self.size}' if self.size else ''}, depth {depth}, width {width}, {heads} heads"
+        name = f" {self.size}/{self.patch_size}" if self.size else ""
+        return f"{self.kind}{name}, depth {depth}, width {width}, {heads} heads"
 
     @property
     def mlp_hidden(self) -> int:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfd_scale import build, config
 from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.ddt import DDT, DDTConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.planning.flops import training_flops
@@ -19,6 +20,7 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 
 TINY = LightningDiTConfig(depth=3, width=64, heads=4, num_classes=10, alignment=AlignmentConfig())
+DECOUPLED = DDTConfig(depth=3, width=64, heads=4, head_depth=2, head_width=96, head_heads=4, num_classes=10)
 VARIANT = LightningDiTConfig(depth=2, width=96, heads=4, patch_size=2, mlp="gelu", shift=False, learn_sigma=True)
 
 
@@ -31,6 +33,7 @@ def latents(channels: int, side: int) -> tuple[Tensor, ...]:
     [
         (lambda: LightningDiT(TINY, in_channels=12, input_size=8, two_clocks=True), lambda: latents(12, 8)),
         (lambda: LightningDiT(VARIANT, in_channels=5, input_size=8, two_clocks=False), lambda: latents(5, 8)),
+        (lambda: DDT(DECOUPLED, in_channels=12, input_size=8, two_clocks=True), lambda: latents(12, 8)),
         (
             lambda: SemanticVAE(SemanticVAEConfig(input_dim=24, bottleneck_dim=4, hidden_dim=32, heads=2, blocks=3)),
             lambda: (torch.zeros(1, 9, 24), torch.zeros(1, 9, 4)),
