@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eval.images.npz import NpzImages
 from sfd_scale import config
-from sfd_scale.data.image_io import DECODE_ERRORS, FORMATS, SUFFIXES
-from sfd_scale.data.sources import FolderConfig, MDSConfig, make_source
+from sfd_scale.data.image_files import list_files, sort_key, warn_of_others
+from sfd_scale.data.image_io import read_whole_image
+from sfd_scale.data.parquet import ParquetImages
+from sfd_scale.data.sources import FolderConfig, ImageFolder, MDSConfig, Source, make_source
 from sfd_scale.data.sources import SourceConfig as LibrarySource
+from sfd_scale.data.tars import TarImages
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import file_sha256, write_atomically
 from sfd_scale.runtime.progress import MB, progress
+
+LABELS = "labels.txt"
+_CLASS_INDEX = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,8 @@ def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
         images, labels = zip(*(opened[number] for number in numbers), strict=True)
         return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
-    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, cache)}")
+    files = _files_read(opened)
+    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, files, cache)}")
 
 
 def source_for(path: Path) -> ImagesConfig:
@@ -93,7 +101,7 @@ def source_for(path: Path) -> ImagesConfig:
     if path.is_dir():
         if (path / "manifest.json").is_file():
             return MDSConfig(path=path)
-        if any(_is_image(file) for file in path.iterdir()):
+        if list_files(path, recursive=False).files:
             return FlatSource(path=path)
         size = _first_size(path)
         return FolderConfig(path=path, size=size)
@@ -102,48 +110,51 @@ def source_for(path: Path) -> ImagesConfig:
 
 def _open_flat(source: FlatSource, cache: Path | None) -> Images:
     _must_exist(source.path)
-    files = sorted(file for file in source.path.iterdir() if _is_image(file))
+    listing = list_files(source.path, recursive=False)
+    files, others = listing.files, listing.others
     if not files:
         raise ValueError(f"{source.path}: no image files in it")
-    size, labels = _read(files[0]).shape[1:], _labels_file(source.path, len(files))
+    read, labels = list(files), None
+    if (labels_file := source.path / LABELS).is_file():
+        labels = _read_labels(labels_file, len(files))
+        read = sorted([*files, labels_file], key=sort_key)
+        others -= Counter({labels_file.suffix: 1})
+    warn_of_others(source.path, others)
+    size = read_whole_image(files[0], upright=False).shape[1:]
 
     def rows(numbers: range) -> tuple[Tensor, Tensor | None]:
-        images = [_read(files[number]) for number in numbers]
+        images = [read_whole_image(files[number], upright=False) for number in numbers]
         for number, image in zip(numbers, images, strict=True):
             if image.shape[1:] != size:
                 raise ValueError(f"{files[number]}: {tuple(image.shape[1:])} pixels, the first image has {tuple(size)}")
         return torch.stack(images), None if labels is None else labels[numbers.start : numbers.stop]
 
-    return Images(len(files), rows, f"flat:{_data_hash(source, cache)}")
+    return Images(len(files), rows, f"flat:{_data_hash(source, read, cache)}")
 
 
-def _read(path: Path) -> Tensor:
+def _read_labels(file: Path, count: int) -> Tensor:
+    """Class indices from a text file, (count,) int64.
+
+    Raises:
+        ValueError: names the file, if it holds anything but `count` class indices.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
-
-
-def _labels_file(folder: Path, count: int) -> Tensor | None:
-    file = folder / "labels.txt"
-    if not file.is_file():
-        return None
-    labels = torch.tensor([int(line) for line in file.read_text(encoding="utf-8").split()])
-    if len(labels) != count:
-        raise ValueError(f"{file}: {len(labels)} labels for {count} images")
-    return labels
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        words = file.read_bytes().decode("utf-8-sig").split()
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{file}: no text in UTF-8 ({error}); allowed: one class index per image") from error
+    wrong = next(((at, word) for at, word in enumerate(words) if not _CLASS_INDEX.fullmatch(word)), None)
+    if wrong is not None:
+        raise ValueError(f"{file}: word {wrong[0] + 1} is {wrong[1][:40]!r}; allowed: class indices, 0 and up")
+    if len(words) != count:
+        raise ValueError(f"{file}: {len(words)} labels for {count} images")
+    return torch.tensor([int(word) for word in words], dtype=torch.int64)
 
 
 def _first_size(path: Path) -> int:
-    first = next((file for file in sorted(path.rglob("*")) if _is_image(file)), None)
-    if first is None:
+    files = list_files(path).files
+    if not files:
         raise ValueError(f"{path}: no images in it, and no shards of `sfd encode`")
-    return min(_read(first).shape[1:])
+    return min(read_whole_image(files[0]).shape[1:])
 
 
 def _must_exist(path: Path) -> None:
@@ -155,9 +166,19 @@ def _describe(source: Any) -> str:
     return json.dumps(config.to_dict(source), sort_keys=True)
 
 
-def _data_hash(source: Any, cache: Path | None) -> str:
-    """SHA-256 over the settings and over the content of what is at the source's path, wherever that is: the shards'
-    manifest and indices, which hold the shards' hashes, or all files."""
+def _files_read(source: Source) -> list[Path]:
+    """The files that a source reads; none for shards and generated images."""
+    match source:
+        case ImageFolder():
+            return [path for path, _ in source.files]
+        case TarImages() | ParquetImages():
+            return source.files
+    return []
+
+
+def _data_hash(source: Any, files: list[Path], cache: Path | None) -> str:
+    """SHA-256 over the settings and the content, wherever it lies: the shards' manifest and indices, which hold the
+    shards' hashes, or the `files` that are read."""
     settings = config.to_dict(source)
     path = settings.pop("path", None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -165,24 +186,34 @@ def _data_hash(source: Any, cache: Path | None) -> str:
         return digest.hexdigest()
     path = Path(path)
     _must_exist(path)
-    shards = isinstance(source, MDSConfig)
-    indices = sorted([*path.rglob("index.json"), *path.glob("manifest.json")]) if shards else []
-    for file in indices:
-        digest.update(file.relative_to(path).as_posix().encode() + file.read_bytes())
-    if not indices:
-        # One rank reads: the folder is as large as its images.
-        digest.update(distributed.broadcast_object(_files_hash(path, cache) if distributed.is_main() else "").encode())
+    if isinstance(source, MDSConfig):
+        listed = list_files(path, {".json"}).files
+        indices = [file for file in listed if file.name == "index.json" or file == path / "manifest.json"]
+        for file in indices:
+            digest.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
+        return digest.hexdigest()
+    # One rank reads: the folder is as large as its images.
+    digest.update(
+        distributed.broadcast_object(_files_hash(path, files, cache) if distributed.is_main() else "").encode()
+    )
     return digest.hexdigest()
 
 
-def _files_hash(path: Path, cache: Path | None) -> str:
-    """SHA-256 over the names and bytes of all files below, or of the file; kept in the cache for as long as names,
-    sizes and times are the same."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+def _files_hash(path: Path, files: list[Path], cache: Path | None) -> str:
+    """SHA-256 over the names below `path` and the bytes of `files`; kept in the cache for as long as names, sizes and
+    times are the same.
+
+    Raises:
+        ValueError: names a file that cannot be read, such as a link to a missing file.
+    """
     listing, sizes = hashlib.sha256(), list[int]()
     for file in files:
-        status = file.stat()
-        listing.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from error
+        place = os.fsencode(file) + b"\0" + os.fsencode(file.resolve())
+        listing.update(place + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         sizes.append(status.st_size)
     known = None if cache is None else cache / f"content-{listing.hexdigest()[:32]}.txt"
     if known is not None and known.is_file():
@@ -191,7 +222,7 @@ def _files_hash(path: Path, cache: Path | None) -> str:
     with progress(sum(sizes) // MB, f"hash {path}", "MB") as bar:
         for file, size in zip(files, sizes, strict=True):
             name = file.relative_to(path) if path.is_dir() else Path(file.name)
-            digest.update(f"{name.as_posix()}\0{size}\n".encode())
+            digest.update(os.fsencode(name.as_posix()) + f"\0{size}\n".encode())
             with file.open("rb") as stream:
                 while piece := stream.read(1 << 20):
                     digest.update(piece)

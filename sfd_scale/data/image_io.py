@@ -1,7 +1,10 @@
-"""Reads image files: EXIF orientation, RGB, ADM's centre crop; names unreadable files."""
+"""Reads image files as 8-bit RGB, with EXIF orientation and ADM's centre crop; names unreadable files."""
 
 from __future__ import annotations
 
+import io
+import logging
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -9,17 +12,32 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
+
+from sfd_scale.data.image_metadata import without_metadata
+
+logger = logging.getLogger(__name__)
 
 # Without a list Pillow tries all its decoders on any file; the PostScript decoder starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 # Exceptions that Pillow's decoders raise for damaged files.
 DECODE_ERRORS = (
-    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError,
+    AttributeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+# Larger pictures are not made whole on the way to a crop: 16 Mi pixels of 4 bytes.
+MAX_RESIZED_PIXELS = 1 << 24
+_MARGIN = 8  # pixels beside a cut; the bicubic filter of an enlargement reads 2
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableImage(ValueError):
@@ -27,7 +45,22 @@ class UnreadableImage(ValueError):
 
 
 def read_image(file: Path | BinaryIO, size: int, upright: bool = True, name: str | None = None) -> Tensor:
-    """Read an image as (3, size, size) uint8: RGB, ADM's centre crop.
+    """Read an image as (3, size, size) uint8: RGB, ADM's centre crop. Arguments and errors are those of `read_rgb`."""
+    return _tensor(centre_crop(read_rgb(file, upright, name), size))
+
+
+def read_whole_image(file: Path | BinaryIO, upright: bool = True, name: str | None = None) -> Tensor:
+    """Read an image as (3, H, W) uint8, without resize and crop. Arguments and errors are those of `read_rgb`."""
+    return _tensor(read_rgb(file, upright, name))
+
+
+def read_rgb(file: Path | BinaryIO, upright: bool = True, name: str | None = None) -> Image.Image:
+    """Read an image file as 8-bit RGB. Every reader of images uses this function.
+
+    - 16-bit channels: the high byte. 32-bit integers are 16-bit values, clipped. Floats are 0 to 1, clipped.
+    - Transparency is dropped: a pixel has its stored colour, as with Pillow's `convert("RGB")`.
+    - Grey, palette, 1-bit and CMYK images: Pillow's conversion. Colour profiles and gamma are not applied.
+    - Damaged metadata (EXIF, ICC, XMP, text) is ignored. An image with damaged EXIF data is not rotated.
 
     Args:
         upright: rotate by the EXIF orientation tag.
@@ -36,32 +69,91 @@ def read_image(file: Path | BinaryIO, size: int, upright: bool = True, name: str
     Raises:
         UnreadableImage: names the file, if it is empty, truncated, not an image, or a decompression bomb.
     """
+    name = str(file) if name is None else name
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            turned = ImageOps.exif_transpose(image) if upright else image
-            rgb = _eight_bits(turned).convert("RGB")
+        return _decode(file, upright, name)
     except DECODE_ERRORS as error:
-        raise UnreadableImage(f"{file if name is None else name}: {error}") from error
-    return torch.from_numpy(np.array(centre_crop(rgb, size))).permute(2, 0, 1).contiguous()
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; Pillow would clip it to white."""
-    if not image.mode.startswith("I;16"):
+        try:
+            data = file.read_bytes() if isinstance(file, Path) else _from_start(file)
+            bare = without_metadata(data)
+            if bare is None:
+                raise error
+            image = _decode(io.BytesIO(bare), upright, name)
+        except DECODE_ERRORS:
+            raise UnreadableImage(f"{name}: {error}") from error
+        logger.info("%s: damaged metadata ignored: %s", name, error)
         return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def _from_start(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _decode(file: Path | BinaryIO, upright: bool, name: str) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image, name)) if upright else None
+        rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none, or if it cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS as error:
+        logger.info("%s: damaged EXIF data ignored: %s", name, error)
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode of Pillow to 8-bit RGB, by the rules of `read_rgb`."""
+    if image.mode.startswith("I;16"):
+        # Pillow would clip these to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "I":
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+        image = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+    else:
+        image.info.pop("transparency", None)  # it is dropped; Pillow warns, or fails, for some of its forms
+    return image.convert("RGB")
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop (arXiv 2105.05233).
 
     Halve the image with a box filter while its short side is at least 2·size; resize the short side to `size`
-    bicubically; crop the centre.
+    bicubically; crop the centre. An enlarged picture of more than 16 Mi pixels (a strip, such as 1x60000) is not made
+    whole: only the kept part is resized. Its pixels may differ by 1, because Pillow has float32 coordinates there.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     wide = (round(image.width * scale), round(image.height * scale))
+    left, top = (wide[0] - size) // 2, (wide[1] - size) // 2
+    if scale > 1 and wide[0] * wide[1] > MAX_RESIZED_PIXELS:
+        return _resize_part(image, wide, (left, top), size)
     image = image.resize(wide, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _resize_part(image: Image.Image, wide: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
+    """The square at `corner` of `image` resized to `wide`, from the pixels that it depends on."""
+    sides = zip(image.size, wide, corner, strict=True)
+    spans = [(first * old / new, (first + size) * old / new, old) for old, new, first in sides]
+    starts = [max(0, math.floor(low) - _MARGIN) for low, _, _ in spans]
+    ends = [min(old, math.ceil(high) + _MARGIN) for _, high, old in spans]
+    part = image.crop((starts[0], starts[1], ends[0], ends[1]))
+    lows = [low - start for (low, _, _), start in zip(spans, starts, strict=True)]
+    highs = [min(high, end) - start for (_, high, _), start, end in zip(spans, starts, ends, strict=True)]
+    # Pillow chooses the order of the passes by the box. For whole pictures it is columns, then rows.
+    part = part.resize((size, part.height), Image.Resampling.BICUBIC, (lows[0], 0, highs[0], part.height))
+    return part.resize((size, size), Image.Resampling.BICUBIC, (0, lows[1], size, highs[1]))

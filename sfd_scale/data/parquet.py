@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from sfd_scale.data.image_files import is_hidden, sort_key
 from sfd_scale.data.image_io import UnreadableImage, read_image
 from sfd_scale.runtime.settings import at_least
 
@@ -55,6 +56,9 @@ class _RowGroup(NamedTuple):
 class ParquetImages:
     """The images of ParquetConfig, in the order of files and rows. Labels are read at the start, images on access.
 
+    Attributes:
+        files: the Parquet files, in their order.
+
     Raises:
         ValueError: names the file, if it is not a Parquet file, a column is missing, or a label is not a class index.
     """
@@ -65,7 +69,8 @@ class ParquetImages:
         self.config, self.size, self.upright = config, config.size, config.upright
         self.groups: list[_RowGroup] = []
         self.labels: list[int] = []
-        for file in _files(config):
+        self.files = _files(config)
+        for file in self.files:
             self._scan(file)
         if not self.labels:
             raise ValueError(f"source.path: the files in {config.path} have no rows")
@@ -162,7 +167,9 @@ class ParquetImages:
 
 
 def _files(config: ParquetConfig) -> list[Path]:
-    files = sorted(config.path.glob(config.files)) if config.path.is_dir() else [config.path]
+    files = [config.path]
+    if config.path.is_dir():
+        files = sorted((path for path in config.path.glob(config.files) if not is_hidden(path)), key=sort_key)
     if not files or not files[0].is_file():
         raise ValueError(f"source.path: {config.path} is neither a Parquet file nor a folder with {config.files}")
     splits = sorted({file.name.partition("-")[0] for file in files} & SPLITS)

@@ -5,8 +5,6 @@ A source is a sequence of ((3, H, W) uint8, class index).
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,7 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale.data.image_io import SUFFIXES, read_image
+from sfd_scale.data.image_files import SUFFIXES, class_folders, list_files, warn_of_others
+from sfd_scale.data.image_io import read_image
 from sfd_scale.data.manifest import Manifest
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.shards import open_shards
@@ -22,8 +21,6 @@ from sfd_scale.data.tars import TarConfig, TarImages
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
 from sfd_scale.toy.scenes import SceneSplit, scene_image
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,41 +110,32 @@ class ToyImages:
         return scene_image(config.seed, config.split, index, config.size)
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    """Whether the file, or a folder between it and `root`, has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
 class ImageFolder:
-    """The images of FolderConfig. Hidden files and folders are ignored.
+    """The images of FolderConfig. Hidden files and folders are ignored; linked folders are read.
 
     Attributes:
         classes: class names, by class index.
+        files: each image file with its class index.
 
     Raises:
-        ValueError: if the folder is missing, has no class folders, or a class folder has no image.
+        ValueError: if the folder is missing, has no class folders, or a class folder has no image or cannot be read.
     """
 
     def __init__(self, config: FolderConfig) -> None:
         if not config.path.is_dir():
             raise ValueError(f"source.path: {config.path} is not a folder")
-        classes = sorted(path for path in config.path.iterdir() if path.is_dir() and not _hidden(path, config.path))
+        classes, others = class_folders(config.path)
         if not classes:
             raise ValueError(f"source.path: {config.path} has no class folders")
         self.files: list[tuple[Path, int]] = []
-        others = Counter[str]()
         for label, folder in enumerate(classes):
-            files = [path for path in sorted(folder.rglob("*")) if not _hidden(path, folder)]
-            own = [path for path in files if path.suffix.lower() in SUFFIXES]
-            rest = (path for path in files if path.suffix.lower() not in SUFFIXES)
-            others.update(path.suffix.lower() for path in rest if path.is_file())
-            if not own:
+            listing = list_files(folder)
+            others += listing.others
+            if not listing.files:
                 kinds = ", ".join(sorted(SUFFIXES))
                 raise ValueError(f"source.path: the class folder {folder} has no image ({kinds})")
-            self.files += [(path, label) for path in own]
-        if others:
-            counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common())
-            logger.warning("%s: ignored files: %s; read: %s", config.path, counts, ", ".join(sorted(SUFFIXES)))
+            self.files += [(path, label) for path in listing.files]
+        warn_of_others(config.path, others)
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
         self.classes = tuple(folder.name for folder in classes)
 

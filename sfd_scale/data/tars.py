@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from sfd_scale.data.image_io import SUFFIXES, UnreadableImage, read_image
+from sfd_scale.data.image_files import SUFFIXES, list_files
+from sfd_scale.data.image_io import UnreadableImage, read_image
 from sfd_scale.runtime.settings import at_least
 
 
@@ -47,6 +48,9 @@ class _Member(NamedTuple):
 class TarImages:
     """The images of TarConfig.
 
+    Attributes:
+        files: the tar files, in the order of their classes.
+
     Raises:
         ValueError: names the file, if it is not a tar file, is truncated, or only some images have a class.
     """
@@ -54,12 +58,13 @@ class TarImages:
     classes: tuple[str, ...] = ()
 
     def __init__(self, config: TarConfig) -> None:
-        files = sorted(config.path.glob("*.tar")) if config.path.is_dir() else [config.path]
-        if not files or not files[0].is_file():
+        folder = config.path.is_dir()
+        self.files = list_files(config.path, {".tar"}, recursive=False).files if folder else [config.path]
+        if not self.files or not self.files[0].is_file():
             raise ValueError(f"source.path: {config.path} is neither a tar file nor a folder with tar files")
         self.members: list[_Member] = []
         labelled: dict[bool, Path] = {}
-        for number, file in enumerate(files):
+        for number, file in enumerate(self.files):
             members, has_labels = _scan(file, number)
             self.members += members
             labelled[has_labels] = file

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from eval.images import npz, sources
+from eval.images import npz
 from eval.recipes import load_any
 from sfd_scale import config
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.checkpoint.folder import read_metadata
 from sfd_scale.data import manifest as schema
-from sfd_scale.data.image_io import UnreadableImage, read_image
+from sfd_scale.data.image_io import UnreadableImage, read_image, read_whole_image
 from sfd_scale.runtime.torch_file import TorchFile, plain
 from tests.faults.fuzz import TARGETS, Allowed, Target, mutated
 
@@ -196,7 +196,7 @@ def test_a_png_bomb_and_a_decoder_of_another_format(tmp_path: Path) -> None:
         with pytest.raises(UnreadableImage, match=message):
             read_image(tmp_path / name, 32)
         with pytest.raises(ValueError, match=message):
-            sources._read(tmp_path / name)
+            read_whole_image(tmp_path / name)
     assert Image.MAX_IMAGE_PIXELS
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from eval.images import sources
-from eval.images.sources import FlatSource, open_images
+from eval.images.sources import FlatSource, open_images, source_for
+from sfd_scale.data.sources import FolderConfig
+from tests.helpers.png import write_png
 
 
 @pytest.fixture
@@ -53,10 +56,99 @@ def test_a_second_start_reads_no_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_byte_in_one_file_is_another_folder(folder: Path) -> None:
-    before = sources._files_hash(folder, None)
+    before = fingerprint(folder)
     with (folder / "3.png").open("ab") as file:
         file.write(b"\0")
-    assert sources._files_hash(folder, None) != before
+    assert fingerprint(folder) != before
+
+
+def test_a_folder_keeps_the_fingerprint_of_the_rule_in_its_docstring(folder: Path) -> None:
+    (folder / "labels.txt").write_text("0 1 2 3")
+    content = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        content.update(f"{file.name}\0{file.stat().st_size}\n".encode() + file.read_bytes())
+    settings = hashlib.sha256(b'{"kind": "flat"}')
+    settings.update(content.hexdigest().encode())
+    assert fingerprint(folder) == f"flat:{settings.hexdigest()}"
+
+
+@pytest.mark.parametrize("linked", ["classes", "files", "deeper"])
+def test_linked_class_folders_are_known_by_their_images(folder: Path, tmp_path: Path, linked: str) -> None:
+    """pytorch-image-models#334: class folders that are links. Each had the hash of an empty folder."""
+    prints = []
+    for change in (False, True):
+        if change:
+            shutil.copy(folder / "1.png", folder / "2.png")
+        root = tmp_path / f"{linked}-{change}"
+        for name in ("c0", "c1"):
+            if linked == "classes":
+                root.mkdir(exist_ok=True)
+                (root / name).symlink_to(folder)
+            elif linked == "deeper":
+                (root / name).mkdir(parents=True)
+                (root / name / "part").symlink_to(folder)
+            else:
+                (root / name).mkdir(parents=True)
+                for file in folder.iterdir():
+                    (root / name / file.name).symlink_to(file)
+        images = open_images(FolderConfig(path=root, size=8), tmp_path / "cache")
+        assert images.count == 8
+        prints.append(images.fingerprint)
+        plain = Path(shutil.copytree(root, tmp_path / f"plain-{linked}-{change}"))
+        assert open_images(FolderConfig(path=plain, size=8)).fingerprint == images.fingerprint
+    assert prints[0] != prints[1]
+
+
+def test_files_that_are_not_read_do_not_change_the_fingerprint(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = fingerprint(folder)
+    (folder / "notes.md").write_text("x")
+    (folder / ".hidden.png").write_text("x")
+    (folder / "more").mkdir()
+    assert fingerprint(folder) == before
+    assert "1 .md" in caplog.text and "1 folders" in caplog.text
+
+
+def test_a_link_to_a_missing_image_is_named(folder: Path) -> None:
+    (folder / "9.png").symlink_to(folder / "absent.png")
+    with pytest.raises(ValueError, match=r"9\.png: cannot be read"):
+        fingerprint(folder)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_grey_images_of_any_depth_are_the_same_images(tmp_path: Path, depth: int, alpha: bool) -> None:
+    """unslothai/unsloth#10094: 16-bit grey PNG were white."""
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8))
+    values = (grey * 257).astype(">u2") if depth == 16 else grey.astype(np.uint8)
+    opaque = np.full_like(values, 2**depth - 1)
+    raw = np.stack([values, opaque], -1) if alpha else values[..., None]
+    write_png(tmp_path / "a.png", 8, 8, depth, 4 if alpha else 0, raw.tobytes())
+    images, labels = open_images(source_for(tmp_path)).rows(range(1))
+    assert labels is None and torch.equal(images[0, 1], torch.from_numpy(grey.astype(np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cat dog cat dog", r"word 1 is 'cat'; allowed: class indices"),
+        (b"0 1 2 -3", r"word 4 is '-3'"),
+        (b"0 1.5 2 3", r"word 2 is '1\.5'"),
+        ("0 1 2 \u0663".encode(), "word 4 is"),
+        (b"0 1 2 99999999999999999999", "word 4 is"),
+        (b"\xff\xfe0\x00", "no text in UTF-8"),
+        (b"0 1", "2 labels for 4 images"),
+    ],
+)
+def test_labels_that_are_no_class_indices_are_named(folder: Path, content: bytes, message: str) -> None:
+    (folder / "labels.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"labels\.txt: .*{message}"):
+        fingerprint(folder)
+
+
+def test_labels_with_a_byte_order_mark_and_crlf(folder: Path) -> None:
+    (folder / "labels.txt").write_bytes(b"\xef\xbb\xbf3\r\n2\r\n1\r\n0\r\n")
+    labels = open_images(FlatSource(path=folder)).rows(range(1, 4))[1]
+    assert labels is not None and labels.tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["index.json", "manifest.json"])
