@@ -1,4 +1,4 @@
-"""The evaluation harness: `python -m eval COMMAND`; under any launcher to share the work out over ranks."""
+"""Evaluation: `python -m eval COMMAND`. Under a launcher, the ranks share the work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from sfd_scale.runtime import distributed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-# The last chunks of a slow rank may take a while: the others wait for them at the end.
+# At the end, all ranks wait for the last chunks of the slowest one.
 TIMEOUT_S = 3600.0
-Checkpoint = Annotated[Path | None, typer.Option(help="A file of `sfd export`, in place of the recipe's.")]
-Guide = Annotated[Path | None, typer.Option(help="The guide's file, in place of the recipe's.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="A file of `sfd export`; by default the recipe's.")]
+Guide = Annotated[
+    Path | None,
+    typer.Option(help="The guidance model (AutoGuidance), a file of `sfd export`; by default the recipe's."),
+]
 Out = Annotated[Path, typer.Option(help="Where to write.")]
 
 
@@ -33,7 +36,7 @@ def _load(
 def generate(
     recipe: Recipe, out: Out, overrides: Overrides = None, checkpoint: Checkpoint = None, guide: Guide = None
 ) -> None:
-    """Draw the images and keep their features. A second start continues, on any number of ranks."""
+    """Draw images and store their features. A second start continues, on any number of ranks."""
     loaded = _load(recipe, overrides, checkpoint, guide)
     from eval.generate import generate as run
 
@@ -49,9 +52,11 @@ def score(
     overrides: Overrides = None,
     *,
     compat: Annotated[
-        Literal["adm"] | None, typer.Option(help="adm: its evaluator's matrix root and float16 distances.")
+        Literal["adm"] | None, typer.Option(help="adm: the matrix root and the float16 distances of ADM's evaluator.")
     ] = None,
-    prc_fp16: Annotated[bool, typer.Option("--prc-fp16", help="Only its float16 distances.")] = False,
+    prc_fp16: Annotated[
+        bool, typer.Option("--prc-fp16", help="Only the float16 distances of ADM's evaluator.")
+    ] = False,
 ) -> None:
     """Score samples against the recipe's reference: FID, sFID, IS, precision, recall, KID."""
     like_adm = ["metrics.frechet=sqrtm"] if compat == "adm" else []
@@ -84,12 +89,14 @@ def reference(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(
-    result: Annotated[list[Path], typer.Option(help="A results.json; give it once for each result.")],
+    result: Annotated[list[Path], typer.Option(help="A results.json; repeat the option for several.")],
     out: Out,
-    run: Annotated[list[Path] | None, typer.Option(help="A run folder, for its loss curves.")] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="A run folder whose loss curves to show; repeat the option for several.")
+    ] = None,
     title: Annotated[str, typer.Option()] = "Evaluation",
 ) -> None:
-    """One HTML page and one Markdown file of several results."""
+    """Write an HTML page and a Markdown file about several results."""
     from eval.report import report as write
 
     write(result, out, runs=run or [], title=title)
@@ -98,10 +105,12 @@ def report(
 @app.command()
 def sweep(
     recipe: Recipe,
-    grid: Annotated[list[str], typer.Argument(metavar="KEY=V1,V2...", help="Settings to vary, or KEY=VALUE to fix.")],
+    grid: Annotated[
+        list[str], typer.Argument(metavar="KEY=V1,V2...", help="Settings to vary; KEY=VALUE sets one for all.")
+    ],
     out: Out,
 ) -> None:
-    """Generate and score every combination of settings, with the same noise and labels. A second start continues."""
+    """Generate and score every combination of settings with the same noise and labels. A second start continues."""
     from eval.sweep import sweep as run
 
     distributed.init(TIMEOUT_S)
@@ -110,28 +119,28 @@ def sweep(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="A folder of features, or its results.json.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[Path, typer.Argument(help="A results.json, or its folder.")],
+    b: Annotated[Path, typer.Argument(help="Another results.json or folder.")],
     rounds: Annotated[int, typer.Option(min=1, help="Bootstrap rounds.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
 ) -> None:
-    """Whether two results differ: the paired difference of their scores, with a bootstrap interval."""
+    """Show whether two results differ: the difference of each score, with a bootstrap interval."""
     from eval.compare import compare as run
 
-    distributed.init(TIMEOUT_S)  # the neighbours of 50,000 images take a while, and ranks share them out
+    distributed.init(TIMEOUT_S)  # ranks share the nearest-neighbour search
     run(a, b, rounds=rounds, out=out)
 
 
 @app.command()
 def watch(
     recipe: Recipe,
-    run: Annotated[Path, typer.Option(help="The run folder of a training.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; evaluations/ in the run folder by default.")] = None,
+    run: Annotated[Path, typer.Option(help="The run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; by default evaluations/ in the run folder.")] = None,
     overrides: Overrides = None,
-    interval: Annotated[float, typer.Option(help="Seconds between looks.")] = 60.0,
-    once: Annotated[bool, typer.Option("--once", help="Evaluate what is there and stop.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks at the run folder.")] = 60.0,
+    once: Annotated[bool, typer.Option("--once", help="Evaluate the checkpoints that exist, then stop.")] = False,
 ) -> None:
-    """Evaluate every new checkpoint of a run, as long as it goes on."""
+    """Evaluate every new checkpoint of a run until its last step."""
     from eval.watch import watch as follow
 
     loaded = _load(recipe, overrides)

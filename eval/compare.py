@@ -1,4 +1,4 @@
-"""Whether two results differ: the difference of their scores with a bootstrap interval, paired by image number.
+"""`eval compare`: whether two results differ, by the difference of each score with a bootstrap interval.
 
 N samples.
 """
@@ -30,7 +30,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """A score of A and of B, B − A, and its bootstrap interval."""
+    """One score of A and of B, the difference B − A, and its bootstrap interval."""
 
     score: str
     a: float
@@ -41,12 +41,12 @@ class Difference:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return not self.low <= 0 <= self.high
 
 
 def compare(a: Path, b: Path, *, rounds: int = 2000, out: Path | None = None) -> list[Difference]:
-    """Compare two scored sets, given by their results.json or its folder; prints a table and writes `out`.
+    """Compare two results, each given by its results.json or the folder of it. Prints a table and writes `out`.
 
     Raises:
         ValueError: if they were scored against different references or with different settings.
@@ -108,13 +108,13 @@ def resampled_means(values: Tensor, stream: str, rounds: int) -> Tensor:
 def _check_comparable(a: Results, b: Results) -> None:
     for what, key in (("reference", "data"), ("extractor", "extractor")):
         if a.reference[key] != b.reference[key]:
-            raise ValueError(f"{what}: {a.reference[key]} and {b.reference[key]}; scores have to share it")
+            raise ValueError(f"{what}: {a.reference[key]} and {b.reference[key]}; allowed: the same for both")
     if a.metrics != b.metrics:
-        raise ValueError(f"metrics: {a.metrics} and {b.metrics}; scores have to share them")
+        raise ValueError(f"metrics: {a.metrics} and {b.metrics}; allowed: the same for both")
 
 
 def settings_that_differ(a: Results, b: Results) -> dict[str, tuple[str, str]]:
-    """Everything that determined the two results and is not the same, by dotted key."""
+    """The settings and versions in which two results differ, by dotted key."""
     left, right = (config.flatten({"samples": side.samples, "versions": side.versions}) for side in (a, b))
     keys = dict.fromkeys([*left, *right])
     pairs = {key: (str(left.get(key, "–")), str(right.get(key, "–"))) for key in keys}
@@ -124,29 +124,29 @@ def settings_that_differ(a: Results, b: Results) -> dict[str, tuple[str, str]]:
 def _cached(results: Results, path: Path) -> Path:
     file = Path(results.run.reference)
     if not file.is_file():
-        raise ValueError(f"{path}: its reference {file} is no longer in the cache; score it again")
+        raise ValueError(f"{path}: its reference {file} is not in the cache any more; score it again")
     return file
 
 
 def _features(results: Results, path: Path) -> Path:
-    """The folder of features that the results are of: beside them, or where it was scored."""
+    """The folder of features of the results: beside them, or at the recorded path."""
     beside = path if path.is_dir() else path.parent
     for folder in (beside, Path(results.run.features)):
         file = folder / "config.json"
         if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == results.samples:
             return folder
-    raise ValueError(f"{path}: the features that it was scored from are neither beside it nor where they were")
+    raise ValueError(f"{path}: its features are neither beside it nor at the recorded path")
 
 
 def _show(differences: list[Difference], paired: bool, others: dict[str, tuple[str, str]]) -> None:
-    title = "B − A, paired by image number" if paired else "B − A, not paired: the images do not share noise and labels"
+    title = "B − A, paired by image number" if paired else "B − A, not paired: the images have other noise and labels"
     table = Table("score", "A", "B", "B − A", f"{100 * LEVEL:.0f}% interval", "", title=title)
     for found in differences:
-        verdict = "differs" if found.differs else "not told apart"
+        verdict = "differs" if found.differs else "no difference shown"
         interval = f"{found.low:+.4g} to {found.high:+.4g}"
         table.add_row(found.score, f"{found.a:.5g}", f"{found.b:.5g}", f"{found.difference:+.4g}", interval, verdict)
     Console().print(table)
     settings = Table("what differs", "A", "B")
     for key, (left, right) in others.items():
         settings.add_row(key, left, right)
-    Console().print(settings if others else "A and B are of the same settings.")
+    Console().print(settings if others else "A and B have the same settings.")

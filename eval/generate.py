@@ -1,4 +1,4 @@
-"""Draw the images of a recipe on all ranks, and keep their features (and, if asked, the images)."""
+"""`eval generate`: draw the images of a recipe on all ranks and store their features, and the images on request."""
 
 from __future__ import annotations
 
@@ -42,27 +42,34 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Precision = Literal["bf16", "tf32", "fp32"]
-Loader = Callable[[Path, Precision, bool, torch.device], "Loaded"]
+LoadModel = Callable[[Path, Precision, bool, torch.device], "Loaded"]
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One evaluation's work: who draws, which labels, whose features, and all that decides the result."""
+class PreparedGeneration:
+    """What `generate` needs of a recipe.
+
+    labels: (num_samples,) int64, the class of each image.
+    settings: everything that determines the features; config.json of their folder.
+    """
 
     sampler: Sampler
     labels: Tensor
     extractor: LazyExtractor
-    config: dict[str, Any]
+    settings: dict[str, Any]
 
 
 def prepare(
-    recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None, load: Loader | None = None
-) -> Generation:
-    """Load the models and name the extractor of a recipe; a sweep gives what it has already.
+    recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None, load: LoadModel | None = None
+) -> PreparedGeneration:
+    """Load the models of a recipe and check them.
+
+    Args:
+        extractor, load: in place of the recipe's extractor and of `load_model`, for a sweep that reuses them.
 
     Raises:
-        ValueError: for a missing checkpoint, a guide that does not belong to it, guidance that does nothing, or a
-            setting that the device does not have.
+        ValueError: for a missing checkpoint, a guidance model that does not fit it, guidance without effect, or a
+            setting that the device does not support.
     """
     load = load_model if load is None else load
     if recipe.checkpoint is None:
@@ -70,7 +77,8 @@ def prepare(
     files = [path for path in (recipe.checkpoint, recipe.guide) if path is not None and path.is_file()]
     if len({file_sha256(path) for path in files}) < len(files):
         raise ValueError(
-            f"guide: {recipe.guide} is the checkpoint itself, which guides nothing; allowed: a worse model"
+            f"guide: {recipe.guide} is the checkpoint itself, so guidance has no effect; allowed: a smaller or less "
+            "trained model"
         )
     if recipe.cuda_graphs:
         check_graphs(device)
@@ -78,22 +86,23 @@ def prepare(
     kernel = attention.activate(recipe.attention, device, dtype=dtype)
     loaded = load(recipe.checkpoint, recipe.precision, recipe.compile, device)
     guide = None if recipe.guide is None else load(recipe.guide, recipe.precision, recipe.compile, device)
-    labels = labels_of(recipe, loaded.conditioning)
-    check_guidance(recipe.guidance, recipe.sampler, loaded.schedule)
+    labels = make_labels(recipe, loaded.conditioning)
+    check_guidance_interval(recipe.guidance, recipe.sampler, loaded.schedule)
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
     if recipe.batch == "auto":
-        recipe = dataclasses.replace(recipe, batch=_fitting(recipe, loaded, guide, extractor, device))
-        torch.compiler.reset()  # after the batches that were tried, blocks would be compiled for any size
+        recipe = dataclasses.replace(recipe, batch=_largest_batch(recipe, loaded, guide, extractor, device))
+        # After several batch sizes, torch.compile would compile the blocks for dynamic sizes.
+        torch.compiler.reset()
     sampler = make_sampler(recipe, loaded, guide, device)
     weights = [None if found is None else found.provenance for found in (loaded, guide)]
-    determined = describe(recipe, extractor.fingerprint, kernel, *weights)
-    return Generation(sampler, labels, extractor, determined)
+    settings = settings_of_samples(recipe, extractor.fingerprint, kernel, *weights)
+    return PreparedGeneration(sampler, labels, extractor, settings)
 
 
-def _fitting(
+def _largest_batch(
     recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, extractor: LazyExtractor, device: torch.device
 ) -> int:
-    """The batch that fits: two steps from noise, then pixels and features of as many images."""
+    """The largest batch that fits the memory: for two sampling steps, then for decoding and features."""
 
     def work(batch: int) -> Iterator[None]:
         short = dataclasses.replace(recipe, batch=batch, sampler=FixedStepConfig(num_steps=2))
@@ -106,25 +115,28 @@ def _fitting(
     return auto_batch(work, device)
 
 
-def with_kept_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
-    """`batch: auto` replaced by what the first of the folders that was begun has; all ranks have to call this."""
+def with_recorded_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
+    """The recipe with the batch of the first folder that has one, in place of `batch: auto`.
+
+    All ranks have to call this.
+    """
     if recipe.batch != "auto":
         return recipe
     files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    kept = json.loads(files[0].read_text(encoding="utf-8"))["batch"] if files else None
-    kept = distributed.broadcast_object(kept)
-    return recipe if kept is None else dataclasses.replace(recipe, batch=kept)
+    recorded = json.loads(files[0].read_text(encoding="utf-8"))["batch"] if files else None
+    recorded = distributed.broadcast_object(recorded)
+    return recipe if recorded is None else dataclasses.replace(recipe, batch=recorded)
 
 
 def load_model(path: Path, precision: Precision, compiled: bool, device: torch.device) -> Loaded:
-    """A model made ready for sampling; see sample.load_for_sampling."""
+    """The model in a file of `sfd export`, in the precision of sampling; see `prepare_model`."""
     from sfd_scale.sample import load_for_sampling
 
-    return made_ready(load_for_sampling(path, device), precision, compiled)
+    return prepare_model(load_for_sampling(path, device), precision, compiled)
 
 
-def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
-    """Weights in the precision of sampling, no alignment head, and blocks compiled if asked."""
+def prepare_model(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
+    """Remove the alignment head, cast the weights, and compile the blocks on request."""
     loaded.model.repa_projector = None
     loaded.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if compiled:
@@ -135,16 +147,16 @@ def made_ready(loaded: Loaded, precision: Precision, compiled: bool) -> Loaded:
 
 
 def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, device: torch.device) -> Sampler:
-    """The guided sampler of a recipe.
+    """The sampler of a recipe, with guidance.
 
     Raises:
-        ValueError: for a guide of another layout, normalisation or schedule.
+        ValueError: see `check_guidance_model`.
     """
     assert isinstance(recipe.batch, int)
     model: FlowModel = loaded.model
     worse: FlowModel | None = None
     if guide is not None:
-        check_guide(loaded, guide, recipe.allow_stats_mismatch)
+        check_guidance_model(loaded, guide, recipe.allow_stats_mismatch)
         worse = guide.model
     if recipe.cuda_graphs:
         sizes = (recipe.batch, 2 * recipe.batch)  # CFG asks for both velocities at once
@@ -166,8 +178,11 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     )
 
 
-def check_guide(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = False) -> None:
-    """Refuse a guide whose latents mean something else; other statistics may be allowed, with a warning.
+def check_guidance_model(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = False) -> None:
+    """Refuse a guidance model (AutoGuidance) that was trained on other latents or another schedule.
+
+    Args:
+        allow_stats_mismatch: accept other latent statistics, with a warning.
 
     Raises:
         ValueError: naming what differs.
@@ -183,14 +198,14 @@ def check_guide(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = Fals
             logger.warning("guide: its %s is %s, the checkpoint's is %s", what, other, own)
         elif own != other:
             hint = ", or allow_stats_mismatch=true" if "statistics" in what else ""
-            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; a guide has to share it{hint}")
+            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; allowed: the same{hint}")
 
 
-def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: SemanticFirstSchedule) -> None:
-    """Refuse an interval that begins after the last time at which the sampler asks for a velocity.
+def check_guidance_interval(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: SemanticFirstSchedule) -> None:
+    """Refuse a guidance interval that starts after the last time at which the sampler evaluates the model.
 
     Raises:
-        ValueError: that says when that is.
+        ValueError: naming that time.
     """
     times = sampler.evaluation_times(schedule)
     if isinstance(guidance, NoGuidance) or times is None or guides(guidance, schedule.clocks(times)):
@@ -199,16 +214,16 @@ def check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: S
     guided_parts = ((clocks.texture, guidance.scale_texture), (clocks.semantic, guidance.scale_semantic))
     latest = max(clock.max().item() for clock, scale in guided_parts if scale != 1)
     raise ValueError(
-        f"interval_start: {guidance.interval_start} guides nothing, as no step of the sampler is that late; allowed: "
-        f"up to {latest:.4g}, or more steps"
+        f"interval_start: {guidance.interval_start} is after the last step of the sampler, so guidance has no effect; "
+        f"allowed: up to {latest:.4g}, or more steps"
     )
 
 
-def labels_of(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
-    """The label of every image: (num_samples,) int64.
+def make_labels(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
+    """The class of every image: (num_samples,) int64.
 
     Raises:
-        ValueError: for labels that are no classes, or a file of another length.
+        ValueError: for labels that are no classes, or a file with another number of labels.
     """
     count = recipe.num_samples
     match recipe.labels:
@@ -220,10 +235,10 @@ def labels_of(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
             labels = torch.full((count,), label)
         case LabelFile(path=path):
             if not path.is_file():
-                raise ValueError(f"labels.path: {path}; allowed: an existing file with a label a line")
+                raise ValueError(f"labels.path: {path}; allowed: an existing file with one label per line")
             words = path.read_text(encoding="utf-8").split()
             if not all(word.isdecimal() for word in words):
-                raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one a line")
+                raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one number per line")
             labels = torch.tensor([int(word) for word in words])
     if len(labels) != count:
         raise ValueError(f"labels.path: {len(labels)} labels; allowed: num_samples, {count}")
@@ -231,14 +246,19 @@ def labels_of(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
     return labels
 
 
-def describe(
+def settings_of_samples(
     recipe: EvalRecipe,
     extractor: str,
     kernel: str,
     checkpoint: Mapping[str, Any] | None,
     guide: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """All that determines the features of a generated set, and nothing that does not (paths, reference, ranks)."""
+    """Everything that determines the features of generated images. Paths, the reference and ranks do not.
+
+    Args:
+        extractor: its fingerprint. kernel: the attention kernel in use.
+        checkpoint, guide: provenance of the weights.
+    """
     assert recipe.checkpoint is not None and checkpoint is not None
 
     def weights(path: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,32 +287,34 @@ def describe(
     }
 
 
-def generate(recipe: EvalRecipe, out: Path, job: Generation | None = None) -> ChunkFolder:
-    """Fill `out` with the features of the recipe's images. A second start continues; a finished folder is left as is.
+def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None = None) -> ChunkFolder:
+    """Fill `out` with the features of the recipe's images. A second start continues; a finished folder stays as it is.
 
     Raises:
-        ValueError: if `out` holds the results of other settings.
+        ValueError: if `out` holds features of other settings.
     """
     device = distributed.device()
-    job = prepare(with_kept_batch(recipe, out), device) if job is None else job
-    batch = job.sampler.batch
-    # What may be wrong with it is told before the folder belongs to these settings.
-    extractor, side = job.extractor.get(), SideStream(device)
+    if prepared is None:
+        prepared = prepare(with_recorded_batch(recipe, out), device)
+    sampler, all_labels = prepared.sampler, prepared.labels
+    batch = sampler.batch
+    # Build the extractor first: if that fails, the folder does not yet record these settings.
+    extractor, side = prepared.extractor.get(), SideStream(device)
     folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
-        folder.require_settings(job.config)
+        folder.require_settings(prepared.settings)
     distributed.barrier()
-    kept = outputs.kept_rows(recipe.outputs, job.labels)
+    kept = outputs.kept_rows(recipe.outputs, all_labels)
 
     def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
         rows = folder.rows(chunk)
-        labels = job.labels[rows.start : rows.stop]
-        drawn = job.sampler.draw(rows, labels)
+        labels = all_labels[rows.start : rows.stop]
+        drawn = sampler.draw(rows, labels)
         sampled = side.mark()
 
         def finish() -> dict[str, Tensor]:
             with side.after(sampled):
-                images = job.sampler.pixels(drawn)
+                images = sampler.pixels(drawn)
                 wanted = [row - rows.start for row in rows if row in kept]
                 tensors = {**extract_padded(extractor, images, batch), "nfe": drawn.nfe, "images": images[wanted]}
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -301,25 +323,25 @@ def generate(recipe: EvalRecipe, out: Path, job: Generation | None = None) -> Ch
         numbers = {"NFE": drawn.nfe.double().mean().item()}
         if recipe.precision != "tf32":
             return finish, numbers
-        # The extractor's float32 is another, and which one it is holds for all threads: not beside the next batch.
+        # The extractor needs float32 without TF32, and that setting is the process's: do not overlap with sampling.
         tensors = finish()
         return lambda: tensors, numbers
 
     started = time.monotonic()
-    # Set once for both threads: these are settings of the process.
+    # These are settings of the process: they hold for both threads.
     exact = strict_float32(device) if recipe.precision == "fp32" else deterministic_cudnn()
-    products = allow_tf32() if recipe.precision == "tf32" else nullcontext()
-    with exact, products, bf16_matmul_on_cpu(device):
+    tf32 = allow_tf32() if recipe.precision == "tf32" else nullcontext()
+    with exact, tf32, bf16_matmul_on_cpu(device):
         made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
-        outputs.write(recipe.outputs, folder, job.labels)
-        _announce(made, time.monotonic() - started, out)
+        outputs.write(recipe.outputs, folder, all_labels)
+        _log_speed(made, time.monotonic() - started, out)
     distributed.barrier()
     return folder
 
 
-def _announce(made: int, seconds: float, out: Path) -> None:
+def _log_speed(made: int, seconds: float, out: Path) -> None:
     if made:
         logger.info("%d images in %.1f s, %.1f images/s: %s", made, seconds, made / seconds, out)
     else:
-        logger.info("all images were there already: %s", out)
+        logger.info("all images exist already: %s", out)

@@ -1,4 +1,4 @@
-"""The recipe of an evaluation: what is drawn from which checkpoint, through which features, against what."""
+"""The recipe of an evaluation: checkpoint, sampler, guidance, feature extractor, reference and scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedLabels:
-    """Every class as often as the others, shuffled: the protocol of most papers."""
+    """Every class equally often, in shuffled order: the protocol of most papers."""
 
     kind: Literal["balanced"] = "balanced"
 
@@ -42,7 +42,7 @@ class FixedLabel:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFile:
-    """A text file with one label a line."""
+    """A text file with one label per line."""
 
     path: Path
     kind: Literal["file"] = "file"
@@ -53,22 +53,25 @@ LabelsConfig = BalancedLabels | IidLabels | FixedLabel | LabelFile
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecipe:
-    """`checkpoint` and `guide` are files of `sfd export`.
+    """An evaluation: which model draws which images, and what their features are scored against.
 
-    precision: of the model. tf32, float32 with a GPU's TF32 products, is what the authors draw with.
-    batch: fixed, whatever the number of ranks: it is part of what determines an image to the last bit. `auto` takes
-        what fits the GPUs' memory at the first start and keeps it.
-    decode_batch: latents that the codec decodes at once; null for all of a batch.
-    cuda_graphs: replay the forward passes of whole batches from CUDA graphs, which helps where launching kernels takes
-        longer than running them: small models, small batches.
+    checkpoint, guide: files of `sfd export`; `guide` is the guidance model of AutoGuidance.
+    published: the number that the evaluation is to reach, and its source.
+    allow_stats_mismatch: accept a guidance model that was trained with other latent statistics.
+    precision: of the model. The official code samples with tf32: float32 with TF32 matmuls on the GPU.
+    batch: independent of the number of ranks, because it changes the last bits of an image. `auto` takes the largest
+        that fits the memory of all GPUs at the first start, and records it.
+    decode_batch: how many latents are decoded at once; null: all of a batch.
+    cuda_graphs: replay the forward passes of full batches from CUDA graphs. This helps small models and small batches,
+        where launching kernels takes longer than running them.
     """
 
     kind: Literal["eval"] = "eval"
     name: NoEffectOnResults[str] = "eval"
-    published: NoEffectOnResults[str | None] = None  # the number that the evaluation is to reach, and whose it is
+    published: NoEffectOnResults[str | None] = None
     checkpoint: Path | None = None
     guide: Path | None = None
-    allow_stats_mismatch: bool = False  # of the latents that checkpoint and guide were trained on
+    allow_stats_mismatch: bool = False
     sampler: SamplerConfig = field(default_factory=FixedStepConfig)
     guidance: GuidanceConfig = field(default_factory=NoGuidance)
     num_samples: int = 50_000
@@ -90,7 +93,7 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         at_least(self, num_samples=2, batch=1, decode_batch=1, extractor_batch=1)
         if isinstance(self.guidance, AutoGuidance) and self.guide is None:
-            raise ValueError("guide: null, with guidance kind autoguidance; allowed: an exported checkpoint")
+            raise ValueError("guide: null, with guidance kind autoguidance; allowed: a file of `sfd export`")
         if self.guide is not None and not isinstance(self.guidance, AutoGuidance):
             raise ValueError(f"guide: {self.guide}, which guidance kind {self.guidance.kind} ignores; allowed: null")
 

@@ -1,4 +1,4 @@
-"""What samples are compared with: moments and features of real images, computed once and cached."""
+"""`eval reference`: moments and features of the real images that scores compare with, computed once and cached."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _INCEPTION = {"mu": 2048, "mu_s": math.prod(INCEPTION_GRID)}
 
 
 def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
-    """The recipe's reference, from the cache if it is there; on all ranks together.
+    """The recipe's reference, from the cache or computed. All ranks have to call this.
 
     Raises:
-        ValueError: if the recipe has none, or its file does not fit the extractor.
+        ValueError: if the recipe has none, or its statistics do not fit the extractor.
     """
     if recipe.reference is None:
         raise ValueError("reference: null; allowed: kind npz, folder, flat, mds or digits, with its path")
-    given = _statistics(recipe)
+    stored = _stored_statistics(recipe)
     has_images = not isinstance(recipe.reference, NpzSource) or "arr_0" in npz.keys(recipe.reference.path)
     images = open_images(recipe.reference, recipe.cache) if has_images else None
     determined = {
         "kind": "reference",
         "format": 1,
-        "data": images.fingerprint if images is not None else _path_identity(recipe),
+        "data": images.fingerprint if images is not None else _file_fingerprint(recipe),
         "extractor": extractor.fingerprint,
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
@@ -53,7 +53,7 @@ def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
     if not distributed.broadcast_object(file.is_file()):
         found = None if images is None else _features(recipe, images, extractor)
         if distributed.is_main():
-            _write(file, _tensors(given, found, recipe.metrics), images)
+            _write(file, _tensors(stored, found, recipe.metrics), images)
         distributed.barrier()
     return read_reference(file, {**determined, "source": config.to_dict(recipe.reference)})
 
@@ -62,7 +62,7 @@ def _features(recipe: EvalRecipe, images: Images, extractor: LazyExtractor) -> F
     return read_features(extract(images, extractor, recipe.extractor_batch, recipe.cache))
 
 
-def _path_identity(recipe: EvalRecipe) -> str:
+def _file_fingerprint(recipe: EvalRecipe) -> str:
     assert isinstance(recipe.reference, NpzSource)
     return f"npz:{file_sha256(recipe.reference.path)}"
 
@@ -70,8 +70,12 @@ def _path_identity(recipe: EvalRecipe) -> str:
 # ------------------------------------------------------------------------------------------------- ADM's files
 
 
-def _statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
-    """mu, sigma, mu_s, sigma_s of an ADM reference file; empty for other sources."""
+def _stored_statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
+    """mu, sigma, mu_s and sigma_s of an ADM reference file; empty for other sources.
+
+    Raises:
+        ValueError: for a file without usable statistics or images, or statistics of another extractor.
+    """
     source = recipe.reference
     if not isinstance(source, NpzSource):
         return {}
@@ -85,38 +89,43 @@ def _statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
     if found and not isinstance(recipe.extractor, InceptionConfig):
         raise ValueError(
             f"{source.path}: its statistics are of Inception features, but extractor.kind is {recipe.extractor.kind}; "
-            "take the inception extractor, or a reference of images"
+            "allowed: the inception extractor, or a reference of images"
         )
     for key, dim in _INCEPTION.items():
         if key in found and found[key].numel() != dim:
-            raise ValueError(f"{source.path}: {key} has {found[key].numel()} entries; those of Inception have {dim}")
+            raise ValueError(f"{source.path}: {key} has {found[key].numel()} entries; Inception has {dim}")
     if "mu_s" in found:
         check_spatial_order(found["mu_s"], INCEPTION_GRID, str(source.path))
     return found
 
 
 def check_spatial_order(mean: Tensor, grid: tuple[int, int, int], where: str) -> None:
-    """Refuse spatial statistics in (channel, row, column) order: sFID against them is off by orders of magnitude.
+    """Refuse spatial statistics in (channel, row, column) order. They would change sFID by orders of magnitude.
 
-    The mean feature map differs far more between channels than between places, so in the right order most of its
-    variance is between channels.
+    Mean feature maps differ far more between channels than between places. In the right order, most of the variance is
+    between channels.
+
+    Args:
+        mean: (h·w·c,), the mean of the spatial features.
+        grid: (h, w, c).
+        where: names the statistics in the message.
 
     Raises:
-        ValueError: if the other order explains the numbers better.
+        ValueError: if the wrong order has the larger variance between channels.
     """
     h, w, c = grid
-    here = _between(mean.reshape(h * w, c).T)
-    swapped = _between(mean.reshape(c, h * w))
+    here = _variance_between(mean.reshape(h * w, c).T)
+    swapped = _variance_between(mean.reshape(c, h * w))
     if swapped > here:
         raise ValueError(
-            f"{where}: the spatial statistics are in (channel, row, column) order ({100 * swapped:.0f}% of their "
-            f"variance is between channels that way, {100 * here:.0f}% in the order of ADM's files); make them anew as "
-            "(row, column, channel)"
+            f"{where}: the spatial statistics are in (channel, row, column) order: {100 * swapped:.0f}% of their "
+            f"variance is then between channels, and {100 * here:.0f}% in the order of ADM's files; allowed: "
+            "statistics in (row, column, channel) order"
         )
 
 
-def _between(maps: Tensor) -> float:
-    """The share of variance between the rows of maps (c, h·w)."""
+def _variance_between(maps: Tensor) -> float:
+    """The fraction of the variance of maps (c, h·w) that is between rows."""
     return (maps.mean(1).var(correction=0) / maps.var(correction=0).clamp(min=1e-300)).item()
 
 
@@ -149,7 +158,7 @@ def _write(file: Path, tensors: dict[str, Tensor], images: Images | None) -> Non
 
 
 def _grid(images: Images, labels: Tensor | None) -> Tensor:
-    """A sheet of real images, a class a row where there are labels."""
+    """A picture of real images; with labels, one class per row."""
     if labels is None:
         numbers = torch.linspace(0, images.count - 1, min(images.count, GRID_CLASSES * GRID_EACH)).long()
         rows = [part.tolist() for part in numbers.split(GRID_EACH)]
@@ -159,7 +168,7 @@ def _grid(images: Images, labels: Tensor | None) -> Tensor:
 
 
 def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
-    """A reference from its file in the cache."""
+    """The reference in a file of the cache."""
     with safe_open(str(file), framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
     count = int(tensors["count"]) if "count" in tensors else None

@@ -1,4 +1,4 @@
-"""Training runs in one page: curves, loss by clock, scores and samples over steps, recipes and what they change."""
+"""`sfd report`: one page about training runs, with curves, scores and samples over steps, and recipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
-# Panels of the second figure, as far as they were logged.
+# Panels of the second figure. Metrics that were not logged are left out.
 HEALTH = (
     "lr", "grad_norm", "samples_per_s", "mfu", "data_wait_share", "data_wait_share_max", "step_s/p50", "step_s/p99",
     "memory_allocated_bytes", "memory_host_bytes", "ema_distance", "skipped_steps", "accuracy",
@@ -33,7 +33,7 @@ MOST_GRIDS = 12
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read: its metrics, its evaluations by step, and its recipe as plain data."""
+    """The contents of a run folder: metrics, evaluations by step, and the recipe as plain data."""
 
     path: Path
     label: str
@@ -48,10 +48,10 @@ class Run:
 
 
 def write(folders: Sequence[Path], out: Path | None = None, title: str | None = None) -> Path:
-    """Write one self-contained HTML page about the runs; `report.html` in the first folder by default.
+    """Write one self-contained HTML page about the runs, by default `report.html` in the first folder.
 
     Raises:
-        ValueError: for a folder that is no run folder, or has logged nothing yet.
+        ValueError: for a folder that is not a run folder, or that has no metrics yet.
     """
     runs = [read_run(path, label) for path, label in zip(folders, path_labels(folders), strict=True)]
     out = folders[0] / "report.html" if out is None else out
@@ -60,11 +60,11 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
         "title": title or ", ".join(run.label for run in runs),
         "date": html.now(),
         "columns": SCORES,
-        "runs": [_shown(run, colour) for run, colour in zip(runs, colours, strict=False)],
+        "runs": [_summary(run, colour) for run, colour in zip(runs, colours, strict=False)],
         "sections": _sections(runs),
         "scores": _scores(runs),
         "grids": [(run.label, pictures) for run in runs if (pictures := _grids(run))],
-        "between": _between(runs),
+        "between": _settings_that_differ(runs),
     }
     write_atomically(out, html.environment().get_template("run.html.j2").render(values))
     logger.info("%s", out)
@@ -72,7 +72,7 @@ def write(folders: Sequence[Path], out: Path | None = None, title: str | None = 
 
 
 def read_run(path: Path, label: str) -> Run:
-    """Raises ValueError: see `write`."""
+    """The contents of a run folder. Raises ValueError: see `write`."""
     rows = read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
@@ -97,7 +97,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
     clock = figures.clock_curves(rows)
     if clock is not None:
         sections.append(("Loss by clock", [_picture("early and late in training", clock, wide=False)]))
-    scored = {run.label: run.scores for run in runs}  # without any too: a run has its colour in all figures
+    scored = {run.label: run.scores for run in runs}  # all runs, so that each has one colour in all figures
     if any(scored.values()):
         every = [row for rows in scored.values() for row in rows]
         drawn = [score for score in SCORES if score.in_curves and any(row[score.key] is not None for row in every)]
@@ -111,7 +111,7 @@ def _picture(title: str, data: bytes, *, wide: bool = True) -> Picture:
 
 
 def _grids(run: Run) -> list[Picture]:
-    """Sample grids by step, at most MOST_GRIDS of them, evenly spread; real images at the end."""
+    """At most MOST_GRIDS sample grids, evenly spread over the steps; then real images."""
     found: list[Picture] = []
     real: Picture | None = None
     for file, result in run.results:
@@ -128,7 +128,37 @@ def _grids(run: Run) -> list[Picture]:
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def _shown(run: Run, colour: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SettingChange:
+    """A setting that a run's recipe or command line changes: its value before, its value, and what sets it."""
+
+    key: str
+    inherited: str
+    value: str
+    by: str
+
+
+@dataclass(frozen=True)
+class RecipeOrigin:
+    """The recipe that a run was started with, the recipes that it extends, and the settings that are changed."""
+
+    source: str
+    parents: list[str]
+    changes: list[SettingChange]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the page shows of a run beside its figures. `cells` is its row of the first table."""
+
+    label: str
+    colour: str
+    cells: list[str]
+    details: list[tuple[str, dict[str, str]]]
+    origin: RecipeOrigin | None
+
+
+def _summary(run: Run, colour: str) -> RunSummary:
     last = run.rows[-max(1, len(run.rows) // 10) :]
     fids = [(fid, result.step) for _, result in run.results if (fid := result.scores.fid) is not None]
     cells = [
@@ -140,15 +170,11 @@ def _shown(run: Run, colour: str) -> dict[str, Any]:
         f"{run.rows[-1].get('skipped_steps') or 0:,}",
         "{:.2f} at {:,}".format(*min(fids)) if fids else "–",
     ]
-    source, parents, changes = _changes(run)
     details = [("every setting", settings_as_text(dict(run.recipe)))]
     machine = RunPaths(run.path).environment_file
     if machine.is_file():
         details.append(("environment", settings_as_text(json.loads(machine.read_text(encoding="utf-8")))))
-    return {
-        "label": run.label, "colour": colour, "cells": cells, "details": details,
-        "source": source, "parents": parents, "changes": changes,
-    }  # fmt: skip
+    return RunSummary(run.label, colour, cells, details, _origin(run))
 
 
 def _median(rows: Sequence[Row], name: str, form: str) -> str:
@@ -156,28 +182,28 @@ def _median(rows: Sequence[Row], name: str, form: str) -> str:
     return form.format(statistics.median(values)) if values else "–"
 
 
-def _changes(run: Run) -> tuple[str | None, list[str], list[dict[str, str]] | None]:
-    """The recipe that the run was started with, what it extends, and every setting that it or the command line sets to
-    something else than what it extends; (None, [], None) where the run does not say it or the recipe is gone."""
+def _origin(run: Run) -> RecipeOrigin | None:
+    """None if the run does not record its recipe, or the recipe does not exist any more."""
     source = config.source_of(RunPaths(run.path).recipe_file)
     if source is None:
-        return None, [], None
+        return None
     try:
         lineage = config.lineage(source, TrainRecipe)
     except config.ConfigError as error:
         logger.warning("%s: %s", run.path, error)
-        return None, [], None
-    rows = []
+        return None
+    changes = []
     for key, value in settings_as_text(dict(run.recipe)).items():
         inherited, resolved = str(lineage.inherited.get(key, "–")), str(lineage.resolved.get(key, "–"))
         if value != resolved:
-            rows.append({"key": key, "inherited": resolved, "value": value, "by": "the command line"})
+            changes.append(SettingChange(key, resolved, value, "the command line"))
         elif key in lineage.own and str(lineage.own[key]) != inherited:
-            rows.append({"key": key, "inherited": inherited, "value": value, "by": source})
-    return source, lineage.parents, [row for row in rows if row["key"] not in ("name", "kind")]
+            changes.append(SettingChange(key, inherited, value, source))
+    return RecipeOrigin(source, lineage.parents, [found for found in changes if found.key not in ("name", "kind")])
 
 
-def _between(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _settings_that_differ(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Each setting that differs between the runs, with its value in each."""
     flat = [settings_as_text(dict(run.recipe)) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [(key, [settings.get(key, "–") for settings in flat]) for key in keys]

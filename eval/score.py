@@ -1,4 +1,4 @@
-"""Features and a reference → results.json: FID, sFID, IS, precision, recall, KID, and all that determined them."""
+"""`eval score`: compare features of samples with a reference, and write results.json."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def score(
     extractor: LazyExtractor | None = None,
     reference: Reference | None = None,
 ) -> Results:
-    """Score generated features, an .npz or a folder of images against the recipe's reference; writes `out`.
+    """Score a folder of `generate`, an .npz or images against the recipe's reference, and write `out`.
 
-    Every rank has to call this; the result is the same for any number of them.
+    All ranks have to call this. The scores are the same for any number of ranks.
 
     Raises:
         ValueError: for features of another extractor than the recipe's, samples that cannot be scored, or an `out` that
@@ -132,10 +132,10 @@ def _identity(samples: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> ChunkFolder:
-    """The folder of features that `samples` is, or that are now extracted from the images there.
+    """The features of `samples`: the folder itself, if it is one of `generate`; else extracted from the images.
 
     Raises:
-        ValueError: for features of another extractor, or an .npz whose stored statistics ADM would score instead.
+        ValueError: for features of another extractor, or an .npz with statistics, which ADM's evaluator would score.
     """
     if (samples / "config.json").is_file():
         folder = open_features(samples)
@@ -143,7 +143,7 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
         if made_with != extractor.fingerprint:
             raise ValueError(
                 f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.fingerprint}; "
-                "score them with their own recipe, or generate anew"
+                "score them with their own recipe, or generate them again"
             )
         return folder
     source = source_for(samples)
@@ -151,8 +151,8 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
         stored = sorted(keys(samples) & set(STATISTICS))
         if stored:
             raise ValueError(
-                f"{samples}: holds {', '.join(stored)} beside the images; ADM's evaluator would take these for the "
-                "samples' statistics and never look at the images. Remove them, or give the file as the reference"
+                f"{samples}: holds {', '.join(stored)} beside the images; ADM's evaluator would score these statistics "
+                "and ignore the images. Remove them, or give the file as the reference"
             )
     return extract(open_images(source, recipe.cache), extractor, recipe.extractor_batch, recipe.cache)
 
@@ -186,8 +186,8 @@ def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
         width = folder.width(name)
         if width is not None and moments is not None and width != len(moments.mean):
             raise ValueError(
-                f"{width} {title} features in the samples, {len(moments.mean)} in the reference; they are of different "
-                "extractors"
+                f"{width} {title} features in the samples, {len(moments.mean)} in the reference: they come from "
+                "different extractors"
             )
 
 
@@ -203,8 +203,8 @@ def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference
     if sides is not None and reference.side is not None and bool((sides != reference.side).any()):
         own = "/".join(map(str, sides.unique().tolist()))
         found.append(
-            f"samples of {own} pixels, a reference of {reference.side}: both are resized for the extractor, and how "
-            "sharp they are is a part of every score"
+            f"samples of {own} pixels, a reference of {reference.side}: both are resized for the extractor, and their "
+            "sharpness changes every score"
         )
     if reference.features is None:
         found.append("the reference has no images: no precision, recall and KID")
@@ -214,7 +214,7 @@ def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference
         found.append("the extractor has no logits: no Inception Score")
     machines = folder.made_on()
     if len(machines) > 1:
-        found.append(f"made in parts on {'; '.join(machines)}: the last bits of images differ between these")
+        found.append(f"made in parts on {'; '.join(machines)}: images differ in the last bits between these")
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Every combination of some settings, with the same noise and labels; models, extractor and reference loaded once."""
+"""`eval sweep`: every combination of settings, with the same noise and labels. Models are loaded once."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
 from sfd_scale.runtime.run_paths import RESULTS
 
 logger = logging.getLogger(__name__)
-_COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # loaded and set once
-MODELS = 2  # in memory: a checkpoint and a guide
+_COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # the same in all cells
+MODELS = 2  # in memory: a checkpoint and a guidance model
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: the settings that vary, and the whole recipe."""
+    """One combination of settings: those that vary, and the whole recipe."""
 
     settings: dict[str, str]
     recipe: EvalRecipe
 
     @property
     def name(self) -> str:
-        """A folder name that tells people what it is, and never clashes."""
+        """A folder name that people can read, made unique by a hash."""
         words = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in self.settings.items())
         clean = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in words)[:80]
         return f"{clean}_{config.digest(self.settings)[:8]}"
@@ -57,10 +57,10 @@ class Row:
 
 
 def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
-    """All combinations of `key=v1,v2` and `key=value`, each checked as a recipe.
+    """All combinations of `key=value1,value2` and `key=value`, each checked as a recipe.
 
     Raises:
-        ValueError: if nothing varies, or a combination is no valid recipe.
+        ValueError: if nothing varies, or a combination is not a valid recipe.
     """
     axes: list[tuple[str, list[str]]] = []
     for word in grid:
@@ -69,7 +69,9 @@ def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
             raise ValueError(f"{word}: allowed: key=value, or key=value1,value2 for a setting that varies")
         axes.append((key, split_values(values)))
     if all(len(values) == 1 for _, values in axes):
-        raise ValueError("nothing varies: give at least one setting several values, as in guidance.scale_texture=1,1.5")
+        raise ValueError(
+            "nothing varies; allowed: several values for at least one setting, such as guidance.scale_texture=1,1.5"
+        )
     found = []
     for combination in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip((key for key, _ in axes), combination, strict=True))
@@ -80,7 +82,7 @@ def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at commas, but not inside of brackets."""
+    """Split at commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
@@ -92,29 +94,29 @@ def split_values(text: str) -> list[str]:
 
 
 def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor | None = None) -> list[Row]:
-    """Generate and score every cell; writes sweep.json and sweep.md, anew after each. A second start continues.
+    """Generate and score every cell; sweep.json and sweep.md are written after each. A second start continues.
 
     Raises:
-        ValueError: if cells differ in extractor, reference or metrics, so that there are no common scores.
+        ValueError: if the extractor, the reference or the metrics vary, so that scores cannot be compared.
     """
     device, todo = distributed.device(), cells(recipe, grid)
     for name in varying(todo, _COMMON):
-        raise ValueError(f"{name}: varies; scores of a sweep have to share it: one sweep for each, or eval compare")
+        raise ValueError(f"{name}: varies; the scores of a sweep have to share it; allowed: one sweep per value")
     extractor = make_extractor(todo[0].recipe.extractor, device) if extractor is None else extractor
     load = functools.lru_cache(MODELS)(generate.load_model)
     reference = load_reference(todo[0].recipe, extractor)
     folders = [out / "cells" / cell.name for cell in todo]
     note = ""
     if unpaired := varying(todo, PAIRING):
-        note = f"These cells do not share noise and labels, as these vary: {', '.join(unpaired)}."
+        note = f"The cells do not share noise and labels, because these settings vary: {', '.join(unpaired)}."
     rows: list[Row] = []
     for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
         if distributed.is_main():
             logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
         results = distributed.broadcast_object(_done(cell.recipe, folder, extractor, reference))
         if results is None:
-            # The batch that `auto` finds for the first cell is that of all.
-            own = generate.with_kept_batch(cell.recipe, folder, *folders)
+            # `batch: auto` finds the batch of the first cell; all others take it.
+            own = generate.with_recorded_batch(cell.recipe, folder, *folders)
             generate.generate(own, folder, generate.prepare(own, device, extractor, load))
             results = score(cell.recipe, folder, folder / RESULTS, extractor, reference)
         rows.append(Row(cell.settings, results.scores, results.nfe, str(folder)))
@@ -126,7 +128,7 @@ def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor 
 
 
 def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference: Reference) -> Results | None:
-    """The results of a cell that an earlier start finished, if recipe, weights, features and reference are the same."""
+    """The results of a cell that an earlier start finished; None if recipe, weights, extractor or data have changed."""
     if not (folder / RESULTS).is_file():
         return None
     results = Results.read(folder)
@@ -148,7 +150,7 @@ def _done(recipe: EvalRecipe, folder: Path, extractor: LazyExtractor, reference:
 
 
 def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:
-    """Those settings of the recipes that are not the same in all cells."""
+    """The settings that differ between cells."""
     return [name for name in names if len({config.digest(getattr(cell.recipe, name)) for cell in todo}) > 1]
 
 

@@ -1,4 +1,4 @@
-"""Evaluate the checkpoints of a run as they appear, and keep their scores in one table."""
+"""`eval watch`: evaluate the checkpoints of a run as they appear, and collect their scores in one table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def watch(
     """
     run = RunFolder(folder)
     training, scores = run.recipe, run.evaluations if out is None else EvaluationPaths(out)
-    _check_same(recipe, scores)
+    _check_recipe(recipe, scores)
     while True:
         saved = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
         todo = distributed.broadcast_object([step for step in saved if _scored(scores, step) != saved[step]])
@@ -80,8 +80,8 @@ def _scored(out: EvaluationPaths, step: int) -> str | None:
     return (folder / SOURCE).read_text(encoding="utf-8")
 
 
-def _check_same(recipe: EvalRecipe, out: EvaluationPaths) -> None:
-    """One table holds scores of one recipe: whatever changes a score, other than the checkpoint, is that of before.
+def _check_recipe(recipe: EvalRecipe, out: EvaluationPaths) -> None:
+    """A table holds the scores of one recipe. Only the checkpoint and settings without effect on scores may change.
 
     Raises:
         ValueError: naming the settings that differ.
@@ -96,38 +96,39 @@ def _check_same(recipe: EvalRecipe, out: EvaluationPaths) -> None:
     before = json.loads(file.read_text(encoding="utf-8"))
     if different := config.differences(before, now):
         names = ", ".join(different)
-        raise ValueError(f"{out.path}: its scores are of another recipe ({names} differ); choose another --out")
+        raise ValueError(f"{out.path}: its scores are of another recipe ({names} differ); allowed: another --out")
 
 
-def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: int, identity: str) -> None:
+def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: int, checkpoint_hash: str) -> None:
+    """Export, generate and score one step. It is left out if the training deletes the checkpoint meanwhile."""
     folder = out.step(step)
     weights, source = folder / "model.safetensors", folder / SOURCE
     gone = None
-    if distributed.is_main() and not (source.is_file() and source.read_text(encoding="utf-8") == identity):
+    if distributed.is_main() and not (source.is_file() and source.read_text(encoding="utf-8") == checkpoint_hash):
         if folder.exists():
-            logger.warning("%s: of a checkpoint that the run went back from, or cut off; made anew", folder)
+            logger.warning("%s: belongs to another checkpoint of this step, or is incomplete; evaluated again", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        write_atomically(source, identity)
+        write_atomically(source, checkpoint_hash)
     if distributed.is_main() and not weights.is_file():
         try:
             export.export(run.path, weights, WeightsChoice(step=step))
         except (ValueError, OSError) as error:
             if step in saved_steps(run):
                 raise
-            gone = str(error)  # the training has pruned it meanwhile
+            gone = str(error)  # the training has deleted the checkpoint meanwhile
     gone = distributed.broadcast_object(gone)
     if gone is not None:
-        logger.warning("step %d is left out, as its checkpoint was removed while it was read: %s", step, gone)
+        logger.warning("step %d is left out, because its checkpoint was deleted while it was read: %s", step, gone)
         return
     device = distributed.device()
     own = dataclasses.replace(recipe, checkpoint=weights)
-    own = generate.with_kept_batch(own, folder, *out.step_folders())
+    own = generate.with_recorded_batch(own, folder, *out.step_folders())
     extractor = make_extractor(own.extractor, device)
     generate.generate(own, folder, generate.prepare(own, device, extractor))
     results = score(own, folder, folder / RESULTS, extractor)
     if distributed.is_main():
-        weights.unlink()  # the run has it: a series of checkpoints would fill the disk
+        weights.unlink()  # the run has the checkpoint, and the exports of all steps would fill the disk
         logger.info("%s, step %d: FID %.4g", run.path, step, results.scores.fid)
 
 

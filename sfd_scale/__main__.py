@@ -179,12 +179,14 @@ def study(
     """Run a grid of small trainings and compare them. The same command resumes."""
     from eval.study import study as module
     from eval.study.recipe import StudyRecipe
-    from eval.work.processes import run_beside
+    from eval.work.processes import run_in_parallel
 
     loaded = module.Study(config.load(recipe, StudyRecipe, overrides or ()))
     if not report and jobs > 1:
         patterns = [word for pattern in only or () for word in ("--only", pattern)]
-        code = run_beside([sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs)
+        code = run_in_parallel(
+            [sys.executable, "-m", "sfd_scale", "study", recipe, *(overrides or ()), *patterns], jobs
+        )
         if code:
             sys.exit(code)
     elif not report and not module.run(loaded, only or ()):

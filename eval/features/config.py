@@ -15,7 +15,7 @@ INCEPTION_GRID = (17, 17, 7)  # rows, columns and channels of the spatial featur
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionConfig:
-    """torch-fidelity's Inception weights: a file, or none to download them from `url` (91 MB) once a machine."""
+    """torch-fidelity's Inception weights: a file, or null to download them from `url` (91 MB), once per machine."""
 
     kind: Literal["inception"] = "inception"
     weights: Path | None = None
@@ -25,11 +25,13 @@ class InceptionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredConfig:
-    """Named layers of an extractor that is registered with torch-fidelity, by it or by a `module`, which is imported.
+    """Layers of an extractor that is registered with torch-fidelity.
 
-    weights: loaded without running anything in them. torch-fidelity's own extractors download theirs where none are
-        given, and run what comes (vgg16, clip-*: a pickle; dinov2-*: the code of a repository): `trust_remote_code`
-        allows that.
+    module: a Python module that registers the extractor; it is imported first.
+    pooled, spatial, logits: names of layers.
+    weights: loaded without running code from the file. Without weights, torch-fidelity's own extractors download theirs
+        and run code from the download (vgg16, clip-*: a pickle; dinov2-*: a repository). `trust_remote_code` allows
+        that.
     """
 
     name: str
@@ -49,9 +51,9 @@ class RegisteredConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DINOv2ExtractorConfig:
-    """The class token of a DINOv2 (arXiv 2304.07193), for FD-DINOv2 (arXiv 2306.04675): no spatial features, no logits.
+    """The class token of a DINOv2 (arXiv 2304.07193), for FD-DINOv2 (arXiv 2306.04675). No spatial features, no logits.
 
-    `weights`: a file of the DINOv2 authors, such as dinov2_vitl14_pretrain.pth, or its `url` and `sha256`.
+    weights: an official file of DINOv2, such as dinov2_vitl14_pretrain.pth; or null, with its `url` and `sha256`.
     """
 
     weights: Path | None = None
@@ -63,17 +65,17 @@ class DINOv2ExtractorConfig:
     def __post_init__(self) -> None:
         _check_url(self.url, self.sha256)
         if self.weights is None and self.url is None:
-            raise ValueError("weights: null; allowed: a file of the DINOv2 authors, or its url and sha256")
+            raise ValueError("weights: null; allowed: an official file of DINOv2, or its url and sha256")
 
 
 def _check_url(url: str | None, sha256: str | None) -> None:
     if url is not None and sha256 is None:
-        raise ValueError(f"sha256: null, with the url {url}; allowed: the checksum of the file that it gives")
+        raise ValueError(f"sha256: null, with the url {url}; allowed: the SHA-256 of that file")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetConfig:
-    """A SmallConvNet that was trained to classify, from `sfd export`: for data that Inception was not made for."""
+    """A SmallConvNet classifier from `sfd export`, for data that Inception was not trained on."""
 
     weights: Path
     kind: Literal["convnet"] = "convnet"

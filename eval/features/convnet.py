@@ -1,4 +1,4 @@
-"""SmallConvNet as a torch-fidelity feature extractor, for images that Inception was not made for."""
+"""SmallConvNet as a feature extractor of torch-fidelity, for images that Inception was not trained on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYERS: _Layers = {"pooled": _POOLED, "spatial": _SPATIAL, "logits": _LOGITS}
 
 
 class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """pooled (N, D), spatial (N, h·w·7) from the first 7 channels of the grid, logits (N, K)."""
+    """Layers: pooled (N, D); spatial (N, h·w·7), the first 7 channels of the grid; logits (N, K)."""
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs: Any
@@ -48,11 +48,11 @@ class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
         self.spatial_grid = (side, side, CHANNELS)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(N, 3, H, W) uint8 → the requested features, in their order."""
+        """(N, 3, H, W) uint8 → the requested layers, in their order."""
         if images.shape[-1] != self.image_size or images.shape[-2] != self.image_size:
             raise ValueError(
                 f"the convnet extractor was trained on images of {self.image_size} pixels, these have "
-                f"{tuple(images.shape[-2:])}; take the Inception extractor, or train a classifier on this size"
+                f"{tuple(images.shape[-2:])}; allowed: the Inception extractor, or a classifier for this size"
             )
         found = self.model(images)
         grid = functional.adaptive_avg_pool2d(found.grid[:, :CHANNELS], self.spatial_grid[:2])  # (N, 7, h, w)
@@ -78,7 +78,7 @@ class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
 
 
 def trained_size(weights: Path) -> int | None:
-    """Side of the images, as `sfd export` noted it in the file; None where it did not."""
+    """The side of the training images that the file records; None if it does not."""
     with safe_open(str(weights), framework="pt") as file:
         note = json.loads((file.metadata() or {}).get(EXPORT_KEY, "{}"))
     size: int | None = note.get("recipe", {}).get("model", {}).get("image_size")
@@ -86,7 +86,7 @@ def trained_size(weights: Path) -> int | None:
 
 
 def register() -> str:
-    """Make the extractor known to torch-fidelity, once; returns its name there."""
+    """Register the extractor with torch-fidelity, once. Returns its name there."""
     if NAME not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(NAME, ConvNetExtractor)
     return NAME

@@ -1,4 +1,4 @@
-"""Files of weights: given or downloaded once a machine, checked, and loaded without running anything in them."""
+"""Files of weights: given or downloaded once per machine, verified, and loaded without running code from them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
-    """The file at `path`, or else that of `url`, which one rank of each machine downloads; its checksum verified.
+    """The file at `path`, or the one at `url` if `path` is None. Its checksum is verified.
 
-    All ranks have to call this.
+    All ranks have to call this; one rank per machine downloads.
 
     Raises:
-        ValueError: for a missing file, a wrong checksum, or a download that failed, saying what to do.
+        ValueError: for a missing file, a wrong checksum, or a failed download.
     """
     if path is None:
         assert url is not None and sha256 is not None
@@ -35,14 +35,14 @@ def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
         hint = (
             "the path of a file"
             if url is None
-            else f"the path of a download of {url}, or none where there is a network"
+            else f"the path of a download of {url}, or null on a machine with network access"
         )
         raise ValueError(f"extractor.weights: {path} does not exist; allowed: {hint}")
     found = file_sha256(path)
     if sha256 is not None and found != sha256:
         raise ValueError(
-            f"extractor.weights: {path} has SHA-256 {found}, expected {sha256}; download it again, or give its own "
-            "checksum as extractor.sha256 if it is meant to be another network"
+            f"extractor.weights: {path} has SHA-256 {found}, expected {sha256}; download it again, or set "
+            "extractor.sha256 to this checksum if the file is another network"
         )
     return path
 
@@ -53,7 +53,7 @@ def _download(url: str, path: Path, sha256: str) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
     except (OSError, RuntimeError) as error:
-        # The other ranks wait at the barrier, find no file, and say what to do; so does this one.
+        # All ranks, this one too, then find no file, and the error says what to do.
         logger.warning("the download of %s failed: %s", url, error)
 
 
@@ -61,7 +61,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save, on the CPU.
 
     Raises:
-        ValueError: if there is more in it than tensors and plain containers: to load that would run it.
+        ValueError: if the file holds more than tensors and plain containers. Loading that could run code.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

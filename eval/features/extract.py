@@ -1,4 +1,4 @@
-"""Features of images that exist, in the same chunks as those of generated ones; and sets of features read back."""
+"""Features of given images, in the same chunks as those of generated images; and reading features back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from sfd_scale.runtime import distributed
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Float32 rows in the order of images: pool (N, P), spatial (N, S) or None, logits (N, K) or None; labels (N,)
-    int64 or None, and the configuration that determined them."""
+    """Features of N images in the order of their numbers, float32.
+
+    pool: (N, P). spatial: (N, S) or None. logits: (N, K) or None. labels: (N,) int64 or None.
+    config: the settings that determined them.
+    """
 
     pool: Tensor
     spatial: Tensor | None
@@ -35,28 +38,30 @@ class FeatureSet:
 
 
 def open_features(path: Path) -> ChunkFolder:
-    """The folder of features that `generate` or `extract` filled.
+    """A folder that `generate` or `extract` filled.
 
     Raises:
-        ValueError: if it is none, or not finished.
+        ValueError: if it is another folder, or not complete.
     """
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: no folder of features (no config.json in it)")
     config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not {"num_samples", "batch", "extractor"} <= config.keys():
-        raise ValueError(f"{file}: not of a folder of features; give a folder of `generate`, or of images without it")
+        raise ValueError(
+            f"{file}: not of a folder of features; allowed: a folder of `generate`, or images without this file"
+        )
     folder = ChunkFolder(path, config["num_samples"], config["batch"])
     missing = folder.missing()
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of {folder.count} chunks are missing; give the command that makes it again"
+            f"{path}: {len(missing)} of {folder.count} chunks are missing; repeat the command that fills it"
         )
     return folder
 
 
 def read_features(folder: ChunkFolder) -> FeatureSet:
-    """All rows of a finished folder, exactly as many as it says, in order of image numbers."""
+    """All rows of a complete folder, in the order of image numbers."""
     config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
     pool = read_rows(folder, "pool")
     assert pool is not None
@@ -65,7 +70,11 @@ def read_features(folder: ChunkFolder) -> FeatureSet:
 
 
 def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
-    """One tensor of a finished folder, in order of image numbers: (N, ...), or None if it has no such."""
+    """One tensor (N, ...) of a complete folder, in the order of image numbers; None if the folder lacks it.
+
+    Raises:
+        ValueError: for another number of rows than that of the images.
+    """
     if name not in folder.names():
         return None
     tensor = torch.cat(list(folder.read(name)))
@@ -75,7 +84,7 @@ def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
 
 
 def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
-    """Features of all images, on all ranks, in a folder of `cache` named by what determines them; made once."""
+    """Features of all images, computed once by all ranks. The folder in `cache` is named by their settings."""
     config = {
         "kind": "extracted",
         "images": images.fingerprint,
@@ -104,8 +113,10 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
 
 
 def extract_padded(extractor: Extractor, images: Tensor, batch: int) -> dict[str, Tensor]:
-    """Features of at most `batch` images, computed in a batch of exactly that size: on a GPU they depend on it; and the
-    images' side in pixels."""
+    """Features of at most `batch` images, and `side`, the images' side in pixels.
+
+    The batch is padded to exactly `batch` images, because features depend on the batch size on a GPU.
+    """
     count, side = len(images), torch.full((len(images),), images.shape[-1], dtype=torch.int32)
     if count < batch:
         images = torch.cat([images, images[-1:].expand(batch - count, *images.shape[1:])])

@@ -1,4 +1,4 @@
-"""ADM's .npz files of images and statistics: written and read in a stream, never twice in memory."""
+"""ADM's .npz files of images and statistics. Images are streamed: they are never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sfd_scale.runtime.files import atomically
 
-npy: Any = np.lib.format  # it has no types
+npy: Any = np.lib.format  # untyped
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-# What zipfile and numpy let through for damaged files.
+# Errors of zipfile and numpy for damaged files.
 _DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, RuntimeError)
-_MOST_COMPRESSED = 200  # times smaller than its contents: beyond it, a file that is made to fill the memory
+_MOST_COMPRESSED = 200  # a larger compression ratio is that of a file made to fill the memory
 
 
 def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[int, int], labels: Tensor) -> None:
@@ -31,8 +31,7 @@ def write_images(path: Path, batches: Iterable[Tensor], count: int, size: tuple[
         batches: (n, 3, H, W) uint8 each, together `count` images.
 
     Raises:
-        ValueError: if the batches do not hold exactly `count` images of `size`, or the disk is full; there is no file
-            then.
+        ValueError: if there are not exactly `count` images of `size`, or the disk is full. No file is left then.
     """
     with atomically(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
@@ -56,8 +55,10 @@ def _header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.generic]
 
 
 class NpzImages:
-    """arr_0 of an .npz: (count, H, W, 3) uint8. A file as np.savez writes it is mapped, not read; a compressed one is
-    held in memory."""
+    """The images of an .npz: arr_0, (count, H, W, 3) uint8.
+
+    An uncompressed file, as np.savez writes it, is memory-mapped. A compressed one is read into memory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +81,7 @@ class NpzImages:
         return len(self.array)
 
     def rows(self, rows: range) -> tuple[Tensor, Tensor | None]:
-        """Images of consecutive numbers, (n, 3, H, W) uint8, and arr_1 as labels (n,) int64 if there is one."""
+        """Images (n, 3, H, W) uint8 of consecutive numbers, and their labels (n,) int64 from arr_1, or None."""
         block = torch.from_numpy(np.array(self.array[rows.start : rows.stop]))
         labels = None
         if self.labels is not None:
@@ -89,10 +90,10 @@ class NpzImages:
 
 
 def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
-    """One array of a zip archive, memory-mapped if it is stored uncompressed in C order.
+    """One array of a zip archive, memory-mapped if it is uncompressed and in C order.
 
     Raises:
-        ValueError: for a damaged file, pickled objects, or contents out of proportion to the file.
+        ValueError: for a damaged file, pickled objects, or an excessive compression ratio.
     """
     try:
         return _map(path, member)
@@ -112,7 +113,7 @@ def _map(path: Path, member: str) -> npt.NDArray[Any]:
             raise ValueError("it holds pickled objects, which could run code")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or header + size != info.file_size:
-            raise ValueError(f"its header names {size} bytes, the archive {info.file_size - header}")
+            raise ValueError(f"its header says {size} bytes, the archive {info.file_size - header}")
         if info.file_size > max(_MOST_COMPRESSED * info.compress_size, 1 << 20):
             raise ValueError(f"{info.file_size} bytes packed into {info.compress_size}: not an honest file")
         if info.compress_type != zipfile.ZIP_STORED or fortran:
@@ -132,7 +133,7 @@ def keys(path: Path) -> set[str]:
     """Names of the arrays in an .npz.
 
     Raises:
-        ValueError: if it is no readable .npz.
+        ValueError: if the file is not a readable .npz.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -142,10 +143,10 @@ def keys(path: Path) -> set[str]:
 
 
 def read_statistics(path: Path) -> dict[str, Tensor]:
-    """Those of mu, sigma, mu_s, sigma_s that the file has, as float64; other keys are ignored.
+    """mu, sigma, mu_s and sigma_s as float64, as far as the file has them. Other keys are ignored.
 
     Raises:
-        ValueError: for shapes that do not fit together, or values that are not finite.
+        ValueError: for a mean without covariance (or the reverse), wrong shapes, or values that are not finite.
     """
     arrays = {key: _mapped(path, f"{key}.npy") for key in STATISTICS if key in keys(path)}
     if any(array.dtype.kind not in "fiu" for array in arrays.values()):

@@ -1,4 +1,4 @@
-"""What generation leaves beside the features: an .npz for ADM's evaluator, PNG files, a grid by class."""
+"""Images that generation stores on request: an .npz for ADM's evaluator, PNG files, and a grid by class."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ GRID, NPZ, PNG = "grid.png", "samples.npz", "png"
 
 @dataclass(frozen=True, kw_only=True)
 class OutputsConfig:
-    """What is kept beside the features. Any of them makes the chunks keep the images.
+    """Which images are stored. The chunks then hold them too.
 
-    npz: one file for ADM's evaluator. png: a folder. grid: images a class in a picture of all classes, 0 for none.
+    npz: all images, in one file for ADM's evaluator.
+    png: all images, in a folder.
+    grid: images per class in grid.png; 0: no grid. grid_classes: its classes.
     """
 
     npz: bool = False
@@ -39,33 +41,33 @@ class OutputsConfig:
 
 
 def kept_images(config: OutputsConfig) -> dict[str, Any]:
-    """Which images the chunks keep, as a part of what determines their contents."""
+    """The settings that decide which images the chunks hold."""
     if config.all_images:
         return {"all": True}
     return {"grid": config.grid, "grid_classes": config.grid_classes}
 
 
 def kept_rows(config: OutputsConfig, labels: Tensor) -> set[int]:
-    """Numbers of the images that are kept: all, or the first few of each class in the grid."""
+    """Numbers of the images that the chunks hold: all, or those in the grid."""
     if config.all_images:
         return set(range(len(labels)))
     return {number for row in grid_rows(config, labels) for number in row}
 
 
 def grid_rows(config: OutputsConfig, labels: Tensor) -> list[list[int]]:
-    """Numbers of the images in the grid, a class a row."""
+    """Numbers of the images in the grid, one class per row."""
     return rows_by_class(labels, config.grid_classes, config.grid) if config.grid else []
 
 
 def rows_by_class(labels: Tensor, classes: int, each: int) -> list[list[int]]:
-    """The first `each` images of up to `classes` classes, spread evenly over those that occur."""
+    """The first `each` images of up to `classes` classes, spread evenly over the classes that occur."""
     present = labels.unique()
     chosen = present[torch.linspace(0, len(present) - 1, min(classes, len(present))).round().long()]
     return [(labels == label).nonzero().flatten()[:each].tolist() for label in chosen]
 
 
 def write(config: OutputsConfig, folder: ChunkFolder, labels: Tensor) -> None:
-    """Write what the recipe asks for, from the committed chunks."""
+    """Write the requested files from the committed chunks."""
     if config.grid:
         rows = grid_rows(config, labels)
         images = images_by_number(folder, {number for row in rows for number in row})
@@ -79,7 +81,7 @@ def write(config: OutputsConfig, folder: ChunkFolder, labels: Tensor) -> None:
 
 
 def images_by_number(folder: ChunkFolder, wanted: set[int]) -> dict[int, Tensor]:
-    """Kept images (3, H, W) uint8 by their number."""
+    """Images (3, H, W) uint8 of the chunks, by their number."""
     found = {}
     for images, numbers in zip(folder.read("images"), folder.read("image_numbers"), strict=True):
         found.update(
@@ -89,7 +91,7 @@ def images_by_number(folder: ChunkFolder, wanted: set[int]) -> dict[int, Tensor]
 
 
 def save_grid(rows: list[list[Tensor]], path: Path, gap: int = 2) -> None:
-    """A PNG with one row a class; short rows end in white."""
+    """Write a PNG with one row of images per class. Short rows end in white."""
     with atomically(path) as temporary:
         to_image(tile(rows, gap)).save(temporary)
 
@@ -112,10 +114,8 @@ def to_image(image: Tensor) -> Image.Image:
 
 
 def _write_png(folder: ChunkFolder, labels: Tensor) -> None:
-    """One file an image, named by its number, and labels.txt. Not by class: in class order the scores are wrong.
-
-    PNG loses nothing.
-    """
+    """One file per image, named by its number, and labels.txt. Names by class would order the files by class, and
+    scores of such a folder are wrong."""
     out = folder.path / PNG
     number = 0
     for images in folder.read("images"):

@@ -1,4 +1,4 @@
-"""Where images to score come from: an ADM .npz, a flat folder, or any image source of the library."""
+"""Sources of images to score: an ADM .npz, a flat folder, or any image source of sfd_scale."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CLASS_INDEX = re.compile("[0-9]{1,18}")
 
 @dataclass(frozen=True, kw_only=True)
 class NpzSource:
-    """An .npz as ADM's evaluator takes it: arr_0 images and, in a reference, mu, sigma, mu_s, sigma_s."""
+    """An .npz of ADM's evaluator: arr_0 images and, in a reference, mu, sigma, mu_s, sigma_s."""
 
     path: Path
     kind: Literal["npz"] = "npz"
@@ -41,8 +41,10 @@ class NpzSource:
 
 @dataclass(frozen=True, kw_only=True)
 class FlatSource:
-    """Image files without class folders, in the order of their names and as they are: no resize, no crop. Labels are
-    read from labels.txt if it is there."""
+    """Image files without class folders, in the order of their names, not resized and not cropped.
+
+    labels.txt in the folder gives the labels, if it exists.
+    """
 
     path: Path
     kind: Literal["flat"] = "flat"
@@ -53,8 +55,11 @@ ImagesConfig = LibrarySource | NpzSource | FlatSource
 
 @dataclass(frozen=True)
 class Images:
-    """`count` images; `rows(range)` gives (n, 3, H, W) uint8 and labels (n,) int64, or None where there are none.
-    `identity` changes when the data does."""
+    """`count` images.
+
+    rows: takes a range of numbers; returns images (n, 3, H, W) uint8 and labels (n,) int64, or None without labels.
+    fingerprint: changes when the data changes.
+    """
 
     count: int
     rows: Callable[[range], tuple[Tensor, Tensor | None]]
@@ -62,10 +67,10 @@ class Images:
 
 
 def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
-    """Open a source. Every rank has to call this.
+    """Open a source. All ranks have to call this.
 
     Args:
-        cache: where the hashes of folders are kept, so that a second start need not read all files.
+        cache: the folder for hashes of image folders. With it, a second start does not read all files again.
 
     Raises:
         ValueError: for files that do not exist or hold no uint8 images, and for images of several sizes.
@@ -90,10 +95,10 @@ def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
 
 
 def source_for(path: Path) -> ImagesConfig:
-    """The source that a path on the command line means.
+    """The kind of source that is at a path.
 
     Raises:
-        ValueError: if there is nothing at the path, or something else.
+        ValueError: if nothing is there, or no source of images.
     """
     _must_exist(path)
     if path.suffix == ".npz":
@@ -177,8 +182,10 @@ def _files_read(source: Source) -> list[Path]:
 
 
 def _data_hash(source: Any, files: list[Path], cache: Path | None) -> str:
-    """SHA-256 over the settings and the content, wherever it lies: the shards' manifest and indices, which hold the
-    shards' hashes, or the `files` that are read."""
+    """SHA-256 of the source's settings and of its data; its path does not matter.
+
+    Of shards, the manifest and the indices count, which hold the shards' hashes; otherwise `files`, which are read.
+    """
     settings = config.to_dict(source)
     path = settings.pop("path", None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -192,7 +199,7 @@ def _data_hash(source: Any, files: list[Path], cache: Path | None) -> str:
         for file in indices:
             digest.update(os.fsencode(file.relative_to(path)) + file.read_bytes())
         return digest.hexdigest()
-    # One rank reads: the folder is as large as its images.
+    # Only one rank reads all images.
     digest.update(
         distributed.broadcast_object(_files_hash(path, files, cache) if distributed.is_main() else "").encode()
     )
@@ -200,11 +207,12 @@ def _data_hash(source: Any, files: list[Path], cache: Path | None) -> str:
 
 
 def _files_hash(path: Path, files: list[Path], cache: Path | None) -> str:
-    """SHA-256 over the names below `path` and the bytes of `files`; kept in the cache for as long as names, sizes and
-    times are the same.
+    """SHA-256 of the names below `path` and of the bytes of `files`.
+
+    The cache holds it; it is computed again when a name, size or time of modification changes.
 
     Raises:
-        ValueError: names a file that cannot be read, such as a link to a missing file.
+        ValueError: naming a file that cannot be read, such as a link to a missing file.
     """
     listing, sizes = hashlib.sha256(), list[int]()
     for file in files:

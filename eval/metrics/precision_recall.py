@@ -1,8 +1,8 @@
-"""Precision and recall by nearest neighbours, with rows shared out over ranks.
+"""Precision and recall by nearest neighbours. The ranks share the rows.
 
-Squared Euclidean distances in float32, in blocks of fixed size, so that neither the number of ranks nor the memory
-changes a bit. ADM's evaluator takes them in float16 first, which raises precision by about 0.001 and recall by 0.0025;
-`float16` emulates that, but for TensorFlow's order of sums.
+Squared Euclidean distances are computed in float32 in blocks of a fixed size, so the number of ranks and the memory
+change no bit. ADM's evaluator computes them in float16 first. That raises precision by about 0.001 and recall by about
+0.0025. `float16` emulates it, apart from TensorFlow's order of sums.
 
 N, M rows · D feature channels · k neighbours.
 """
@@ -29,18 +29,18 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int, distances: Distances = "float32") -> PrecisionRecall:
-    """The share of samples (N, D) in the manifold of the reference (M, D), and the other way (arXiv 1904.06991, Eq. 2).
+    """The fraction of samples (N, D) inside the manifold of the reference (M, D), and the reverse.
 
-    A row's neighbourhood reaches to its k-th nearest neighbour of the same set, itself not counted. Every rank has to
-    call this, with the same rows.
+    arXiv 1904.06991, Eq. 2. The neighbourhood of a row reaches to its k-th nearest other row of the same set. All ranks
+    have to call this with the same rows.
 
     Raises:
-        ValueError: if a set has no k neighbours.
+        ValueError: if a set has at most k rows.
     """
     for name, rows in (("samples", samples), ("reference images", reference)):
         if len(rows) <= k:
             raise ValueError(f"precision and recall with {k} neighbours need more than {k} {name}, not {len(rows)}")
-    own = 2 * (_own_blocks(samples) + _own_blocks(reference))
+    own = 2 * (_blocks_of_this_rank(samples) + _blocks_of_this_rank(reference))
     with strict_float32(samples.device), progress(own, "precision and recall", "blocks") as bar:
         near_reference, near_samples = (radii(rows, k, distances, bar.advance) for rows in (reference, samples))
         precise, recalled = (
@@ -54,7 +54,7 @@ def radii(rows: Tensor, k: int, distances: Distances = "float32", done: Callable
     """The squared distance of each row (N, D) to its k-th nearest other row (arXiv 1904.06991, Eq. 1): (N,).
 
     Args:
-        done: called after each block of rows.
+        done: called after each block.
     """
 
     between = _BETWEEN[distances]
@@ -62,7 +62,7 @@ def radii(rows: Tensor, k: int, distances: Distances = "float32", done: Callable
     def block(part: Tensor) -> Tensor:
         best = part.new_empty(len(part), 0)
         for others in rows.split(COLUMNS):
-            # The row itself is among them, at distance 0: the smallest k + 1.
+            # The row itself is among them at distance 0, so keep the k + 1 smallest.
             both = torch.cat([best, between(part, others)], dim=1)
             best = both.topk(min(k + 1, both.shape[1]), dim=1, largest=False).values
         return best.amax(1)
@@ -74,10 +74,12 @@ def within(
     rows: Tensor, centres: Tensor, radius: Tensor, distances: Distances = "float32",
     done: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Whether each row (N, D) is within reach of any centre (M, D), squared radius (M,) (arXiv 1904.06991, Eq. 1).
+    """Whether each row (N, D) is in the neighbourhood of any centre (M, D) with squared radius (M,): (N,) bool.
+
+    arXiv 1904.06991, Eq. 1.
 
     Args:
-        done: called after each block of rows.
+        done: called after each block.
     """
 
     between = _BETWEEN[distances]
@@ -99,9 +101,10 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """The same with every value rounded to float16, as ADM's evaluator has it on TensorFlow: (N, M) float32.
+    """`squared_distances` with every value rounded to float16, as in ADM's evaluator on TensorFlow: (N, M) float32.
 
-    In steps of 0.5 at 875, and up to 1 of a row from itself. A block in which one overflows is taken in float32.
+    The rounding step is 0.5 at 875, and the distance of a row to itself can be 1. A block that overflows is computed in
+    float32.
     """
     a16, b16 = a.half(), b.half()
     product = (a16.float() @ b16.float().T).half()
@@ -116,7 +119,7 @@ _BETWEEN: dict[Distances, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _over_ranks(rows: Tensor, block: Callable[[Tensor], Tensor], done: Callable[[], None] | None) -> Tensor:
-    """Apply `block` to fixed blocks of rows, each by one rank, and put the results together in order on all."""
+    """Apply `block` to fixed blocks of rows, each on one rank. All ranks get the results in order."""
     parts = rows.split(ROWS)
     mine: dict[int, Tensor] = {}
     for number in range(distributed.rank(), len(parts), distributed.world_size()):
@@ -129,5 +132,5 @@ def _over_ranks(rows: Tensor, block: Callable[[Tensor], Tensor], done: Callable[
     return torch.cat([everything[number] for number in range(len(parts))]).to(rows.device)
 
 
-def _own_blocks(rows: Tensor) -> int:
+def _blocks_of_this_rank(rows: Tensor) -> int:
     return len(range(distributed.rank(), -(-len(rows) // ROWS), distributed.world_size()))

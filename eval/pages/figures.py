@@ -1,4 +1,4 @@
-"""Curves of a run, drawn from its metrics.jsonl."""
+"""Figures of the pages: curves of runs and scores. Each function returns a PNG."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from matplotlib.lines import Line2D
 
 from eval.pages.run_metrics import Row, loss_names
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
+# Colours of Okabe and Ito: they are distinct with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#8a8f98"
 
 
 def loss_curves(rows: list[Row]) -> bytes:
-    """The total loss and its terms over steps, one panel each: a PNG."""
+    """The total loss and its terms over steps, one panel each."""
     return panels({"": rows}, loss_names(rows))
 
 
 def progress_curves(rows: list[Row]) -> bytes:
-    """Learning rate, gradient norm, speed and accuracy over steps, as far as they were logged: a PNG."""
+    """Learning rate, gradient norm, throughput and accuracy over steps; a metric that was not logged is left out."""
     names = ("lr", "grad_norm", "samples_per_s", "accuracy")
     return panels({"": rows}, [name for name in names if any(name in row for row in rows)])
 
 
 def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
-    """One panel a name over steps, the runs in it in their colours, raw and smoothed: a PNG."""
+    """One panel per metric, over steps. Each run has a colour; its values are drawn raw and smoothed."""
     columns = min(4, max(1, len(names)))
     lines = max(1, -(-len(names) // columns))
     figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
@@ -44,7 +44,7 @@ def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
             steps, values = [p[0] for p in points], [float(p[1]) for p in points]
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
-            # The first steps of a loss are far above the rest and would flatten it.
+            # The first losses are far above the rest and would flatten the curve.
             shown += values[len(values) // 20 :] if len(values) > 20 else values
         finite = sorted(value for value in shown if math.isfinite(value))
         if len(finite) > 20 and name not in ("lr", "samples_per_s"):
@@ -58,7 +58,11 @@ def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
 
 
 def score_curves(runs: Mapping[str, list[Row]], titles: Mapping[str, str]) -> bytes:
-    """Scores of checkpoints over steps, a point each, one panel a score: a PNG."""
+    """One panel per score, over the steps of the checkpoints.
+
+    Args:
+        titles: of the scores to draw, by key.
+    """
     figure = Figure(figsize=(2.9 * len(titles), 2.2), layout="constrained")
     for index, (name, title) in enumerate(titles.items()):
         axes = _axes(figure, title, (1, len(titles), index + 1))
@@ -71,10 +75,10 @@ def score_curves(runs: Mapping[str, list[Row]], titles: Mapping[str, str]) -> by
 
 
 def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: str, xlabel: str) -> bytes:
-    """Means over seeds as lines, with a band of one standard deviation and a dot for each seed: a PNG.
+    """Means over seeds as lines, with a band of one standard deviation and one dot per seed.
 
     Args:
-        curves: by label, points (x, a value for each seed).
+        curves: by label, the points (x, one value per seed).
     """
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")
     axes = _axes(figure, title, (1, 1, 1))
@@ -91,11 +95,11 @@ def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: 
     return _png(figure)
 
 
-def smoothed(values: list[float], share: float = 0.04) -> list[float]:
-    """A running mean of the finite values over about `share` of the points, centred and shorter at the ends."""
+def smoothed(values: list[float], fraction: float = 0.04) -> list[float]:
+    """A centred running mean of the finite values over about `fraction` of the points; shorter at the ends."""
     if not values:
         return []
-    half = max(1, int(len(values) * share / 2))
+    half = max(1, int(len(values) * fraction / 2))
     array = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(array)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
@@ -108,12 +112,12 @@ def smoothed(values: list[float], share: float = 0.04) -> list[float]:
 
 
 def clock_curve(rows: list[Row]) -> bytes | None:
-    """The loss by share of the run from noise to data, early and late in training: a PNG, or None."""
+    """The loss by the global clock, early and late in training; None with fewer than two rows of it."""
     return clock_curves({"": rows})
 
 
 def clock_curves(runs: Mapping[str, list[Row]]) -> bytes | None:
-    """The same of several runs; None where none of them has two lines with it."""
+    """`clock_curve` of several runs."""
     binned = {label: [row for row in rows if any(n.startswith("loss_by_clock/") for n in row)]
               for label, rows in runs.items()}  # fmt: skip
     if all(len(rows) < 2 for rows in binned.values()):
@@ -149,7 +153,7 @@ def _axes(figure: Figure, title: str, place: tuple[int, int, int]) -> Axes:
 
 
 def _legend(figure: Figure, labels: list[str]) -> None:
-    """Which colour is which run, where there are several."""
+    """The colours of the runs, if there are several."""
     if len(labels) > 1:
         lines = [Line2D([], [], color=c, label=name) for c, name in zip(itertools.cycle(COLOURS), labels, strict=False)]
         figure.legend(handles=lines, loc="outside lower left", ncols=4, fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""The recipe of a study: what is prepared, which cells are trained, and what is shown of them."""
+"""The recipe of a study: preparations, cells to train, sweeps, and the cells that figures and tables show."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Settings to vary on a trained cell of the first seed, as `python -m eval sweep` takes them.
+    """A sweep over settings of the evaluation, on a trained cell of the first seed.
 
-    guide_step: the guide is this cell's own checkpoint of that step, less trained than the last.
+    grid: the settings, as on the command line of `python -m eval sweep`.
+    guide_step: the guidance model (AutoGuidance) is the cell's own checkpoint of this earlier step.
     """
 
     cell: str
@@ -21,12 +22,14 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecipe:
-    """Steps are words as on a command line: a recipe, then settings of it.
+    """Each step is written as on a command line: a recipe, then overrides.
 
-    root, out: where the recipes put their files; below `root` they go to `out` in its place.
-    cell_settings: of every cell, before its own. evaluation: of every checkpoint of every cell.
-    convergence, lead, ablation, generality: the cells that the figures and tables show (arXiv 2512.04926: Fig. 1b,
-        Fig. 5, Table 3, Table 5); generality in pairs, without and with semantics first.
+    root, out: paths of the recipes below `root` are moved below `out`.
+    prepare: encoding, fitting and training that the cells need.
+    cell_settings: overrides of every cell, before its own.
+    evaluation: the evaluation of every checkpoint of every cell.
+    convergence, lead, ablation, generality: cells in the figures and tables (arXiv 2512.04926: Fig. 1b, Fig. 5,
+        Table 3, Table 5). `generality` has pairs of cells: without and with semantics first.
     """
 
     kind: Literal["study"] = "study"

@@ -31,14 +31,14 @@ class Row:
         return self.scored.step
 
     def as_json(self) -> dict[str, Any]:
-        """The plain data of a line of the study's results.jsonl; its name is that of the cell."""
+        """The plain data of a line of the study's results.jsonl. Its name is that of the cell."""
         facts = {"cell": self.cell, "seed": self.seed, "delta_t": self.delta_t}
         return {**facts, **self.scored.as_json(), "name": self.cell}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Scores of the seeds: their number, mean, and standard deviation, None of one seed."""
+    """Number, mean and standard deviation (None for one seed) of the scores of the seeds."""
 
     count: int
     mean: float
@@ -51,7 +51,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises ValueError (of statistics) for no values."""
+    """Number, mean and standard deviation of at least one value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return Spread(len(values), statistics.fmean(values), deviation)
 
@@ -68,7 +68,7 @@ def scores(rows: Sequence[Row], cell: str, step: int | None = None, score: Score
 
 
 def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tuple[float, list[float]]]]:
-    """FID by step of each cell: one value a seed."""
+    """For each cell, points (step, one FID per seed)."""
     steps = sorted({row.step for row in rows})
     curves = {c: [(float(s), list(scores(rows, c, s).values())) for s in steps] for c in cells}
     return {
@@ -77,14 +77,14 @@ def convergence(rows: Sequence[Row], cells: Sequence[str]) -> dict[str, list[tup
 
 
 def lead_curve(rows: Sequence[Row], cells: Sequence[str]) -> list[tuple[float, list[float]]]:
-    """FID of the last step by delta_t."""
+    """Points (delta_t, one FID per seed) of the last step."""
     leads = {row.cell: row.delta_t for row in rows}
     found = [(leads[cell], list(scores(rows, cell).values())) for cell in cells if cell in leads]
     return sorted(point for point in found if point[1])
 
 
 def difference(rows: Sequence[Row], a: str, b: str) -> Spread | None:
-    """FID of `b` less that of `a` on the seeds that both have, which share order of data and noise of evaluation."""
+    """FID of `b` minus FID of `a`, on the seeds that both have. They share the order of data and the noise."""
     first, second = scores(rows, a), scores(rows, b)
     shared = sorted(first.keys() & second.keys())
     return spread([second[seed] - first[seed] for seed in shared]) if shared else None
@@ -99,7 +99,7 @@ def _table(rows: Sequence[Row], cells: Sequence[str]) -> list[str]:
     others = [
         score for score in SCORES if score != FID and any(row.scored.scores.of(score) is not None for row in rows)
     ]
-    heads = ["cell", FID.title, "less the row above, same seeds", *(score.title for score in others)]
+    heads = ["cell", FID.title, "minus the row above, same seeds", *(score.title for score in others)]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for above, cell in zip((None, *cells), cells, strict=False):
         change = None if above is None else difference(rows, above, cell)
@@ -118,7 +118,7 @@ def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def write(recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str]) -> Path:
-    """report.md and its figures. Tables have the scores of the last step that any cell has reached."""
+    """Write report.md and its figures. Tables have the scores of the last step that any cell has reached."""
     out, text = recipe.out / "report", [f"# Study {recipe.name}", ""]
     if missing:
         text += [f"Not done: {', '.join(missing)}.", ""]

@@ -1,9 +1,10 @@
 """`sfd study`: a grid of small trainings, each scored at a few steps, from one recipe.
 
-A study is made of the normal commands: it encodes, fits, trains and exports what its cells need, trains each cell in a
-run folder of its own, evaluates the cell's checkpoints there, and sweeps guidance on trained cells. What a step needs
-follows from the paths in its recipe. A step that is done leaves a stamp; a start does what has none, and several starts
-share the work.
+A study runs the normal commands. It prepares data and tokenizers (encode, fit, train, export). It trains each cell in
+its own run folder and evaluates the checkpoints there. It sweeps guidance on trained cells.
+
+A step needs the steps whose outputs are named in its recipe. A completed step leaves a stamp. A start does the steps
+without one, and several starts share the work.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """One piece of work. `outputs`: the file or folder that others need, then what else it leaves; `settings` decide
-    them, with the steps that it `needs`; `work` returns False if asked to stop."""
+    """One piece of work.
+
+    settings: they determine the outputs, together with the steps in `needs`.
+    outputs: the file or folder that other steps need, then all others.
+    work: does the step; returns False after a request to stop.
+    """
 
     key: str
     settings: Any
@@ -46,12 +51,12 @@ class Step:
 
 
 class Study:
-    """The steps of a recipe, in the order in which they are best done: all cells of a seed, then the next."""
+    """The steps of a recipe in the order of work: all cells of the first seed, then of the next."""
 
     def __init__(self, recipe: StudyRecipe) -> None:
         self.recipe = recipe
         self.evaluation = self._load(recipe.evaluation, EvalRecipe)
-        self._cells = {name: self._load(self._words(name), TrainRecipe) for name in recipe.cells}
+        self._cells = {name: self._load(self._cell_command(name), TrainRecipe) for name in recipe.cells}
         self.steps: dict[str, Step] = {}
         prepared = {f"prepare/{name}": self._load(words) for name, words in recipe.prepare.items()}
         for key, loaded in prepared.items():
@@ -59,15 +64,15 @@ class Study:
                 raise ValueError(f"{key.replace('/', '.')}: kind {loaded.kind}; allowed: encode, fit, train")
         self._makers = {str(_outputs(loaded)[0]): key for key, loaded in prepared.items()}
         for key, loaded in prepared.items():
-            self._add(key, [loaded], _outputs(loaded), _preparing(loaded))
+            self._add(key, [loaded], _outputs(loaded), _preparation(loaded))
         for seed in recipe.seeds:
             for name in recipe.cells:
                 cell, folder = self.cell(name, seed), self.folder(name, seed)
-                work = self._training(cell, folder)
+                work = self._cell_work(cell, folder)
                 self._add(f"cells/{name}/seed{seed}", [cell, self.evaluation], (folder,), work)
         for name, settings in recipe.sweeps.items():
             key = f"cells/{settings.cell}/seed{recipe.seeds[0]}"
-            work, folder = self._sweeping(name, settings), recipe.out / "sweeps" / name
+            work, folder = self._sweep_work(name, settings), recipe.out / "sweeps" / name
             self._add(f"sweeps/{name}", [self.evaluation, settings], (folder,), work, frozenset({key}))
 
     def folder(self, name: str, seed: int) -> Path:
@@ -78,12 +83,12 @@ class Study:
         """The training recipe of a cell."""
         return dataclasses.replace(self._cells[name], name=name, seed=seed, run=self.folder(name, seed))
 
-    def _words(self, name: str) -> str:
+    def _cell_command(self, name: str) -> str:
         source, *own = self.recipe.cells[name].split()
         return " ".join([source, *self.recipe.cell_settings.split(), *own])
 
     def _load(self, words: str, kind: type | None = None) -> Any:
-        """A recipe with its settings and its paths below `out`."""
+        """A recipe with overrides; its paths below `root` are moved below `out`."""
         source, *overrides = words.split()
         loaded = config.load_by_kind(source, KINDS, overrides) if kind is None else config.load(source, kind, overrides)
         moved = _moved(config.to_dict(loaded), str(self.recipe.root), str(self.recipe.out))
@@ -98,7 +103,7 @@ class Study:
             key, config.settings_affecting_results(recipes), frozenset(found - {key}) | needs, outputs, work
         )
 
-    def _training(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
+    def _cell_work(self, cell: TrainRecipe, run: Path) -> Callable[[], bool]:
         def work() -> bool:
             if not train.train(cell, run, source=self.recipe.name):
                 return False
@@ -107,7 +112,7 @@ class Study:
 
         return work
 
-    def _sweeping(self, name: str, settings: SweepConfig) -> Callable[[], bool]:
+    def _sweep_work(self, name: str, settings: SweepConfig) -> Callable[[], bool]:
         def work() -> bool:
             run, out = self.folder(settings.cell, self.recipe.seeds[0]), self.recipe.out / "sweeps" / name
             chosen = f"checkpoint={export.export(run, out / 'model.safetensors')}"
@@ -127,31 +132,35 @@ class Study:
     def stamp(self, step: Step) -> Path:
         return self.recipe.out / "steps" / f"{step.key.replace('/', '.')}.json"
 
-    def note(self, step: Step) -> dict[str, Any]:
-        """What a step's stamp records: its settings and those of all that it needs, as digests."""
-        needs = {need: config.digest(self.note(self.steps[need])) for need in sorted(step.needs)}
+    def record(self, step: Step) -> dict[str, Any]:
+        """The contents of a step's stamp: digests of its settings and of the records of its needs."""
+        needs = {need: config.digest(self.record(self.steps[need])) for need in sorted(step.needs)}
         return {"settings": config.digest(step.settings), "needs": needs}
 
     def done(self, step: Step) -> bool:
-        """Raises ValueError: if the step was done by other settings, or of what was."""
+        """Whether the step is completed.
+
+        Raises:
+            ValueError: if it was done with other settings, or a step that it needs was.
+        """
         stamp = self.stamp(step)
         if not stamp.is_file() or not step.outputs[0].exists():
             return False
-        found, now = json.loads(stamp.read_text(encoding="utf-8")), self.note(step)
-        reasons = ["by other settings"] if found.get("settings") != now["settings"] else []
+        found, now = json.loads(stamp.read_text(encoding="utf-8")), self.record(step)
+        reasons = ["with other settings"] if found.get("settings") != now["settings"] else []
         reasons += [
-            f"of another {need}" for need, made in now["needs"].items() if found.get("needs", {}).get(need) != made
+            f"from another {need}" for need, made in now["needs"].items() if found.get("needs", {}).get(need) != made
         ]
         if reasons:
             made = " ".join(map(str, (stamp, *step.outputs)))
-            raise ValueError(f"{step.key} was made {', '.join(reasons)}; give another out=, or remove {made}")
+            raise ValueError(f"{step.key} was made {', '.join(reasons)}; allowed: another out=, or remove {made}")
         return True
 
     def missing(self, steps: Sequence[Step]) -> list[Step]:
-        """Those that are not done.
+        """The steps that are not completed.
 
         Raises:
-            ValueError: that names all that were done by other settings.
+            ValueError: naming all steps that were done with other settings.
         """
         missing, refused = list[Step](), list[str]()
         for step in steps:
@@ -164,8 +173,8 @@ class Study:
             raise ValueError("\n".join(refused))
         return missing
 
-    def chosen(self, only: Sequence[str]) -> list[Step]:
-        """The steps that match a pattern (all without any), and what they need, needs first.
+    def select(self, only: Sequence[str]) -> list[Step]:
+        """The steps that match a pattern, or all without patterns, each after the steps that it needs.
 
         Raises:
             ValueError: for a pattern that matches nothing.
@@ -189,13 +198,13 @@ class Study:
 
 
 def _matches(key: str, pattern: str) -> bool:
-    """`cells/sfd/seed0` by its name, `sfd/seed0`, or `sfd`, with wildcards."""
+    """Whether a pattern, perhaps with wildcards, matches a key such as cells/sfd/seed0, or its sfd/seed0 or sfd."""
     parts = key.split("/")
     return any(fnmatch.fnmatchcase(name, pattern) for name in (key, "/".join(parts[1:]), parts[1]))
 
 
 def _moved(value: Any, root: str, out: str) -> Any:
-    """Plain data with all paths below `root` below `out`."""
+    """Plain data in which paths below `root` are moved below `out`."""
     if isinstance(value, Mapping):
         return {key: _moved(item, root, out) for key, item in value.items()}
     if isinstance(value, list):
@@ -214,13 +223,13 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _outputs(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> tuple[Path, ...]:
-    """What a step that prepares leaves: its `out`, or the exported weights beside its run folder, and that."""
+    """The outputs of a preparation: its `out`; of a training, the exported weights and the run folder."""
     if isinstance(recipe, TrainRecipe):
         return recipe.run.with_name(f"{recipe.run.name}.safetensors"), recipe.run
     return (recipe.out,)
 
 
-def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], bool]:
+def _preparation(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], bool]:
     def work() -> bool:
         match recipe:
             case EncodeRecipe():
@@ -241,7 +250,7 @@ def _preparing(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[], b
 
 def run(study: Study, only: Sequence[str] = ()) -> bool:
     """Do the missing steps one by one. Other processes may do the same. Returns False if asked to stop."""
-    todo = study.chosen(only)
+    todo = study.select(only)
     with Claims(study.recipe.out / "claims") as claims:
         while missing := study.missing(todo):
             open_needs = {step.key for step in missing}
@@ -249,19 +258,20 @@ def run(study: Study, only: Sequence[str] = ()) -> bool:
             step = next((step for step in ready if claims.take(step.key.replace("/", "."))), None)
             if step is None:
                 claims.wait()  # other processes do all steps that can be done now
-            elif not study.done(step) and not _do(study, step, len(todo) - len(missing) + 1, len(todo)):
+            elif not study.done(step) and not _run_step(study, step, len(todo) - len(missing) + 1, len(todo)):
                 return False
     return True
 
 
-def _do(study: Study, step: Step, number: int, total: int) -> bool:
+def _run_step(study: Study, step: Step, number: int, total: int) -> bool:
+    """Do a step and leave its stamp. Returns False after a request to stop."""
     logger.info("step %d of %d: %s", number, total, step.key)
     started = time.monotonic()
     if not step.work():
         return False
     seconds = round(time.monotonic() - started, 1)
-    note = {**study.note(step), "seconds": seconds}
-    write_atomically(study.stamp(step), f"{json.dumps(note)}\n")
+    record = {**study.record(step), "seconds": seconds}
+    write_atomically(study.stamp(step), f"{json.dumps(record)}\n")
     logger.info("%s: done in %.1f s", step.key, seconds)
     if step.key.startswith("cells/"):
         report(study)
@@ -272,7 +282,7 @@ def _do(study: Study, step: Step, number: int, total: int) -> bool:
 
 
 def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
-    """A row for each scored step of each cell, from the run folders, and the cells that are not done."""
+    """A row per scored step of each cell, read from the run folders; and the cells that are not completed."""
     rows, missing = list[study_report.Row](), list[str]()
     for seed in study.recipe.seeds:
         for name in study.recipe.cells:
@@ -282,7 +292,7 @@ def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
                 if not study.done(step):
                     missing.append(f"{name}/seed{seed}")
             except ValueError:
-                missing.append(f"{name}/seed{seed} (made by other settings)")
+                missing.append(f"{name}/seed{seed} (made with other settings)")
                 continue
             lead = cell.schedule.delta_t
             rows += [study_report.Row(name, seed, lead, scored) for scored in read_table(table)]
@@ -290,7 +300,7 @@ def results(study: Study) -> tuple[list[study_report.Row], list[str]]:
 
 
 def report(study: Study) -> list[str]:
-    """Write results.jsonl, and figures and tables into report/; returns the cells that are missing."""
+    """Write results.jsonl, and figures and tables into report/. Returns the cells that are not completed."""
     recipe = study.recipe
     rows, missing = results(study)
     lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)

@@ -12,22 +12,21 @@ from sfd_scale.runtime import distributed
 
 logger = logging.getLogger(__name__)
 STEP, MOST = 8, 1024
-SHARE = 0.85  # of the free memory: the rest is for what differs between batches
+SHARE = 0.85  # of the free memory; the rest is for differences between batches
 
 
 def fitting_batch(peak: Callable[[int], int], budget: int) -> int:
     """The largest multiple of 8, up to 1,024, whose `peak` memory in bytes stays within `budget`.
 
-    Two small batches tell how memory grows; the batch found is tried, and made smaller until it fits.
+    Two small batches show how memory grows. The batch that follows from them is tried, and reduced until it fits.
 
     Raises:
-        ValueError: if not even the smallest fits.
+        ValueError: if not even the smallest batch fits.
     """
     first, second = peak(STEP), peak(2 * STEP)
     if first > budget:
         raise ValueError(
-            f"batch: {STEP} images take {first / 2**30:.1f} GiB of {budget / 2**30:.1f}; allowed: a smaller batch, "
-            "by number"
+            f"batch: {STEP} images take {first / 2**30:.1f} GiB of {budget / 2**30:.1f}; allowed: a smaller number"
         )
     growth = max((second - first) // STEP, 1)
     batch = min(MOST, STEP + (budget - first) // growth // STEP * STEP)
@@ -37,17 +36,19 @@ def fitting_batch(peak: Callable[[int], int], budget: int) -> int:
 
 
 def auto_batch(work: Callable[[int], Iterator[None]], device: torch.device) -> int:
-    """The batch that fits on all ranks, each of which tries it; all have to call this.
+    """The largest batch that fits on all ranks. All ranks have to call this; each tries batches.
 
     Args:
-        work: a generator that does the work of a batch and yields after each part; the parts of two batches overlap, so
-            that their peaks add up.
+        work: a generator that does the work of a batch and yields after each part. The parts of two batches overlap in
+            time, so their peaks add up.
 
     Raises:
         ValueError: on the CPU.
     """
     if device.type != "cuda":
-        raise ValueError("batch: auto measures the memory of a GPU, and there is none; allowed here: a number, 64 say")
+        raise ValueError(
+            "batch: auto measures the memory of a GPU, and there is none; allowed here: a number, such as 64"
+        )
 
     def peak(batch: int) -> int:
         base = total = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Forward passes replayed from CUDA graphs: one launch in place of a thousand.
+"""Forward passes replayed from CUDA graphs: one launch in place of about a thousand.
 
 N batch · C channels · H, W latent grid.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sfd_scale.diffusion.guidance import FlowModel
 
-WARMUP = 3  # as PyTorch's documentation of CUDA graphs has it
+WARMUP = 3  # as in PyTorch's documentation of CUDA graphs
 
 
 def check_graphs(device: torch.device) -> None:
-    """Raises ValueError where there are no CUDA graphs."""
+    """Raises ValueError on a device without CUDA graphs."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs: true needs a CUDA device, this one is {device.type}; allowed here: false")
 
@@ -30,10 +30,10 @@ class _Graph:
 
 
 class GraphedModel:
-    """A model whose passes over batches of the given `sizes` are captured when they first occur, then replayed.
+    """A model whose forward passes are captured at the first batch of each of the given `sizes`, then replayed.
 
-    Other sizes, which solvers with steps for each sample have, run as they are. Which passes are replayed depends on
-    their size alone, so that an image is the same on every rank.
+    Batches of other sizes run without graphs; solvers with steps per sample have such batches. Only the size decides
+    which passes are replayed, so an image is the same on every rank.
     """
 
     def __init__(self, model: FlowModel, sizes: Iterable[int]) -> None:
@@ -63,7 +63,7 @@ class GraphedModel:
                 self.model(*own)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another thread decodes and extracts features meanwhile: only this one's calls may disturb the capture.
+        # Another thread decodes and extracts features meanwhile. Its calls must not invalidate the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.model(*own)[0]
         return _Graph(graph, own, output)

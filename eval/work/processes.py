@@ -1,4 +1,4 @@
-"""One command in several processes of this machine, as one: stopped together, and failed together."""
+"""One command in several processes of this machine. They stop together, and fail together."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from types import FrameType
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 
-def run_beside(command: Sequence[str], jobs: int) -> int:
-    """The same command in `jobs` processes, a core each; returns the exit code of the first that fails, or 0.
+def run_in_parallel(command: Sequence[str], jobs: int) -> int:
+    """Run the same command in `jobs` processes, which share the cores.
 
-    A request to stop is passed on, and then each may end in its own time: the exit code is that of a stop. A process
-    that fails ends the others, which lose at most what is not checkpointed.
+    SIGTERM and SIGUSR1 are passed on to all processes, which then end by themselves. If a process fails, the others are
+    terminated; they lose the work since their last checkpoint.
+
+    Returns:
+        0; or REQUEUE_EXIT_CODE after a signal; or the exit code of the first process that failed.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
@@ -43,12 +46,12 @@ def run_beside(command: Sequence[str], jobs: int) -> int:
             signal.signal(number, handler)
     if not stopping:
         return failed
-    # A worker that is stopped outside of a training, which alone has something to save, ends by the signal.
+    # Only a training catches the signal, to save a checkpoint. Elsewhere the signal ends the process: no error.
     errors = [w.returncode for w in workers if 0 < w.returncode < 128 and w.returncode != REQUEUE_EXIT_CODE]
     return next(iter(errors), REQUEUE_EXIT_CODE if any(worker.returncode for worker in workers) else 0)
 
 
 def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code, as a shell tells it, of a process that has ended with another than 0; else 0."""
+    """The exit code of a process that failed, as a shell reports it (128 + signal); 0 if none has."""
     codes = [worker.returncode for worker in workers if worker.returncode]
     return next((128 - code if code < 0 else code for code in codes), 0)

@@ -1,4 +1,4 @@
-"""Work of another thread that overlaps with sampling: on a GPU on a stream of its own."""
+"""Work in another thread that overlaps with sampling. On a GPU it has a stream of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class SideStream:
-    """`mark` what has been asked of the device so far; `after` it, in another thread, other work runs beside.
+    """`mark` records the work that was submitted so far. `after(mark)`, in another thread, runs other work after it.
 
-    On the CPU the thread is all it takes.
+    On the CPU both do nothing: the thread is enough.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,12 +26,14 @@ class SideStream:
 
     @contextmanager
     def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
-        """Results are ready, and memory of the inputs may be used again, when the context ends. Copies to the host
-        belong inside: after it they would wait for what the other thread has asked of the device meanwhile."""
+        """Run the body on the side stream. At its end the results are ready and the inputs may be overwritten.
+
+        Copy results to the host inside the body: afterwards, a copy would wait for the other thread's work.
+        """
         if self.stream is None or event is None:
             yield
             return
-        torch.cuda.set_device(self.stream.device)  # a thread starts with the first one, and would go back to it
+        torch.cuda.set_device(self.stream.device)  # a new thread starts with device 0
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(event)
             yield

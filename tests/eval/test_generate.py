@@ -19,7 +19,7 @@ from torch import Tensor
 from eval import generate
 from eval import score as scoring
 from eval.features.extract import open_features, read_features
-from eval.generate import check_guide, labels_of, made_ready
+from eval.generate import check_guidance_model, make_labels, prepare_model
 from eval.images import outputs
 from eval.images.npz import NpzImages
 from eval.images.outputs import OutputsConfig
@@ -161,17 +161,17 @@ def test_labels(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\n".join(map(str, [2] * 53)))
     for config, expected in ((FixedLabel(label=2), {2}), (LabelFile(path=tmp_path / "labels.txt"), {2})):
         given = eval_tiny.recipe(tmp_path, labels=config)
-        assert set(labels_of(given, LABELS).tolist()) == expected and len(labels_of(given, LABELS)) == 53
-    iid = labels_of(eval_tiny.recipe(tmp_path, labels=IidLabels()), LABELS)
+        assert set(make_labels(given, LABELS).tolist()) == expected and len(make_labels(given, LABELS)) == 53
+    iid = make_labels(eval_tiny.recipe(tmp_path, labels=IidLabels()), LABELS)
     assert set(iid.tolist()) == set(range(CLASSES)) and len(set(iid.bincount().tolist())) > 2
     with pytest.raises(ValueError, match="allowed: 0 to 4"):
-        labels_of(eval_tiny.recipe(tmp_path, labels=FixedLabel(label=5)), LABELS)
+        make_labels(eval_tiny.recipe(tmp_path, labels=FixedLabel(label=5)), LABELS)
     with pytest.raises(ValueError, match="53 labels; allowed: num_samples, 9"):
-        labels_of(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
+        make_labels(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
     assert settings.labels.kind == "balanced"
     (tmp_path / "labels.txt").write_text("3\ncat\n")
     with pytest.raises(ValueError, match="holds more than class numbers"):
-        labels_of(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
+        make_labels(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -275,13 +275,13 @@ def loaded(**changes: Any) -> Loaded:
 
 
 def test_a_guide_that_does_not_belong_is_refused() -> None:
-    check_guide(loaded(), loaded())
+    check_guidance_model(loaded(), loaded())
     shifted = LatentStats(STATS.mean + 1, STATS.std)
     with pytest.raises(ValueError, match="hash of the latent statistics"):
-        check_guide(loaded(), loaded(stats=shifted))
-    check_guide(loaded(), loaded(stats=shifted), allow_stats_mismatch=True)
+        check_guidance_model(loaded(), loaded(stats=shifted))
+    check_guidance_model(loaded(), loaded(stats=shifted), allow_stats_mismatch=True)
     with pytest.raises(ValueError, match="latent layout"):
-        check_guide(loaded(), loaded(layout=LatentLayout(texture_channels=2, semantic_channels=3, size=4)))
+        check_guidance_model(loaded(), loaded(layout=LatentLayout(texture_channels=2, semantic_channels=3, size=4)))
 
 
 def test_recipes_that_contradict_themselves(tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_the_sampler_of_a_recipe(tmp_path: Path) -> None:
     assert sampler.discontinuities and sampler.batch == 8
     labels = torch.zeros(1, dtype=torch.int64)
     settings_plain = eval_tiny.recipe(tmp_path)
-    plain = generate.make_sampler(settings_plain, made_ready(loaded(), "fp32", compiled=False), None, CPU)
+    plain = generate.make_sampler(settings_plain, prepare_model(loaded(), "fp32", compiled=False), None, CPU)
     assert not torch.equal(sampler.images([0], labels).images, plain.images([0], labels).images)
-    low = generate.make_sampler(settings_plain, made_ready(loaded(), "bf16", compiled=False), None, CPU)
+    low = generate.make_sampler(settings_plain, prepare_model(loaded(), "bf16", compiled=False), None, CPU)
     difference = low.images([0], labels).images.float() - plain.images([0], labels).images.float()
     assert 0 < difference.abs().mean() < 4

@@ -59,11 +59,11 @@ def test_auto_needs_a_gpu_and_is_settled_once(tmp_path: Path) -> None:
         auto_batch(lambda batch: iter(()), CPU)
     (tmp_path / "eval.yaml").write_text("kind: eval\nbatch: auto\n")
     recipe = config.load(tmp_path / "eval.yaml", EvalRecipe)
-    assert recipe.batch == "auto" and generate.with_kept_batch(recipe, tmp_path) is recipe
+    assert recipe.batch == "auto" and generate.with_recorded_batch(recipe, tmp_path) is recipe
     # What the first start found is in the folder, and stays.
     (tmp_path / "config.json").write_text(json.dumps({"batch": 96}))
-    assert generate.with_kept_batch(recipe, tmp_path / "none", tmp_path).batch == 96
-    assert generate.with_kept_batch(EvalRecipe(batch=8), tmp_path).batch == 8
+    assert generate.with_recorded_batch(recipe, tmp_path / "none", tmp_path).batch == 96
+    assert generate.with_recorded_batch(EvalRecipe(batch=8), tmp_path).batch == 8
     for bad, message in (("all", "'all'; allowed: a whole number or auto"), ("0", "0; allowed: 1 and up")):
         with pytest.raises(ValueError, match=f"^batch: {message}"):
             config.load(tmp_path / "eval.yaml", EvalRecipe, [f"batch={bad}"])
@@ -182,13 +182,16 @@ def test_auto_batch_and_side_stream_on_a_gpu() -> None:
 def test_guidance_that_begins_after_the_last_step_is_refused() -> None:
     late = ClassifierFreeGuidance(scale_texture=2.0, scale_semantic=1.0, interval_start=0.9, interval_mode="both")
     # 10 steps of 0.13: the last begins at 1.17, where texture is at 0.87.
-    with pytest.raises(ValueError, match=r"interval_start: 0.9 guides nothing.* allowed: up to 0.87, or more steps"):
-        generate.check_guidance(late, FixedStepConfig(num_steps=10), SCHEDULE)
-    generate.check_guidance(late, FixedStepConfig(num_steps=20), SCHEDULE)
+    with pytest.raises(
+        ValueError, match=r"interval_start: 0.9 is after the last step.* allowed: up to 0.87, or more steps"
+    ):
+        generate.check_guidance_interval(late, FixedStepConfig(num_steps=10), SCHEDULE)
+    generate.check_guidance_interval(late, FixedStepConfig(num_steps=20), SCHEDULE)
     heun = FixedStepConfig(kind="heun2", num_steps=10)  # evaluates the velocity at the end of a step too
-    generate.check_guidance(late, heun, SCHEDULE)
-    generate.check_guidance(late, FixedStepConfig(num_steps=10, jump=True), SCHEDULE)  # a step then begins at the jump
-    generate.check_guidance(late, Dopri5Config(), SCHEDULE)
+    generate.check_guidance_interval(late, heun, SCHEDULE)
+    # With a jump, a step starts there.
+    generate.check_guidance_interval(late, FixedStepConfig(num_steps=10, jump=True), SCHEDULE)
+    generate.check_guidance_interval(late, Dopri5Config(), SCHEDULE)
 
 
 def test_a_guide_that_is_the_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_a_guide_that_is_the_checkpoint_is_refused(tmp_path: Path) -> None:
     settings = eval_tiny.recipe(
         tmp_path, checkpoint=weights, guide=tmp_path / "copy.safetensors", guidance=AutoGuidance()
     )
-    with pytest.raises(ValueError, match="is the checkpoint itself, which guides nothing"):
+    with pytest.raises(ValueError, match="is the checkpoint itself, so guidance has no effect"):
         generate.prepare(settings, CPU)
 
 

@@ -166,7 +166,7 @@ def test_samples_that_cannot_be_scored(tmp_path: Path, reference: NpzSource) -> 
             score(settings, path, tmp_path / "r.json", eval_tiny.lazy())
 
     stored = write_npz(tmp_path / "mu.npz", pixels(5, 1), mu=np.zeros(3), sigma=np.eye(3))
-    refused(stored, "holds mu, sigma beside the images; ADM's evaluator would take these")
+    refused(stored, "holds mu, sigma beside the images; ADM's evaluator would score these")
     floats = tmp_path / "floats.npz"
     np.savez(floats, np.full((4, 16, 16, 3), np.nan, dtype=np.float32))
     refused(floats, "float32 .* with NaN in it; allowed: uint8")
@@ -215,7 +215,7 @@ def test_a_reference_of_statistics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "mu has 64 entries; those of Inception have 2048"),
+        ({"mu": np.zeros(64), "sigma": np.eye(64)}, "mu has 64 entries; Inception has 2048"),
         ({"sigma": np.eye(64)}, r"mu has 2048 entries and sigma the shape \(64, 64\)"),
         ({"sigma": None}, "has mu without its partner"),
         ({"mu_s": np.full(2023, np.nan)}, "mu_s or sigma_s is not finite"),
@@ -378,7 +378,7 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
         rows[1]["scores"]["fid"] - rows[0]["scores"]["fid"], abs=1e-6
     )
     assert found["settings"] == {"samples.sampler.num_steps": ["1", "2"]}
-    with pytest.raises(ValueError, match="metrics: varies; scores of a sweep have to share it"):
+    with pytest.raises(ValueError, match="metrics: varies; the scores of a sweep have to share it"):
         run("sweep", recipe, "metrics.is_split=6,12", "--out", tmp_path / "s")
     with pytest.raises(ValueError, match="nothing varies"):
         run("sweep", recipe, "seed=1", "--out", tmp_path / "s")
@@ -415,11 +415,11 @@ def test_a_checkpoint_of_another_layout_is_refused_as_guide(tmp_path: Path, expo
     loaded = load_for_sampling(exported, CPU)
     shutil.copy(exported, tmp_path / "guide.safetensors")
     guide = load_for_sampling(tmp_path / "guide.safetensors", CPU)
-    generate.check_guide(loaded, guide)
+    generate.check_guidance_model(loaded, guide)
     other = LatentStats(loaded.stats.mean + 1, loaded.stats.std)
     object.__setattr__(guide, "stats", other)
     with pytest.raises(ValueError, match="hash of the latent statistics"):
-        generate.check_guide(loaded, guide)
+        generate.check_guidance_model(loaded, guide)
 
 
 def test_outputs_config_and_recipe_refuse_nonsense() -> None:

@@ -16,7 +16,7 @@ from eval import generate
 from eval import score as scoring
 from eval.features.extract import open_features, read_features
 from eval.features.extractor import Features, LazyExtractor
-from eval.generate import Generation, labels_of
+from eval.generate import PreparedGeneration, make_labels
 from eval.images.outputs import OutputsConfig
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.config import MetricsConfig
@@ -105,14 +105,14 @@ def lazy(extractor: TinyExtractor | None = None) -> LazyExtractor:
     return LazyExtractor(TinyExtractor.fingerprint, lambda: extractor or TinyExtractor())
 
 
-def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes: Any) -> Generation:
+def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes: Any) -> PreparedGeneration:
     """The generation job that `prepare` would return, with the tiny model."""
     config = {
         "kind": "generated", "extractor": TinyExtractor.fingerprint, "num_samples": settings.num_samples,
         "batch": settings.batch, "seed": settings.seed,
     }  # fmt: skip
     drawn = sampler(settings.batch, settings.seed, **changes)
-    return Generation(drawn, labels_of(settings, ClassLabels(CLASSES)), lazy(extractor), config)
+    return PreparedGeneration(drawn, make_labels(settings, ClassLabels(CLASSES)), lazy(extractor), config)
 
 
 # ------------------------------------------------------------------------------------------------- ranks

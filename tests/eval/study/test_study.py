@@ -23,7 +23,7 @@ from eval.results import ScoreRow
 from eval.study import report as study_report
 from eval.study import study
 from eval.study.recipe import StudyRecipe
-from eval.work.processes import run_beside
+from eval.work.processes import run_in_parallel
 from sfd_scale import config
 from sfd_scale.data.batches import ImageBatch
 from sfd_scale.recipe import FitRecipe, TrainRecipe
@@ -250,7 +250,7 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
     assert [row.as_json() | {"id": None} for row in study.results(done)[0]] == known
     assert study.run(done, ["dit/seed0"]) and time.monotonic() - started < 120
     assert study.report(done) == missing and (out / "report/convergence.png").is_file()
-    with pytest.raises(ValueError, match="cells/dit/seed0 was made by other settings"):
+    with pytest.raises(ValueError, match="cells/dit/seed0 was made with other settings"):
         other = file.read_text().replace("train.steps=4", "train.steps=6")
         file.write_text(other)
         study.run(study.Study(config.load(file, StudyRecipe)), ["dit"])
@@ -265,37 +265,37 @@ def stamped(file: Path, *overrides: str) -> study.Study:
         for path in (made.stamp(step), *step.outputs):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        made.stamp(step).write_text(json.dumps(made.note(step)))
+        made.stamp(step).write_text(json.dumps(made.record(step)))
     return study.Study(config.load(file, StudyRecipe, overrides))
 
 
 def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(GRID.format(out=tmp_path / "out"))
-    assert not (same := stamped(file)).missing(same.chosen(["sfd"]))
+    assert not (same := stamped(file)).missing(same.select(["sfd"]))
     other = stamped(file, "prepare.classifier='study/classifier model.widths=[8,8,8] train.steps=3'")
-    with pytest.raises(ValueError, match="made by other settings") as told:
-        other.missing(other.chosen([]))
+    with pytest.raises(ValueError, match="made with other settings") as told:
+        other.missing(other.select([]))
     first, *rest = str(told.value).splitlines()
-    assert first.startswith("prepare/classifier was made by other settings")
+    assert first.startswith("prepare/classifier was made with other settings")
     assert first.endswith(f"{tmp_path}/out/classifier.safetensors {tmp_path}/out/classifier")
     # The score of every cell, and the sweep of one.
     assert len(rest) == 13 + 1 + 1  # `interval` of study/grid too
-    assert all("was made of another" in line for line in rest)
+    assert all("was made from another" in line for line in rest)
     # A report says so of these, and does not fail for a cell that nobody asked for.
-    assert study.report(other) == [f"{key.removeprefix('cells/')} (made by other settings)" for key in other.steps
+    assert study.report(other) == [f"{key.removeprefix('cells/')} (made with other settings)" for key in other.steps
                                    if key.startswith("cells/")]  # fmt: skip
     # A cell alone: its sweep is of the cell.
     one = stamped(file, "cells.dit='study/dit lr.warmup_steps=1'")
-    with pytest.raises(ValueError, match="sweeps/autoguidance was made of another cells/dit/seed0"):
-        one.missing(one.chosen([]))
+    with pytest.raises(ValueError, match="sweeps/autoguidance was made from another cells/dit/seed0"):
+        one.missing(one.select([]))
     # What changes no result.
     free = stamped(
         file, "prepare.images='study/images source.num_images=32 store.chunk=32 store.num_workers=1'",
         "cell_settings='model.depth=2 model.width=16 model.heads=2 train.steps=4 train.global_batch=8"
         " checkpoint.every=2 train.log_every=1'",
     )  # fmt: skip
-    assert not free.missing(free.chosen([]))
+    assert not free.missing(free.select([]))
     # A registered extractor is what its name says.
     named = [
         config.settings_affecting_results(RegisteredConfig(name=name, pooled="2048"))
@@ -340,8 +340,8 @@ sys.exit(75)
 
 def test_a_stop_is_passed_on_once_and_waits_for_every_save(tmp_path: Path) -> None:
     parent = (
-        "import sys; from eval.work.processes import run_beside\n"
-        "sys.exit(run_beside([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
+        "import sys; from eval.work.processes import run_in_parallel\n"
+        "sys.exit(run_in_parallel([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
     )
     beside = subprocess.Popen([sys.executable, "-c", parent, SLOW, str(tmp_path)])
     while not all((tmp_path / f"ready{n}").exists() for n in (0, 1)):
@@ -360,7 +360,7 @@ def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) 
         "time.sleep(100)"
     )
     started = time.monotonic()
-    assert run_beside([sys.executable, "-c", code, str(tmp_path)], 2) == 3
+    assert run_in_parallel([sys.executable, "-c", code, str(tmp_path)], 2) == 3
     assert time.monotonic() - started < 60
 
 
@@ -394,5 +394,5 @@ def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: 
         convergence=("a",), lead=("a",), ablation=("a",),
     )  # fmt: skip
     text = study_report.write(recipe, rows, []).read_text()
-    assert "| cell | FID | less the row above, same seeds | Precision |\n" in text
+    assert "| cell | FID | minus the row above, same seeds | Precision |\n" in text
     assert "| a | 3 ± 0 (2 seeds) | – | 0.5 (1 seed) |\n" in text and "Other methods" not in text
