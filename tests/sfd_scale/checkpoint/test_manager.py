@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from sfd_scale.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, CheckpointManager, metadata
+from sfd_scale.checkpoint import Checkpoint, CheckpointConfig, CheckpointError, metadata
 from sfd_scale.runtime import distributed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import TinyModel
@@ -41,13 +41,13 @@ def test_a_background_save_holds_the_state_of_the_call(tmp_path: Path, monkeypat
     import threading
 
     go = threading.Event()
-    prepare = CheckpointManager._write
+    write = FileSystemWriter.write_data
 
-    def slow(self: CheckpointManager, *args: Any) -> None:
+    def slow(self: FileSystemWriter, *args: Any) -> Any:
         go.wait(20)
-        prepare(self, *args)
+        return write(self, *args)
 
-    monkeypatch.setattr(CheckpointManager, "_write", slow)
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
     checkpoints = manager(tmp_path, background=True)
     engine, ema = started()
     advance(engine, ema, 0)
@@ -92,13 +92,13 @@ def test_wall_clock_saves_beside_those_that_are_kept_for_good(tmp_path: Path, mo
 
 
 def test_saving_and_standing_still_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = CheckpointManager._write
+    write = FileSystemWriter.write_data
 
-    def slow(self: CheckpointManager, *args: Any) -> None:
+    def slow(self: FileSystemWriter, *args: Any) -> Any:
         time.sleep(0.5)
-        write(self, *args)
+        return write(self, *args)
 
-    monkeypatch.setattr(CheckpointManager, "_write", slow)
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
     engine, ema = started()
     behind, before = manager(tmp_path / "a", background=True), manager(tmp_path / "b", background=False)
     for checkpoints in (behind, before):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from sfd_scale.data import writer
 from sfd_scale.data.manifest import Manifest, encoding, read_index, restored, stored
 from sfd_scale.data.shards import MDSReader, check_data, open_shards
 from sfd_scale.data.writer import (
@@ -89,13 +88,15 @@ def test_a_chunk_that_fails_is_not_committed(tmp_path: Path) -> None:
     assert is_committed(tmp_path, 0)
 
 
-def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
+def test_a_full_disk_says_so_and_leaves_no_half_written_chunk(tmp_path: Path) -> None:
+    def full() -> Iterator[dict[str, Any]]:
+        yield from rows(0, 2)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer, "_write", full)
+    write(tmp_path, [1])
     with pytest.raises(ValueError, match="the disk is full; free some space"):
-        write_chunk(tmp_path, 0, COLUMNS, rows(0), ChunkNote([], None))
+        write_chunk(tmp_path, 0, COLUMNS, full(), ChunkNote([], None))
+    assert [path.name for path in (tmp_path / "chunks").iterdir()] == ["000001"]
 
 
 def test_a_lost_or_cut_shard_makes_its_chunk_missing(tmp_path: Path) -> None:
