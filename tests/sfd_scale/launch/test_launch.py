@@ -145,7 +145,7 @@ def said(launcher: str, *words: str) -> tuple[int, list[str]]:
         ),
         (
             "torchrun", ["--module", "eval", "generate", "quickstart/eval", "guidance.kind=autoguidance"],
-            "guide: null, with guidance kind autoguidance; allowed: an exported checkpoint",
+            "guide: null, with guidance kind autoguidance; allowed: a file of `sfd export`",
         ),
     ],
 )  # fmt: skip
