@@ -148,5 +148,10 @@ def watch(
     follow(loaded, run, out, interval=interval, once=once)
 
 
+def main(command: str | None = None) -> None:
+    """The command line. The file of a command gives its name: `python -m eval.score` is `python -m eval score`."""
+    run_command(app, None if command is None else "python -m eval", command)
+
+
 if __name__ == "__main__":
-    run_command(app)
+    main()

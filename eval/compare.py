@@ -150,3 +150,9 @@ def _show(differences: list[Difference], paired: bool, others: dict[str, tuple[s
     for key, (left, right) in others.items():
         settings.add_row(key, left, right)
     Console().print(settings if others else "A and B have the same settings.")
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("compare")

@@ -345,3 +345,9 @@ def _log_speed(made: int, seconds: float, out: Path) -> None:
         logger.info("%d images in %.1f s, %.1f images/s: %s", made, seconds, made / seconds, out)
     else:
         logger.info("all images exist already: %s", out)
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("generate")

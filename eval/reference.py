@@ -179,3 +179,9 @@ def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
     return Reference(
         FeatureMoments(tensors["mu"], tensors["sigma"], count), spatial, features, grid, side, provenance, file
     )
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("reference")

@@ -159,3 +159,9 @@ def _files(
         parts = {"recipe": run.recipe_file, "metrics": run.metrics_file, "checkpoints": run.checkpoints_folder}
         found += [(f"{label}: {what}", str(path)) for what, path in parts.items() if path.exists()]
     return found
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("report")

@@ -213,3 +213,9 @@ def _settings_that_differ(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _scores(runs: Sequence[Run]) -> list[ScoreTableRow]:
     results = [(run.label, result) for run in runs for _, result in run.results]
     return score_table([result for _, result in results], [(label, f"{result.step:,}") for label, result in results])
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("report")

@@ -266,3 +266,9 @@ def _mean_nfe(folder: ChunkFolder) -> float | None:
     if "nfe" not in folder.names():
         return None
     return torch.cat(list(folder.read("nfe"))).double().mean().item()
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("score")

@@ -182,3 +182,9 @@ def _cells(row: Row) -> list[str]:
 
 def _words(settings: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("sweep")

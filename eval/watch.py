@@ -136,3 +136,9 @@ def table(out: EvaluationPaths) -> str:
     """One line of JSON for each results.json below `out`, in the order of the steps."""
     rows = [ScoreRow.of(Results.read(file)) for file in out.results_files()]
     return "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
+
+
+if __name__ == "__main__":
+    from eval.__main__ import main
+
+    main("watch")

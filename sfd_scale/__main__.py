@@ -324,11 +324,11 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
     sys.exit(1 if bad else 0)
 
 
-def main() -> None:
-    """The console script `sfd`."""
+def main(command: str | None = None) -> None:
+    """The console script `sfd`. The file of a command gives its name: `python -m sfd_scale.train` is `sfd train`."""
     # The console script does not search the checkout, where the package `eval` is; `python -m` does.
     sys.path.append(str(config.RECIPE_ROOT.parent))
-    run_command(app)
+    run_command(app, None if command is None else "sfd", command)
 
 
 if __name__ == "__main__":

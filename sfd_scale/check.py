@@ -174,3 +174,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not whole:
         raise ValueError(f"--checkpoint: {path}; allowed: a run folder, a checkpoint of one, or a file of `sfd export`")
     return whole[-1].weights("params"), whole[-1].state
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("check")

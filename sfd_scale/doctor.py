@@ -235,3 +235,9 @@ def examine() -> list[Finding]:
         except (RuntimeError, OSError, ImportError) as error:
             found.append(Finding("error", check.__name__.replace("_", " "), f"{type(error).__name__}: {error}"))
     return found
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("doctor")

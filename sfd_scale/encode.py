@@ -100,3 +100,9 @@ def _images(source: Source, batches: list[range], num_workers: int) -> Iterator[
         collate_fn=torch.stack, generator=torch.Generator(),
     )  # fmt: skip
     return iter(loader)
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("encode")

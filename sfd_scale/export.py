@@ -123,3 +123,9 @@ def require_note(note: Any, path: Path, needed: Mapping[str, type]) -> None:
     wrong = [key for key, kind in needed.items() if not isinstance(note, dict) or not isinstance(note.get(key), kind)]
     if wrong:
         raise ValueError(f"{path}: its note is damaged: {', '.join(wrong)} missing or of another type")
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("export")

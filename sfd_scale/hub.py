@@ -169,3 +169,9 @@ def _index_entry(results: Results) -> dict[str, Any]:
 
 def _table(title: str, rows: Mapping[str, str]) -> str:
     return "\n".join([title, "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("export")

@@ -289,3 +289,9 @@ def _official_config(recipe: TrainRecipe) -> dict[str, Any]:
     if model.alignment is not None:
         named["repa_feat_depth"] = model.alignment.depth
     return {"model": named, "sfd_scale": config.to_dict(recipe)}
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("import")

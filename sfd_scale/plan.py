@@ -127,3 +127,9 @@ def table(
     for name, value in planner.quantities(plan, device):
         out.add_row(name, value)
     return out
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("plan")

@@ -119,3 +119,9 @@ def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | No
     save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
     logger.info("%s: %d images", out, count)
     return out
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("sample")

@@ -186,3 +186,9 @@ def planned_memory(recipe: TrainRecipe, split: BatchSplit, activations: bool) ->
     if not activations:
         text = f"{state} per rank, without activations"
     return f"{text}; in host memory {host}" if planned.host else text
+
+
+if __name__ == "__main__":
+    from sfd_scale.__main__ import main
+
+    main("train")

@@ -37,14 +37,18 @@ def load_recipe(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T
     return loaded
 
 
-def run_command(command_line: typer.Typer) -> None:
+def run_command(command_line: typer.Typer, program: str | None = None, command: str | None = None) -> None:
     """Run a command. A user's error is printed as one sentence; SFD_DEBUG=1 shows the traceback.
+
+    Args:
+        program: the name that help texts show, such as `sfd`; by default the way in which Python was started.
+        command: runs this command with the arguments of the process; by default the first argument is the command.
 
     A rank that fails does not destroy the process group: this would wait for the other ranks, which may wait for it.
     """
     setup_logging()
     try:
-        command_line()
+        command_line(args=None if command is None else [command, *sys.argv[1:]], prog_name=program)
     except SystemExit as end:
         if end.code in (0, None, REQUEUE_EXIT_CODE):
             distributed.shutdown()
