@@ -61,7 +61,12 @@ def _all_help() -> None:
 @pytest.fixture(scope="module")
 def texts() -> dict[str, tuple[int, str]]:
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+        [sys.executable, "-m", "tests.test_commands"],  # as a script, tests/eval would stand in the place of eval
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: (code, text) for name, (code, text) in json.loads(done.stdout).items()}
