@@ -20,6 +20,7 @@ from eval.features.extractor import LazyExtractor
 from eval.features.make import make_extractor
 from eval.images import outputs
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
+from eval.speed import slow_settings
 from eval.work import chunks
 from eval.work.auto_batch import auto_batch
 from eval.work.chunks import ChunkFolder
@@ -303,6 +304,8 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
     folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
         folder.require_settings(prepared.settings)
+        for slow in slow_settings(recipe, device):
+            logger.info("slow here: %s", slow)
     distributed.barrier()
     kept = outputs.kept_rows(recipe.outputs, all_labels)
 

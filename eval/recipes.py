@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.table import Column, Table
 
 from eval import recipe as harness
+from eval import speed
 from eval.recipe import EvalRecipe
 from eval.study.recipe import StudyRecipe
 from sfd_scale import config
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime import distributed
+from sfd_scale.runtime.batch_split import split_batch
+from sfd_scale.speed import slow_settings as slow_training_settings
 
 KINDS: dict[str, type] = {**harness.KINDS, "study": StudyRecipe}
 
@@ -20,6 +25,22 @@ KINDS: dict[str, type] = {**harness.KINDS, "study": StudyRecipe}
 def load_any(name: str, overrides: Sequence[str] = ()) -> Any:
     """A recipe as the class that its `kind` key names; see `config.load_by_kind`."""
     return config.load_by_kind(name, KINDS, overrides)
+
+
+def slow_settings(name: str, overrides: Sequence[str] = ()) -> list[str]:
+    """What is slow in a recipe of training or evaluation on this machine, with the keys that change it.
+
+    Raises:
+        ValueError: for a recipe of another kind.
+    """
+    recipe, device = load_any(name, overrides), distributed.device()
+    if isinstance(recipe, EvalRecipe):
+        return speed.slow_settings(recipe, device)
+    if not isinstance(recipe, TrainRecipe):
+        raise ValueError(f"{name}: kind {recipe.kind}; allowed: a recipe of kind train or eval")
+    ranks = max(torch.cuda.device_count(), 1)
+    split = split_batch(recipe.train.global_batch, recipe.train.micro_batch, ranks)
+    return slow_training_settings(recipe, device, split)
 
 
 def summary_table() -> Table:

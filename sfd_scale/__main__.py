@@ -259,11 +259,20 @@ def launch(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Also say what is slow in this recipe on this machine.")] = None,
+    overrides: Overrides = None,
+) -> None:
     """Check versions, accelerator, kernels, network, limits and disk. Exit code 1 if a check fails."""
-    from sfd_scale.doctor import examine
+    from sfd_scale.doctor import Finding, examine
 
     found = examine()
+    if recipe is not None:
+        from eval.recipes import slow_settings
+
+        slow = slow_settings(recipe, overrides or ())
+        found += [Finding("warning", f"speed of {recipe}", text) for text in slow]
+        found += [] if slow else [Finding("ok", f"speed of {recipe}", "no setting is known to be slow here")]
     for finding in found:
         style = {"ok": "green", "warning": "yellow", "error": "bold red"}[finding.level]
         rich.get_console().print(

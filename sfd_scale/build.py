@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import nn
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
+from sfd_scale.planning.costs import AnyEngineConfig, with_resharding
 from sfd_scale.planning.flops import training_flops
 from sfd_scale.planning.footprint import Footprint, trace
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import decisive_settings
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.runtime.device import peak_flops
 from sfd_scale.runtime.matmul import measured_flops
 from sfd_scale.tasks.task import Loader, check_fingerprint
@@ -32,10 +35,32 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
     return model
 
 
-def make_engine(model: nn.Module, recipe: TrainRecipe) -> Engine:
-    if isinstance(recipe.engine, DeepSpeedConfig):
-        return make_deepspeed(model, recipe.optimizer, recipe.engine)
-    return make_fsdp(model, recipe.optimizer, recipe.engine)
+# Share of a GPU's memory in which weights may stay whole. The plan is an estimate, and NCCL needs some memory.
+_MEMORY_FOR_WHOLE_WEIGHTS = 0.8
+
+
+def engine_settings(recipe: TrainRecipe, split: BatchSplit, device: torch.device) -> AnyEngineConfig:
+    """The recipe's engine with `reshard_after_forward: auto` decided by the planner for the memory of this device.
+
+    On the CPU, weights are freed: gathering is a copy in the same memory.
+    """
+    engine = recipe.engine
+    if isinstance(engine, DeepSpeedConfig) or engine.reshard_after_forward != "auto":
+        return engine
+    if device.type != "cuda":
+        return dataclasses.replace(engine, reshard_after_forward=True)
+    return with_resharding(
+        footprint(recipe), engine, _MEMORY_FOR_WHOLE_WEIGHTS * torch.cuda.get_device_properties(device).total_memory,
+        ranks=split.world_size, ranks_per_node=distributed.local_world_size(), micro_batch=split.micro_batch,
+        grad_accum_steps=split.grad_accum_steps,
+    )  # fmt: skip
+
+
+def make_engine(model: nn.Module, recipe: TrainRecipe, settings: AnyEngineConfig) -> Engine:
+    """The engine of a recipe, by the settings of `engine_settings`."""
+    if isinstance(settings, DeepSpeedConfig):
+        return make_deepspeed(model, recipe.optimizer, settings)
+    return make_fsdp(model, recipe.optimizer, settings)
 
 
 def matmul_dtype(recipe: TrainRecipe) -> torch.dtype:

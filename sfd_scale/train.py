@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from sfd_scale.runtime.locks import folder_lock
 from sfd_scale.runtime.logging import log_summary
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, no_tf32
 from sfd_scale.runtime.profiling import StepProfiler
+from sfd_scale.speed import slow_settings
 from sfd_scale.tasks.task import Loader
 from sfd_scale.training.divergence import DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
@@ -67,13 +69,15 @@ def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangD
     checkpoints = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
     model = _start_model(recipe, checkpoints)
     head_dims = attention.head_dims(model)
-    engine = build.make_engine(model, recipe)
+    settings = build.engine_settings(recipe, split, distributed.device())
+    engine = build.make_engine(model, recipe, settings)
     if recipe.train.replica_check_every is not None:
         require_replicas(engine.replicas())
     attention.activate(recipe.attention, engine.device, head_dims, build.matmul_dtype(recipe))
     objective = recipe.task.make_objective(loader, engine.device)
     metrics = build.make_metrics(recipe, engine.device)
-    facts = _facts(recipe, split, engine, loader) | _costs(recipe, split, engine, head_dims, metrics)
+    decided = dataclasses.replace(recipe, engine=settings)
+    facts = _facts(recipe, split, engine, loader) | _costs(decided, split, engine, head_dims, metrics)
     begin(run, recipe, source, facts, allow_foreign=allow_foreign)
     writer = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run.profile_folder, engine.device)
@@ -167,6 +171,8 @@ def _costs(
         if math.isfinite(metrics.peak_flops)
         else "not reported: the peak of this device is not known; metrics.peak=measured measures it"
     )
+    if slow := slow_settings(recipe, engine.device, split):
+        facts["slow here"] = "; ".join(slow)
     if distributed.is_main():
         facts["planned memory"] = planned_memory(recipe, split, activations=engine.device.type == "cuda")
     return facts

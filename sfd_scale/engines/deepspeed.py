@@ -42,7 +42,7 @@ class DeepSpeedConfig(EngineConfig):
     zero_stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights.
     offload_optimizer: keep master weights and Adam's moments in host memory, updated by the CPU (stages 1 to 3).
     offload_params: keep the weights in host memory too (stage 3).
-    overlap_comm: reduce gradients during the backward pass (stages 2 and 3).
+    overlap_comm: reduce gradients during the backward pass; null: at stages 2 and 3, which can.
     persistent_elements: stage 3 keeps parameters of up to this many elements whole on every rank.
     hpz_partition_size: of ZeRO++: keep a second copy of the weights, sharded over this many ranks of a node (stage 3).
     """
@@ -51,7 +51,7 @@ class DeepSpeedConfig(EngineConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     offload_params: bool = False
-    overlap_comm: bool = False
+    overlap_comm: bool | None = None
     reduce_bucket_elements: int = 100_000_000
     allgather_bucket_elements: int = 100_000_000
     persistent_elements: int = 100_000
@@ -82,6 +82,11 @@ class DeepSpeedConfig(EngineConfig):
                 "activation_checkpointing: selective; allowed with zero_stage 3: none, block; or use the fsdp engine"
             )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are reduced during the backward pass."""
+        return self.zero_stage >= 2 if self.overlap_comm is None else self.overlap_comm
+
 
 def make_deepspeed(model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
     """Wrap an initialised fp32 model by DeepSpeed.
@@ -97,7 +102,7 @@ def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": config.overlap_comm,
+        "overlap_comm": config.overlaps,
         "reduce_bucket_size": config.reduce_bucket_elements,
         "allgather_bucket_size": config.allgather_bucket_elements,
     }
@@ -235,6 +240,8 @@ class DeepSpeedEngine:
         return {
             "engine": f"deepspeed-zero{self.config.zero_stage}",
             "precision": self.config.precision,
+            "compile": self.config.compile,
+            "overlap_comm": self.config.overlaps,
             "reduce_dtype": "fp32",
             "optimizer": f"{type(self._engine.optimizer).__name__} over {type(self._client).__name__}",
             **describe_fragments(self._fragments),

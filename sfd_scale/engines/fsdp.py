@@ -38,7 +38,8 @@ class FSDPConfig(EngineConfig):
         `shard_size` ranks and replicates between groups. replicate is data parallelism without sharding (DDP).
     shard_size: of hybrid sharding; null for the ranks of one node.
     reshard_after_forward: free a block's gathered weights between forward and backward. This saves memory, and sends
-        the weights twice per step.
+        the weights twice per step. `auto`: only where the whole weights would not fit the memory (build.make_engine);
+        an engine that is made without that decision frees them.
     cpu_offload: keep weights, gradients and Adam's moments in host memory.
     float8: compute the matmuls of attention and MLP in float8 (torchao). Needs compute capability 8.9 or newer.
     """
@@ -46,7 +47,7 @@ class FSDPConfig(EngineConfig):
     kind: Literal["fsdp"] = "fsdp"
     sharding: Literal["full", "hybrid", "replicate"] = "full"
     shard_size: int | None = None
-    reshard_after_forward: bool = True
+    reshard_after_forward: bool | Literal["auto"] = "auto"
     cpu_offload: bool = False
     float8: bool = False
 
@@ -112,7 +113,7 @@ class FSDPEngine:
         for block in blocks_of(model):
             fully_shard(
                 block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
-                reshard_after_forward=self.config.reshard_after_forward,
+                reshard_after_forward=bool(self.config.reshard_after_forward),
             )  # fmt: skip
         # The model returns a view. The warning is about writing to it in place, which nothing here does.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -169,6 +170,8 @@ class FSDPEngine:
             "engine": f"fsdp2-{self.config.sharding}",
             "mesh": dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)),
             "precision": self.config.precision,
+            "compile": self.config.compile,
+            "reshard_after_forward": bool(self.config.reshard_after_forward),
             "float8": self.config.float8,
             "reduce_dtype": "fp32",
             "optimizer": type(self.optimizer).__name__,

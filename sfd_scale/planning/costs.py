@@ -6,6 +6,7 @@ Checked against the real engines by test_planner.py. P parameters · N ranks · 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def _deepspeed(model: Footprint, engine: DeepSpeedConfig, ranks: int, activation
         return Memory(4 * whole, 4 * whole, 8 * whole, 4 * whole, model.buffers, activations)
     # The bucket that gradients are reduced in, and its copy in fp32.
     bucket = min(engine.reduce_bucket_elements, whole) * (weight if weight == 4 else weight + 4)
-    buffers = model.buffers + bucket * (2 if engine.overlap_comm else 1)
+    buffers = model.buffers + bucket * (2 if engine.overlaps else 1)
     if stage < 3:
         align = _ZERO_ALIGNMENT * ranks
         part = math.ceil(whole / align) * align // ranks
@@ -117,6 +118,7 @@ def _fsdp(model: Footprint, engine: FSDPConfig, group: int, grad_accum_steps: in
     weight = BYTES[engine.precision]
     # Micro-batches before the last one add up whole, in fp32.
     gradients = 4 * part if grad_accum_steps == 1 else 4 * model.parameters
+    # `auto` counts as resharding here; `with_resharding` decides it.
     live = 2 * model.largest_block if engine.reshard_after_forward else model.parameters
     # Weights on their way in, gradients on their way out.
     buffers = weight * live + 4 * 2 * model.largest_block if group > 1 else weight * live
@@ -151,6 +153,31 @@ def bytes_sent_per_step(
     gathered = grad_accum_steps * gathers * ring(group, weight * whole) if group > 1 else 0.0
     replicas = ranks // group
     return gathered + ring(group, 4 * whole) + ring(replicas, 2 * 4 * whole / group)
+
+
+def with_resharding(
+    model: Footprint,
+    engine: AnyEngineConfig,
+    capacity: float,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    micro_batch: int,
+    grad_accum_steps: int,
+) -> AnyEngineConfig:
+    """The engine with `reshard_after_forward: auto` decided: false where the whole weights fit beside all the rest.
+
+    Args:
+        capacity: bytes that the tensors of a rank may take.
+    """
+    if isinstance(engine, DeepSpeedConfig) or engine.reshard_after_forward != "auto":
+        return engine
+    kept = dataclasses.replace(engine, reshard_after_forward=False)
+    planned = memory_per_rank(
+        model, kept, ranks=ranks, ranks_per_node=ranks_per_node, micro_batch=micro_batch,
+        grad_accum_steps=grad_accum_steps,
+    )  # fmt: skip
+    return kept if planned.total <= capacity else dataclasses.replace(engine, reshard_after_forward=True)
 
 
 def recompute_fraction(engine: AnyEngineConfig) -> float:
