@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from sfd_scale.data.convert import convert as convert_files
 from sfd_scale.data.encode import encode as encode_images
 from sfd_scale.data.sources import Source, make_source
+from sfd_scale.data.waiting import bounded
+from sfd_scale.data.workers import worker_batches
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.tokenizers.composite import FeatureTokenizer
@@ -86,20 +88,18 @@ def _fit_patches(settings: PatchPCAFitConfig, images: Iterator[Tensor], count: i
     )
 
 
-class _ImageDataset(torch.utils.data.Dataset[Tensor]):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.source[index][0]
+def _read(source: Source, indices: list[int]) -> Tensor:
+    """The images (N, 3, H, W) of some indices."""
+    return torch.stack([source[index][0] for index in indices])
 
 
 def _images(source: Source, batches: list[range], num_workers: int) -> Iterator[Tensor]:
-    loader = DataLoader(
-        _ImageDataset(source), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers,
-        collate_fn=torch.stack, generator=torch.Generator(),
+    most = max(map(len, batches), default=0)
+    images = worker_batches(
+        partial(_read, source), map(list, batches), num_workers=num_workers, setting="num_workers",
+        batch_bytes=3 * source.size**2 * most,
     )  # fmt: skip
-    return iter(loader)
+    return bounded(images)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ G global batch · N samples of the dataset.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale.data.batches import FeatureBatch, ImageBatch, LatentBatch
 from sfd_scale.data.manifest import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
 from sfd_scale.data.mds_reader import Array
 from sfd_scale.data.shards import open_shards
+from sfd_scale.data.workers import worker_batches
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
 from sfd_scale.runtime.batch_split import BatchSplit
@@ -91,55 +89,6 @@ def data_step(step: int, skipped: Ranges) -> int:
     return step
 
 
-class _MicroBatchSampler(Sampler[list[Key]]):
-    """The keys of this rank's micro-batches, without end, from a first global step on."""
-
-    def __init__(self, loader: BatchLoader[Any], first_step: int, skipped: Ranges) -> None:
-        self.loader, self.first_step, self.skipped = loader, first_step, skipped
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        step = self.first_step
-        while True:
-            yield from self.loader.keys(data_step(step, self.skipped))
-            step += 1
-
-
-class _MicroBatchDataset(Dataset[Any]):
-    """Reads a whole micro-batch for a list of keys."""
-
-    def __init__(self, loader: BatchLoader[Any]) -> None:
-        self.loader = loader
-
-    def __getitem__(self, key: Key) -> Any:
-        return self.loader.batch([key])
-
-    def __getitems__(self, keys: list[Key]) -> Any:
-        return self.loader.batch(keys)
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Make a worker process ignore the stop signals of a scheduler, which reach every process of a job.
-
-    The rank still needs its workers to finish the step before it saves. SIGTERM from the rank itself ends the worker.
-    """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS has no sigwaitinfo, and no such schedulers either
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _identity(batch: Any) -> Any:
-    """collate_fn: the dataset returns whole micro-batches."""
-    return batch
-
-
 class BatchLoader(Generic[B]):
     """The micro-batches of one rank.
 
@@ -175,8 +124,7 @@ class BatchLoader(Generic[B]):
     @property
     def feature_dim(self) -> int | None:
         """Channels of the stored features; None if the shards have no features."""
-        form = self.manifest.columns.get("features")
-        return None if form is None else int(form.split(":")[2].split(",")[0])
+        return self._column_shape("features")[0] if "features" in self.manifest.columns else None
 
     @property
     def stats_hash(self) -> str | None:
@@ -211,17 +159,19 @@ class BatchLoader(Generic[B]):
         Args:
             skipped: data steps to leave out; later data moves forward.
         """
-        loader: DataLoader[Any] = DataLoader(
-            _MicroBatchDataset(self),
-            batch_sampler=_MicroBatchSampler(self, first_step, skipped),
-            num_workers=self.config.num_workers,
-            collate_fn=_identity,
-            worker_init_fn=_ignore_stop_signals,
-            persistent_workers=self.config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # without it DataLoader draws a seed from the global generator
-        )
-        return iter(loader)
+        columns = self._batch_columns()
+        sample_bytes = sum(size * math.prod(self._column_shape(name)) for name, size in columns.items())
+        return worker_batches(
+            self.batch, self._micro_batches(first_step, skipped), num_workers=self.config.num_workers,
+            setting="data.num_workers", batch_bytes=self.split.micro_batch * sample_bytes,
+            batch_tensors=len(columns) + 2, survive_stop=True,
+        )  # fmt: skip
+
+    def _micro_batches(self, step: int, skipped: Ranges) -> Iterator[list[Key]]:
+        """The keys of this rank's micro-batches, without end, from a global step on."""
+        while True:
+            yield from self.keys(data_step(step, skipped))
+            step += 1
 
     def _order(self, epoch: int) -> Tensor:
         if not self.config.shuffle:
@@ -233,6 +183,14 @@ class BatchLoader(Generic[B]):
     def batch(self, keys: list[Key]) -> B:
         """The batch of the given samples."""
         raise AssertionError("subclasses implement this")
+
+    def _batch_columns(self) -> dict[str, int]:
+        """The columns in a batch, and the bytes of one element there."""
+        raise AssertionError("subclasses implement this")
+
+    def _column_shape(self, column: str) -> tuple[int, ...]:
+        """The stored shape of one sample of a column."""
+        return tuple(int(n) for n in self.manifest.columns[column].split(":")[2].split(","))
 
     def _gather(self, keys: list[Key], *columns: Sequence[str]) -> tuple[Tensor, list[Array]]:
         """Read labels (N,) and columns. Each entry of `columns` names one column for each sample."""
@@ -264,6 +222,9 @@ class ImageLoader(BatchLoader[ImageBatch]):
     def __init__(self, config: DataConfig, *, seed: int, split: BatchSplit, rank: int) -> None:
         super().__init__(config, seed=seed, split=split, rank=rank)
         self._require_column("image", "encode it with store.image=true")
+
+    def _batch_columns(self) -> dict[str, int]:
+        return {"image": 1}
 
     def batch(self, keys: list[Key]) -> ImageBatch:
         labels, (pixels,) = self._gather(keys, ["image"] * len(keys))
@@ -312,7 +273,11 @@ class LatentLoader(BatchLoader[LatentBatch]):
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of a stored latent."""
-        return tuple(int(n) for n in self.manifest.columns["latents"].split(":")[2].split(","))
+        return self._column_shape("latents")
+
+    def _batch_columns(self) -> dict[str, int]:
+        stored = {"features": 2} if self.config.features == "shards" and "features" in self.manifest.columns else {}
+        return {"latents": 4, **stored, **({"image": 1} if self.config.features == "online" else {})}
 
     def batch(self, keys: list[Key]) -> LatentBatch:
         suffixes = [FLIPPED if flip else "" for flip in self._flips(keys)]
@@ -347,6 +312,9 @@ class FeatureLoader(BatchLoader[FeatureBatch]):
         self._require_column("features", "encode with store.features=shards, or set data.features=online")
         if config.flip:
             self._require_column(f"features{FLIPPED}", "encode with store.flip=true, or set data.flip=false")
+
+    def _batch_columns(self) -> dict[str, int]:
+        return {"features": 2}
 
     def batch(self, keys: list[Key]) -> FeatureBatch:
         labels, (values,) = self._gather(keys, [f"features{FLIPPED if flip else ''}" for flip in self._flips(keys)])

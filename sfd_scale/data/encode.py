@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfd_scale import config
 from sfd_scale.data.image_io import UnreadableImage
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.sources import Source
+from sfd_scale.data.waiting import bounded
+from sfd_scale.data.workers import worker_batches
 from sfd_scale.data.writer import (
     ChunkNote,
     Description,
@@ -152,20 +153,6 @@ def _columns(source: Source, tokenizer: FeatureTokenizer | None, store: StoreCon
     return columns
 
 
-class _ImageDataset(Dataset[tuple[int, Tensor | str, int]]):
-    """Items (index, image, label) of a source. For an unreadable image, the error message in place of the image."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
-        try:
-            image, label = self.source[index]
-        except UnreadableImage as error:
-            return index, str(error), -1
-        return index, image, label
-
-
 @dataclass(frozen=True)
 class _Batch:
     """The readable images (N, 3, H, W) uint8 of a batch, and error messages for the others.
@@ -180,36 +167,36 @@ class _Batch:
     unreadable: list[str]
 
     @classmethod
-    def collate(cls, items: list[tuple[int, Tensor | str, int]]) -> _Batch:
-        images = [item for _, item, _ in items if isinstance(item, Tensor)]
-        readable = [(index, label) for index, item, label in items if isinstance(item, Tensor)]
-        return cls(
-            items[0][0], [index for index, _ in readable], [label for _, label in readable],
-            torch.stack(images) if images else torch.empty(0), [item for _, item, _ in items if isinstance(item, str)],
-        )  # fmt: skip
+    def read(cls, source: Source, indices: list[int]) -> _Batch:
+        ids, labels, images, unreadable = list[int](), list[int](), list[Tensor](), list[str]()
+        for index in indices:
+            try:
+                image, label = source[index]
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                continue
+            ids.append(index)
+            labels.append(label)
+            images.append(image)
+        return cls(indices[0], ids, labels, torch.stack(images) if images else torch.empty(0), unreadable)
 
 
-class _ChunkSampler(Sampler[list[int]]):
-    """The batches of this rank's chunks, chunk by chunk."""
-
-    def __init__(self, chunks: Iterator[int], spans: list[range], batch: int) -> None:
-        self.chunks, self.spans, self.batch = chunks, spans, batch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for chunk in self.chunks:
-            ids = self.spans[chunk]
-            yield from (list(ids[start : start + self.batch]) for start in range(0, len(ids), self.batch))
+def _batch_indices(chunks: Iterator[int], spans: list[range], batch: int) -> Iterator[list[int]]:
+    """The image indices of the batches of this rank's chunks, chunk by chunk."""
+    for chunk in chunks:
+        ids = spans[chunk]
+        yield from (list(ids[start : start + batch]) for start in range(0, len(ids), batch))
 
 
 def _chunk_batches(
     source: Source, chunks: Iterator[int], spans: list[range], store: StoreConfig
 ) -> Iterator[tuple[int, Iterator[_Batch]]]:
     """This rank's chunks, each with its batches. One dataloader serves all chunks, so its workers never pause."""
-    loader = DataLoader(
-        _ImageDataset(source), batch_sampler=_ChunkSampler(chunks, spans, store.batch), num_workers=store.num_workers,
-        collate_fn=_Batch.collate, generator=torch.Generator(),
+    images = worker_batches(
+        partial(_Batch.read, source), _batch_indices(chunks, spans, store.batch), num_workers=store.num_workers,
+        setting="store.num_workers", batch_bytes=3 * source.size**2 * store.batch,
     )  # fmt: skip
-    batches = iter(loader)
+    batches = bounded(images)
     for first in batches:
         chunk = first.start // store.chunk
         rest = -(-len(spans[chunk]) // store.batch) - 1

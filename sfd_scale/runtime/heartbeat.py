@@ -116,6 +116,25 @@ class Heartbeat:
             return f"{own}; the store of the process group is gone, and so is rank 0 or its launcher ({error})"
         return f"{own} for {missing}" if missing else f"{own}; no rank is behind it"
 
+    def all_arrive(self, place: str, within_s: float) -> bool:
+        """Whether every rank calls this with the same `place` in time. It needs no collective, in which other ranks may
+        be."""
+        if self._store is None:
+            return True
+        own, all_ = f"{place}/{distributed.rank()}", [f"{place}/{rank}" for rank in range(distributed.world_size())]
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            try:
+                self._with_deadline(lambda: self._store.set(own, "here"))
+                if self._with_deadline(lambda: self._store.check(all_)):
+                    return True
+            except TimeoutError:  # also if the heartbeat itself is asking
+                logger.debug("the store does not answer", exc_info=True)
+            except (dist.DistError, RuntimeError):
+                return False
+            time.sleep(0.2)
+        return False
+
     def _with_deadline(self, request: Callable[[], T]) -> T:
         """The result of a request to the store, made in a thread: a request to a stopped process waits for ever.
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from sfd_scale.checkpoint import CheckpointManager
 from sfd_scale.data.dataloader import Ranges
+from sfd_scale.data.waiting import STOP_WAIT_S, DataWaitStopped, PatientBatches
+from sfd_scale.data.workers import explained_deaths
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
 from sfd_scale.engines.replica_check import check_replicas_agree
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.heartbeat import Heartbeat, Operation
+from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat, Operation
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
-from sfd_scale.runtime.signals import StopRequest
+from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE, StopRequest
 from sfd_scale.training.divergence import DivergenceError, DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
 from sfd_scale.training.metrics_writer import MetricsWriter
@@ -91,18 +94,26 @@ class Trainer:
         """Train to the end (True) or to an agreed stop (False), which may come with the last step; either way that is
         saved."""
         step = self.resume()
-        saved, stopped, batches = step, False, self.batches(step, self.watch.passed)
         asked = StopRequest(self.config.max_duration_s)
-        with asked as stop, progress(self.config.steps, "train", "steps") as bar, self.heartbeat:
+        saved, stopped, batches = step, False, self.batches_from(step, asked)
+        with (
+            asked as stop, progress(self.config.steps, "train", "steps") as bar, excused(asked), self.heartbeat,
+            explained_deaths(),
+        ):  # fmt: skip
             bar.skip(step)
             self.metrics.reset()
             while step < self.config.steps and not stopped:
                 self.before_step(step)
-                result = self.train_step(step, batches)
+                try:
+                    result = self.train_step(step, batches)
+                except DataWaitStopped:
+                    self.meet_without_data(step)
+                    stopped = True
+                    break
                 if self.watch.judge(step, result) == "rollback":
                     bar.advance(-step)
                     step = self.roll_back(step)
-                    saved, batches = step, self.batches(step, self.watch.passed)
+                    saved, batches = step, self.batches_from(step, asked)
                     bar.advance(step)
                     continue
                 step += 1
@@ -122,6 +133,28 @@ class Trainer:
             self.finish_saves()
             stop.saved = stopped
         return not stopped
+
+    def batches_from(self, step: int, stop: StopRequest) -> Iterator[Batch]:
+        """The micro-batches from a step on. A wait ends after `train.timeout_s`, and soon after a stop request."""
+        advice = "check the storage of data.path, or raise train.timeout_s"
+        return PatientBatches(
+            self.batches(step, self.watch.passed), limit_s=self.config.timeout_s, advice=advice, stop=stop.requested
+        )
+
+    def meet_without_data(self, step: int) -> None:
+        """After a stop request during a wait for data: return if all ranks wait too, so that they can save together.
+
+        Raises:
+            SystemExit: with the requeue code, if other ranks are in the middle of the step.
+        """
+        self.finish_saves()
+        if not self.heartbeat.all_arrive(f"no data/{step}", STOP_WAIT_S):
+            logger.warning(
+                "a stop was requested in the wait for data of step %d, which other ranks have; nothing more is saved, "
+                "and the same command resumes from the last checkpoint", step,
+            )  # fmt: skip
+            raise SystemExit(REQUEUE_EXIT_CODE)
+        logger.warning("a stop was requested in the wait for data; step %d is saved without more data", step)
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""
@@ -211,3 +244,19 @@ class Trainer:
         self.writer.truncate(int(state["step"]))
         logger.info("resumed from %s", latest.path)
         return int(state["step"])
+
+
+@contextmanager
+def excused(stop: StopRequest) -> Iterator[None]:
+    """After a stop request, a collective that another rank has left is no failure.
+
+    Raises:
+        SystemExit: with the requeue code.
+    """
+    try:
+        yield
+    except CollectiveError as error:
+        if not stop.requested():
+            raise
+        logger.warning("%s; a stop was requested: the same command resumes from the last checkpoint", error)
+        raise SystemExit(REQUEUE_EXIT_CODE) from error

@@ -1,0 +1,101 @@
+"""Waits for data that end: after a limit, and soon after a stop request."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from sfd_scale.data import workers
+from sfd_scale.runtime import distributed
+
+T = TypeVar("T")
+_POLL_S = 0.2
+STOP_WAIT_S = 10.0  # a wait lasts no longer after a stop request: schedulers kill a job after 30 s
+READ_LIMIT_S = 600.0  # for a batch of images
+
+
+class DataWaitStopped(Exception):
+    """A stop request ended the wait for a batch."""
+
+
+class PatientBatches(Generic[T]):
+    """Batches with bounded waits. A thread reads one batch when it is asked for: a read cannot be interrupted.
+
+    Args:
+        limit_s: of one wait.
+        advice: what to change, for the error message.
+        stop: whether a stop is requested.
+    """
+
+    def __init__(
+        self, batches: Iterator[T], *, limit_s: float, advice: str, stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.limit_s, self.advice, self.stop = limit_s, advice, stop
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # The thread has no reference to `self`, so that `__del__` ends it.
+        arguments = (batches, self._requests, self._answers)
+        threading.Thread(target=_serve, args=arguments, name="data", daemon=True).start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        """The next batch.
+
+        Raises:
+            DataWaitStopped: after a stop request.
+            TimeoutError: after `limit_s`, with the error that a worker printed.
+        """
+        self._requests.put(True)
+        began, asked = time.monotonic(), None
+        while True:
+            try:
+                found, error = self._answers.get(timeout=_POLL_S)
+            except queue.Empty:
+                now = time.monotonic()
+                if self.stop():
+                    asked = now if asked is None else asked
+                    if now - asked >= STOP_WAIT_S:
+                        workers.kill_workers()
+                        raise DataWaitStopped from None
+                if now - began > self.limit_s:
+                    raise TimeoutError(self._late()) from None
+                continue
+            if error is not None:
+                raise error
+            return found  # type: ignore[no-any-return]
+
+    def _late(self) -> str:
+        count = workers.kill_workers()
+        by = f"{count} worker processes give none" if count else "the read does not end"
+        return f"no batch of data for {self.limit_s:.0f} s: {by}{workers.printed()}; {self.advice}"
+
+    def __del__(self) -> None:
+        self._requests.put(False)
+
+
+def _serve(batches: Iterator[Any], requests: queue.SimpleQueue[bool], answers: queue.SimpleQueue[Any]) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())  # page-locked memory belongs to the device of its thread
+    while requests.get():
+        try:
+            answers.put((next(batches), None))
+        except Exception as error:  # noqa: BLE001  raised again by the thread that asked
+            answers.put((None, error))
+
+
+def bounded(batches: Iterator[T]) -> Iterator[T]:
+    """Batches of images. A read that does not end, or a worker that dies, is an error that says so.
+
+    Raises:
+        TimeoutError: as `PatientBatches`.
+        ChildProcessError: if a worker died.
+    """
+    with workers.explained_deaths():
+        yield from PatientBatches(batches, limit_s=READ_LIMIT_S, advice="check the storage of the images")
