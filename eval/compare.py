@@ -5,7 +5,6 @@ N samples.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from eval.reference import read_reference
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
-from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
@@ -133,7 +132,7 @@ def _features(results: Results, path: Path) -> Path:
     beside = path if path.is_dir() else path.parent
     for folder in (beside, Path(results.run.features)):
         file = folder / "config.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == results.samples:
+        if file.is_file() and read_json(file) == results.samples:
             return folder
     raise ValueError(f"{path}: its features are neither beside it nor at the recorded path")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import file_sha256
+from sfd_scale.runtime.files import file_sha256, read_json
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu, deterministic_cudnn, strict_float32
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def with_recorded_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
     if recipe.batch != "auto":
         return recipe
     files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    recorded = json.loads(files[0].read_text(encoding="utf-8"))["batch"] if files else None
+    recorded = read_json(files[0])["batch"] if files else None
     recorded = distributed.broadcast_object(recorded)
     return recipe if recorded is None else dataclasses.replace(recipe, batch=recorded)
 

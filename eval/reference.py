@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from eval.recipe import EvalRecipe
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.files import file_sha256, write_atomically
+from sfd_scale.runtime.weight_files import read_safetensors
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
@@ -79,8 +79,6 @@ def _stored_statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
     source = recipe.reference
     if not isinstance(source, NpzSource):
         return {}
-    if not source.path.is_file():
-        raise ValueError(f"reference.path: {source.path} does not exist")
     found = npz.read_statistics(source.path)
     if not found and "arr_0" not in npz.keys(source.path):
         raise ValueError(f"{source.path}: neither statistics (mu, sigma, mu_s, sigma_s) nor images (arr_0) in it")
@@ -169,8 +167,7 @@ def _grid(images: Images, labels: Tensor | None) -> Tensor:
 
 def read_reference(file: Path, provenance: dict[str, Any]) -> Reference:
     """The reference in a file of the cache."""
-    with safe_open(str(file), framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+    tensors = read_safetensors(file)
     count = int(tensors["count"]) if "count" in tensors else None
     spatial = FeatureMoments(tensors["mu_s"], tensors["sigma_s"], count) if "mu_s" in tensors else None
     features, grid = (tensors[name] if name in tensors else None for name in ("features", "grid"))  # noqa: SIM401

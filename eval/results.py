@@ -10,7 +10,7 @@ from typing import Any
 from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
-from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.files import read_json, write_json
 from sfd_scale.runtime.run_paths import RESULTS
 
 FORMAT = 1
@@ -72,10 +72,7 @@ class Results:
             ValueError: for a file that is missing or damaged, that is no results.json, or of a newer release.
         """
         file = path / RESULTS if path.is_dir() else path
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: not a readable results.json: {error}") from error
+        data = read_json(file)
         if not isinstance(data, dict) or not isinstance(data.get("format"), int) or data["format"] > FORMAT:
             raise ValueError(f"{file}: not a results.json of this release")
         try:

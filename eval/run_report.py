@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from eval.pages.score_table import ScoreTableRow, score_table
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.files import read_json, write_atomically
 from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def _summary(run: Run, colour: str) -> RunSummary:
     details = [("every setting", settings_as_text(dict(run.recipe)))]
     machine = RunPaths(run.path).environment_file
     if machine.is_file():
-        details.append(("environment", settings_as_text(json.loads(machine.read_text(encoding="utf-8")))))
+        details.append(("environment", settings_as_text(read_json(machine))))
     return RunSummary(run.label, colour, cells, details, _origin(run))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import platform
 import time
@@ -31,6 +30,7 @@ from eval.results import Results, ScoringRun
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import read_json
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.run_paths import RESULTS
 
@@ -139,7 +139,7 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
     """
     if (samples / "config.json").is_file():
         folder = open_features(samples)
-        made_with = json.loads((samples / "config.json").read_text(encoding="utf-8"))["extractor"]
+        made_with = read_json(samples / "config.json")["extractor"]
         if made_with != extractor.fingerprint:
             raise ValueError(
                 f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.fingerprint}; "
@@ -258,7 +258,7 @@ def _results(
 
 def _settings(folder: ChunkFolder) -> dict[str, Any]:
     """The settings that determined the features in a folder."""
-    settings: dict[str, Any] = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    settings: dict[str, Any] = read_json(folder.path / "config.json")
     return settings
 
 

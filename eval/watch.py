@@ -19,7 +19,7 @@ from sfd_scale import config, export
 from sfd_scale.export import WeightsChoice
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.run_paths import RESULTS, EvaluationPaths
 from sfd_scale.training.metrics_writer import log_scores
 
@@ -93,7 +93,7 @@ def _check_recipe(recipe: EvalRecipe, out: EvaluationPaths) -> None:
         if distributed.is_main():
             write_json(file, now)
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     if different := config.differences(before, now):
         names = ", ".join(different)
         raise ValueError(f"{out.path}: its scores are of another recipe ({names} differ); allowed: another --out")

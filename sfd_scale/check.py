@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.weight_files import safetensors_metadata
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tokenizers.make import make_semantic
 from sfd_scale.training.alignment_targets import DecodedFeatures
@@ -166,9 +166,7 @@ def decoded_cosine(recipe: TrainRecipe, samples: int = 2048) -> tuple[float, flo
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of a checkpoint, and what it records of its training."""
     if path.is_file():
-        weights = load_weights(path)
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+        weights, metadata = load_weights(path), safetensors_metadata(path)
         return weights, json.loads(metadata[EXPORT_KEY]) if EXPORT_KEY in metadata else {}
     whole = [Checkpoint(path)] if Checkpoint(path).is_whole else RunFolder(path).checkpoints
     if not whole:

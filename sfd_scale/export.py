@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from sfd_scale import checkpoint as checkpoints
 from sfd_scale import config
 from sfd_scale.build import make_model
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
+from sfd_scale.runtime.weight_files import safetensors_metadata
 
 logger = logging.getLogger(__name__)
 TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
@@ -97,13 +96,9 @@ def read_note(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not an export, or its note is damaged.
     """
-    if not path.is_file() or path.suffix != ".safetensors":
+    if not path.is_file():
         raise ValueError(f"{path}: not a file of `sfd export` (.safetensors)")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
+    metadata = safetensors_metadata(path)
     if EXPORT_KEY not in metadata:
         raise ValueError(f"{path}: it does not name its model; give a file of `sfd export` or `sfd import`")
     try:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-from sfd_scale.export import EXPORT_KEY
+from sfd_scale.export import EXPORT_KEY, read_note
+from sfd_scale.runtime.weight_files import safetensors_metadata
 from sfd_scale.tokenizers.vision_encoder import ConvNetEncoder, ConvNetEncoderConfig
 
 NAME = "sfd-convnet"
@@ -79,8 +78,7 @@ class ConvNetExtractor(FeatureExtractorBase):  # type: ignore[misc]
 
 def trained_size(weights: Path) -> int | None:
     """The side of the training images that the file records; None if it does not."""
-    with safe_open(str(weights), framework="pt") as file:
-        note = json.loads((file.metadata() or {}).get(EXPORT_KEY, "{}"))
+    note = read_note(weights) if EXPORT_KEY in safetensors_metadata(weights) else {}
     size: int | None = note.get("recipe", {}).get("model", {}).get("image_size")
     return size
 

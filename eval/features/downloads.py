@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.files import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
             else f"the path of a download of {url}, or null on a machine with network access"
         )
         raise ValueError(f"extractor.weights: {path} does not exist; allowed: {hint}")
+    try:
+        require_kind(path, "network")
+    except ValueError as error:
+        raise ValueError(f"extractor.weights: {error}") from error
     found = file_sha256(path)
     if sha256 is not None and found != sha256:
         raise ValueError(

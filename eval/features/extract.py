@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from eval.work import chunks
 from eval.work.chunks import ChunkFolder
 from sfd_scale.config import digest
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import read_json
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def open_features(path: Path) -> ChunkFolder:
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path}: no folder of features (no config.json in it)")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     if not isinstance(config, dict) or not {"num_samples", "batch", "extractor"} <= config.keys():
         raise ValueError(
             f"{file}: not of a folder of features; allowed: a folder of `generate`, or images without this file"
@@ -62,7 +62,7 @@ def open_features(path: Path) -> ChunkFolder:
 
 def read_features(folder: ChunkFolder) -> FeatureSet:
     """All rows of a complete folder, in the order of image numbers."""
-    config = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder.path / "config.json")
     pool = read_rows(folder, "pool")
     assert pool is not None
     spatial, logits, labels = (read_rows(folder, name) for name in ("spatial", "logits", "labels"))

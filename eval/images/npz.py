@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sfd_scale.runtime.file_kind import file_error, require_kind
 from sfd_scale.runtime.files import atomically
 
 npy: Any = np.lib.format  # untyped
@@ -135,11 +136,12 @@ def keys(path: Path) -> set[str]:
     Raises:
         ValueError: if the file is not a readable .npz.
     """
+    require_kind(path, "npz")
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except _DAMAGE as error:
-        raise ValueError(f"{path}: not a readable .npz file: {error}") from error
+        raise ValueError(file_error(path, "npz", error)) from error
 
 
 def read_statistics(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from eval.images.npz import NpzImages
 from sfd_scale import config
-from sfd_scale.data.image_files import list_files, sort_key, warn_of_others
+from sfd_scale.data.image_files import IMAGES, list_files, sort_key
 from sfd_scale.data.image_io import read_whole_image
 from sfd_scale.data.parquet import ParquetImages
 from sfd_scale.data.sources import FolderConfig, ImageFolder, MDSConfig, Source, make_source
@@ -115,16 +114,16 @@ def source_for(path: Path) -> ImagesConfig:
 
 def _open_flat(source: FlatSource, cache: Path | None) -> Images:
     _must_exist(source.path)
-    listing = list_files(source.path, recursive=False)
-    files, others = listing.files, listing.others
+    labels_file = source.path / LABELS
+    listing = list_files(source.path, recursive=False, known=[labels_file])
+    files = listing.files
     if not files:
         raise ValueError(f"{source.path}: no image files in it")
     read, labels = list(files), None
-    if (labels_file := source.path / LABELS).is_file():
+    if labels_file.is_file():
         labels = _read_labels(labels_file, len(files))
         read = sorted([*files, labels_file], key=sort_key)
-        others -= Counter({labels_file.suffix: 1})
-    warn_of_others(source.path, others)
+    listing.others.warn(source.path, IMAGES)
     size = read_whole_image(files[0], upright=False).shape[1:]
 
     def rows(numbers: range) -> tuple[Tensor, Tensor | None]:

@@ -28,7 +28,7 @@ from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.chunks import Claims
-from sfd_scale.runtime.files import write_atomically
+from sfd_scale.runtime.files import read_json, write_atomically
 from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Study:
         stamp = self.stamp(step)
         if not stamp.is_file() or not step.outputs[0].exists():
             return False
-        found, now = json.loads(stamp.read_text(encoding="utf-8")), self.record(step)
+        found, now = read_json(stamp), self.record(step)
         reasons = ["with other settings"] if found.get("settings") != now["settings"] else []
         reasons += [
             f"from another {need}" for need, made in now["needs"].items() if found.get("needs", {}).get(need) != made

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
-from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.file_kind import safetensors_size
+from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.progress import progress
+from sfd_scale.runtime.weight_files import open_safetensors
 
 logger = logging.getLogger(__name__)
 Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
@@ -75,7 +75,7 @@ class ChunkFolder:
         """
         file = self.path / "config.json"
         if file.exists():
-            other = json.loads(file.read_text(encoding="utf-8"))
+            other = read_json(file)
             if config.digest(other) != config.digest(settings):
                 raise ValueError(
                     f"{self.path}: holds the results of other settings ({_differences(other, settings)}); choose "
@@ -99,42 +99,35 @@ class ChunkFolder:
 
     def width(self, name: str) -> int | None:
         """Columns of the tensor `name`; None if there is no such tensor."""
-        with safe_open(str(self.file(0)), framework="pt") as file:
+        with open_safetensors(self.file(0)) as file:
             return file.get_slice(name).get_shape()[1] if name in self.names() else None
 
     def made_on(self) -> list[str]:
         """The distinct machines that made the chunks."""
         found = set()
         for chunk in range(self.count):
-            with safe_open(str(self.file(chunk)), framework="pt") as file:
+            with open_safetensors(self.file(chunk)) as file:
                 found.add((file.metadata() or {}).get("made_on", "unknown"))
         return sorted(found)
 
     def read(self, name: str, chunks: Iterable[int] | None = None) -> Iterator[Tensor]:
         """The tensor `name` of every chunk, or of the given chunks, in order. One chunk at a time is opened."""
         for chunk in range(self.count) if chunks is None else chunks:
-            with safe_open(str(self.file(chunk)), framework="pt") as file:
+            with open_safetensors(self.file(chunk)) as file:
                 yield file.get_tensor(name)
 
     def names(self) -> list[str]:
         """Names of the tensors in the first chunk."""
-        with safe_open(str(self.file(0)), framework="pt") as file:
+        with open_safetensors(self.file(0)) as file:
             return list(file.keys())
 
 
 def _whole(file: Path) -> bool:
     """Whether a safetensors file has the size that its header says. A file cut off by a crash or a copy has not."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                return False
-            header = json.loads(handle.read(length))
-    except (OSError, struct.error, ValueError):
+        return file.stat().st_size == safetensors_size(file)
+    except OSError:
         return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(ends) and size == 8 + length + max(ends)
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

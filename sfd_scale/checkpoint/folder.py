@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sfd_scale.checkpoint.boxes import EXP_AVG_PART, EXP_AVG_SQ_PART, PARAMS_PART
 from sfd_scale.checkpoint.metadata import CheckpointError, SafeReader, as_checkpoint_error, read_metadata, shapes
 from sfd_scale.engines import ema
-from sfd_scale.runtime.files import sha256
+from sfd_scale.runtime.files import read_json, sha256
 from sfd_scale.runtime.progress import MB, progress
 from sfd_scale.runtime.run_paths import step_name, step_of
 
@@ -260,10 +260,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable: {error}") from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a {type(data).__name__} where an object should be")
     return data

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfd_scale.checkpoint.folder import Checkpoint, Weights, whole_checkpoints
 from sfd_scale.checkpoint.metadata import check_same_model
 from sfd_scale.runtime.files import atomically
 from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.runtime.weight_files import read_safetensors, safetensors_metadata
 
 
 def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
@@ -24,11 +24,8 @@ def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
     Raises:
         ValueError: if the path is neither, or the checkpoint is damaged or of a newer release.
     """
-    if path.is_file() and path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged, or not a safetensors file: {error}") from error
+    if path.is_file():
+        return read_safetensors(path)
     if not Checkpoint(path).is_whole:
         raise ValueError(f"{path}: neither the folder of a whole checkpoint nor a .safetensors file")
     return Checkpoint(path).weights(weights)
@@ -49,9 +46,8 @@ def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, T
         if not whole:
             raise ValueError(f"{path}: no whole checkpoint in it")
         path = whole[-1].path
-    if path.suffix == ".safetensors" and path.is_file():
-        with safe_open(str(path), "pt") as file:
-            stored = (file.metadata() or {}).get("weights", weights)
+    if path.is_file():
+        stored = safetensors_metadata(path).get("weights", weights)
         if stored != weights:
             raise ValueError(f"{path}: holds the weights {stored!r}, not {weights!r}; set init_from.weights={stored}")
     found = load_weights(path, weights)

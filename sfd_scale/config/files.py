@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sfd_scale.config.renamed import new_recipe, with_current_keys
+from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.run_paths import RECIPE
 
 RECIPE_ROOT = Path(__file__).resolve().parents[2] / "recipes"
@@ -141,6 +142,10 @@ def own_settings(file: RecipeFile) -> DictConfig:
 
 
 def _text(path: Path) -> str:
+    try:
+        require_kind(path, "recipe")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     with errors_in(path):
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes; allowed: up to {_MOST_BYTES}")

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from sfd_scale.data.image_files import list_files
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
 from sfd_scale.data.mds_reader import MDSReader
 from sfd_scale.data.writer import (
@@ -35,6 +35,7 @@ from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import at_least
+from sfd_scale.runtime.weight_files import open_safetensors
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -82,7 +83,9 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     """
     if not config.source.is_dir():
         raise ValueError(f"convert.source: {config.source} is not a folder")
-    files = sorted(config.source.glob("*.safetensors"))
+    listing = list_files(config.source, {".safetensors"}, recursive=False, known=config.stats or ())
+    listing.others.warn(config.source, ".safetensors")
+    files = listing.files
     if not files:
         raise ValueError(f"convert.source: {config.source} has no .safetensors files")
     counts = [_check_file(file, config) for file in files]
@@ -161,11 +164,8 @@ def _tensors(config: ConvertConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_file(file: Path, config: ConvertConfig) -> int:
     """Check names and shapes in the header of a file; returns its number of images."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: damaged ({error})") from error
+    with open_safetensors(file) as handle:
+        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     wanted = _tensors(config)
     missing = [name for name in wanted if name not in shapes]
     if missing:
@@ -197,7 +197,7 @@ def _samples(
     file: Path, start: int, config: ConvertConfig, note: ChunkNote, digest: hashlib._Hash
 ) -> Iterator[Mapping[str, Any]]:
     """The samples of a file. Updates the statistics in the note, and the digest."""
-    with safe_open(str(file), framework="pt") as handle:
+    with open_safetensors(file) as handle:
         labels = handle.get_tensor("labels")
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= config.num_classes:
             raise ValueError(

@@ -124,12 +124,17 @@ def _write_chunks(
 
 
 def _checked(manifest: Manifest, store: StoreConfig, out: Path) -> Manifest:
-    if manifest.unreadable and not store.skip_unreadable:
-        raise ValueError(
+    if manifest.unreadable:
+        told = (
             f"{len(manifest.unreadable)} images could not be read and are left out, listed in {out}/manifest.json; "
-            f"first: {manifest.unreadable[0]}; set store.skip_unreadable=true to use this folder without them, or "
-            "repair the images and encode into another folder"
+            f"first: {manifest.unreadable[0]}"
         )
+        if not store.skip_unreadable:
+            raise ValueError(
+                f"{told}; set store.skip_unreadable=true to use this folder without them, or repair the images and "
+                "encode into another folder"
+            )
+        logger.warning("%s", told)
     return manifest
 
 

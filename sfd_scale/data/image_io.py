@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from sfd_scale.data.image_metadata import without_metadata
+from sfd_scale.runtime.file_kind import HEAD_BYTES, bytes_error
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ DECODE_ERRORS = (
 )  # fmt: skip
 # Larger pictures are not made whole on the way to a crop: 16 Mi pixels of 4 bytes.
 MAX_RESIZED_PIXELS = 1 << 24
+MAX_IMAGE_BYTES = 1 << 30  # of an image file; Pillow's limit of pixels allows 0.7 GB in BMP
 _MARGIN = 8  # pixels beside a cut; the bicubic filter of an enlargement reads 2
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -67,14 +69,20 @@ def read_rgb(file: Path | BinaryIO, upright: bool = True, name: str | None = Non
         name: for the error message, if `file` is not a path.
 
     Raises:
-        UnreadableImage: names the file, if it is empty, truncated, not an image, or a decompression bomb.
+        UnreadableImage: names the file, if it is empty, truncated, not an image (the message says what it is), or a
+            decompression bomb.
     """
     name = str(file) if name is None else name
     try:
         return _decode(file, upright, name)
     except DECODE_ERRORS as error:
         try:
-            data = file.read_bytes() if isinstance(file, Path) else _from_start(file)
+            data = _bytes_of(file)
+        except OSError:
+            raise UnreadableImage(f"{name}: {error}") from error
+        if problem := bytes_error(name, data[:HEAD_BYTES], "image"):
+            raise UnreadableImage(problem) from error
+        try:
             bare = without_metadata(data)
             if bare is None:
                 raise error
@@ -85,9 +93,14 @@ def read_rgb(file: Path | BinaryIO, upright: bool = True, name: str | None = Non
         return image
 
 
-def _from_start(file: BinaryIO) -> bytes:
+def _bytes_of(file: Path | BinaryIO) -> bytes:
+    """The content of a file; of one that is too large for an image, only the start."""
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return _bytes_of(opened)
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    return file.read()
+    return file.read(size if size <= MAX_IMAGE_BYTES else HEAD_BYTES)
 
 
 def _decode(file: Path | BinaryIO, upright: bool, name: str) -> Image.Image:

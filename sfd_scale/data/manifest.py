@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale import config
-from sfd_scale.runtime.files import sha256, write_json
+from sfd_scale.runtime.files import read_json, sha256, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -63,7 +62,7 @@ class Manifest:
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder}: no {MANIFEST}; encode the data first, or complete an interrupted encode")
-        data = read_json(path)
+        data = _read_object(path)
         number = data.get("format", FORMAT)
         if isinstance(number, int) and number > FORMAT:
             raise ValueError(f"{path}: format {number}; this release reads up to {FORMAT}: update sfd-scale")
@@ -79,7 +78,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no index.json, so this is not a folder of shards")
-    index = read_json(path)
+    index = _read_object(path)
     if not isinstance(index.get("shards"), list):
         raise ValueError(f"{path}: it has no list of shards; encode the data again")
     for shard in index["shards"]:
@@ -119,16 +118,16 @@ def index_sha256(folder: Path) -> str:
     return sha256(folder / "index.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
         ValueError: names the file, if it is not a JSON object.
     """
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error}); encode into this folder again") from error
+        data = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, or encode into this folder again") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: damaged ({type(data).__name__}, not an object); encode into this folder again")
     return data

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from sfd_scale.data.image_files import is_hidden, sort_key
+from sfd_scale.data.image_files import MAX_CLASSES, is_hidden, list_files, sort_key
 from sfd_scale.data.image_io import UnreadableImage, read_image
+from sfd_scale.runtime.file_kind import file_error
 from sfd_scale.runtime.settings import at_least
 
 SPLITS = frozenset({"train", "validation", "val", "test"})
@@ -68,13 +70,13 @@ class ParquetImages:
     def __init__(self, config: ParquetConfig) -> None:
         self.config, self.size, self.upright = config, config.size, config.upright
         self.groups: list[_RowGroup] = []
-        self.labels: list[int] = []
+        self.labels = np.zeros(0, np.int64)
         self.files = _files(config)
         for file in self.files:
             self._scan(file)
-        if not self.labels:
+        if not len(self.labels):
             raise ValueError(f"source.path: the files in {config.path} have no rows")
-        self.num_classes = max(self.labels) + 1
+        self.num_classes = int(self.labels.max()) + 1
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
@@ -92,7 +94,7 @@ class ParquetImages:
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
             raise UnreadableImage(f"{name}: the image is null")
-        return read_image(io.BytesIO(content), self.size, self.upright, name), self.labels[index]
+        return read_image(io.BytesIO(content), self.size, self.upright, name), int(self.labels[index])
 
     def _scan(self, file: Path) -> None:
         """Add a file: its row groups, from the footer, and its labels."""
@@ -100,22 +102,24 @@ class ParquetImages:
         try:
             with parquet.ParquetFile(file) as opened:
                 self._check_columns(file, opened, pyarrow)
+                _check_rows(file, opened.metadata.num_rows)
                 column = opened.read([self.config.label], use_threads=False).column(0)
                 counts = [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: not a complete Parquet file ({error})") from error
-        labels = column.to_pylist()
-        wrong = next((row for row, label in enumerate(labels) if label is None or label < 0), None)
-        if wrong is not None:
+            raise ValueError(file_error(file, "parquet", error)) from error
+        labels = column.cast(pyarrow.int64(), safe=False).fill_null(-1).to_numpy()
+        wrong = np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))
+        if len(wrong):
             raise ValueError(
-                f"{file}, row {wrong}: {self.config.label} {labels[wrong]} is not a class index; allowed: 0 and up"
+                f"{file}, row {wrong[0]}: {self.config.label} {column[int(wrong[0])].as_py()} is not a class index; "
+                f"allowed: 0 to {MAX_CLASSES - 1:,}"
             )
         first = 0
         for number, count in enumerate(counts):
             if count:
                 self.groups.append(_RowGroup(file, number, len(self.labels) + first, first))
             first += count
-        self.labels += labels
+        self.labels = np.concatenate([self.labels, labels])
 
     def _check_columns(self, file: Path, opened: Any, pyarrow: Any) -> None:
         schema, types = opened.schema_arrow, pyarrow.types
@@ -166,10 +170,24 @@ class ParquetImages:
         return column
 
 
+def _check_rows(file: Path, rows: int) -> None:
+    """Refuse a footer that claims more rows than the file has bytes: each row takes memory for its label.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if rows > file.stat().st_size:
+        raise ValueError(f"{file}: {rows:,} rows in {file.stat().st_size:,} bytes; allowed: one image in each row")
+
+
 def _files(config: ParquetConfig) -> list[Path]:
     files = [config.path]
     if config.path.is_dir():
         files = sorted((path for path in config.path.glob(config.files) if not is_hidden(path)), key=sort_key)
+        listing = list_files(config.path, {".parquet"})
+        for path in set(listing.files) - set(files):
+            listing.others.add(".parquet of another name or folder", str(path))
+        listing.others.warn(config.path, config.files)
     if not files or not files[0].is_file():
         raise ValueError(f"source.path: {config.path} is neither a Parquet file nor a folder with {config.files}")
     splits = sorted({file.name.partition("-")[0] for file in files} & SPLITS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from sfd_scale.data.cache import ShardCache, fetch_description
 from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, index_sha256, read_index
 from sfd_scale.data.mds_reader import MAX_OPEN_FILES, REPAIR, MDSReader, SampleReader, Shard
@@ -111,5 +109,5 @@ def check_data(path: Path) -> list[str]:
 def _stats_hash(path: Path) -> str | None:
     try:
         return LatentStats.load(path).hash
-    except (OSError, ValueError, SafetensorError):
+    except ValueError:
         return None

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from sfd_scale.data.image_files import SUFFIXES, class_folders, list_files, warn_of_others
+from sfd_scale.data.image_files import IMAGES, class_folders, list_files
 from sfd_scale.data.image_io import read_image
 from sfd_scale.data.manifest import Manifest
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
@@ -111,7 +111,7 @@ class ToyImages:
 
 
 class ImageFolder:
-    """The images of FolderConfig. Hidden files and folders are ignored; linked folders are read.
+    """The images of FolderConfig. Hidden files and folders are left out; linked folders are read.
 
     Attributes:
         classes: class names, by class index.
@@ -130,12 +130,11 @@ class ImageFolder:
         self.files: list[tuple[Path, int]] = []
         for label, folder in enumerate(classes):
             listing = list_files(folder)
-            others += listing.others
+            others.update(listing.others)
             if not listing.files:
-                kinds = ", ".join(sorted(SUFFIXES))
-                raise ValueError(f"source.path: the class folder {folder} has no image ({kinds})")
+                raise ValueError(f"source.path: the class folder {folder} has no image ({IMAGES})")
             self.files += [(path, label) for path in listing.files]
-        warn_of_others(config.path, others)
+        others.warn(config.path, IMAGES)
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
         self.classes = tuple(folder.name for folder in classes)
 

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from sfd_scale.data.image_files import SUFFIXES, list_files
-from sfd_scale.data.image_io import UnreadableImage, read_image
+from sfd_scale.data.image_files import IMAGES, MAX_CLASSES, SUFFIXES, FolderListing, LeftOut, list_files
+from sfd_scale.data.image_io import MAX_IMAGE_BYTES, UnreadableImage, read_image
+from sfd_scale.runtime.file_kind import file_error
 from sfd_scale.runtime.settings import at_least
 
 
@@ -45,6 +46,9 @@ class _Member(NamedTuple):
     label: int
 
 
+_CLASS_RULE = f"each image needs a .cls member with a class index, 0 to {MAX_CLASSES - 1:,}"
+
+
 class TarImages:
     """The images of TarConfig.
 
@@ -59,19 +63,23 @@ class TarImages:
 
     def __init__(self, config: TarConfig) -> None:
         folder = config.path.is_dir()
-        self.files = list_files(config.path, {".tar"}, recursive=False).files if folder else [config.path]
+        listing = list_files(config.path, {".tar"}, recursive=False) if folder else FolderListing([config.path])
+        listing.others.warn(config.path, ".tar")
+        self.files = listing.files
         if not self.files or not self.files[0].is_file():
             raise ValueError(f"source.path: {config.path} is neither a tar file nor a folder with tar files")
         self.members: list[_Member] = []
         labelled: dict[bool, Path] = {}
+        others = LeftOut()
         for number, file in enumerate(self.files):
-            members, has_labels = _scan(file, number)
+            members, has_labels = _scan(file, number, others)
             self.members += members
             labelled[has_labels] = file
         if len(labelled) > 1:
             raise ValueError(
                 f"{labelled[False]}: has no .cls members, but {labelled[True]} has; allowed: in all files, or in none"
             )
+        others.warn(config.path, IMAGES)
         self.num_classes = max(member.label for member in self.members) + 1
         self.size, self.upright = config.size, config.upright
 
@@ -89,34 +97,65 @@ class TarImages:
         return read_image(io.BytesIO(content), self.size, self.upright, name), member.label
 
 
-def _scan(file: Path, number: int) -> tuple[list[_Member], bool]:
+def _scan(file: Path, number: int, others: LeftOut) -> tuple[list[_Member], bool]:
     """The images of a tar file, from its headers, and whether .cls members give their classes.
 
     Args:
         number: the class of all images if there are no .cls members.
+        others: gets the members that are neither.
     """
-    images: list[tuple[str, int, int]] = []
-    labels: dict[str, int] = {}
+    images: list[tarfile.TarInfo] = []
+    words: dict[str, bytes] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
                 stem, _, suffix = member.name.rpartition(".")
-                if f".{suffix.lower()}" in SUFFIXES and member.isfile():
-                    images.append((member.name, member.offset_data, member.size))
-                elif suffix == "cls" and member.isfile():
+                if member.isfile() and f".{suffix.lower()}" in SUFFIXES:
+                    images.append(member)
+                elif member.isfile() and suffix == "cls":
                     content = tar.extractfile(member)
                     assert content is not None
-                    labels[stem] = int(content.read(32))
-    except (tarfile.TarError, ValueError, OSError) as error:
-        raise ValueError(f"{file}: not a complete, uncompressed tar file ({error})") from error
+                    words[stem] = content.read(32)
+                elif not member.isdir():
+                    others.add(f".{suffix} in tar files" if "." in member.name else "without suffix", member.name)
+    # MemoryError and others: headers of names that claim to be very long.
+    except (tarfile.TarError, ValueError, OSError, MemoryError, OverflowError, RecursionError) as error:
+        raise ValueError(file_error(file, "tar", error)) from error
     if not images:
-        raise ValueError(f"{file}: has no image ({', '.join(sorted(SUFFIXES))})")
-    missing = [name for name, *_ in images if name.rpartition(".")[0] not in labels] if labels else []
-    if missing or any(label < 0 for label in labels.values()):
-        image = missing[0] if missing else "an image"
-        raise ValueError(f"{file}: {image} has no class; each image needs a .cls member with a class index, 0 and up")
+        raise ValueError(f"{file}: has no image ({IMAGES})")
+    _check_sizes(file, images)
+    labels = {stem: _class_index(file, stem, word) for stem, word in words.items()}
+    missing = [image.name for image in images if image.name.rpartition(".")[0] not in labels] if labels else []
+    if missing:
+        raise ValueError(f"{file}: {missing[0]} has no class; {_CLASS_RULE}")
     members = [
-        _Member(file, start, size, name, labels[name.rpartition(".")[0]] if labels else number)
-        for name, start, size in images
-    ]
+        _Member(
+            file, image.offset_data, image.size, image.name,
+            labels[image.name.rpartition(".")[0]] if labels else number,
+        )
+        for image in images
+    ]  # fmt: skip
     return members, bool(labels)
+
+
+def _class_index(file: Path, stem: str, word: bytes) -> int:
+    text = word.decode("ascii", errors="replace").strip()
+    if not text.isdecimal() or int(text) >= MAX_CLASSES:
+        raise ValueError(f"{file}: {stem}.cls holds {text!r}; {_CLASS_RULE}")
+    return int(text)
+
+
+def _check_sizes(file: Path, images: list[tarfile.TarInfo]) -> None:
+    """Check the sizes in the headers before an image is read: a read takes the memory that the header claims.
+
+    Raises:
+        ValueError: names the member.
+    """
+    end = file.stat().st_size
+    for image in images:
+        if image.issparse():
+            raise ValueError(f"{file}: {image.name} is stored as a sparse file; allowed: plain members")
+        if image.size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{file}: {image.name} has {image.size:,} bytes; allowed: up to {MAX_IMAGE_BYTES:,}")
+        if image.offset_data + image.size > end:
+            raise ValueError(f"{file} is truncated: {image.name} ends after it; download or copy it again")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -17,16 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from sfd_scale.data.manifest import MANIFEST, STATS, Manifest, StoredDtype, index_sha256
 from sfd_scale.data.mosaic import streaming
-from sfd_scale.diffusion.latents import StatsAccumulator
+from sfd_scale.diffusion.latents import StatsAccumulator, constant_channels_error
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
-from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.files import read_json, write_json
 from sfd_scale.runtime.locks import folder_lock
+from sfd_scale.runtime.weight_files import read_safetensors
 
+logger = logging.getLogger(__name__)
 CHUNKS = "chunks"
 
 
@@ -68,7 +71,7 @@ def require_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
     distributed.barrier()
     if not path.exists():
         raise ValueError(f"out: {out} holds shards but no recipe.json that says of what; give another folder")
-    if json.loads(path.read_text(encoding="utf-8")) != wanted:
+    if read_json(path) != wanted:
         raise ValueError(
             f"out: {out} holds data of another recipe (its recipe.json); give another folder, or remove it"
         )
@@ -127,6 +130,9 @@ def write_chunk(
             raise
     shutil.rmtree(final, ignore_errors=True)  # if its shards were lost
     os.replace(partial, final)
+    if chunk == 0 and note.stats is not None and (constant := note.stats.constant_channels()):
+        # The error comes at the end. It is known now, before the work on all other chunks.
+        logger.warning("%s: after the first chunk: %s", out, constant_channels_error(constant, len(note.stats.mean)))
 
 
 @contextmanager
@@ -184,9 +190,9 @@ def _join(out: Path, count: int, description: Description) -> None:
                 os.replace(own, out / name)
             shard["raw_data"]["basename"] = name
             shards.append(shard)
-        unreadable += json.loads((folder / "note.json").read_text(encoding="utf-8"))
+        unreadable += read_json(folder / "note.json")
         if (folder / STATS).exists():
-            part = StatsAccumulator.from_state(load_file(folder / STATS))
+            part = StatsAccumulator.from_state(read_safetensors(folder / STATS))
             stats = StatsAccumulator(part.mean.numel()) if stats is None else stats
             stats.merge(part)
     if not shards:
@@ -195,7 +201,10 @@ def _join(out: Path, count: int, description: Description) -> None:
     write_json(out / "index.json", {"version": 2, "shards": shards}, sort_keys=True)
     stats_hash = None
     if stats is not None:
-        finished = stats.finish()
+        try:
+            finished = stats.finish()
+        except ValueError as error:
+            raise ValueError(f"{out}: {error}") from error
         finished.save(out / STATS)
         stats_hash = finished.hash
     Manifest(
@@ -212,7 +221,7 @@ def _folder(out: Path, chunk: int) -> Path:
 
 def _shards(folder: Path) -> list[dict[str, Any]]:
     """The shards of a chunk's own index that hold samples."""
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "index.json")
     return [shard for shard in index["shards"] if shard["samples"]]
 
 

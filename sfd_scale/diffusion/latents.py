@@ -9,6 +9,7 @@ N batch · C channels (T texture + S semantic) · H, W latent grid · D feature 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from sfd_scale.runtime.files import write_atomically
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.torch_file import TorchFile
 
+# A std below this share of the mean is the rounding of float32 arithmetic.
+CONSTANT = 1e-6
 DETERMINISTIC_LOGVAR = -30.0  # stored for the latents of a codec without posterior variance
 
 
@@ -89,8 +92,14 @@ class LatentStats:
             raise ValueError(
                 f"statistics of shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}; allowed: (C,) for both"
             )
-        if not bool((self.std > 0).all() and self.std.isfinite().all() and self.mean.isfinite().all()):
-            raise ValueError("statistics with a value that is not finite, or a std of 0: is a channel constant?")
+        wrong = ~(self.std.isfinite() & self.mean.isfinite())
+        if bool(wrong.any()):
+            raise ValueError(
+                f"latent {_listed(wrong.nonzero().flatten().tolist(), len(self.std))}: mean or std is not finite; "
+                "compute the statistics again, from latents that are finite"
+            )
+        if constant := (self.std <= 0).nonzero().flatten().tolist():
+            raise ValueError(constant_channels_error(constant, len(self.std)))
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x − mean) / std for raw latents (N, C, H, W)."""
@@ -121,14 +130,20 @@ class LatentStats:
 
     @classmethod
     def load(cls, path: Path) -> LatentStats:
-        """Raises ValueError for a damaged file, or one without mean and std."""
-        from safetensors import SafetensorError, safe_open
+        """Read a file of `save`.
 
+        Raises:
+            ValueError: names the file, if it is damaged, is another kind of file, or a channel is constant.
+        """
+        from sfd_scale.runtime.weight_files import read_safetensors  # here: models and losses need torch alone
+
+        state = read_safetensors(path)
+        if not {"mean", "std"} <= state.keys():
+            raise ValueError(f"{path}: not latent statistics: it has {', '.join(sorted(state))}, not mean and std")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                return cls(file.get_tensor("mean"), file.get_tensor("std"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a file of latent statistics: {error}") from error
+            return cls(state["mean"], state["std"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def from_official(cls, texture: Path, semantic: Path, layout: LatentLayout | None = None) -> LatentStats:
@@ -140,7 +155,12 @@ class LatentStats:
         counts = (None, None) if layout is None else (layout.texture_channels, layout.semantic_channels)
         parts = [_official_stats(path, count) for path, count in zip((texture, semantic), counts, strict=True)]
         mean, std = (torch.cat([part[key].double().flatten() for part in parts]) for key in ("mean", "std"))
-        return cls(mean, std)
+        try:
+            return cls(mean, std)
+        except ValueError as error:
+            raise ValueError(
+                f"{texture} (the first {parts[0]['mean'].numel()} channels), {semantic}: {error}"
+            ) from error
 
 
 def _official_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
@@ -151,6 +171,27 @@ def _official_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
     if channels is not None and found["mean"].numel() != channels:
         raise ValueError(f"{path}: {found['mean'].numel()} channels; allowed here: {channels} (give texture first)")
     return found
+
+
+def constant_channels_error(constant: Sequence[int], channels: int) -> str:
+    """A sentence that names constant channels of `channels`, and the usual causes."""
+    return (
+        f"latent {_listed(constant, channels)}: constant, so normalisation would divide by 0; usual causes: an "
+        "encoder without its trained weights, a codec with unused channels, or a source of equal images"
+    )
+
+
+def _listed(numbers: Sequence[int], channels: int) -> str:
+    """Channel numbers in order, runs as `first-last`: "channels 3, 32-47 of 48"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    names = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    more = f" and {len(names) - 12} more ranges" if len(names) > 12 else ""
+    return f"channel{'s' if len(numbers) > 1 else ''} {', '.join(names[:12])}{more} of {channels}"
 
 
 class StatsAccumulator:
@@ -193,7 +234,18 @@ class StatsAccumulator:
         new.count, new.mean, new.m2 = (state[key].double() for key in ("count", "mean", "m2"))
         return new
 
+    def constant_channels(self) -> list[int]:
+        """Channels whose std is 0 up to the precision of float32."""
+        return ((self.m2 / self.count).sqrt() <= CONSTANT * self.mean.abs()).nonzero().flatten().tolist()
+
     def finish(self) -> LatentStats:
+        """The statistics of all samples.
+
+        Raises:
+            ValueError: if there are none, or naming the channels that are constant.
+        """
         if self.count == 0:
             raise ValueError("latent statistics of no samples; encode at least one image")
+        if constant := self.constant_channels():
+            raise ValueError(constant_channels_error(constant, len(self.mean)))
         return LatentStats(self.mean, (self.m2 / self.count).sqrt())

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sfd_scale.runtime.file_kind import file_error, require_kind
+
 
 @contextmanager
 def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
@@ -62,6 +64,19 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     """Write indented JSON, `atomically`."""
     write_atomically(path, f"{json.dumps(value, indent=1, sort_keys=sort_keys)}\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: names the file and says what it is, if it is missing or no JSON file.
+    """
+    require_kind(path, "json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(file_error(path, "json", error)) from error
 
 
 def sha256(path: Path, on_read: Callable[[int], None] | None = None) -> str:

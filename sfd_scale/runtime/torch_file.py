@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfd_scale.runtime.file_kind import file_error, require_kind
+
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -37,8 +39,6 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_LFS_HEAD = b"version https://git-lfs.github.com"
-_ZIP_HEAD = b"PK\x03\x04"
 _MAX_SETTINGS = 100_000
 
 
@@ -140,7 +140,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check_head(path)
+        require_kind(path, "torch")
         try:
             self._zip = zipfile.ZipFile(path)
             self._root = next(n for n in self._zip.namelist() if n.endswith("data.pkl")).removesuffix("data.pkl")
@@ -150,7 +150,7 @@ class TorchFile:
             order = self._zip.read(f"{self._root}byteorder") if f"{self._root}byteorder" in names else b"little"
             self.content: Any = _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}; download it again") from error
+            raise ValueError(file_error(path, "torch", error)) from error
         except StopIteration:
             raise ValueError(f"{path} is a zip file, but not of torch.save: it has no data.pkl") from None
         except Exception as error:
@@ -195,20 +195,6 @@ class TorchFile:
                 f"{self.path} is damaged: a tensor of shape {lazy.shape} exceeds its storage of {storage.count}"
             )
         return storages[storage].as_strided(lazy.shape, lazy.stride, lazy.offset)
-
-
-def _check_head(path: Path) -> None:
-    """Raise a clear error for files that are often given by mistake."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(len(_LFS_HEAD))
-    if head == _LFS_HEAD:
-        raise ValueError(f"{path} is a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if not head.startswith(_ZIP_HEAD):
-        raise ValueError(f"{path} is not a torch checkpoint (torch.save of 1.6 or later makes zip files)")
 
 
 def plain(value: Any) -> Any:

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sfd_scale.runtime.file_kind import file_error, require_kind
 from sfd_scale.runtime.torch_file import LazyTensor, TorchFile
 
 State = dict[str, Tensor]
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """The open file of `safetensors.safe_open`, for the CPU.
+
+    Raises:
+        ValueError: names the file and says what it is, if it is no safetensors file, is damaged, or lacks a tensor that
+            is asked for.
+    """
+    require_kind(path, "safetensors")
+    try:
+        file = safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(file_error(path, "safetensors", error)) from error
+    with file as opened:
+        try:
+            yield opened
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def read_safetensors(path: Path) -> State:
+    """All tensors of a safetensors file, on the CPU. Errors are those of `open_safetensors`."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file. Errors are those of `open_safetensors`."""
+    with open_safetensors(path) as file:
+        return file.metadata() or {}
 
 
 _PREFIXES = ("module.", "_orig_mod.")
@@ -39,7 +72,7 @@ _WEIGHTS = ("state_dict", "model_state_dict", "ema", "model")
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
-    """Read a state dict from a safetensors or torch file.
+    """Read a state dict from a safetensors or torch file. The content of the file decides, not its name.
 
     In a torch file it is the whole content, or below a usual key (`_WEIGHTS`; the official semantic VAE training writes
     model_state_dict).
@@ -50,13 +83,8 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
     Raises:
         ValueError: names the file, if it cannot be read or holds no state dict.
     """
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        try:
-            return {name: value for name, value in load_file(path).items() if name.startswith(prefixes)}
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if require_kind(path, "weights") == "safetensors":
+        return {name: value for name, value in read_safetensors(path).items() if name.startswith(prefixes)}
     file = TorchFile(path)
     candidates = [file.content]
     if isinstance(file.content, dict):

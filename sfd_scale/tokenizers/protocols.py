@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sfd_scale.runtime import weight_files
 from sfd_scale.runtime.matmul import allow_tf32, no_tf32
 
 M = TypeVar("M", bound=nn.Module)
@@ -167,9 +166,9 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"weights: {path}; allowed: an existing safetensors file of {what}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights: {path} is not a safetensors file of {what}: {error}") from error
+        return weight_files.read_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"weights: {error}; allowed: a file of {what}") from error
 
 
 def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:

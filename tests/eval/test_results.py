@@ -56,9 +56,9 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(
 
 def test_files_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(RELEASED.read_text()[:500])
-    with pytest.raises(ValueError, match="x.json: not a readable results.json"):
+    with pytest.raises(ValueError, match="x.json is truncated or damaged"):
         Results.read(tmp_path / "x.json")
-    with pytest.raises(ValueError, match="results.json: not a readable results.json"):
+    with pytest.raises(ValueError, match="results.json: no such file"):
         Results.read(tmp_path)
 
 

@@ -173,7 +173,7 @@ def test_samples_that_cannot_be_scored(tmp_path: Path, reference: NpzSource) -> 
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     refused(tmp_path / "other.npz", "holds images; images have to be named arr_0")
     (tmp_path / "torn.npz").write_bytes(stored.read_bytes()[:100])
-    refused(tmp_path / "torn.npz", "not a readable .npz")
+    refused(tmp_path / "torn.npz", "torn.npz is truncated: the list of its contents")
     refused(tmp_path / "none", "there is nothing at this path")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no images in it")

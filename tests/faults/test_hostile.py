@@ -144,7 +144,7 @@ def test_a_safetensors_header_that_claims_a_terabyte(tmp_path: Path) -> None:
     for name, data in (("claim", struct.pack("<Q", len(header)) + header), ("length", struct.pack("<Q", 1 << 40))):
         file = tmp_path / f"{name}.safetensors"
         file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"{name}.safetensors: damaged"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is (truncated: 92 of|not a safetensors file)"):
             load_weights(file)
 
 
@@ -192,7 +192,7 @@ def test_a_png_bomb_and_a_decoder_of_another_format(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png)
     # PostScript under the name of a JPEG: Pillow would run Ghostscript on it.
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nquit\n")
-    for name, message in (("bomb.png", "decompression bomb"), ("script.jpg", "cannot identify")):
+    for name, message in (("bomb.png", "decompression bomb"), ("script.jpg", "is a PostScript file")):
         with pytest.raises(UnreadableImage, match=message):
             read_image(tmp_path / name, 32)
         with pytest.raises(ValueError, match=message):

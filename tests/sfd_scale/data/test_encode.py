@@ -145,7 +145,7 @@ def test_moments_and_bfloat16(tmp_path: Path) -> None:
         encode(digits(4), tokenizer(), StoreConfig(latents="moments"), tmp_path / "b", {"store": {}})
 
 
-def test_unreadable_images_are_listed_and_end_the_run(tmp_path: Path) -> None:
+def test_unreadable_images_are_listed_and_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for label in ("a", "b"):
         (tmp_path / "in" / label).mkdir(parents=True)
         for i in range(10):
@@ -161,7 +161,8 @@ def test_unreadable_images_are_listed_and_end_the_run(tmp_path: Path) -> None:
             encode_digits(out, 20, source, **options)
     manifest = encode_digits(out, 20, source, skip_unreadable=True, **options)
     assert manifest.num_samples == 11 and len(manifest.unreadable) == 9
-    assert [line.split(": ")[0][-7:] for line in manifest.unreadable[:2]] == ["a/3.png", "b/0.png"]
+    assert [line.split(" is ")[0][-7:] for line in manifest.unreadable[:2]] == ["a/3.png", "b/0.png"]
+    assert "9 images could not be read and are left out" in caplog.text, "a warning, if they may be left out"
     rows = open_shards(out)
     assert [rows[i]["id"] for i in range(11)] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 18, 19]
     assert [rows[i]["label"] for i in range(11)] == [0] * 9 + [1] * 2

@@ -201,10 +201,11 @@ def test_a_listing_follows_links_once_and_ends_cycles(tmp_path: Path) -> None:
     os.mkfifo(root / "pipe.png")
     listing = list_files(root)
     assert names(root) == ["a/1.png", "b/2.PNG", "c/z.png", "e.png", "f.png/4.png", "gone.png"]
-    assert listing.others == {
+    assert listing.others.counts == {
         "links to a folder above or read already": 3,
         "devices, pipes or sockets": 1,
         ".txt": 1,
+        "hidden": 2,
     }
 
 
@@ -223,7 +224,8 @@ def test_a_class_that_links_to_the_whole_folder_is_no_class(tmp_path: Path, capl
     (tmp_path / "in" / "c1" / "up").symlink_to("..")
     source = ImageFolder(FolderConfig(path=tmp_path / "in", size=4))
     assert source.classes == ("c0", "c1") and [label for _, label in source.files] == [0, 1]
-    assert "2 links to a folder above" in caplog.text and "1 .png" in caplog.text and "1 .md" in caplog.text
+    assert "2 links to a folder above or read already (c2, c1/up)" in caplog.text
+    assert "1 .png beside the class folders (top.png)" in caplog.text and "(readme.md)" in caplog.text
 
 
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1, max_size=12)

@@ -85,5 +85,8 @@ def test_feature_pca(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none.safetensors; allowed: an existing"):
         FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "none.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense, not tensors")
-    with pytest.raises(ValueError, match="bad.safetensors is not a safetensors file"):
+    with pytest.raises(
+        ValueError,
+        match="bad.safetensors is a text file .*, not a safetensors file; .*allowed: a file of a feature PCA",
+    ):
         FeaturePCA.load(FeaturePCAConfig(weights=tmp_path / "bad.safetensors"))
