@@ -1,10 +1,10 @@
-# CUDA 13 image with flash-attn, sshd and pdsh. The WORKDIR is the checkout, with recipes/, launchers/ and eval/.
+# CUDA 13.2 image, the CUDA of the locked torch, with flash-attn, sshd and pdsh. The WORKDIR is the checkout, with recipes/, launchers/ and eval/.
 #   docker build -t sfd-scale .                                   (FLASH_ATTN=0 skips flash-attn and saves an hour)
 #   docker run --gpus all --ipc=host -v /data:/opt/sfd-scale/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
 #   docker run --gpus all --ipc=host --network=host -v ~/.ssh:/home/sfd/.ssh sfd-scale launchers/sshd.sh    (a node)
 # For the same image at every rebuild, give the base by digest; `docker buildx imagetools inspect TAG` prints it:
 #   docker build --build-arg CUDA_IMAGE=nvidia/cuda@sha256:... .
-ARG CUDA_IMAGE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
+ARG CUDA_IMAGE=nvidia/cuda:13.2.1-cudnn-devel-ubuntu24.04
 
 FROM ${CUDA_IMAGE} AS build
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -26,6 +27,7 @@ from sfd_scale.runtime import network
 from sfd_scale.runtime.device import fast_bf16, has_bf16
 
 GIB = 2**30
+DRIVER = 580  # the oldest branch of the driver that runs CUDA 13, the CUDA of the locked torch
 Level = Literal["ok", "warning", "error"]
 
 
@@ -76,7 +78,7 @@ def accelerator() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if present:
             cause = f"{present} GPUs, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them"
-            yield Finding("error", "accelerator", f"{cause}; install a newer driver, or a torch for this one's CUDA")
+            yield Finding("error", "accelerator", f"{cause}; {_driver_advice()}")
         else:
             yield Finding("warning", "accelerator", "no GPU; set DS_ACCELERATOR=cpu, and train small models only")
         return
@@ -84,6 +86,19 @@ def accelerator() -> Iterator[Finding]:
         card = torch.cuda.get_device_properties(index)
         text = f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute capability {card.major}.{card.minor}"
         yield Finding("ok", f"cuda:{index}", text)
+
+
+def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> int | None:
+    """The branch of the NVIDIA driver of this machine, such as 580; None without one."""
+    found = re.search(r"\s(\d{3,})\.\d+", path.read_text()) if path.is_file() else None
+    return None if found is None else int(found[1])
+
+
+def _driver_advice() -> str:
+    release = driver_release()
+    if release is not None and release < DRIVER:
+        return f"its driver is r{release}, and CUDA 13 needs r{DRIVER} or newer"
+    return f"CUDA 13 needs a driver of branch r{DRIVER} or newer"
 
 
 def _device() -> torch.device:

@@ -7,6 +7,7 @@ engine's hooks, which gather and free weights, run outside the checkpointed and 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sfd_scale.models.layers import RMSNorm
 from sfd_scale.runtime.matmul import inherit_matmul_mode
 
 Checkpointing = Literal["none", "selective", "block"]
@@ -72,15 +74,30 @@ def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: boo
         object.__setattr__(block, "forward", forward)
 
 
+def float32_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that autocast leaves in float32: of norms and embeddings. Rounding them gains no speed."""
+    layers = (RMSNorm, nn.LayerNorm, nn.Embedding)
+    return [p for module in model.modules() if isinstance(module, layers) for p in module.parameters(recurse=False)]
+
+
 # Float8 is for the matmuls over all tokens. Those of the condition and of the first and last layer are small, and need
 # more precision.
+_TORCHAO = "0.18"
 _FLOAT8 = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", "mlp.fc1", "mlp.fc2")
 
 
 def float8_missing(device: torch.device) -> str | None:
     """Why float8 matmuls cannot run on this device, or None if they can."""
-    if importlib.util.find_spec("torchao") is None:
-        return "it needs the package torchao"
+    found = importlib.metadata.version("torchao") if importlib.util.find_spec("torchao") else None
+    if found is None:
+        return f"it needs the package torchao, release {_TORCHAO} or newer"
+    from packaging.version import (
+        Version,
+    )  # here: benchmarks/gpu imports this file on machines with torch and numpy alone
+
+    if Version(found) < Version(_TORCHAO):
+        # Its compiled float8 kernels of backward can give NaN or Inf.
+        return f"it needs torchao {_TORCHAO} or newer, and {found} is installed"
     if device.type != "cuda":
         return "it needs a CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 9):

@@ -174,6 +174,7 @@ class DeepSpeedEngine:
         prepare_blocks(model, config.activation_checkpointing, config.compile, check=config.zero_stage < 3)
         # Stage 3 replaces this function for the whole process. `close` puts it back, for other models of the process.
         self._linear = nn.functional.linear
+        self._sums: dict[nn.Parameter, Tensor] = {}
         self._client = _client_optimizer(model, optimizer, config)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
@@ -189,8 +190,24 @@ class DeepSpeedEngine:
         return self._engine
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # `last` is not needed: without managed_gradient_accumulation, `step` ends the accumulation.
+        # Without managed_gradient_accumulation, `step` ends the accumulation.
         self._engine.backward(loss, scale_wrt_gas=False)
+        if self.config.zero_stage == 1 and self.config.precision == "bf16":
+            self._accumulate_in_float32(last)
+
+    def _accumulate_in_float32(self, last: bool) -> None:
+        """Stage 1 adds micro-batches up in bf16. Here they are summed in float32, and the sum is rounded once."""
+        if last and not self._sums:
+            return
+        params = [param for param in self._engine.module.parameters() if param.grad is not None]
+        for param in params:
+            if param in self._sums:
+                self._sums[param].add_(param.grad)
+            else:
+                self._sums[param] = param.grad.float()
+            param.grad = self._sums[param].to(param.dtype) if last else None
+        if last:
+            self._sums.clear()
 
     def step(self, lr: float) -> StepResult:
         set_lr(self._client, lr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from sfd_scale.engines.block_transforms import blocks_of, prepare_blocks, use_float8
+from sfd_scale.engines.block_transforms import blocks_of, float32_parameters, prepare_blocks, use_float8
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
@@ -109,7 +110,10 @@ class FSDPEngine:
         pinned = self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.cpu_offload else OffloadPolicy()
         # cast_forward_inputs would round the diffusion time to bf16, which makes the error of the loss 8 times larger.
-        policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False,
+            param_dtype_override_fn=_keeping(float32_parameters(model)),
+        )  # fmt: skip
         for block in blocks_of(model):
             fully_shard(
                 block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
@@ -191,6 +195,12 @@ class FSDPEngine:
             if local.numel():
                 fragments.append(Fragment(name, tuple(param.shape), start, local, exp_avg, exp_avg_sq, primary))
         return fragments
+
+
+def _keeping(kept: list[nn.Parameter]) -> Callable[[nn.Parameter], torch.dtype | None]:
+    """For FSDP2's policy: the type of these parameters in forward is their own; None stands for the policy's."""
+    ids = {id(param) for param in kept}
+    return lambda param: param.dtype if id(param) in ids else None
 
 
 def _local(tensor: Tensor) -> Tensor:

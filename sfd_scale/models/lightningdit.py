@@ -210,7 +210,8 @@ class Trunk(FixedBuffers):
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         tokens = tokens.float() + self.pos_embed  # (N, T, D)
         time = self.embed_time(t_texture, t_semantic)
-        condition = time + self.y_embedder(y)  # (N, D)
+        # An engine may leave label rows in float32. The blocks take their dtype from the condition.
+        condition = (time + self.y_embedder(y)).to(time.dtype)  # (N, D)
         projected: Tensor | None = None
         aligned = None if self.trunk.alignment is None else self.trunk.alignment.depth
         for index, block in enumerate(islice(self.blocks, self.trunk.dimensions.depth), start=1):

@@ -78,11 +78,13 @@ def memory_per_rank(
     activations = micro_batch * int(getattr(model.activations, engine.activation_checkpointing))
     group = shard_group(engine, ranks, ranks_per_node)
     if isinstance(engine, DeepSpeedConfig):
-        return _deepspeed(model, engine, ranks, activations)
+        return _deepspeed(model, engine, ranks, grad_accum_steps, activations)
     return _fsdp(model, engine, group, grad_accum_steps, activations)
 
 
-def _deepspeed(model: Footprint, engine: DeepSpeedConfig, ranks: int, activations: int) -> Memory:
+def _deepspeed(
+    model: Footprint, engine: DeepSpeedConfig, ranks: int, grad_accum_steps: int, activations: int
+) -> Memory:
     weight, whole, stage = BYTES[engine.precision], model.parameters, engine.zero_stage
     if stage == 0:  # fp32: the weights are the masters
         return Memory(4 * whole, 4 * whole, 8 * whole, 4 * whole, model.buffers, activations)
@@ -93,8 +95,9 @@ def _deepspeed(model: Footprint, engine: DeepSpeedConfig, ranks: int, activation
         align = _ZERO_ALIGNMENT * ranks
         part = math.ceil(whole / align) * align // ranks
         params = weight * part * ranks
-        # Stage 1 keeps them whole until it reduces, after backward.
-        gradients = weight * whole if stage == 1 else 4 * part
+        # Stage 1 keeps them whole until it reduces, after backward; micro-batches add up in fp32.
+        sums = 4 * whole if grad_accum_steps > 1 and weight < 4 else 0
+        gradients = weight * whole + sums if stage == 1 else 4 * part
     else:
         # Small parameters stay whole on every rank, beside their part.
         small = sum(n for n in map(math.prod, model.shapes) if n <= engine.persistent_elements)

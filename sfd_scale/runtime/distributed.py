@@ -39,10 +39,12 @@ def init(timeout_s: float = 600.0) -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
     network.set_interfaces(os.environ)
+    backend, own = "gloo", None
     if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        # Without the device, NCCL guesses it from the rank, and connects at the first collective instead of here.
+        backend, own = "cpu:gloo,cuda:nccl", device()
+        torch.cuda.set_device(own)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=own)
 
 
 def shutdown() -> None:
@@ -81,7 +83,10 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    """Wait for all ranks: on the host, by gloo. With a GPU in the process group, dist.barrier would take NCCL."""
+    if dist.is_initialized() and torch.cuda.is_available():
+        dist.all_reduce(torch.zeros(()))
+    elif dist.is_initialized():
         dist.barrier()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -76,17 +76,30 @@ def allow_tf32() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _float32(form: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Applies to all threads of the process."""
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
+    """Applies to all threads of the process.
+
+    PyTorch refuses to read an old flag (`allow_tf32`) that disagrees with the new ones (`fp32_precision`). Both are
+    set, so that other code, such as a feature extractor of the user, can read and write either.
+    """
+    before = [backend.fp32_precision for backend in _float32_backends()]
+    _set_float32((form, form, form))
     try:
-        for backend in backends:
-            backend.fp32_precision = form
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        _set_float32(before)
+
+
+def _float32_backends() -> tuple[Any, Any, Any]:
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul
+
+
+def _set_float32(forms: Sequence[str]) -> None:
+    """The precision of convolutions, recurrent layers, matmuls. An old flag resets the new ones, so it comes first."""
+    torch.backends.cudnn.allow_tf32 = forms[0] == forms[1] == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = forms[2] == "tf32"
+    for backend, form in zip(_float32_backends(), forms, strict=True):
+        backend.fp32_precision = form
 
 
 def inherit_matmul_mode() -> contextlib.AbstractContextManager[Any]:

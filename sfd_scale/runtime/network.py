@@ -83,8 +83,9 @@ def set_interfaces(environment: MutableMapping[str, str]) -> None:
     # On the host of rank 0 the route to MASTER_ADDR is the loopback; take the interface that has the address.
     name = interface_of(resolve(master)) or interface_of(source_address(master))
     if name is not None:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            environment.setdefault(variable, name)
+        environment.setdefault("GLOO_SOCKET_IFNAME", name)
+        # For NCCL a bare name is a prefix: eth1 would also be eth10.
+        environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 if __name__ == "__main__":  # for launchers/slurm.sbatch: prints this host's address on the route to HOST

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from benchmarks import gpu, harness
 from benchmarks.train_step import our_step
+from sfd_scale.engines import block_transforms
 from sfd_scale.engines.block_transforms import use_float8
 from sfd_scale.engines.fsdp import FSDPConfig
 
@@ -50,6 +51,15 @@ def test_float8_is_refused_where_it_cannot_run() -> None:
         use_float8(torch.nn.Module(), CPU)
     with pytest.raises(ValueError, match="float8: true; allowed with precision bf16 and compile true"):
         FSDPConfig(float8=True)
+
+
+@pytest.mark.parametrize(("installed", "refused"), [("0.17.9", True), ("0.18.0", False), ("0.19.1", False)])
+def test_a_torchao_that_can_give_nan_is_refused(installed: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_transforms.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(block_transforms.importlib.metadata, "version", lambda name: installed)
+    reason = block_transforms.float8_missing(CPU)
+    assert reason == (f"it needs torchao 0.18 or newer, and {installed} is installed" if refused else
+                      "it needs a CUDA device")  # fmt: skip
 
 
 @pytest.mark.gpu

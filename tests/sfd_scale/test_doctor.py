@@ -45,6 +45,19 @@ def test_small_shared_memory_is_reported(size: int, level: str, monkeypatch: pyt
     assert ("--shm-size" in finding.text) == (level != "ok")
 
 
+def test_a_driver_that_is_too_old_for_the_locked_torch_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 23 2025\nGCC version: 13\n")
+    assert doctor.driver_release(version) == 570 and doctor.driver_release(tmp_path / "none") is None
+    monkeypatch.setattr(doctor, "gpu_count", lambda: 8)
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "driver_release", lambda: 570)
+    (finding,) = doctor.accelerator()
+    assert finding.level == "error" and finding.text.endswith("its driver is r570, and CUDA 13 needs r580 or newer")
+
+
 def test_few_open_files_and_a_full_disk_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (1024, 4096))
     assert levels(list(doctor.limits()))["open files"] == "warning"

@@ -36,7 +36,7 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.moments import moments
 from eval.recipe import EvalRecipe
 from eval.score import score
-from sfd_scale.runtime.matmul import strict_float32
+from sfd_scale.runtime.matmul import allow_tf32, no_tf32, strict_float32
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 
 CPU = torch.device("cpu")
@@ -193,6 +193,21 @@ def test_full_precision_sets_and_restores() -> None:
     assert backends[1].fp32_precision == "tf32"
     for backend, value in zip(backends, before, strict=True):
         backend.fp32_precision = value
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_other_code_can_read_and_write_the_old_tf32_flags_inside(tf32: bool) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision
+    with allow_tf32() if tf32 else no_tf32():
+        assert cudnn.allow_tf32 is tf32 and matmul.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        with cudnn.flags(enabled=True, allow_tf32=not tf32):
+            assert cudnn.allow_tf32 is not tf32
+        matmul.allow_tf32 = not tf32
+        assert matmul.fp32_precision == ("ieee" if tf32 else "tf32")
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision) == before
+    assert cudnn.allow_tf32 is (before[0] == "tf32") and matmul.allow_tf32 is (before[2] == "tf32")
 
 
 def test_images_have_to_be_uint8(inception: InceptionFeatures) -> None:

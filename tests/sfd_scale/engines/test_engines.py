@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import nn
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.engines.engine import Fragment, check_fragments
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.models.layers import RMSNorm
 from sfd_scale.runtime import distributed
+from tests.helpers import agreement
 from tests.helpers.ranks import RankError, run_alone, run_ranks
 from tests.helpers.tiny import (
     DECAY,
@@ -261,6 +264,55 @@ def test_bf16_engines_do_not_round_the_times(name: str) -> None:
     """bf16 would round both times to 0.6992, which makes the error of the loss eight times as large."""
     (times,) = run_alone(_times, name)
     assert times.dtype == torch.float32 and times.tolist() == pytest.approx([0.7001, 0.7002], rel=1e-6)
+
+
+def _dtypes_in_forward() -> dict[str, torch.dtype]:
+    model = agreement.make_model()
+    seen: dict[str, torch.dtype] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: seen.update({f"{name}.weight": module.weight.dtype})
+
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm | nn.Embedding | nn.Linear):
+            module.register_forward_pre_hook(note(name))
+    engine = make_engine(Spec("fsdp", {"precision": "bf16"}), model)
+    engine.backward(agreement.objective()(engine.model, agreement.batch(0)).total, last=True)
+    assert engine.step(1e-3).applied
+    engine.close()
+    return seen
+
+
+def test_norms_and_labels_stay_float32_in_forward_under_fsdp_in_bf16() -> None:
+    for seen in run_ranks(_dtypes_in_forward, 2):
+        kept = {name for name, dtype in seen.items() if dtype == torch.float32}
+        assert kept == {name for name in seen if "norm" in name or "embedding_table" in name}
+        assert 0 < len(kept) < len(seen)
+
+
+def _norms_of_accumulated_gradients() -> list[float]:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(self.w.dtype) * self.w
+
+    engine = make_engine(Spec("deepspeed", {"zero_stage": 1, "precision": "bf16", "grad_clip": None}), One())
+    norms = []
+    for gradients in ([1.0] + 4 * [2.0**-9], [1.0] + 4 * [2.0**-9], [0.5]):
+        for micro, gradient in enumerate(gradients):
+            loss = engine.model(torch.tensor([gradient])).sum().float()
+            engine.backward(loss, last=micro == len(gradients) - 1)
+        norms.append(engine.step(0.0).grad_norm)
+    engine.close()
+    return norms
+
+
+def test_zero1_adds_micro_batches_up_in_float32() -> None:
+    # In bf16 the sum of 1 and 2⁻⁹ is 1.
+    assert run_alone(_norms_of_accumulated_gradients) == [1 + 2**-7, 1 + 2**-7, 0.5]
 
 
 def _different() -> None:
