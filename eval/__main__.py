@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from eval.recipe import EvalRecipe
 from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
-from sfd_scale.runtime import distributed
+
+if TYPE_CHECKING:
+    from eval.recipe import EvalRecipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -29,7 +30,21 @@ def _load(
     recipe: str, overrides: list[str] | None, checkpoint: Path | None = None, guide: Path | None = None
 ) -> EvalRecipe:
     given = [f"{key}={value}" for key, value in (("checkpoint", checkpoint), ("guide", guide)) if value is not None]
-    return load_recipe(recipe, EvalRecipe, [*(overrides or []), *given])
+    return load_recipe(recipe, _eval_recipe, [*(overrides or []), *given])
+
+
+def _eval_recipe() -> type[EvalRecipe]:
+    from eval.recipe import EvalRecipe
+
+    return EvalRecipe
+
+
+def _start_ranks() -> bool:
+    """Start the process group, if a launcher started this process; whether this is the first rank."""
+    from sfd_scale.runtime import distributed  # here: it imports torch
+
+    distributed.init(TIMEOUT_S)
+    return distributed.is_main()
 
 
 @app.command()
@@ -40,7 +55,7 @@ def generate(
     loaded = _load(recipe, overrides, checkpoint, guide)
     from eval.generate import generate as run
 
-    distributed.init(TIMEOUT_S)
+    _start_ranks()
     run(loaded, out)
 
 
@@ -65,9 +80,9 @@ def score(
     from eval.score import default_out
     from eval.score import score as run
 
-    distributed.init(TIMEOUT_S)
+    main_rank = _start_ranks()
     results = run(loaded, samples, default_out(samples) if out is None else out)
-    if distributed.is_main():
+    if main_rank:
         table = Table("score", "value", title=f"{results.name}, {results.count} samples")
         for name, value in results.scores.by_key().items():
             table.add_row(name, "–" if value is None else f"{value:.6g}")
@@ -77,13 +92,14 @@ def score(
 @app.command()
 def reference(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compute and cache the features and moments of the recipe's reference."""
+    loaded = _load(recipe, overrides)
     from eval.features.make import make_extractor
     from eval.reference import load_reference
+    from sfd_scale.runtime import distributed
 
-    loaded = _load(recipe, overrides)
-    distributed.init(TIMEOUT_S)
+    main_rank = _start_ranks()
     found = load_reference(loaded, make_extractor(loaded.extractor, distributed.device()))
-    if distributed.is_main():
+    if main_rank:
         Console().print(found.provenance)
 
 
@@ -113,7 +129,7 @@ def sweep(
     """Generate and score every combination of settings with the same noise and labels. A second start continues."""
     from eval.sweep import sweep as run
 
-    distributed.init(TIMEOUT_S)
+    _start_ranks()
     run(recipe, grid, out)
 
 
@@ -127,7 +143,7 @@ def compare(
     """Show whether two results differ: the difference of each score, with a bootstrap interval."""
     from eval.compare import compare as run
 
-    distributed.init(TIMEOUT_S)  # ranks share the nearest-neighbour search
+    _start_ranks()  # ranks share the nearest-neighbour search
     run(a, b, rounds=rounds, out=out)
 
 
@@ -144,7 +160,7 @@ def watch(
     from eval.watch import watch as follow
 
     loaded = _load(recipe, overrides)
-    distributed.init(TIMEOUT_S)
+    _start_ranks()
     follow(loaded, run, out, interval=interval, once=once)
 
 

@@ -1,4 +1,4 @@
-"""Recipes of every kind, of training and of evaluation: loaded by their `kind`, and listed."""
+"""Recipes of every kind, of training and of evaluation: loaded by their `kind`, listed and compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Column, Table
 
 from eval import recipe as harness
@@ -43,19 +44,56 @@ def slow_settings(name: str, overrides: Sequence[str] = ()) -> list[str]:
     return slow_training_settings(recipe, device, split)
 
 
-def summary_table() -> Table:
-    """The recipes that a command can run: kind, model, engine, global batch and published number."""
+def summary_table(words: Sequence[str] = ()) -> Table:
+    """The recipes that a command can run: kind, model, engine, global batch and published number.
+
+    Args:
+        words: only recipes whose line contains all of these, in any case.
+
+    Raises:
+        ValueError: if no recipe does.
+    """
     names = ("recipe", "kind", "model", "engine", "global batch", "published")
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     for name in config.recipe_names():
-        if config.kind_of(name) is None:
+        kind = config.kind_of(name)
+        if kind is None:
             continue
-        recipe = load_any(name)
-        training = isinstance(recipe, TrainRecipe)
-        row = [_model(recipe), _engine(recipe), str(recipe.train.global_batch)] if training else ["", "", ""]
-        published = recipe.published if isinstance(recipe, TrainRecipe | EvalRecipe) else None
-        table.add_row(name, recipe.kind, *row, published or "")
+        row = _row(name, config.load(name, KINDS[kind]))
+        if all(word.lower() in " ".join(row).lower() for word in words):
+            table.add_row(*row)
+    if not table.rows:
+        raise ValueError(f"{' '.join(words)}: no recipe has these words; `sfd recipes` lists all recipes")
     return table
+
+
+def compare(name: str, others: Sequence[str]) -> Table | None:
+    """The settings in which two resolved recipes differ, by dotted keys; None if there are none.
+
+    Args:
+        others: the other recipe, by default the same one, and overrides of it.
+
+    Raises:
+        ValueError: for more than one other recipe.
+    """
+    names, overrides = [o for o in others if "=" not in o], [o for o in others if "=" in o]
+    if len(names) > 1:
+        raise ValueError(f"{', '.join([name, *names])}: {len(names) + 1} recipes; allowed: two, and KEY=VALUE settings")
+    other = names[0] if names else name
+    changed = config.differences(config.to_dict(load_any(name)), config.to_dict(load_any(other, overrides)))
+    if not changed:
+        return None
+    table = Table("key", name, " ".join([other, *overrides]), box=None, pad_edge=False)
+    for key, values in changed.items():
+        table.add_row(key, *(escape(str(value)) for value in values))
+    return table
+
+
+def _row(name: str, recipe: Any) -> list[str]:
+    training = isinstance(recipe, TrainRecipe)
+    facts = [_model(recipe), _engine(recipe), str(recipe.train.global_batch)] if training else ["", "", ""]
+    published = recipe.published if isinstance(recipe, TrainRecipe | EvalRecipe) else None
+    return [name, recipe.kind, *facts, published or ""]
 
 
 def _model(recipe: TrainRecipe) -> str:

@@ -2,21 +2,72 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich
 import rich.console
+import rich.table
 import typer
 from rich.markup import escape
 
 from sfd_scale import config
-from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
+from sfd_scale.launch.command_line import Overrides, Recipe, complete_recipe, load_recipe, run_command
+from sfd_scale.runtime.inert_imports import inert_imports
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=escape(__doc__))
+if TYPE_CHECKING:
+    from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe, TrainRecipe
+
+# The console script does not search the checkout, where the package `eval` is; `python -m` does.
+if config.CHECKOUT is not None:
+    sys.path.append(str(config.CHECKOUT))
+
+from eval.__main__ import app as evaluation
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=escape(__doc__))
+app.add_typer(evaluation, name="eval")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sfd-scale {importlib.metadata.version('sfd-scale')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The options of every command."""
+
+
+def _train_recipe() -> type[TrainRecipe]:
+    from sfd_scale.recipe import TrainRecipe
+
+    return TrainRecipe
+
+
+def _encode_recipe() -> type[EncodeRecipe]:
+    from sfd_scale.recipe import EncodeRecipe
+
+    return EncodeRecipe
+
+
+def _convert_recipe() -> type[ConvertRecipe]:
+    from sfd_scale.recipe import ConvertRecipe
+
+    return ConvertRecipe
+
+
+def _fit_recipe() -> type[FitRecipe]:
+    from sfd_scale.recipe import FitRecipe
+
+    return FitRecipe
 
 
 @app.command()
@@ -29,9 +80,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. The same command with the same run folder resumes."""
-    from sfd_scale.recipe import TrainRecipe
-
-    loaded = load_recipe(recipe, TrainRecipe, overrides)
+    loaded = load_recipe(recipe, _train_recipe, overrides)
     from sfd_scale.train import train as run_training
 
     if not run_training(loaded, run or loaded.run, allow_foreign, source=recipe):
@@ -41,9 +90,7 @@ def train(
 @app.command()
 def encode(recipe: Recipe, overrides: Overrides = None) -> None:
     """Encode images to shards (images, composite latents, features). The same command resumes."""
-    from sfd_scale.recipe import EncodeRecipe
-
-    loaded = load_recipe(recipe, EncodeRecipe, overrides)
+    loaded = load_recipe(recipe, _encode_recipe, overrides)
     from sfd_scale.encode import encode as run
 
     run(loaded)
@@ -52,9 +99,7 @@ def encode(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def convert(recipe: Recipe, overrides: Overrides = None) -> None:
     """Convert feature files of the official code (safetensors) to shards, and verify counts and checksums."""
-    from sfd_scale.recipe import ConvertRecipe
-
-    loaded = load_recipe(recipe, ConvertRecipe, overrides)
+    loaded = load_recipe(recipe, _convert_recipe, overrides)
     from sfd_scale.encode import convert as run
 
     run(loaded)
@@ -63,9 +108,7 @@ def convert(recipe: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def fit(recipe: Recipe, overrides: Overrides = None) -> None:
     """Fit a closed-form codec to images: PCA of patches, or PCA of features."""
-    from sfd_scale.recipe import FitRecipe
-
-    loaded = load_recipe(recipe, FitRecipe, overrides)
+    loaded = load_recipe(recipe, _fit_recipe, overrides)
     from sfd_scale.encode import fit as run
 
     run(loaded)
@@ -222,28 +265,52 @@ def plan(
 @app.command()
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print a resolved recipe: every setting with its value."""
-    from eval.recipes import load_any
+    with inert_imports():
+        from eval.recipes import load_any
 
-    typer.echo(config.to_yaml(load_any(recipe, overrides or ())), nl=False)
-
-
-@app.command()
-def diff(a: Recipe, b: Recipe) -> None:
-    """Print the differences of two resolved recipes."""
-    from eval.recipes import load_any
-
-    left, right = (config.to_yaml(load_any(name)).splitlines() for name in (a, b))
-    for line in difflib.unified_diff(left, right, a, b, lineterm="", n=1):
-        typer.echo(line)
+        typer.echo(config.to_yaml(load_any(recipe, overrides or ())), nl=False)
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes of this repository."""
-    from eval.recipes import summary_table
+def diff(
+    recipe: Recipe,
+    others: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE...]",
+            help="The recipe to compare with, by default the same one, and settings that override it.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+) -> None:
+    """Print the settings in which two resolved recipes differ: one dotted key per line, with both values."""
+    with inert_imports():
+        from eval.recipes import compare
 
+        table = compare(recipe, others)
+    if table is None:
+        typer.echo("no difference")
+    else:
+        _print_table(table)
+
+
+@app.command()
+def recipes(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD...]", help="Only recipes whose line contains all words.")
+    ] = None,
+) -> None:
+    """List the recipes: kind, model, engine, global batch and published number."""
+    with inert_imports():
+        from eval.recipes import summary_table
+
+        table = summary_table(words or ())
+    _print_table(table)
+
+
+def _print_table(table: rich.table.Table) -> None:
     # Wider than any row: a row stays one line, in a narrow terminal and in a pipe to grep.
-    rich.console.Console(width=1000).print(summary_table())
+    rich.console.Console(width=1000).print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -252,7 +319,10 @@ def launch(
     launcher: Annotated[str, typer.Option(help="deepspeed, torchrun, or auto.")] = "auto",
     module: Annotated[str, typer.Option(help="The module that the ranks run: sfd_scale or eval.")] = "sfd_scale",
 ) -> None:
-    """Start a command on many ranks: `sfd launch train RECIPE ...`. Set RANKS or HOSTFILE, or use a scheduler."""
+    """Start a command on many ranks: `sfd launch train RECIPE ...`, `sfd launch eval generate RECIPE ...`.
+
+    Set RANKS or HOSTFILE, or use a scheduler.
+    """
     from sfd_scale.launch.__main__ import launch as start
 
     sys.exit(start(launcher, module, context.args))
@@ -290,10 +360,10 @@ def check(
     samples: Annotated[int, typer.Option(min=1, help="Number of samples of the dataset.")] = 2048,
 ) -> None:
     """Check that a checkpoint belongs to a recipe's data: compare its loss by time with that of the training."""
+    loaded = load_recipe(recipe, _train_recipe, overrides)
     from sfd_scale.check import check_checkpoint
-    from sfd_scale.recipe import TrainRecipe
 
-    found = check_checkpoint(config.load(recipe, TrainRecipe, overrides or ()), checkpoint, samples)
+    found = check_checkpoint(loaded, checkpoint, samples)
     rich.print(found.table())
     if found.recorded_stats_hash not in (None, found.stats_hash):
         typer.echo(f"statistics: data {found.stats_hash}, checkpoint {found.recorded_stats_hash}")
@@ -314,10 +384,10 @@ def check_features(
     samples: Annotated[int, typer.Option(min=1, help="Number of samples of the dataset.")] = 2048,
 ) -> None:
     """Measure `data.features=decoded` on a training recipe's data: cosine similarity to the true features."""
+    loaded = load_recipe(recipe, _train_recipe, overrides)
     from sfd_scale.check import decoded_cosine
-    from sfd_scale.recipe import TrainRecipe
 
-    mean, low = decoded_cosine(config.load(recipe, TrainRecipe, overrides or ()), samples)
+    mean, low = decoded_cosine(loaded, samples)
     typer.echo(f"cosine similarity of decoded and true features: mean {mean:.4f}, 1st percentile {low:.4f}")
 
 
@@ -335,8 +405,6 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
 
 def main(command: str | None = None) -> None:
     """The console script `sfd`. The file of a command gives its name: `python -m sfd_scale.train` is `sfd train`."""
-    # The console script does not search the checkout, where the package `eval` is; `python -m` does.
-    sys.path.append(str(config.RECIPE_ROOT.parent))
     run_command(app, None if command is None else "sfd", command)
 
 

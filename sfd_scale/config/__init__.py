@@ -5,7 +5,7 @@ settings to plain data and back. Dataclasses of settings declare bounds by `sfd_
 the standard library alone; this package needs OmegaConf and PyYAML.
 """
 
-from sfd_scale.config.files import RECIPE_ROOT, ConfigError, find_recipe, recipe_names
+from sfd_scale.config.files import CHECKOUT, RECIPE_ROOT, ConfigError, find_recipe, recipe_names
 from sfd_scale.config.loader import Lineage, kind_of, lineage, load, load_by_kind, tree
 from sfd_scale.config.plain import (
     differences,
@@ -21,6 +21,7 @@ from sfd_scale.config.plain import (
 from sfd_scale.config.typed import from_dict
 
 __all__ = [
+    "CHECKOUT",
     "RECIPE_ROOT",
     "ConfigError",
     "Lineage",

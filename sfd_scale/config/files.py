@@ -1,4 +1,4 @@
-"""YAML files of recipes: found by name, read, and merged with their parents by OmegaConf.
+"""YAML files of recipes: found by name, read by OmegaConf, and merged with their parents.
 
 A recipe may come from outside: a folder of the Hugging Face hub holds a recipe.yaml. So reading has limits: size,
 aliases, parents outside of the folder, secrets of the environment.
@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sfd_scale.config.renamed import new_recipe, with_current_keys
 from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.run_paths import RECIPE
 
-RECIPE_ROOT = Path(__file__).resolve().parents[2] / "recipes"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel holds the recipes in the package, a checkout beside it.
+CHECKOUT = None if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
+RECIPE_ROOT = (CHECKOUT or _PACKAGE) / "recipes"
 # A recipe has a few hundred values. A few lines of YAML aliases of aliases can stand for billions.
 _MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
+# Plain data of a recipe; a text in it may be an interpolation, such as ${name}.
+Tree = dict[str, Any]
 _SECRET = re.compile(r"oc\.env\s*:\s*[^},]*(?:key|token|secret|passw|credential)", re.IGNORECASE)
 
 
@@ -106,7 +111,7 @@ def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
     text = _text(path)
     with errors_in(path):
         parents = _content(path, text).get("extends", [])
-    if not isinstance(parents, str | ListConfig | list):
+    if not isinstance(parents, str | list):
         raise ConfigError(f"extends: {parents!r} in {path}; allowed: a recipe name, or a list of them")
     names = tuple([parents] if isinstance(parents, str) else parents)
     trail = (*trail, path.resolve())
@@ -115,30 +120,24 @@ def read_file(path: Path, trail: tuple[Path, ...] = ()) -> RecipeFile:
 
 # Hundreds of recipes share a few parents. A changed file is another key of the cache.
 @functools.lru_cache(maxsize=512)
-def merged(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
+def merged(file: RecipeFile) -> tuple[Tree, Mapping[str, str]]:
     """The merged tree of a file and its parents, and the file that set each dotted key. Cached: do not change it."""
     (tree, origin), own = inherited(file), own_settings(file)
-    with errors_in(file.path):
-        return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
+    return merge(tree, own), {**origin, **{key: str(file.path) for key in leaves(own)}}
 
 
-def inherited(file: RecipeFile) -> tuple[DictConfig, Mapping[str, str]]:
+def inherited(file: RecipeFile) -> tuple[Tree, Mapping[str, str]]:
     """As `merged`, for the parents of a file without the file itself."""
-    tree, origin = OmegaConf.create({}), dict[str, str]()
+    tree, origin = Tree(), dict[str, str]()
     for parent, parent_origin in map(merged, file.parents):
         tree, origin = merge(tree, parent), {**origin, **parent_origin}
     return tree, origin
 
 
-def own_settings(file: RecipeFile) -> DictConfig:
+def own_settings(file: RecipeFile) -> Tree:
     """The settings of the file itself. A run's recipe.yaml, perhaps of an earlier release, has this release's keys."""
-    own = _content(file.path, file.text).copy()
-    own.pop("extends", None)
-    if file.path.name == RECIPE:
-        with errors_in(file.path):
-            plain: Any = OmegaConf.to_container(own)
-            own = OmegaConf.create(with_current_keys(plain, [str(plain.get("kind"))]))
-    return own
+    own = {key: value for key, value in _content(file.path, file.text).items() if key != "extends"}
+    return with_current_keys(own, [str(own.get("kind"))]) if file.path.name == RECIPE else own
 
 
 def _text(path: Path) -> str:
@@ -152,11 +151,11 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def _content(path: Path, text: str) -> DictConfig:
+def _content(path: Path, text: str) -> Tree:
     """The content of one file. Cached: do not change it."""
     with errors_in(path):
         own = _parse(text)
-    if not isinstance(own, DictConfig):
+    if not isinstance(own, dict):
         raise ConfigError(f"{path}: holds a {type(own).__name__}; allowed: a mapping of keys")
     return own
 
@@ -165,7 +164,8 @@ def _content(path: Path, text: str) -> DictConfig:
 def _parse(text: str) -> Any:
     _check_text(text)
     # Not OmegaConf.create: it reads a plain text as a key.
-    return OmegaConf.load(io.StringIO(text))
+    parsed = OmegaConf.load(io.StringIO(text))
+    return OmegaConf.to_container(parsed) if OmegaConf.is_config(parsed) else parsed
 
 
 def _check_text(text: str) -> None:
@@ -193,41 +193,29 @@ def _check_text(text: str) -> None:
         raise ValueError(f"more than {_MOST_NODES} values once its aliases are followed; write fewer")
 
 
-def merge(base: DictConfig, top: DictConfig) -> DictConfig:
-    """`base` with the values of `top`; neither is changed.
+def merge(base: Tree, top: Tree) -> Tree:
+    """`base` with the values of `top`; neither is changed. Mappings are merged, and lists are replaced.
 
-    As OmegaConf.merge, except that a mapping of another `kind` replaces the old mapping: the keys of the old kind do
-    not apply to it.
+    A mapping of another `kind` replaces the old mapping: the keys of the old kind do not apply to it.
     """
-    if not base or not top:
-        return base or top
-    merged = base.copy()
-    _drop_replaced(merged, top)
-    merged.merge_with(top)
+    merged = dict(base)
+    for key, above in top.items():
+        below = base.get(key)
+        if isinstance(below, dict) and isinstance(above, dict) and not _another_kind(below, above):
+            merged[key] = merge(below, above)
+        else:
+            merged[key] = above
     return merged
 
 
-def _drop_replaced(base: DictConfig, top: DictConfig) -> None:
-    for key in list(top):
-        below = base._get_node(key) if key in base else None
-        above = top._get_node(key)
-        if (
-            not (isinstance(below, DictConfig) and isinstance(above, DictConfig))
-            or below._is_none()
-            or above._is_none()
-        ):
-            continue
-        if "kind" in above and "kind" in below and above.kind != below.kind:
-            base.pop(key)
-        else:
-            _drop_replaced(below, above)
+def _another_kind(below: Tree, above: Tree) -> bool:
+    return "kind" in below and "kind" in above and below["kind"] != above["kind"]
 
 
-def leaves(tree: DictConfig, prefix: str = "") -> Iterable[str]:
+def leaves(tree: Tree, prefix: str = "") -> Iterable[str]:
     """The dotted keys of all values in a tree."""
-    for key in tree:
-        node = tree._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            yield from leaves(node, f"{prefix}{key!s}.")
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key!s}.")
         else:
             yield f"{prefix}{key!s}"

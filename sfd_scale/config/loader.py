@@ -1,6 +1,6 @@
 """Recipes by name or file, with overrides, as typed settings: see `load`.
 
-OmegaConf merges files and overrides and resolves `${...}`; typed.py turns the result into dataclasses.
+OmegaConf reads files and overrides and resolves `${...}`; files.py merges them; typed.py makes dataclasses of them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from sfd_scale.config import files
 from sfd_scale.config.files import ConfigError
-from sfd_scale.config.plain import flatten, kinds_of_class, to_dict
+from sfd_scale.config.plain import flatten, kinds_of_class, to_dict, type_hints
 from sfd_scale.config.typed import typed
 
 T = TypeVar("T")
@@ -31,8 +31,7 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override has the form dotted.key=value")
     path, merged, origin = _merged(source, overrides)
-    with files.errors_in(path):
-        data = OmegaConf.to_container(merged, resolve=True)
+    data = _resolved(path, merged)
     _check_kind(cls, data, str(source))
     return typed(cls, data, origin, str(path))
 
@@ -51,33 +50,36 @@ def load_by_kind(source: str | Path, kinds: Mapping[str, type], overrides: Seque
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
     """The `kind` key of a recipe; None for a part that other recipes extend."""
-    path, merged, _ = _merged(source, overrides)
-    with files.errors_in(path):
-        kind: str | None = merged.get("kind")
+    _, merged, _ = _merged(source, overrides)
+    kind: str | None = merged.get("kind")
     return kind
 
 
 def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe with its parents and overrides as plain data, unchecked and without defaults: for launchers."""
     path, merged, _ = _merged(source, [o for o in overrides if "=" in o])
-    with files.errors_in(path):
-        plain = OmegaConf.to_container(merged, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in _resolved(path, merged).items()}
 
 
-def _merged(source: str | Path, overrides: Sequence[str]) -> tuple[Path, DictConfig, dict[str, str]]:
+def _merged(source: str | Path, overrides: Sequence[str]) -> tuple[Path, files.Tree, dict[str, str]]:
     """The file of a recipe, its tree with parents and overrides, and what set each dotted key.
 
     A recipe without a `name` is named for its file.
     """
     path, command = files.find_recipe(source), _command(overrides)
-    with files.errors_in(path):
-        own, origin = files.merged(files.read_file(path))
-        tree = files.merge(own, command)
-        if "kind" in tree and "name" not in tree:
-            tree = files.merge(OmegaConf.create({"name": path.stem}), tree)
+    own, origin = files.merged(files.read_file(path))
+    tree = files.merge(own, command)
+    if "kind" in tree and "name" not in tree:
+        tree = {"name": path.stem, **tree}
     return path, tree, {**origin, **dict.fromkeys(files.leaves(command), _COMMAND_LINE)}
+
+
+def _resolved(path: Path, merged: files.Tree) -> files.Tree:
+    """The tree with the values of its interpolations (`${...}`)."""
+    with files.errors_in(path):
+        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    assert isinstance(plain, dict)
+    return dict(plain)
 
 
 def _check_kind(cls: type[Any], data: Any, source: str) -> None:
@@ -86,15 +88,17 @@ def _check_kind(cls: type[Any], data: Any, source: str) -> None:
     if not kinds or not isinstance(data, dict):
         return
     wanted, kind = " or ".join(kinds), data.get("kind")
-    if kind is None and "name" in get_type_hints(cls) and "name" not in data:
+    if kind is None and "name" in type_hints(cls) and "name" not in data:
         raise ConfigError(f"kind: none in {source}, a part that other recipes extend; allowed here: {wanted}")
     if isinstance(kind, str) and kind not in kinds:
         raise ConfigError(f"kind: {kind} in {source}; allowed here: {wanted}")
 
 
-def _command(overrides: Sequence[str]) -> DictConfig:
+def _command(overrides: Sequence[str]) -> files.Tree:
     with files.errors_in(_COMMAND_LINE):
-        return OmegaConf.from_dotlist(list(overrides))
+        plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(plain, dict)
+    return dict(plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +118,5 @@ def lineage(source: str | Path, cls: type[Any]) -> Lineage:
         ConfigError: if the recipe is not found or not valid any more.
     """
     file = files.read_file(files.find_recipe(source))
-    inherited, own = (
-        flatten(OmegaConf.to_container(tree)) for tree in (files.inherited(file)[0], files.own_settings(file))
-    )
+    inherited, own = (flatten(tree) for tree in (files.inherited(file)[0], files.own_settings(file)))
     return Lineage(list(file.extends), inherited, own, flatten(to_dict(load(source, cls))))

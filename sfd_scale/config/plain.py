@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,16 @@ from sfd_scale.config.renamed import with_current_keys
 from sfd_scale.runtime.settings import names_affecting_results
 
 _STARTED_AS = "# started as: "
+
+
+@functools.cache
+def _type_hints(cls: Hashable) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The type hints of a class. Cached: they are texts, which Python evaluates, and recipes ask for them often."""
+    return _type_hints(cls)
 
 
 def to_dict(settings: Any) -> Any:
@@ -43,7 +54,7 @@ def with_defaults(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
 
     It serves comparisons: values are not checked, and unknown keys stay.
     """
-    hints, data = get_type_hints(cls), with_current_keys(data, kinds_of_class(cls))
+    hints, data = type_hints(cls), with_current_keys(data, kinds_of_class(cls))
     filled = dict(data)
     for field in dataclasses.fields(cls):
         if field.name in data:
@@ -66,7 +77,7 @@ def _filled(hint: Any, value: Any) -> Any:
 
 def kinds_of_class(cls: type[Any]) -> tuple[str, ...]:
     """The values that a dataclass's `kind` may have; none for a class without a `kind`."""
-    hint = get_type_hints(cls).get("kind")
+    hint = type_hints(cls).get("kind")
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from sfd_scale.config.files import ConfigError
-from sfd_scale.config.plain import by_kind, kinds_of_class
+from sfd_scale.config.plain import by_kind, kinds_of_class, type_hints
 from sfd_scale.config.renamed import new_keys, with_current_keys
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def typed(cls: type[T], data: Any, origin: Mapping[str, str], source: str) -> T:
     Raises:
         ConfigError: naming the dotted key, the value, what is allowed, and the file.
     """
-    value: T = _Reader(origin, source, kinds_of_class(cls)).value(cls, data, "")
+    value: T = _Reader(origin, source, cls).value(cls, data, "")
     return value
 
 
@@ -48,7 +48,7 @@ class _Reader:
 
     origin: Mapping[str, str]
     source: str
-    kinds: tuple[str, ...]  # of the whole recipe
+    root: type[Any]  # the class of the whole recipe
 
     def fail(self, key: str, message: str) -> ConfigError:
         # An item of a list has the origin of its list; a mapping has the origin of its first key.
@@ -125,7 +125,7 @@ class _Reader:
         for name in value:
             if name not in fields:
                 raise self.unknown(f"{dot}{name}", list(fields))
-        hints = get_type_hints(cls)
+        hints = type_hints(cls)
         given = {name: self.value(hints[name], item, f"{dot}{name}") for name, item in value.items()}
         for name, field in fields.items():
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -143,14 +143,31 @@ class _Reader:
             raise self.fail(key, str(error)) from error
 
     def unknown(self, key: str, allowed: list[str]) -> ConfigError:
-        if renamed := new_keys(key, self.kinds):
+        if renamed := new_keys(key, kinds_of_class(self.root)):
             words = (
                 f"renamed to {new}" if old == key else f"{old} was renamed to {new}" for old, new in renamed.items()
             )
             return self.fail(key, "; ".join(words))
-        near = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        above, _, name = key.rpartition(".")
+        near = difflib.get_close_matches(name, allowed, n=1)
+        elsewhere = {path for path in _paths(self.root) if path.rpartition(".")[2] == name}
+        hint = ""
+        if near:
+            hint = f"; did you mean {above}.{near[0]}?" if above else f"; did you mean {near[0]}?"
+        elif len(elsewhere) == 1:
+            hint = f"; did you mean {elsewhere.pop()}?"
         return self.fail(key, f"unknown key; allowed: {', '.join(allowed)}{hint}")
+
+
+def _paths(hint: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that a class of settings can have, through every option of its unions."""
+    if dataclasses.is_dataclass(hint):
+        for name, below in type_hints(hint).items():
+            yield f"{prefix}{name}"
+            yield from _paths(below, f"{prefix}{name}.")
+    elif get_origin(hint) in (Union, types.UnionType):
+        for option in get_args(hint):
+            yield from _paths(option, prefix)
 
 
 def _describe(hint: Any) -> str:

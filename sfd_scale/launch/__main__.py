@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from sfd_scale import config
 from sfd_scale.launch import status
-from sfd_scale.launch.check import RecipeCheck
+from sfd_scale.launch.check import EVAL, RecipeCheck
 from sfd_scale.launch.commands import LAUNCHERS, RankCommand, make_launch
 from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
 
@@ -28,6 +29,13 @@ def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda *_: sys.exit(status.REQUEUE_EXIT_CODE))
     environment = dict(os.environ)
+    if arguments[:1] == ["eval"]:  # `sfd eval COMMAND`
+        module, arguments = "eval", arguments[1:]
+    if module == "eval":
+        module = EVAL
+    if config.CHECKOUT is not None:  # the ranks import the package `eval` from here
+        paths = [environment.get("PYTHONPATH"), str(config.CHECKOUT)]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     check = RecipeCheck(module, arguments, environment)
     try:
         made = make_launch(launcher, RankCommand(module, tuple(arguments)), environment)

@@ -1,8 +1,7 @@
 """Checks the recipe of a launch in a process of its own, so that an error is printed once and not by every rank.
 
-To read a recipe, the command imports torch, which takes seconds. So the launcher waits for the check only if it starts
-ranks on other hosts. On one host the ranks start meanwhile. A rank that finds the recipe invalid then waits until the
-launcher kills it.
+The check takes about a second. The launcher waits for it only if it starts ranks on other hosts. On one host the ranks
+start meanwhile. A rank that finds the recipe invalid then waits until the launcher kills it.
 """
 
 from __future__ import annotations
@@ -14,14 +13,17 @@ import tempfile
 from collections.abc import MutableMapping, Sequence
 from functools import partial
 
+from sfd_scale import config
 from sfd_scale.launch.status import USER_ERROR_EXIT_CODE
 
 # If set, a command loads its recipe and exits: code 0, or 2 and the error.
 CHECK_ONLY = "SFD_CHECK_ONLY"
 # If set for a rank, its launcher checks the recipe; the rank waits so long to be killed.
 CHECKED, CHECK_WAIT_S = "SFD_CHECKED", 60.0
+# The package of the evaluation: a wheel has no top-level package of this name.
+EVAL = "eval" if config.CHECKOUT is not None else "sfd_scale.eval"
 # The commands that support CHECK_ONLY, by module.
-COMMANDS = {"sfd_scale": ("train", "encode", "convert", "fit"), "eval": ("generate", "score")}
+COMMANDS = {"sfd_scale": ("train", "encode", "convert", "fit"), EVAL: ("generate", "score")}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 

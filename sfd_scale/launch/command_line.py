@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 import typer
@@ -13,28 +13,46 @@ from rich.markup import escape
 
 from sfd_scale import config
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime.inert_imports import inert_imports
+from sfd_scale.runtime.launched import launched
 from sfd_scale.runtime.logging import console, setup_logging
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 T = TypeVar("T")
-Recipe = Annotated[str, typer.Argument(help="The name of a recipe (see `sfd recipes`), or a YAML file.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """The recipe names that start with a word: for the completion of the shell."""
+    return [name for name in config.recipe_names() if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="The name of a recipe (see `sfd recipes`), or a YAML file.", autocompletion=complete_recipe),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings that override the recipe.")
 ]
 
 
-def load_recipe(recipe: str, cls: type[T], overrides: Sequence[str] | None) -> T:
-    """Load the typed recipe of a command. Exit with code 0 if a launcher only checks the recipe (launch/check.py)."""
+def load_recipe(recipe: str, cls: Callable[[], type[T]], overrides: Sequence[str] | None) -> T:
+    """Load the typed recipe of a command. Exit with code 0 if a launcher only checks the recipe (launch/check.py).
+
+    Args:
+        cls: imports the class of the recipe and returns it. A process without a launcher reads the recipe first with
+            inert imports: a mistake in it is reported before torch is imported.
+    """
     try:
-        loaded = config.load(recipe, cls, overrides or ())
+        if not launched():
+            with inert_imports():
+                config.load(recipe, cls(), overrides or ())
+        if CHECK_ONLY in os.environ:
+            raise typer.Exit
+        return config.load(recipe, cls(), overrides or ())
     except config.ConfigError:
         if CHECKED in os.environ:
             time.sleep(CHECK_WAIT_S)  # the launcher prints the error and kills this process
         raise
-    if CHECK_ONLY in os.environ:
-        raise typer.Exit
-    return loaded
 
 
 def run_command(command_line: typer.Typer, program: str | None = None, command: str | None = None) -> None:
@@ -51,19 +69,22 @@ def run_command(command_line: typer.Typer, program: str | None = None, command: 
         command_line(args=None if command is None else [command, *sys.argv[1:]], prog_name=program)
     except SystemExit as end:
         if end.code in (0, None, REQUEUE_EXIT_CODE):
-            distributed.shutdown()
+            _end_process_group()
         raise
-    except ModuleNotFoundError as error:
-        if "SFD_DEBUG" in os.environ or (error.name or "").split(".")[0] != "eval":
-            raise
-        _fail("the evaluation code (package eval) is not installed; run this command in a checkout of sfd-scale")
     except (ValueError, FloatingPointError, OSError) as error:
         if "SFD_DEBUG" in os.environ:
             raise
         _fail(str(error))
 
 
+def _end_process_group() -> None:
+    if "torch" in sys.modules:  # otherwise there is no group
+        from sfd_scale.runtime import distributed
+
+        distributed.shutdown()
+
+
 def _fail(message: str) -> None:
-    rank = f"[rank {os.environ['RANK']}] " if distributed.launched() else ""
+    rank = f"[rank {os.environ['RANK']}] " if launched() else ""
     console.print(f"[bold red]error:[/] {escape(f'{rank}{message}')}", highlight=False, soft_wrap=True)
     sys.exit(2)

@@ -15,11 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sfd_scale.runtime import network
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, deepspeed, srun) started this process."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+from sfd_scale.runtime.launched import launched as launched
 
 
 def init(timeout_s: float = 600.0) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime.launched import launched
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -20,8 +20,8 @@ console = Console(stderr=True)
 
 def setup_logging() -> None:
     """Set up logging to standard error; ranks other than 0 log only warnings and errors."""
-    rank = distributed.rank() if distributed.rank() else int(os.environ["RANK"]) if "RANK" in os.environ else 0
-    prefix = f"[rank {rank}] " if distributed.launched() else ""
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ else 0
+    prefix = f"[rank {rank}] " if launched() else ""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py if the rank writes to a terminal
         handlers.append(logging.FileHandler(os.environ["SFD_RANK_LOG"], encoding="utf-8"))
@@ -41,6 +41,8 @@ def setup_logging() -> None:
 
 def log_summary(title: str, facts: Mapping[str, Any]) -> None:
     """Show the facts of a run, on rank 0: a table on a terminal, otherwise one log line per fact."""
+    from sfd_scale.runtime import distributed  # here: it imports torch
+
     if not distributed.is_main():
         return
     if not console.is_terminal:
