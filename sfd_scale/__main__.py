@@ -241,10 +241,14 @@ def study(
 @app.command()
 def plan(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes and overrides.")],
-    gpus: Annotated[list[int], typer.Option(help="Number of GPUs; can be repeated.")],
+    gpus: Annotated[list[str], typer.Option(help="Numbers of GPUs, such as 8,16; can be repeated.")],
     gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200, b200, ...")] = "h100",
+    gpu_spec: Annotated[Path | None, typer.Option(help="A YAML file that describes another GPU.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    mfu: Annotated[float | None, typer.Option(help="Assumed MFU, from 0 to 1.")] = None,
+    network: Annotated[
+        float | None, typer.Option(help="GB/s between nodes, per GPU and direction; default: 50 (400 Gb/s) or 25.")
+    ] = None,
+    mfu: Annotated[float | None, typer.Option(help="MFU from 0 to 1, in place of the time model.")] = None,
     measured: Annotated[Path | None, typer.Option(help="Take the MFU from a metrics.jsonl or a JSON file.")] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Dataset size, if it is not here; default: ImageNet.")
@@ -255,10 +259,11 @@ def plan(
     from sfd_scale import plan as plans
 
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    machine = plans.make_machine(gpu, gpu_spec, gpus_per_node, network)
     made = plans.make(
-        names, overrides, gpus, gpu, gpus_per_node=gpus_per_node, mfu=mfu, measured=measured, samples=samples
-    )
-    out = plans.table(made, gpu, markdown)
+        names, overrides, plans.parse_counts(gpus), machine, mfu=mfu, measured=measured, samples=samples
+    )  # fmt: skip
+    out = plans.table(made, machine, markdown)
     typer.echo(out) if isinstance(out, str) else rich.print(out)
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
-from sfd_scale.planning.costs import AnyEngineConfig, with_resharding
+from sfd_scale.planning.costs import MEMORY_FOR_WHOLE_WEIGHTS, AnyEngineConfig, with_resharding
 from sfd_scale.planning.flops import training_flops
 from sfd_scale.planning.footprint import Footprint, trace
+from sfd_scale.planning.work import Work, trace_work
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import decisive_settings
 from sfd_scale.runtime import distributed
@@ -35,10 +36,6 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
     return model
 
 
-# Share of a GPU's memory in which weights may stay whole. The plan is an estimate, and NCCL needs some memory.
-_MEMORY_FOR_WHOLE_WEIGHTS = 0.8
-
-
 def engine_settings(recipe: TrainRecipe, split: BatchSplit, device: torch.device) -> AnyEngineConfig:
     """The recipe's engine with `reshard_after_forward: auto` decided by the planner for the memory of this device.
 
@@ -50,7 +47,7 @@ def engine_settings(recipe: TrainRecipe, split: BatchSplit, device: torch.device
     if device.type != "cuda":
         return dataclasses.replace(engine, reshard_after_forward=True)
     return with_resharding(
-        footprint(recipe), engine, _MEMORY_FOR_WHOLE_WEIGHTS * torch.cuda.get_device_properties(device).total_memory,
+        footprint(recipe), engine, MEMORY_FOR_WHOLE_WEIGHTS * torch.cuda.get_device_properties(device).total_memory,
         ranks=split.world_size, ranks_per_node=distributed.local_world_size(), micro_batch=split.micro_batch,
         grad_accum_steps=split.grad_accum_steps,
     )  # fmt: skip
@@ -112,6 +109,12 @@ def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
         return model(*task.example_inputs(samples))
 
     return trace(task.make_model, forward if activations else None, recipe.engine.precision)
+
+
+def work(recipe: TrainRecipe) -> Work:
+    """The kernels of a training step of a recipe's model, in the precision of its engine."""
+    task = recipe.task
+    return trace_work(task.make_model, task.example_inputs, recipe.engine.precision)
 
 
 def flops(recipe: TrainRecipe) -> float:

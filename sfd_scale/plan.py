@@ -1,28 +1,87 @@
-"""Recipes → plans: what `sfd plan` shows."""
+"""Recipes → plans: `sfd plan`."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
 
-from sfd_scale.build import flops, footprint
+from sfd_scale.build import flops, footprint, work
 from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
-from sfd_scale.planning import planner
+from sfd_scale.planning import planner, tables
 from sfd_scale.planning.costs import engine_name
+from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Footprint
+from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
+from sfd_scale.planning.work import Work
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runtime.device import peak_flops_by_name
 
 IMAGENET = 1_281_167  # images of the training set
 
 
+@dataclass(frozen=True)
+class Model:
+    """Counts of a recipe's model: memory, kernels, and FLOPs of one sample."""
+
+    footprint: Footprint
+    work: Work
+    flops: float
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe with its plan."""
+
+    recipe: TrainRecipe
+    job: planner.PlannedRun
+    plan: planner.Plan
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware of a plan. gpu: its name in the command."""
+
+    gpu: str
+    hardware: Hardware
+    gpus_per_node: int
+    efficiency: Efficiency
+
+
+def make_machine(gpu: str, spec: Path | None, gpus_per_node: int, network: float | None) -> Machine:
+    """The hardware that the command names.
+
+    Args:
+        spec: a file that describes a GPU, in place of the name.
+        network: GB/s between nodes, per GPU and direction.
+
+    Raises:
+        ValueError: for an unknown GPU or a wrong file.
+    """
+    hardware = find_gpu(gpu) if spec is None else read_gpu_spec(spec)
+    if network is not None:
+        hardware = replace(hardware, network=1e9 * network)
+    return Machine(gpu if spec is None else hardware.device, hardware, gpus_per_node, Efficiency())
+
+
+def parse_counts(texts: Sequence[str]) -> list[int]:
+    """Numbers of GPUs, separated by commas or given repeatedly.
+
+    Raises:
+        ValueError: for a text that is no list of integers.
+    """
+    try:
+        return [int(number) for text in texts for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--gpus: {','.join(texts)}; allowed: numbers separated by commas, such as 8,16,32") from None
+
+
 def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
-    """Bytes of a sample, and the number of samples: of the recipe's data where it is here, else of ImageNet's."""
+    """Bytes of a sample and number of samples: of the recipe's data if it is here, else of ImageNet."""
     path = recipe.data.path
     if samples is None and (path / "manifest.json").is_file():
         count = Manifest.read(path).num_samples
@@ -31,8 +90,17 @@ def data_size(recipe: TrainRecipe, samples: int | None) -> tuple[int, int]:
     return recipe.task.sample_bytes(), IMAGENET if samples is None else samples
 
 
-def job(
-    recipe: TrainRecipe, model: Footprint, flops_per_sample: float, gpus: int, gpus_per_node: int, samples: int | None
+def count_model(recipe: TrainRecipe) -> Model:
+    return Model(footprint(recipe), work(recipe), flops(recipe))
+
+
+def model_key(recipe: TrainRecipe) -> str:
+    """Equal for recipes with equal counts: they may differ in the engine, except for its precision."""
+    return digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision])
+
+
+def make_job(
+    recipe: TrainRecipe, model: Model, gpus: int, gpus_per_node: int, samples: int | None
 ) -> planner.PlannedRun:
     size, count = data_size(recipe, samples)
     checkpoint, steps = recipe.checkpoint, recipe.train.steps
@@ -40,8 +108,9 @@ def job(
     apart = 0 if checkpoint.keep_every is None else steps // checkpoint.keep_every
     kept = saved if checkpoint.keep_last is None else min(saved, apart + checkpoint.keep_last)
     return planner.PlannedRun(
-        footprint=model,
-        flops_per_sample=flops_per_sample,
+        footprint=model.footprint,
+        work=model.work,
+        flops_per_sample=model.flops,
         engine=recipe.engine,
         global_batch=recipe.train.global_batch,
         micro_batch=recipe.train.micro_batch,
@@ -51,15 +120,18 @@ def job(
         sample_bytes=size,
         samples=count,
         kept_checkpoints=kept,
+        save_every=checkpoint.every or steps,
+        background=checkpoint.background,
+        num_workers=recipe.data.num_workers,
     )
 
 
 def measured_mfu(path: Path, flops: float, peak: float) -> float:
-    """The use of the peak that a run had: from its metrics.jsonl (mfu, else the rate of a rank), or from a JSON object
-    with `mfu`, or with `samples_per_s` and `world_size`.
+    """The MFU of a run: from its metrics.jsonl (mfu, else the throughput of a rank), or from a JSON object with `mfu`,
+    or with `samples_per_s` and `world_size`.
 
     Raises:
-        ValueError: where there is no such file, or it holds neither.
+        ValueError: if the file is missing or has none of them.
     """
     if not path.is_file():
         raise ValueError(f"--measured: {path} is no file")
@@ -69,7 +141,7 @@ def measured_mfu(path: Path, flops: float, peak: float) -> float:
             rows = [json.loads(line) for line in text.splitlines()]
             found = [row["mfu"] for row in rows if row.get("mfu")]
             rates = [row["samples_per_s_per_rank"] for row in rows if row.get("samples_per_s_per_rank")]
-            if found or rates:  # by the median: the first steps are slow, and pauses for saves are rare
+            if found or rates:  # the median: the first steps are slow, and pauses for saves are rare
                 return float(statistics.median(found)) if found else float(statistics.median(rates)) * flops / peak
         else:
             data = json.loads(text)
@@ -83,49 +155,43 @@ def measured_mfu(path: Path, flops: float, peak: float) -> float:
 
 
 def make(
-    names: Sequence[str], overrides: Sequence[str], gpus: Sequence[int], gpu: str, *, gpus_per_node: int,
-    mfu: float | None, measured: Path | None, samples: int | None,
-) -> list[tuple[TrainRecipe, planner.PlannedRun, planner.Plan]]:  # fmt: skip
+    names: Sequence[str], overrides: Sequence[str], gpus: Sequence[int], machine: Machine, *,
+    mfu: float | None = None, measured: Path | None = None, samples: int | None = None,
+) -> list[Planned]:  # fmt: skip
     """The plan of every recipe on every number of GPUs.
 
     Raises:
-        ValueError: for a GPU that is not known, or what `planner.plan` refuses.
+        ValueError: for an impossible number of GPUs.
     """
-    if gpu not in planner.DEVICES:
-        raise ValueError(f"--gpu: {gpu!r}; allowed: {', '.join(planner.DEVICES)}")
-    device, made, models = planner.DEVICES[gpu], [], dict[str, tuple[Footprint, float]]()
-    peak = peak_flops_by_name(device.name)
+    made, models = [], dict[str, Model]()
     for name in names:
         recipe = load(name, TrainRecipe, overrides)
-        # Recipes that differ in the engine alone have one footprint.
-        key = digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision])
-        model, work_per_sample = models[key] = models[key] if key in models else (footprint(recipe), flops(recipe))
-        used = planner.ASSUMED_MFU if mfu is None else mfu
-        used = used if measured is None else measured_mfu(measured, work_per_sample, peak)
+        key = model_key(recipe)
+        model = models[key] = models[key] if key in models else count_model(recipe)
+        peak = machine.hardware.peak_bf16
+        stated = mfu if measured is None else measured_mfu(measured, model.flops, peak)
         for count in gpus:
-            planner.check_ranks(count, min(gpus_per_node, max(count, 1)))
-            work = job(recipe, model, work_per_sample, count, gpus_per_node, samples)
-            made.append((recipe, work, planner.plan(work, device, peak, used)))
+            planner.check_ranks(count, min(machine.gpus_per_node, max(count, 1)))
+            job = make_job(recipe, model, count, machine.gpus_per_node, samples)
+            made.append(Planned(recipe, job, planner.plan(job, machine.hardware, machine.efficiency, stated)))
     return made
 
 
-def table(
-    made: Sequence[tuple[TrainRecipe, planner.PlannedRun, planner.Plan]], gpu: str, as_markdown: bool
-) -> Table | str:
-    """One plan in full, or several as a table, one line each."""
-    device = planner.DEVICES[gpu]
-    rows = [planner.table_row(recipe.name, work, plan) for recipe, work, plan in made]
+def table(made: Sequence[Planned], machine: Machine, as_markdown: bool) -> Table | str:
+    """One plan in full, or several as a table with one line each."""
+    rows = [tables.table_row(entry.recipe.name, entry.job, entry.plan) for entry in made]
     if as_markdown:
-        return planner.markdown(rows)
+        return tables.markdown(rows)
     if len(made) > 1:
-        out = Table(*planner.TABLE_HEAD)
+        out = Table(*tables.TABLE_HEAD)
         for row in rows:
             out.add_row(*row)
         return out
-    recipe, work, plan = made[0]
-    out = Table("", "", show_header=False, title=f"{recipe.name} on {work.ranks} × {gpu}, {engine_name(work.engine)}")
-    for name, value in planner.quantities(plan, device):
-        out.add_row(name, value)
+    (entry,) = made
+    title = f"{entry.recipe.name} on {entry.job.ranks} × {machine.gpu}, {engine_name(entry.job.engine)}"
+    out = Table("", "", "source", title=title)
+    for cells in tables.quantities(entry.plan, machine.hardware):
+        out.add_row(*cells)
     return out
 
 

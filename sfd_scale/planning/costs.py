@@ -1,7 +1,6 @@
-"""What an engine holds on each rank and sends each step, as arithmetic on a model's footprint.
+"""Memory of each rank and the collectives of each step, by engine, as arithmetic on a model's footprint.
 
-Checked against the real engines by test_planner.py. P parameters · N ranks · s ranks that share one copy of the state
-(N, or a group of HSDP).
+test_planner.py checks it against the real engines.
 """
 
 from __future__ import annotations
@@ -12,31 +11,37 @@ from dataclasses import dataclass
 
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.planning.collectives import Collective, Group
 from sfd_scale.planning.footprint import BYTES, Footprint
 from sfd_scale.runtime.batch_split import divisors
 
-# Elements of the smallest cut of a flat ZeRO-1/2 partition, times the ranks.
+# Share of a GPU's memory in which weights may stay whole. The plan is an estimate, and NCCL needs some memory.
+MEMORY_FOR_WHOLE_WEIGHTS = 0.8
+# ZeRO-1 and 2 pad a flat partition to a multiple of this many elements for each rank.
 _ZERO_ALIGNMENT = 2
-
 
 AnyEngineConfig = DeepSpeedConfig | FSDPConfig
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank. `host` is in host memory, everything else on the GPU."""
+    """Bytes on the fullest rank. `host` is in host memory, everything else on the GPU.
+
+    optimizer: both moments, and the fp32 master weights of an engine that keeps them beside bf16 params.
+    buffers: communication buckets and gathered weights.
+    """
 
     params: int
     gradients: int
-    optimizer: int  # fp32 master weights, where they are not the params, and both moments
+    optimizer: int
     ema: int
-    buffers: int  # buckets and gathered weights
+    buffers: int
     activations: int
     host: int = 0
 
     @property
     def state(self) -> int:
-        """All that does not depend on the batch."""
+        """The part that does not depend on the batch."""
         return self.params + self.gradients + self.optimizer + self.ema + self.buffers
 
     @property
@@ -45,10 +50,10 @@ class Memory:
 
 
 def shard_group(engine: AnyEngineConfig, ranks: int, ranks_per_node: int) -> int:
-    """Over how many ranks one copy of the optimizer state is spread.
+    """The number of ranks that share one copy of the optimizer state.
 
     Raises:
-        ValueError: where the ranks do not divide into such groups.
+        ValueError: if the ranks do not divide into groups of this size.
     """
     if isinstance(engine, DeepSpeedConfig):
         if ranks % engine.hpz_partition_size:
@@ -88,42 +93,43 @@ def _deepspeed(
     weight, whole, stage = BYTES[engine.precision], model.parameters, engine.zero_stage
     if stage == 0:  # fp32: the weights are the masters
         return Memory(4 * whole, 4 * whole, 8 * whole, 4 * whole, model.buffers, activations)
-    # The bucket that gradients are reduced in, and its copy in fp32.
+    # The bucket for reducing gradients, and its copy in fp32.
     bucket = min(engine.reduce_bucket_elements, whole) * (weight if weight == 4 else weight + 4)
     buffers = model.buffers + bucket * (2 if engine.overlaps else 1)
     if stage < 3:
         align = _ZERO_ALIGNMENT * ranks
         part = math.ceil(whole / align) * align // ranks
         params = weight * part * ranks
-        # Stage 1 keeps them whole until it reduces, after backward; micro-batches add up in fp32.
+        # Stage 1 keeps whole gradients until it reduces them, after backward. It accumulates micro-batches in fp32.
         sums = 4 * whole if grad_accum_steps > 1 and weight < 4 else 0
         gradients = weight * whole + sums if stage == 1 else 4 * part
     else:
-        # Small parameters stay whole on every rank, beside their part.
+        # Every rank keeps small parameters whole, beside its part of them.
         small = sum(n for n in map(math.prod, model.shapes) if n <= engine.persistent_elements)
         part = sum(math.ceil(math.prod(shape) / ranks) for shape in model.shapes)
         params = weight * ((0 if engine.offload_params else part) + small)
         gradients = 4 * part
-        buffers += weight * 2 * model.largest_block  # the weights of the block at work and of the next one
+        buffers += weight * 2 * model.largest_block  # weights of the current and the next block
         if engine.hpz_partition_size > 1:
             params += weight * math.ceil(whole / engine.hpz_partition_size)
     optimizer, ema = 12 * part, 4 * part
     if not engine.offload_optimizer:
         return Memory(params, gradients, optimizer, ema, buffers, activations)
-    # The EMA averages the masters where they are. Stage 3 keeps gradients twice: as they come, and for the CPU's Adam.
+    # The EMA lies beside the master weights. Stage 3 has two copies of the gradients: the reduced ones, and those for
+    # the CPU's Adam.
     host = optimizer + ema + (4 if stage < 3 else 8) * part + (weight * part if engine.offload_params else 0)
     return Memory(params, gradients if stage == 1 else 0, 0, 0, buffers, activations, host)
 
 
 def _fsdp(model: Footprint, engine: FSDPConfig, group: int, grad_accum_steps: int, activations: int) -> Memory:
-    # Rows of the first dimension are dealt out; the first ranks have the larger parts.
+    # FSDP2 splits the first dimension; the first ranks have the larger parts.
     part = sum(math.ceil(shape[0] / group) * math.prod(shape[1:]) for shape in model.shapes)
     weight = BYTES[engine.precision]
-    # Micro-batches before the last one add up whole, in fp32.
+    # Gradient accumulation adds up whole gradients in fp32.
     gradients = 4 * part if grad_accum_steps == 1 else 4 * model.parameters
     # `auto` counts as resharding here; `with_resharding` decides it.
     live = 2 * model.largest_block if engine.reshard_after_forward else model.parameters
-    # Weights on their way in, gradients on their way out.
+    # Gathered weights, and gradients that are being reduced.
     buffers = weight * live + 4 * 2 * model.largest_block if group > 1 else weight * live
     state = Memory(4 * part, gradients, 8 * part, 4 * part, buffers + model.buffers, activations)
     if not engine.cpu_offload:
@@ -135,27 +141,67 @@ def _fsdp(model: Footprint, engine: FSDPConfig, group: int, grad_accum_steps: in
 def bytes_sent_per_step(
     model: Footprint, engine: AnyEngineConfig, *, ranks: int, ranks_per_node: int, grad_accum_steps: int
 ) -> float:
-    """Bytes that one rank sends a step, with ring collectives: (n - 1)/n of a tensor for a gather or a scatter."""
-    whole, group = model.parameters, shard_group(engine, ranks, ranks_per_node)
-    weight = BYTES[engine.precision]
+    """Bytes that each rank sends per step, with ring collectives."""
+    found = collectives(
+        model, engine, ranks=ranks, ranks_per_node=ranks_per_node, grad_accum_steps=grad_accum_steps
+    )  # fmt: skip
+    return sum(collective.bytes_sent for collective in found)
 
-    def ring(n: int, size: float) -> float:
-        return (n - 1) / n * size
 
+def collectives(
+    model: Footprint, engine: AnyEngineConfig, *, ranks: int, ranks_per_node: int, grad_accum_steps: int
+) -> list[Collective]:
+    """The collectives of one step; empty for one rank."""
+    if ranks == 1:
+        return []
+    world = Group(ranks, ranks_per_node)
     if isinstance(engine, DeepSpeedConfig):
-        if engine.zero_stage == 0:
-            return ring(ranks, 2 * 4 * whole)
-        if engine.zero_stage == 1:
-            return ring(ranks, (4 + weight) * whole)
-        reduced = ring(ranks, grad_accum_steps * 4 * whole)
-        if engine.zero_stage == 2:
-            return reduced + ring(ranks, weight * whole)
-        near = engine.hpz_partition_size if engine.hpz_partition_size > 1 else ranks
-        return reduced + grad_accum_steps * (ring(ranks, weight * whole) + ring(near, weight * whole))
-    gathers = 2 if engine.reshard_after_forward else 1
-    gathered = grad_accum_steps * gathers * ring(group, weight * whole) if group > 1 else 0.0
-    replicas = ranks // group
-    return gathered + ring(group, 4 * whole) + ring(replicas, 2 * 4 * whole / group)
+        return _deepspeed_collectives(model, engine, world, grad_accum_steps)
+    return _fsdp_collectives(model, engine, world, grad_accum_steps)
+
+
+def _deepspeed_collectives(
+    model: Footprint, engine: DeepSpeedConfig, world: Group, grad_accum_steps: int
+) -> list[Collective]:
+    whole, steps, overlap = model.parameters, grad_accum_steps, engine.overlaps
+    weights, buckets = BYTES[engine.precision] * whole, math.ceil(whole / engine.reduce_bucket_elements)
+    if engine.zero_stage == 0:
+        return [Collective("all_reduce", "step", 4 * whole, buckets, world, False)]
+    updated = Collective(
+        "all_gather", "step", weights, math.ceil(whole / engine.allgather_bucket_elements), world, False
+    )
+    if engine.zero_stage == 1:  # reduces once, after the last backward pass
+        return [Collective("reduce_scatter", "step", 4 * whole, buckets, world, False), updated]
+    reduced = Collective("reduce_scatter", "backward", steps * 4 * whole, steps * buckets, world, overlap)
+    if engine.zero_stage == 2:
+        return [reduced, updated]
+    hpz = engine.hpz_partition_size
+    near = Group(hpz, world.ranks_per_node) if hpz > 1 else world
+    # Stage 3 gathers each layer separately: its weight with its bias.
+    gathers = steps * math.ceil(len(model.shapes) / 2)
+    return [
+        reduced,
+        Collective("all_gather", "forward", steps * weights, gathers, world, True),
+        Collective("all_gather", "backward", steps * weights, gathers, near, True),
+    ]
+
+
+def _fsdp_collectives(model: Footprint, engine: FSDPConfig, world: Group, grad_accum_steps: int) -> list[Collective]:
+    shards = shard_group(engine, world.size, world.ranks_per_node)
+    weights, units, steps = BYTES[engine.precision] * model.parameters, len(model.blocks) + 1, grad_accum_steps
+    found = []
+    if shards > 1:
+        group = Group(shards, world.ranks_per_node)
+        found = [
+            Collective("all_gather", "forward", steps * weights, steps * units, group, True),
+            Collective("reduce_scatter", "backward", 4 * model.parameters, units, group, True),
+        ]
+        if engine.reshard_after_forward:
+            found.append(Collective("all_gather", "backward", steps * weights, steps * units, group, True))
+    if world.size > shards:
+        across = Group(world.size // shards, world.ranks_per_node, stride=shards)
+        found.append(Collective("all_reduce", "backward", 4 * model.parameters / shards, units, across, True))
+    return found
 
 
 def with_resharding(
@@ -184,13 +230,15 @@ def with_resharding(
 
 
 def recompute_fraction(engine: AnyEngineConfig) -> float:
-    """The share of the blocks' forward pass that checkpointing does again; all but matrix products and attention is
-    about a tenth of it in selective mode."""
+    """The share of the blocks' forward FLOPs that activation checkpointing repeats.
+
+    Selective mode saves the outputs of matmuls and attention. The rest is about a tenth.
+    """
     return {"none": 0.0, "selective": 0.1, "block": 1.0}[engine.activation_checkpointing]
 
 
 def engine_name(engine: AnyEngineConfig) -> str:
-    """As one says it: ZeRO-2, ZeRO-3 + offload, FSDP2, HSDP."""
+    """The usual name: ZeRO-2, ZeRO-3 + offload, FSDP2, HSDP."""
     if isinstance(engine, DeepSpeedConfig):
         return f"ZeRO-{engine.zero_stage}{' + offload' if engine.offload_optimizer else ''}"
     return {"full": "FSDP2", "hybrid": "HSDP", "replicate": "FSDP2 replicate"}[engine.sharding]

@@ -1,6 +1,6 @@
-"""What one training step of a model keeps in memory, traced through the real model on tensors without storage.
+"""The memory of one training step of a model, traced on the real model on tensors without storage.
 
-A planner that has formulas for the layers is wrong as soon as a layer changes. Here autograd itself says what it saves.
+autograd itself says which tensors it saves. So a new layer needs no formula here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfd_scale.engines.block_transforms import KEPT, blocks_of
+from sfd_scale.planning.tracing import FlashAttention, use_bf16_parameters
 
 Precision = Literal["bf16", "fp32"]
 BYTES = {"bf16": 2, "fp32": 4}
@@ -25,7 +24,7 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that backward needs for one sample, at the moment when there are most of them."""
+    """Bytes that backward needs for one sample, at their maximum, by the mode of activation checkpointing."""
 
     none: int
     selective: int
@@ -34,10 +33,10 @@ class Activations:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A model, as far as the planner needs it.
+    """Parameters, buffers and activations of a model.
 
-    shapes: of the parameters of each block, in order, then of what stands outside of the blocks.
-    block_share: the share of the FLOPs that lies inside blocks, and is done again under checkpointing.
+    blocks: shapes of the parameters of each block, in order. outside: of all other parameters.
+    block_share: share of the FLOPs inside blocks, which activation checkpointing repeats.
     """
 
     blocks: tuple[tuple[tuple[int, ...], ...], ...]
@@ -66,11 +65,11 @@ def trace(
     """The footprint of a model.
 
     Args:
-        make: builds the model; called where nothing is allocated.
-        forward: the model and a number of samples → what the loss is computed from. None leaves activations at 0, and
-            spares the one or two seconds that the trace takes.
+        make: builds the model. It is called on the meta device, where tensors have no storage.
+        forward: the model and a number of samples → the inputs of the loss. None leaves activations at 0, and saves the
+            one or two seconds of the trace.
     """
-    with torch.device("meta"), _FlashAttention():
+    with torch.device("meta"), FlashAttention():
         model = make()
         blocks = blocks_of(model)
         inside = tuple(tuple(tuple(p.shape) for p in block.parameters()) for block in blocks)
@@ -78,10 +77,8 @@ def trace(
         outside = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in taken)
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         if precision == "bf16":
-            for module in model.modules():
-                for name, param in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(param.detach().bfloat16()))
-        # Twice, because some of it does not grow with the batch.
+            use_bf16_parameters(model)
+        # Two batches, because a part of the memory does not grow with the batch.
         one, two = (_activations(model, forward, n) if forward else Activations(0, 0, 0) for n in (1, 2))
     per_sample = Activations(two.none - one.none, two.selective - one.selective, two.block - one.block)
     weights = sum(math.prod(shape) for block in inside for shape in block)
@@ -94,14 +91,14 @@ def _activations(model: nn.Module, forward: Callable[[nn.Module, int], Any], sam
     blocks = blocks_of(model)
     records: list[_Block] = []
     hooks = [h for block in blocks for h in _recorded(block, params, records)]
-    outside: dict[int, int] = {}  # hooks of a block hide what it saves from these
+    outside: dict[int, int] = {}  # tensors saved inside a block go to the hooks of the block
     with _hooks(params, outside):
         alive = forward(model, samples)
     for hook in hooks:
         hook.remove()
     everything = {**outside, **_joined(record.saved for record in records)}
     working = max((sum(record.saved.values()) for record in records), default=0)
-    # While one block is computed again, all that it saves is there once; the rest only as far as it is kept.
+    # While one block is recomputed, all its saved tensors are in memory; of other blocks only the kept ones.
     inputs = {**outside, **_joined(record.inputs for record in records)}
     kept = {**inputs, **_joined(record.products for record in records)}
     del alive
@@ -110,7 +107,7 @@ def _activations(model: nn.Module, forward: Callable[[nn.Module, int], Any], sam
 
 @dataclass
 class _Block:
-    """Storage → bytes; `alive` keeps the storages, so that none lends its address to another one."""
+    """Storage → bytes. `alive` holds the storages, so that no address is used twice."""
 
     inputs: dict[int, int]
     products: dict[int, int]
@@ -119,7 +116,7 @@ class _Block:
 
 
 def _recorded(block: nn.Module, params: set[int], records: list[_Block]) -> Iterator[Any]:
-    """Hooks that record what one call of the block gets, keeps and saves."""
+    """Hooks that record the inputs, the kept and the saved tensors of one call of the block."""
     open_: list[Any] = []
 
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -155,15 +152,6 @@ class _Products(TorchDispatchMode):
                     self.record.alive.append(tensor)
                     self.record.products[_key(tensor)] = _size(tensor)
         return out
-
-
-class _FlashAttention(TorchFunctionMode):
-    """On tensors without storage PyTorch takes plain products for attention, with their T × T matrix. No GPU does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _hooks(params: set[int], sizes: dict[int, int]) -> saved_tensors_hooks:

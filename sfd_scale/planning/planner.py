@@ -1,66 +1,71 @@
-"""Memory, time and cost of a recipe on N GPUs, before anything is started. Pure arithmetic on a model's footprint.
+"""Memory, time and cost of a recipe on N GPUs, before the start: arithmetic on the model's footprint and kernels.
 
-Bytes and seconds throughout. What each engine holds and sends is in engines/costs.py.
+Bytes and seconds throughout. costs.py has the memory and the collectives of each engine, step_time.py the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfd_scale.planning.costs import (
+    MEMORY_FOR_WHOLE_WEIGHTS,
     AnyEngineConfig,
     Memory,
     bytes_sent_per_step,
-    engine_name,
     memory_per_rank,
     recompute_fraction,
+    with_resharding,
 )
+from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Footprint
+from sfd_scale.planning.goodput import Goodput, goodput
+from sfd_scale.planning.hardware import Hardware
+from sfd_scale.planning.step_time import Step, StepTime, step_time
+from sfd_scale.planning.work import Work
 from sfd_scale.runtime.batch_split import BatchSplit, divisors, split_batch
 
-# Share of a GPU's memory that tensors can have: the rest is CUDA's context, NCCL's buffers and fragmentation.
+# Usable share of a GPU's memory. CUDA's context, NCCL's buffers and fragmentation take the rest.
 USABLE = 0.92
-# Steps a run takes at best, in use of the FLOPs that a maker states; give a measured one for anything that costs money.
-ASSUMED_MFU = 0.40
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU: its name in accelerators.py, which knows its FLOPs, and its memory by the maker's data sheet."""
-
-    name: str
-    memory: float
-
-
-DEVICES = {
-    "a100-40g": Device("A100", 40e9), "a100": Device("A100", 80e9), "h100": Device("H100", 80e9),
-    "h200": Device("H200", 141e9), "h20": Device("H20", 96e9), "b200": Device("B200", 180e9),
-    "l40s": Device("L40S", 48e9), "a6000": Device("A6000", 48e9), "4090": Device("4090", 24e9),
-}  # fmt: skip
+_CHECKPOINT_BYTES = 16  # per parameter: weight, both moments and EMA in fp32
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What is planned: a model's footprint with the recipe's numbers."""
+    """The input of a plan: the model's footprint and kernels, and the recipe's numbers.
+
+    flops_per_sample: forward and backward, without recomputation.
+    sample_bytes: of the shards, both flips.
+    save_every: steps between checkpoints. background: checkpoints are written while training continues.
+    """
 
     footprint: Footprint
-    flops_per_sample: float  # forward and backward; recomputation is not counted
+    work: Work
+    flops_per_sample: float
     engine: AnyEngineConfig
     global_batch: int
     micro_batch: int | None
     steps: int
     ranks: int
     ranks_per_node: int
-    sample_bytes: int  # of the shards, both flips
+    sample_bytes: int
     samples: int
     kept_checkpoints: int
+    save_every: int
+    background: bool = True
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; `largest_micro_batch` is 0 where not even one sample fits."""
+    """The answer.
 
+    engine: the recipe's, with `reshard_after_forward: auto` decided.
+    largest_micro_batch: 0 if not even one sample fits.
+    time: parts of a step; None if the user states the MFU.
+    total_seconds: of all steps, with the stalls of checkpoints and without failures.
+    """
+
+    engine: AnyEngineConfig
     split: BatchSplit
     memory: Memory
     largest_micro_batch: int
@@ -68,19 +73,37 @@ class Plan:
     checkpoints: int
     data: int
     flops_per_step: float
-    peak_flops: float  # of a rank
-    mfu: float
+    peak_flops: float  # of a rank, in bf16 as in a run's metrics
+    time: StepTime | None
     step_seconds: float
-    bytes_sent_per_step: float  # bytes that a rank sends
+    bytes_sent_per_step: float  # by each rank
     total_seconds: float
+    goodput: Goodput
+
+    @property
+    def mfu(self) -> float:
+        return self.flops_per_step / (self.split.world_size * self.peak_flops * self.step_seconds)
 
     @property
     def days(self) -> float:
+        """Without failures."""
         return self.total_seconds / 86400
 
     @property
     def gpu_hours(self) -> float:
         return self.total_seconds / 3600 * self.split.world_size
+
+    @property
+    def days_with_failures(self) -> float:
+        return self.days / (1 - self.goodput.lost)
+
+    @property
+    def gpu_hours_with_failures(self) -> float:
+        return self.gpu_hours / (1 - self.goodput.lost)
+
+    @property
+    def fits(self) -> bool:
+        return self.split.micro_batch <= self.largest_micro_batch
 
 
 def check_ranks(ranks: int, ranks_per_node: int) -> None:
@@ -90,7 +113,7 @@ def check_ranks(ranks: int, ranks_per_node: int) -> None:
     if ranks > ranks_per_node and ranks % ranks_per_node:
         below = ranks // ranks_per_node * ranks_per_node
         raise ValueError(
-            f"--gpus: {ranks} with {ranks_per_node} a node; allowed: whole nodes, nearest {below} or "
+            f"--gpus: {ranks} with {ranks_per_node} per node; allowed: whole nodes, nearest {below} or "
             f"{below + ranks_per_node}"
         )
 
@@ -102,32 +125,67 @@ def memory_of(job: PlannedRun, micro_batch: int, grad_accum_steps: int) -> Memor
     )  # fmt: skip
 
 
-def seconds(job: PlannedRun, peak_flops: float, mfu: float) -> float:
-    """Of one step: the model's FLOPs at the stated use of the peak; checkpointing does the forward pass of its blocks
-    again, which the use of the peak (MFU) does not count."""
+def largest_micro_batch(job: PlannedRun, hardware: Hardware) -> int:
+    """The largest micro-batch that divides a rank's share of the batch and fits; 0 if none does."""
+    share = job.global_batch // job.ranks
+    usable = USABLE * hardware.memory
+    return max((m for m in divisors(share) if memory_of(job, m, share // m).total <= usable), default=0)
+
+
+def seconds_at_mfu(job: PlannedRun, peak_flops: float, mfu: float) -> float:
+    """The time of one step at a stated MFU. Activation checkpointing repeats the blocks' forward pass, which MFU does
+    not count."""
     work = job.flops_per_sample * (1 + recompute_fraction(job.engine) * job.footprint.block_share / 3)
     return job.global_batch * work / (job.ranks * peak_flops * mfu)
 
 
-def plan(job: PlannedRun, device: Device, peak_flops: float, mfu: float = ASSUMED_MFU) -> Plan:
-    """The plan of a job.
+def split_of(job: PlannedRun, largest: int) -> BatchSplit:
+    """The recipe's split of the batch; without a `micro_batch` in the recipe, the largest that fits.
 
     Raises:
-        ValueError: for a number of ranks that cannot be, naming the nearest that can.
+        ValueError: if the ranks or the micro-batch do not divide the batch; the message names the nearest that do.
+    """
+    split = split_batch(job.global_batch, job.micro_batch, job.ranks)
+    if job.micro_batch is None and 0 < largest < split.micro_batch:
+        return BatchSplit(largest, job.global_batch // job.ranks // largest, job.ranks)
+    return split
+
+
+def step_of(job: PlannedRun, split: BatchSplit) -> Step:
+    return Step(job.footprint, job.work, job.engine, split, job.ranks_per_node, job.num_workers)
+
+
+def save_seconds(job: PlannedRun, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Time that training waits for one checkpoint: the copy to the host, and the write if not in the background."""
+    part = _CHECKPOINT_BYTES * job.footprint.parameters / job.ranks
+    return part / hardware.pcie + (0.0 if job.background else part / efficiency.disk.value)
+
+
+def plan(job: PlannedRun, hardware: Hardware, efficiency: Efficiency, mfu: float | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        mfu: stated by the user, in place of the time model.
+
+    Raises:
+        ValueError: for an impossible number of ranks; the message names the nearest possible one.
     """
     check_ranks(job.ranks, job.ranks_per_node)
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu: {mfu}; allowed: above 0, up to 1")
-    split = split_batch(job.global_batch, job.micro_batch, job.ranks)
-    usable = USABLE * device.memory
-    share = job.global_batch // job.ranks
-    fits = [m for m in divisors(share) if memory_of(job, m, share // m).total <= usable]
-    largest = max(fits, default=0)
-    if job.micro_batch is None and 0 < largest < split.micro_batch:
-        split = BatchSplit(largest, share // largest, job.ranks)
-    step = seconds(job, peak_flops, mfu)
-    checkpoint = 16 * job.footprint.parameters
+    split_batch(job.global_batch, job.micro_batch, job.ranks)
+    largest = largest_micro_batch(job, hardware)
+    split, peak = split_of(job, largest), hardware.peak_bf16
+    engine = with_resharding(
+        job.footprint, job.engine, MEMORY_FOR_WHOLE_WEIGHTS * hardware.memory, ranks=job.ranks,
+        ranks_per_node=job.ranks_per_node, micro_batch=split.micro_batch, grad_accum_steps=split.grad_accum_steps,
+    )  # fmt: skip
+    job = replace(job, engine=engine)
+    time = step_time(step_of(job, split), hardware, efficiency) if mfu is None else None
+    step = time.total if time is not None else seconds_at_mfu(job, peak, mfu or 1.0)
+    checkpoint, save = _CHECKPOINT_BYTES * job.footprint.parameters, save_seconds(job, hardware, efficiency)
     return Plan(
+        engine=engine,
         split=split,
         memory=memory_of(job, split.micro_batch, split.grad_accum_steps),
         largest_micro_batch=largest,
@@ -135,62 +193,15 @@ def plan(job: PlannedRun, device: Device, peak_flops: float, mfu: float = ASSUME
         checkpoints=checkpoint * job.kept_checkpoints,
         data=job.sample_bytes * job.samples,
         flops_per_step=job.global_batch * job.flops_per_sample,
-        peak_flops=peak_flops,
-        mfu=mfu,
+        peak_flops=peak,
+        time=time,
         step_seconds=step,
         bytes_sent_per_step=bytes_sent_per_step(
-            job.footprint,
-            job.engine,
-            ranks=job.ranks,
-            ranks_per_node=job.ranks_per_node,
+            job.footprint, job.engine, ranks=job.ranks, ranks_per_node=job.ranks_per_node,
             grad_accum_steps=split.grad_accum_steps,
         ),
-        total_seconds=step * job.steps,
-    )
-
-
-def quantities(made: Plan, device: Device) -> list[tuple[str, str]]:
-    """The plan as rows of (what, how much), for people."""
-    memory, gib = made.memory, 2**30
-    rows = [(name, f"{getattr(memory, name) / gib:.2f} GiB") for name in ("params", "gradients", "optimizer", "ema")]
-    rows += [("buffers", f"{memory.buffers / gib:.2f} GiB"), ("activations", f"{memory.activations / gib:.2f} GiB")]
-    share = memory.total / device.memory
-    rows += [
-        ("memory of the fullest rank", f"{memory.total / gib:.2f} GiB, {share:.0%} of {device.memory / 1e9:.0f} GB")
-    ]
-    if memory.host:
-        rows += [("host memory a rank", f"{memory.host / gib:.2f} GiB")]
-    batch = f"{made.split.micro_batch} × {made.split.grad_accum_steps} × {made.split.world_size} ranks"
-    fits = str(made.largest_micro_batch) if made.largest_micro_batch else "none: not one sample fits"
-    rows += [("micro-batch × accumulation", batch), ("largest micro-batch that fits", fits)]
-    rows += [("checkpoint", f"{made.checkpoint / 1e9:.1f} GB, kept {made.checkpoints / 1e9:.1f} GB")]
-    rows += [("data", f"{made.data / 1e9:.1f} GB"), ("FLOPs a step", f"{made.flops_per_step:.3g}")]
-    rows += [("sent a step by each rank", f"{made.bytes_sent_per_step / 1e9:.2f} GB")]
-    rows += [
-        ("step", f"{made.step_seconds:.3f} s at {made.mfu:.0%} of {made.peak_flops / 1e12:,.0f} TFLOP/s"),
-        ("whole run", f"{made.days:.1f} days, {made.gpu_hours:,.0f} GPU-hours"),
-    ]
-    return rows
-
-
-def table_row(recipe: str, job: PlannedRun, made: Plan) -> list[str]:
-    """One line of the table that compares engines and numbers of GPUs; see `TABLE_HEAD`."""
-    memory, gib = made.memory, 2**30
-    parts = [memory.params, memory.gradients, memory.optimizer, memory.ema, memory.buffers, memory.activations]
-    return [
-        recipe, engine_name(job.engine), str(job.ranks), f"{made.split.micro_batch} × {made.split.grad_accum_steps}",
-        *[f"{part / gib:.2f}" for part in parts], f"{memory.total / gib:.1f}", str(made.largest_micro_batch),
-        f"{made.bytes_sent_per_step / 1e9:.2f}", f"{made.step_seconds:.3f}", f"{made.days:.1f}",
-        f"{made.gpu_hours:,.0f}",
-    ]  # fmt: skip
-
-
-TABLE_HEAD = (
-    "recipe", "engine", "GPUs", "micro-batch × accumulation", "params", "gradients", "optimizer", "EMA", "buffers",
-    "activations", "GiB a rank", "largest micro-batch", "GB sent a step", "s a step", "days", "GPU-hours",
-)  # fmt: skip
-
-
-def markdown(rows: Sequence[Sequence[str]], head: Sequence[str] = TABLE_HEAD) -> str:
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        total_seconds=job.steps * step + job.steps // job.save_every * save,
+        goodput=goodput(
+            ranks=job.ranks, save_every_s=job.save_every * step, save_s=save, restart_s=efficiency.restart.value
+        ),
+    )  # fmt: skip

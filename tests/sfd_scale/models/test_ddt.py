@@ -265,10 +265,9 @@ def test_an_export_is_sampled_with_guidance(runs: Path) -> None:
 
 def test_a_plan_counts_both_widths(runs: Path) -> None:
     recipe = config.load("quickstart/sfd_ddt", TrainRecipe, settings(runs, 4))
-    made = plans.make(
-        ["quickstart/sfd_ddt"], settings(runs, 4), [2], "h100", gpus_per_node=8, mfu=0.4, measured=None, samples=None
-    )
-    (_, work, _) = made[0]
+    machine = plans.make_machine("h100", None, gpus_per_node=8, network=None)
+    (made,) = plans.make(["quickstart/sfd_ddt"], settings(runs, 4), [2], machine)
+    work = made.job
     model = recipe.task.make_model()
     assert work.footprint.parameters == sum(parameter.numel() for parameter in model.parameters())
     sizes = [sum(math.prod(shape) for shape in block) for block in work.footprint.blocks]

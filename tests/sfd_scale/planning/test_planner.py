@@ -19,7 +19,10 @@ from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models.lightningdit import LightningDiT
 from sfd_scale.planning import planner
 from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, memory_per_rank, shard_group
+from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Activations, Footprint, trace
+from sfd_scale.planning.hardware import GPUS, Hardware
+from sfd_scale.planning.work import Operation, Work
 from sfd_scale.recipe import TrainRecipe
 from tests.helpers import memory
 from tests.helpers.ranks import run_alone, run_ranks
@@ -136,47 +139,70 @@ def test_traffic_is_that_of_ring_collectives(
     assert found == pytest.approx(expected)
 
 
+# One matmul of 6e12 FLOPs a sample, in forward.
+WORK = Work(((Operation("matmul", False, True, (1, 0, 10**4, 3 * 10**4), (0, 10**4, 0, 0)), 1),), 1, "bf16")
+
+
 def job(engine: AnyEngineConfig, ranks: int = 8, micro_batch: int | None = None) -> planner.PlannedRun:
     return planner.PlannedRun(
-        footprint=MODEL, flops_per_sample=6e12, engine=engine, global_batch=256, micro_batch=micro_batch, steps=1000,
-        ranks=ranks, ranks_per_node=8, sample_bytes=1000, samples=5000, kept_checkpoints=3,
+        footprint=MODEL, work=WORK, flops_per_sample=6e12, engine=engine, global_batch=256, micro_batch=micro_batch,
+        steps=1000, ranks=ranks, ranks_per_node=8, sample_bytes=1000, samples=5000, kept_checkpoints=3, save_every=1000,
     )  # fmt: skip
 
 
-def test_time_follows_from_flops_and_the_stated_use_of_the_peak() -> None:
-    made = planner.plan(job(DeepSpeedConfig(zero_stage=1)), planner.DEVICES["h100"], peak_flops=1e15, mfu=0.5)
-    assert made.step_seconds == pytest.approx(256 * 6e12 / (8 * 1e15 * 0.5))
-    assert made.gpu_hours == pytest.approx(1000 * made.step_seconds * 8 / 3600)
+H100, SMALL = GPUS["h100"], GPUS["4090"]
+
+
+def plan(work: planner.PlannedRun, hardware: Hardware = H100, mfu: float | None = None) -> planner.Plan:
+    return planner.plan(work, hardware, Efficiency(), mfu)
+
+
+def test_a_stated_mfu_gives_the_time() -> None:
+    made = plan(job(DeepSpeedConfig(zero_stage=1)), mfu=0.5)
+    assert made.step_seconds == pytest.approx(256 * 6e12 / (8 * H100.peak_bf16 * 0.5))
+    assert made.mfu == pytest.approx(0.5) and made.time is None
+    assert made.gpu_hours == pytest.approx(1000 * made.step_seconds * 8 / 3600, rel=0.01)
     again = DeepSpeedConfig(zero_stage=1, activation_checkpointing="block")
-    assert planner.seconds(job(again), 1e15, 0.5) == pytest.approx(made.step_seconds * 4 / 3)
+    assert planner.seconds_at_mfu(job(again), H100.peak_bf16, 0.5) == pytest.approx(made.step_seconds * 4 / 3)
     assert (made.checkpoint, made.checkpoints, made.data) == (16 * P, 48 * P, 5_000_000)
 
 
+def test_the_time_of_a_plan_is_that_of_its_parts_and_saves() -> None:
+    made = plan(job(FSDPConfig()))
+    assert made.time is not None
+    assert made.step_seconds == pytest.approx(sum(seconds for _, seconds in made.time.parts))
+    assert made.mfu == pytest.approx(256 * 6e12 / (8 * H100.peak_bf16 * made.step_seconds))
+    save = planner.save_seconds(job(FSDPConfig()), H100, Efficiency())
+    assert save == pytest.approx(16 * P / 8 / H100.pcie)
+    assert made.total_seconds == pytest.approx(1000 * made.step_seconds + save)
+    slow = planner.save_seconds(replace(job(FSDPConfig()), background=False), H100, Efficiency())
+    assert slow == pytest.approx(save + 16 * P / 8 / Efficiency().disk.value)
+
+
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
-    # 10^9 bytes a sample: 32 of a rank's share go into 80 GB, and 16 into 24 GB.
-    h100, small = planner.DEVICES["h100"], planner.DEVICES["4090"]
-    assert planner.plan(job(FSDPConfig()), h100, 1e15).largest_micro_batch == 32
-    made = planner.plan(job(FSDPConfig()), small, 1e15)
+    # With 10^9 bytes a sample, 32 samples fit in 80 GB, and 16 in 24 GB.
+    assert plan(job(FSDPConfig())).largest_micro_batch == 32
+    made = plan(job(FSDPConfig()), SMALL)
     assert (made.largest_micro_batch, made.split.micro_batch, made.split.grad_accum_steps) == (16, 16, 2)
-    assert made.memory.total <= planner.USABLE * small.memory < planner.memory_of(job(FSDPConfig()), 32, 1).total
+    assert made.memory.total <= planner.USABLE * SMALL.memory < planner.memory_of(job(FSDPConfig()), 32, 1).total
     # A recipe that sets its micro-batch is planned with it.
-    assert planner.plan(job(FSDPConfig(), micro_batch=4), small, 1e15).split.micro_batch == 4
+    assert plan(job(FSDPConfig(), micro_batch=4), SMALL).split.micro_batch == 4
     huge = replace(job(FSDPConfig()), footprint=replace(MODEL, activations=Activations(10**12, 0, 0)))
-    assert planner.plan(huge, h100, 1e15).largest_micro_batch == 0
+    assert plan(huge).largest_micro_batch == 0 and not plan(huge).fits
 
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
         (0, "--gpus: 0; allowed: 1 and up"),
-        (12, "--gpus: 12 with 8 a node; allowed: whole nodes, nearest 8 or 16"),
+        (12, "--gpus: 12 with 8 per node; allowed: whole nodes, nearest 8 or 16"),
         (24, r"global_batch: 256 does not divide over 24 ranks.*nearest: 16 or 32"),
         (512, "nearest: 256"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused_with_the_nearest_that_can(ranks: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        planner.plan(job(FSDPConfig(), ranks), planner.DEVICES["h100"], 1e15)
+        plan(job(FSDPConfig(), ranks))
 
 
 def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
@@ -203,28 +229,33 @@ def test_a_measured_use_of_the_peak_is_read_from_a_run(tmp_path: Path) -> None:
         plans.measured_mfu(tmp_path / "results.json", 1.0, 1.0)
 
 
+def machine(gpu: str) -> plans.Machine:
+    return plans.make_machine(gpu, None, gpus_per_node=8, network=None)
+
+
 def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
     overrides = ["model.size=S", "model.alignment=null", "objective.alignment_weight=0"]
-    made = plans.make(
-        ["train/sfd_xxl_zero2"], overrides, [8, 64], "h200", gpus_per_node=8, mfu=0.4, measured=None, samples=None
-    )
-    text = plans.table(made, "h200", as_markdown=True)
+    made = plans.make(["train/sfd_xxl_zero2"], overrides, [8, 64], machine("h200"))
+    text = plans.table(made, machine("h200"), as_markdown=True)
     assert isinstance(text, str)
     lines = text.splitlines()
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["8", "64"]
     assert len({line.count("|") for line in lines}) == 1
     # Shards of the ImageNet recipe: 48 × 16 × 16 values of 16 bits, both flips.
-    assert made[0][1].sample_bytes == 48 * 16 * 16 * 2 * 2
-    assert made[0][1].samples == plans.IMAGENET
-    assert math.isclose(made[0][2].flops_per_step, 256 * made[0][1].flops_per_sample)
+    recipe, work, found = made[0].recipe, made[0].job, made[0].plan
+    assert work.sample_bytes == 48 * 16 * 16 * 2 * 2
+    assert work.samples == plans.IMAGENET
+    assert math.isclose(found.flops_per_step, 256 * work.flops_per_sample)
     # The summary of a run says the same.
-    recipe, _, plan = made[0]
-    total, state = (size / 2**30 for size in (plan.memory.total, plan.memory.state))
-    assert train.planned_memory(recipe, plan.split, activations=True).startswith(f"{total:.2f} GiB per rank")
-    assert train.planned_memory(recipe, plan.split, False) == f"{state:.2f} GiB per rank, without activations"
+    total, state = (size / 2**30 for size in (found.memory.total, found.memory.state))
+    assert train.planned_memory(recipe, found.split, activations=True).startswith(f"{total:.2f} GiB per rank")
+    assert train.planned_memory(recipe, found.split, False) == f"{state:.2f} GiB per rank, without activations"
     assert total > state + 1
-    with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g"):
-        plans.make([], [], [8], "h999", gpus_per_node=8, mfu=0.4, measured=None, samples=None)
+    with pytest.raises(ValueError, match="--gpu: 'h999'; allowed: a100-40g.*or a file by --gpu-spec"):
+        machine("h999")
+    with pytest.raises(ValueError, match="--gpus: 8,x; allowed: numbers separated by commas"):
+        plans.parse_counts(["8,x"])
+    assert plans.parse_counts(["8,16", "32"]) == [8, 16, 32]
 
 
 @pytest.mark.parametrize(
@@ -238,11 +269,10 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
 )
 def test_every_kind_of_run_has_a_plan(recipe: str, sample_bytes: int, tmp_path: Path) -> None:
     overrides = [f"data.path={tmp_path / 'none'}"]
-    ((loaded, work, plan),) = plans.make(
-        [recipe], overrides, [2], "h100", gpus_per_node=8, mfu=0.4, measured=None, samples=1000
-    )
-    assert work.sample_bytes == sample_bytes and plan.data == 1000 * sample_bytes
-    assert plan.memory.activations > 0 and plan.flops_per_step == loaded.train.global_batch * work.flops_per_sample > 0
+    (made,) = plans.make([recipe], overrides, [2], machine("h100"), samples=1000)
+    assert made.job.sample_bytes == sample_bytes and made.plan.data == 1000 * sample_bytes
+    assert made.plan.memory.activations > 0
+    assert made.plan.flops_per_step == made.recipe.train.global_batch * made.job.flops_per_sample > 0
 
 
 def test_images_of_512_pixels_take_four_times_the_space(tmp_path: Path) -> None:
