@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from sfd_scale.data import workers
 from sfd_scale.engines import build_ops
 from sfd_scale.launch.agent import gpu_count
 from sfd_scale.models import attention
@@ -188,15 +190,15 @@ def nccl() -> Iterator[Finding]:
 
 
 def limits() -> Iterator[Finding]:
-    shared = shutil.disk_usage("/dev/shm").total
-    advice = "start the container with --ipc=host or --shm-size=16g"
-    level: Level = "error" if shared < GIB // 8 else "warning" if shared < GIB else "ok"
-    yield Finding(level, "shared memory", f"{shared / GIB:.1f} GiB{'' if level == 'ok' else f'; {advice}'}")
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = files < 4096
-    yield Finding(
-        "warning" if few else "ok", "open files", f"{files}{f'; ulimit -n {max(most, 65536)}' if few else ''}"
-    )
+    shared = workers.memory_problem(GIB // 8), workers.memory_problem(GIB)
+    level: Level = "error" if shared[0] else "warning" if shared[1] else "ok"
+    yield Finding(level, "shared memory", shared[0] or shared[1] or f"at least 1 GiB free in {workers.SHARED_MEMORY}")
+    socket_ = workers.socket_problem()
+    yield Finding("error" if socket_ else "ok", "TMPDIR", socket_ or f"{tempfile.gettempdir()} has room for sockets")
+    files = workers.files_problem(256), workers.files_problem(4000)
+    level = "error" if files[0] else "warning" if files[1] else "ok"
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield Finding(level, "open files", files[0] or files[1] or str(most))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if Path("/sys/class/infiniband").is_dir() and locked != resource.RLIM_INFINITY:
         yield Finding("warning", "locked memory", f"{locked} bytes, too few for InfiniBand; ulimit -l unlimited")

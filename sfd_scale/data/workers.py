@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Listener
@@ -251,31 +252,51 @@ def printed() -> str:
 def explained_deaths() -> Iterator[None]:
     """Turn the error of a worker's death into one that says what it died of.
 
-    PyTorch raises RuntimeError, also from its handler of SIGCHLD, so anywhere in the block.
+    PyTorch raises RuntimeError, also from its handler of SIGCHLD, so anywhere in the block. The socket of a dead worker
+    raises ConnectionError or EOFError.
 
     Raises:
         ChildProcessError: if a worker died.
     """
     try:
         yield
-    except RuntimeError as error:
-        dead = [worker for worker in _WORKERS if worker.exitcode not in (None, 0, -signal.SIGTERM)]
-        if not dead:
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        _unset_handler()
+        if not (dead := _dead_worker()):
             raise
         causes = {
-            -signal.SIGKILL: "killed; probably the machine has no memory left: lower the number of workers",
-            -signal.SIGBUS: f"ended by SIGBUS: no room is left in {SHARED_MEMORY}; give the container a larger "
+            -signal.SIGKILL: "was killed; probably the machine has no memory left: lower the number of workers",
+            -signal.SIGBUS: f"was ended by SIGBUS: no room is left in {SHARED_MEMORY}; give the container a larger "
             "--shm-size, or lower the number of workers",
         }
-        cause = causes.get(dead[0].exitcode or 0, f"ended with code {dead[0].exitcode}")
-        raise ChildProcessError(f"worker process {dead[0].pid} of the dataloader was {cause}{printed()}") from error
+        cause = causes.get(dead.exitcode or 0, f"ended with code {dead.exitcode}")
+        kill_workers()
+        raise ChildProcessError(f"worker process {dead.pid} of the dataloader {cause}{printed()}") from error
+
+
+def _dead_worker(within_s: float = 1.0) -> BaseProcess | None:
+    """A worker that has failed. Its socket closes a moment before it is gone."""
+    deadline = time.monotonic() + within_s
+    while _WORKERS:
+        for worker in _WORKERS:
+            if worker.exitcode not in (None, 0, -signal.SIGTERM):
+                return worker
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return None
 
 
 def kill_workers() -> int:
     """Kill all workers, which may be stopped or stuck, so that this process can exit; returns their number."""
+    _unset_handler()
     alive = [worker for worker in _WORKERS if worker.is_alive()]
-    if alive and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error
     for worker in alive:
         worker.kill()
     return len(alive)
+
+
+def _unset_handler() -> None:
+    """PyTorch's handler of SIGCHLD raises its error at every signal, also while the first one is handled."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

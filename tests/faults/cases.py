@@ -100,6 +100,25 @@ def stopped(work: Training, draw: random.Random) -> Result:
     )
 
 
+def stopped_worker(work: Training, draw: random.Random, request: bool) -> Result:
+    """SIGSTOP of the dataloader's worker of one rank. A stop request ends the wait, although the other rank is in the
+    middle of the step; without one the rank gives up after the timeout and says why."""
+    out = work.fresh("stalled")
+    job = work.start(out, overrides=["data.num_workers=1", f"train.timeout_s={120 if request else 15}"])
+    _until(job, out, EVERY + 2)
+    (worker,) = draw.choice(job.ranks()).children()
+    send(worker, signal.SIGSTOP)
+    if request:
+        time.sleep(1)
+        for rank in job.ranks():
+            send(rank, signal.SIGTERM)
+    code, before = job.wait(150), work.intact(out)
+    said = "a stop was requested in the wait for data" if request else "1 worker processes give none"
+    told = said in job.output().replace("\n", " ") and (code == 75) == request and code
+    problem = None if told else f"ended with {code} and said {job.output()[-1500:]}"
+    return Result.of(problem, work.finished(out), _forgotten(work, before))
+
+
 # --------------------------------------------------------------------------------------------- full disk
 
 
@@ -344,6 +363,8 @@ def cases(place: Path) -> tuple[list[Work], dict[str, Case]]:
     singles: dict[str, Case] = {
         "SIGTERM to a rank": lambda draw: terminated(train, draw),
         "SIGSTOP of a rank": lambda draw: stopped(train, draw),
+        "worker stopped, SIGTERM": lambda draw: stopped_worker(train, draw, request=True),
+        "worker stopped": lambda draw: stopped_worker(train, draw, request=False),
         "disk full, train": lambda draw: full_disk(train, draw, "700k"),
         "disk full, encode": lambda draw: full_disk(encode, draw, "300k"),
         "disk full, generate": lambda draw: full_disk(generation, draw, "60k"),

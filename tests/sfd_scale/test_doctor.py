@@ -39,7 +39,7 @@ def test_a_missing_or_old_package_comes_with_the_command_that_installs_it() -> N
 
 @pytest.mark.parametrize(("size", "level"), [(64 * 2**20, "error"), (GIB // 2, "warning"), (2 * GIB, "ok")])
 def test_small_shared_memory_is_reported(size: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(total=size))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
     finding = next(iter(doctor.limits()))
     assert (finding.subject, finding.level) == ("shared memory", level)
     assert ("--shm-size" in finding.text) == (level != "ok")
@@ -56,6 +56,14 @@ def test_a_driver_that_is_too_old_for_the_locked_torch_is_named(
     monkeypatch.setattr(doctor, "driver_release", lambda: 570)
     (finding,) = doctor.accelerator()
     assert finding.level == "error" and finding.text.endswith("its driver is r570, and CUDA 13 needs r580 or newer")
+
+
+def test_a_tmpdir_without_room_for_sockets_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ("x" * 90)).mkdir()
+    for folder, level in ((Path("/tmp"), "ok"), (tmp_path / ("x" * 90), "error"), (tmp_path / "none", "error")):
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda folder=folder: str(folder))
+        assert levels(list(doctor.limits()))["TMPDIR"] == level
 
 
 def test_few_open_files_and_a_full_disk_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
