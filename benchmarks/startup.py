@@ -25,6 +25,7 @@ from benchmarks.harness import Figure, Options
 from benchmarks.peer import SEMANTIC, TEXTURE
 from sfd_scale.data.convert import ConvertConfig, convert
 from sfd_scale.diffusion.latents import LatentLayout
+from sfd_scale.runtime import environment
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S, RANKS = 20, 2
@@ -39,6 +40,7 @@ PEER = {
     "rank": "launcher", "imports": "imports", "group": "process group", "engine": "model and DDP", "step": "first step",
 }  # fmt: skip
 Stamps = dict[str, float]
+STAMPS = "stamps.json"
 
 
 def prepare(folder: Path) -> Path:
@@ -72,24 +74,28 @@ def ours(data: Path, run: Path) -> Stamps:
 
 def peer(folder: Path) -> Stamps:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    return run_with_stamps([*command, "-m", "benchmarks.startup_peer"], folder, PEER, {})
+    command += ["-m", "benchmarks.startup_peer", str(folder / STAMPS)]
+    return run_with_stamps(command, folder, PEER, {})
 
 
 def run_with_stamps(command: list[str], folder: Path, parts: Mapping[str, str], more: Mapping[str, str]) -> Stamps:
     folder.mkdir()
-    file, log = folder / "stamps.json", folder / "start.log"
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, **more, "SFD_STAMPS": str(file), "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    file, log = folder / STAMPS, folder / "start.log"
+    own = environment.snapshot()
+    paths = [str(ROOT), own.get("PYTHONPATH", "")]
+    variables = {
+        **own, **more, "SFD_STAMPS": str(file), "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
     started = time.time()
-    with log.open("w") as output:
-        code = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run(command, env=variables, stdout=output, stderr=output, check=False).returncode
     if code or not file.is_file():
-        raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log.read_text()[-4000:]}")
-    stamps = {name: when - started for name, when in json.loads(file.read_text()).items()}
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {code}:\n{log.read_text(encoding='utf-8', errors='replace')[-4000:]}"
+        )
+    stamps = {name: when - started for name, when in json.loads(file.read_text(encoding="utf-8")).items()}
     missing = [name for name in parts if name not in stamps]
     if missing:
         raise RuntimeError(f"{' '.join(command)} never reached: {', '.join(missing)}; has a function been renamed?")

@@ -8,7 +8,7 @@ _stamps = {"rank": time.time()}  # before any slow import
 
 # ruff: noqa: E402
 import json
-import os
+import sys
 from pathlib import Path
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     optimizer.step()
     _stamps["step"] = time.time()
     if dist.get_rank() == 0:
-        Path(os.environ["SFD_STAMPS"]).write_text(json.dumps(_stamps), encoding="utf-8")
+        Path(sys.argv[1]).write_text(json.dumps(_stamps), encoding="utf-8")
     dist.destroy_process_group()
 
 

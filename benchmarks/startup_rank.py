@@ -12,7 +12,6 @@ _stamps = {"rank": time.time()}  # before any slow import
 # ruff: noqa: E402
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def _stamp_after(owner: Any, name: str, stamp: str) -> None:
 
 def main() -> None:
     from sfd_scale import __main__, build, train
-    from sfd_scale.runtime import distributed
+    from sfd_scale.runtime import distributed, environment
     from sfd_scale.tasks.diffusion import DiffusionTask
     from sfd_scale.training.trainer import Trainer
 
@@ -46,8 +45,8 @@ def main() -> None:
     try:
         __main__.main()
     finally:
-        if os.environ["RANK"] == "0":
-            Path(os.environ["SFD_STAMPS"]).write_text(json.dumps(_stamps), encoding="utf-8")
+        if environment.rank() == 0:
+            Path(environment.snapshot()["SFD_STAMPS"]).write_text(json.dumps(_stamps), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-import os
+"""sfd-scale: train and evaluate Semantic-First Diffusion (arXiv 2512.04926)."""
 
-# Whoever asks for the CPU gets it on a machine with GPUs too: of every library, and before one of them looks for a GPU.
-if os.environ.get("DS_ACCELERATOR") == "cpu":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+from sfd_scale.runtime import environment
+
+environment.prepare()  # before a library reads a variable or looks for a GPU

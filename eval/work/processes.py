@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from sfd_scale.runtime import environment
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 
@@ -21,8 +22,8 @@ def run_in_parallel(command: Sequence[str], jobs: int) -> int:
     Returns:
         0; or REQUEUE_EXIT_CODE after a signal; or the exit code of the first process that failed.
     """
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    workers = [subprocess.Popen(command, env={**threads, **environment.snapshot()}) for _ in range(jobs)]
     stopping = False
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import sysconfig
 import time
-from pathlib import Path
+
+from sfd_scale.runtime import environment
+from sfd_scale.runtime.caches import extensions_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,15 @@ def use_own_builds() -> None:
 
     By default, all environments share one build folder in the home directory. Two environments with different include
     paths or ninjas would each find the other's build stale and compile again, minutes every time.
+
+    Raises:
+        ValueError: if TORCH_EXTENSIONS_DIR cannot be written.
     """
     scripts = sysconfig.get_path("scripts")
-    path = os.environ.get("PATH", os.defpath)
+    path = environment.text("PATH") or os.defpath
     if path.split(os.pathsep)[0] != scripts:
-        os.environ["PATH"] = f"{scripts}{os.pathsep}{path}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+        environment.set_variables({"PATH": f"{scripts}{os.pathsep}{path}"})
+    environment.set_variables({"TORCH_EXTENSIONS_DIR": str(extensions_folder())})
 
 
 def build(max_jobs: int | None = None) -> dict[str, float]:
@@ -41,7 +45,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
     Raises:
         RuntimeError: if there is no compiler, or it fails.
     """
-    os.environ.setdefault("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
+    environment.set_default("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
     use_own_builds()
     from deepspeed.accelerator import get_accelerator  # reads MAX_JOBS
 
@@ -68,7 +72,7 @@ def missing() -> list[str]:
         builder = get_accelerator().create_op_builder(name)
         if builder is None or not builder.is_compatible(verbose=False):
             continue
-        if not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob(f"{builder.NAME}.so")):
+        if not list(extensions_folder().rglob(f"{builder.NAME}.so")):
             names.append(builder.NAME)
     return names
 

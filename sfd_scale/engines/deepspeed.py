@@ -31,7 +31,7 @@ from sfd_scale.engines.engine import (
 )
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 from sfd_scale.engines.replica_check import Replicas
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import distributed, environment
 from sfd_scale.runtime.device import HostCopy
 
 
@@ -164,7 +164,7 @@ class DeepSpeedEngine:
         import deepspeed  # here: the import is slow and inspects the machine
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed does not start without it
+        environment.set_default("LOCAL_RANK", "0")  # DeepSpeed does not start without it
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         # In bf16, DeepSpeed makes its fp32 master weights from rounded weights, and rounds the buffers. `_restore` puts
@@ -333,7 +333,7 @@ def _unlink_shared_memory() -> None:
     Every rank has mapped it by now, and a mapping does not need the name. So even a killed run leaves nothing behind.
     """
     distributed.barrier()
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    address, port = environment.text("MASTER_ADDR") or "", environment.text("MASTER_PORT") or ""
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{distributed.rank()}"
     Path("/dev/shm", name).unlink(missing_ok=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,9 @@ from sfd_scale.launch import status
 from sfd_scale.launch.check import EVAL, RecipeCheck
 from sfd_scale.launch.commands import LAUNCHERS, RankCommand, make_launch
 from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
+from sfd_scale.runtime import environment as variables
+from sfd_scale.runtime import output
+from sfd_scale.runtime.errors import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,11 @@ def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
     for signum in STOP_SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda *_: sys.exit(status.REQUEUE_EXIT_CODE))
-    environment = dict(os.environ)
+    environment = variables.snapshot()
+    try:
+        variables.check(environment)
+    except ValueError as error:
+        return _user_error(error)
     if arguments[:1] == ["eval"]:  # `sfd eval COMMAND`
         module, arguments = "eval", arguments[1:]
     if module == "eval":
@@ -39,18 +45,23 @@ def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
     check = RecipeCheck(module, arguments, environment)
     try:
         made = make_launch(launcher, RankCommand(module, tuple(arguments)), environment)
-        if environment.get("HOSTFILE") and check.wait():
+        if variables.text("HOSTFILE", environment) and check.wait():
             sys.stderr.write(check.error())
             return status.USER_ERROR_EXIT_CODE
         return Supervisor(made, check).run()
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return status.USER_ERROR_EXIT_CODE
+    except (ValueError, OSError) as error:
+        return _user_error(error)
     finally:
         check.close()
 
 
+def _user_error(error: Exception) -> int:
+    sys.stderr.write(f"error: {error_text(error)}\n")
+    return status.USER_ERROR_EXIT_CODE
+
+
 def main() -> None:
+    output.make_safe()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] not in LAUNCHERS:
         sys.stderr.write(f"error: {arguments[:1]}: no such launcher; allowed: {', '.join(LAUNCHERS)}\n")

@@ -25,6 +25,7 @@ import psutil
 from sfd_scale import config
 from sfd_scale.launch import status
 from sfd_scale.runtime import network
+from sfd_scale.runtime.environment import text
 
 RANK_FILE = str(Path(__file__).with_name("rank.py"))
 # These must have the same version on all hosts: otherwise results may differ, or collectives may hang.
@@ -82,8 +83,8 @@ def _is_rank(process: psutil.Process, launch: str, node: int | None) -> bool:
         return False
     if environment.get(status.LAUNCH_ID) != launch:
         return False
-    own = environment.get("CROSS_RANK", environment.get("GROUP_RANK"))
-    return node is None or own is None or int(own) == node
+    own = text("CROSS_RANK", environment) or text("GROUP_RANK", environment)
+    return node is None or own is None or own == str(node)
 
 
 def _parent(process: psutil.Process) -> int:

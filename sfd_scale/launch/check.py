@@ -15,6 +15,7 @@ from functools import partial
 
 from sfd_scale import config
 from sfd_scale.launch.status import USER_ERROR_EXIT_CODE
+from sfd_scale.runtime.environment import text, without_rank
 
 # If set, a command loads its recipe and exits: code 0, or 2 and the error.
 CHECK_ONLY = "SFD_CHECK_ONLY"
@@ -24,7 +25,6 @@ CHECKED, CHECK_WAIT_S = "SFD_CHECKED", 60.0
 EVAL = "eval" if config.CHECKOUT is not None else "sfd_scale.eval"
 # The commands that support CHECK_ONLY, by module.
 COMMANDS = {"sfd_scale": ("train", "encode", "convert", "fit"), EVAL: ("generate", "score")}
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class RecipeCheck:
@@ -39,13 +39,13 @@ class RecipeCheck:
         # A file, not a pipe: a full pipe would block the check, as nobody reads it before the end.
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 (it is read after the block)
         if arguments[:1] and arguments[0] in COMMANDS.get(module, ()):
-            alone = {name: value for name, value in environment.items() if name not in _LAUNCHER}
+            alone = without_rank(environment)
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], env={**alone, CHECK_ONLY: "1"},
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._output,
                 preexec_fn=partial(os.nice, 10),  # lower priority than the ranks
             )  # fmt: skip
-            if not environment.get("HOSTFILE"):
+            if text("HOSTFILE", environment) is None:
                 environment[CHECKED] = "1"
 
     @property

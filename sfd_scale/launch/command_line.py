@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,10 @@ from rich.markup import escape
 
 from sfd_scale import config
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
+from sfd_scale.runtime import environment, output
+from sfd_scale.runtime.caches import use_writable_caches
+from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.inert_imports import inert_imports
-from sfd_scale.runtime.launched import launched
 from sfd_scale.runtime.logging import console, setup_logging
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
@@ -43,14 +44,14 @@ def load_recipe(recipe: str, cls: Callable[[], type[T]], overrides: Sequence[str
             inert imports: a mistake in it is reported before torch is imported.
     """
     try:
-        if not launched():
+        if not environment.launched():
             with inert_imports():
                 config.load(recipe, cls(), overrides or ())
-        if CHECK_ONLY in os.environ:
+        if environment.flag(CHECK_ONLY):
             raise typer.Exit
         return config.load(recipe, cls(), overrides or ())
     except config.ConfigError:
-        if CHECKED in os.environ:
+        if environment.flag(CHECKED):
             time.sleep(CHECK_WAIT_S)  # the launcher prints the error and kills this process
         raise
 
@@ -64,17 +65,37 @@ def run_command(command_line: typer.Typer, program: str | None = None, command: 
 
     A rank that fails does not destroy the process group: this would wait for the other ranks, which may wait for it.
     """
-    setup_logging()
+    output.make_safe()
     try:
+        environment.check()
+        setup_logging()
+        use_writable_caches()
         command_line(args=None if command is None else [command, *sys.argv[1:]], prog_name=program)
     except SystemExit as end:
         if end.code in (0, None, REQUEUE_EXIT_CODE):
+            _flush()
             _end_process_group()
         raise
     except (ValueError, FloatingPointError, OSError) as error:
-        if "SFD_DEBUG" in os.environ:
+        if _debugs():
             raise
-        _fail(str(error))
+        _fail(error_text(error))
+
+
+def _debugs() -> bool:
+    """Whether SFD_DEBUG asks for tracebacks; any text but `0` and the like does."""
+    try:
+        return environment.flag("SFD_DEBUG")
+    except ValueError:
+        return True
+
+
+def _flush() -> None:
+    """Write what standard output still buffers: at exit, Python would report an error as `Exception ignored`."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _fail(f"standard output: {error_text(error)}")
 
 
 def _end_process_group() -> None:
@@ -85,6 +106,6 @@ def _end_process_group() -> None:
 
 
 def _fail(message: str) -> None:
-    rank = f"[rank {os.environ['RANK']}] " if launched() else ""
-    console.print(f"[bold red]error:[/] {escape(f'{rank}{message}')}", highlight=False, soft_wrap=True)
+    rank = f"[rank {environment.text('RANK')}] " if environment.launched() else ""
+    console.print(f"[bold red]error:[/] {escape(f'{rank}{message}')}", highlight=False, soft_wrap=True, emoji=False)
     sys.exit(2)

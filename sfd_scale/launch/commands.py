@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,16 @@ from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments
 from sfd_scale.launch.supervisor import Launch, new_launch_id
 from sfd_scale.runtime import network
 from sfd_scale.runtime.batch_split import split_batch
+from sfd_scale.runtime.environment import (
+    ACCELERATORS,
+    choice,
+    flag,
+    on_cpu,
+    text,
+    visible_devices,
+    whole_number,
+    without_rank,
+)
 from sfd_scale.runtime.run_paths import LOGS, RunPaths
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
@@ -82,22 +93,16 @@ class RankCommand:
             split_batch(batch, micro if isinstance(micro, int) and micro > 0 else None, world_size)
 
 
-def positive_int(environment: Mapping[str, str], name: str, default: int) -> int:
-    """The value of an environment variable.
-
-    Raises:
-        ValueError: if it is not a whole number from 1 up.
-    """
-    text = environment.get(name, "") or str(default)
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{name}: {text!r}; allowed: a whole number, 1 and up")
-    return int(text)
+def positive(environment: Mapping[str, str], name: str, default: int, most: int | None = None) -> int:
+    """The value of an environment variable, a whole number from 1 up; `default` if it is not set or empty."""
+    value = whole_number(name, environment, least=1, most=most)
+    return default if value is None else value
 
 
 def auto_launcher(environment: Mapping[str, str]) -> str:
     """The launcher for `auto`: torchrun if a scheduler starts one command per node, otherwise deepspeed."""
-    one_command_per_node = any(environment.get(name, "1") != "1" for name in ("NODES", *_NODE_COUNTS))
-    return "torchrun" if one_command_per_node and not environment.get("HOSTFILE") else "deepspeed"
+    one_command_per_node = any((text(name, environment) or "1") != "1" for name in ("NODES", *_NODE_COUNTS))
+    return "torchrun" if one_command_per_node and text("HOSTFILE", environment) is None else "deepspeed"
 
 
 def make_launch(launcher: str, run: RankCommand, environment: Mapping[str, str]) -> Launch:
@@ -112,72 +117,86 @@ def make_launch(launcher: str, run: RankCommand, environment: Mapping[str, str])
     if launcher not in LAUNCHERS:
         raise ValueError(f"--launcher: {launcher!r}; allowed: {', '.join(LAUNCHERS)}")
     kind = auto_launcher(environment) if launcher == "auto" else launcher
-    several = [name for name in _NODE_COUNTS if environment.get(name, "1") != "1"]
-    if kind == "torchrun" and several and not environment.get("NODES"):
+    environment = without_rank(environment)
+    choice("DS_ACCELERATOR", ACCELERATORS, environment)
+    several = [name for name in _NODE_COUNTS if (text(name, environment) or "1") != "1"]
+    if kind == "torchrun" and several and text("NODES", environment) is None:
         raise ValueError(
             f"NODES: not set, but {several[0]} is {environment[several[0]]}; use launchers/slurm.sbatch, or set "
             "NODES=1 for this node alone, or NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
         )
-    folder = Path(environment.get("LOG_FOLDER") or run.log_folder()).absolute()
+    folder = Path(text("LOG_FOLDER", environment) or run.log_folder()).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ready = {
         **environment,
-        status.LAUNCH_ID: environment.get("JOB_ID") or environment.get("SLURM_JOB_ID", "") + new_launch_id(),
+        status.LAUNCH_ID: text("JOB_ID", environment) or (text("SLURM_JOB_ID", environment) or "") + new_launch_id(),
         status.LOG_FOLDER: str(folder),
-        status.SHUTDOWN_TIMEOUT: str(positive_int(environment, "SHUTDOWN_TIMEOUT", 300)),
+        status.SHUTDOWN_TIMEOUT: str(positive(environment, "SHUTDOWN_TIMEOUT", 300)),
     }
-    ready["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    ready["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{text('PATH', environment) or os.defpath}"
     if kind == "torchrun":
         return _torchrun(run, ready)
-    return _deepspeed_hosts(run, ready) if environment.get("HOSTFILE") else _deepspeed_one_host(run, ready)
+    hosts = text("HOSTFILE", environment)
+    return _deepspeed_one_host(run, ready) if hosts is None else _deepspeed_hosts(run, ready, Path(hosts))
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    return positive_int(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 32000))
+    return positive(environment, "MASTER_PORT", random.Random(os.urandom(8)).randrange(20000, 32000), most=65535)
 
 
 # ---------------------------------------------------------------------------------------------- deepspeed
 
 
 def _deepspeed_one_host(run: RankCommand, environment: dict[str, str]) -> Launch:
-    if environment.get("NO_SSH"):
+    if flag("NO_SSH", environment):
         raise ValueError("NO_SSH: needs HOSTFILE, a file with one line per host: NAME slots=GPUS")
-    given = _on_cpu(environment) or environment.get("RANKS")
-    ranks = positive_int(environment, "RANKS", 1) if given else _gpus(environment)
+    given = on_cpu(environment) or text("RANKS", environment) is not None
+    ranks = positive(environment, "RANKS", 1) if given else _gpus(environment)
     run.check_world_size(ranks)
-    slots = list(range(ranks))
-    if visible := environment.get("CUDA_VISIBLE_DEVICES", ""):
-        # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES of each rank from its slots.
-        chosen = visible.split(",")
-        if len(chosen) < ranks or not all(device.strip().isdigit() for device in chosen):
-            raise ValueError(f"CUDA_VISIBLE_DEVICES: {visible!r}; allowed with RANKS={ranks}: numbers of {ranks} GPUs")
-        slots = [int(device) for device in chosen[:ranks]]
-    command = _deepspeed_launch(environment, run, {"localhost": slots})
+    command = _deepspeed_launch(environment, run, {"localhost": _slots(environment, ranks, f"RANKS={ranks}")})
     return Launch(command=command, environment=environment, world_size=ranks)
 
 
-def _deepspeed_hosts(run: RankCommand, environment: dict[str, str]) -> Launch:
+def _slots(environment: dict[str, str], ranks: int, count: str) -> list[int | str]:
+    """The GPUs of the ranks of this host, by place: DeepSpeed's launcher writes them to CUDA_VISIBLE_DEVICES.
+
+    If CUDA_VISIBLE_DEVICES hides all GPUs, that list would show them again. So DS_ACCELERATOR asks for the CPU.
+
+    Args:
+        count: the setting that gives the number of ranks, for the error message.
+    """
+    visible = None if on_cpu(environment) else visible_devices(environment)
+    if visible is None:
+        return list(range(ranks))
+    if not visible:
+        environment["DS_ACCELERATOR"] = "cpu"
+        return list(range(ranks))
+    if len(visible) < ranks:
+        given = environment["CUDA_VISIBLE_DEVICES"]
+        raise ValueError(f"CUDA_VISIBLE_DEVICES: {given!r}; allowed with {count}: {ranks} GPUs, by number or by name")
+    return [int(device) if device.isdigit() else device for device in visible[:ranks]]
+
+
+def _deepspeed_hosts(run: RankCommand, environment: dict[str, str], path: Path) -> Launch:
     """One command for all hosts of a hostfile: DeepSpeed's runner reaches them by pdsh, mpirun or srun."""
-    path, folder = Path(environment["HOSTFILE"]), Path(environment[status.LOG_FOLDER])
-    hosts, runner, ssh = read_hostfile(path), environment.get("LAUNCHER") or "pdsh", ssh_arguments(environment)
-    if runner not in RUNNERS:
-        raise ValueError(f"LAUNCHER: {runner!r}; allowed: {', '.join(RUNNERS)}")
+    folder, hosts, ssh = Path(environment[status.LOG_FOLDER]), read_hostfile(path), ssh_arguments(environment)
+    runner = choice("LAUNCHER", RUNNERS, environment) or "pdsh"
     world_size = sum(host.slots for host in hosts)
     run.check_world_size(world_size)
-    if environment.get("NO_SSH"):
+    if flag("NO_SSH", environment):
         return _deepspeed_no_ssh(run, environment, hosts)
     if runner == "slurm":
-        address = environment.get("MASTER_ADDR") or network.resolve(hosts[0].name)
+        address = text("MASTER_ADDR", environment) or network.resolve(hosts[0].name)
     else:
-        address = preflight(hosts, ssh, run.recipe, run.overrides, folder, _on_cpu(environment))
-        address = environment.get("MASTER_ADDR") or address
+        address = preflight(hosts, ssh, run.recipe, run.overrides, folder, on_cpu(environment))
+        address = text("MASTER_ADDR", environment) or address
     if len(hosts) > 1 and network.is_loopback(address):
         raise ValueError(
             f"MASTER_ADDR: {address} is the loopback address of this host; set an address that the other hosts reach"
         )
     environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(_port(environment)), "PDSH_SSH_ARGS_APPEND": ssh}
     _write_exports(environment, folder / "deepspeed_env")
-    extra = _launcher_args(runner, environment.get("LAUNCHER_ARGS", ""), hosts, address)
+    extra = _launcher_args(runner, text("LAUNCHER_ARGS", environment) or "", hosts, address)
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "warning",
         "--hostfile", str(path), "--no_ssh_check", "--force_multi", "--launcher", runner,
@@ -203,31 +222,35 @@ def _launcher_args(runner: str, given: str, hosts: Sequence[Host], address: str)
 
 def _deepspeed_no_ssh(run: RankCommand, environment: dict[str, str], hosts: Sequence[Host]) -> Launch:
     """One command per node, without ssh. NODE_RANK is the line of this node in the hostfile."""
-    node, address = environment.get("NODE_RANK", ""), environment.get("MASTER_ADDR", "")
-    if not node.isdigit() or int(node) >= len(hosts):
-        raise ValueError(f"NODE_RANK: {node!r}; allowed with NO_SSH: 0 to {len(hosts) - 1}, the line of the hostfile")
-    if not address or not environment.get("MASTER_PORT"):
+    node, address = whole_number("NODE_RANK", environment), text("MASTER_ADDR", environment)
+    if node is None or node >= len(hosts):
+        given = text("NODE_RANK", environment) or ""
+        raise ValueError(f"NODE_RANK: {given!r}; allowed with NO_SSH: 0 to {len(hosts) - 1}, the line of the hostfile")
+    if address is None or text("MASTER_PORT", environment) is None:
         raise ValueError(
             "MASTER_ADDR: NO_SSH needs MASTER_ADDR and MASTER_PORT, an address and a port of the first host"
         )
-    slots = {host.name: list(range(host.slots)) for host in hosts}
-    command = _deepspeed_launch(environment, run, slots, ["--node_rank", node, "--master_addr", address])
+    slots: dict[str, list[int | str]] = {host.name: list(range(host.slots)) for host in hosts}
+    own = hosts[node]
+    slots[own.name] = _slots(environment, own.slots, f"slots={own.slots} in the hostfile")
+    command = _deepspeed_launch(environment, run, slots, ["--node_rank", str(node), "--master_addr", address])
     world_size = sum(host.slots for host in hosts)
-    return Launch(command=command, environment=environment, world_size=world_size, node=int(node))
+    return Launch(command=command, environment=environment, world_size=world_size, node=node)
 
 
 def _deepspeed_launch(
-    environment: dict[str, str], run: RankCommand, slots: Mapping[str, Sequence[int]], options: Sequence[str] = ()
+    environment: dict[str, str], run: RankCommand, slots: Mapping[str, Sequence[int | str]], options: Sequence[str] = ()
 ) -> list[str]:
     """The command of DeepSpeed's per-host launcher. On one host the runner, which takes seconds, is not needed.
 
     Args:
-        slots: for each host the numbers of its GPUs, or of its ranks on the CPU.
+        slots: for each host its GPUs, or the numbers of its ranks on the CPU.
     """
+    environment["MASTER_PORT"] = str(_port(environment))
     world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     return [
         sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", *options,
-        "--master_port", environment.setdefault("MASTER_PORT", str(_port(environment))),
+        "--master_port", environment["MASTER_PORT"],
         "--no_local_rank", "--log_level", "warning", agent.RANK_FILE, run.module, *run.arguments,
     ]  # fmt: skip
 
@@ -237,21 +260,16 @@ def _write_exports(environment: dict[str, str], path: Path) -> None:
     for file in (Path.home() / ".deepspeed_env", Path(".deepspeed_env")):
         if file.is_file():
             own |= read_env_file(file)
-    write_env_file(path, {**exported(environment, environment.get("EXPORT", "").split()), **own})
+    write_env_file(path, {**exported(environment, (text("EXPORT", environment) or "").split()), **own})
     environment["DS_ENV_FILE"] = str(path)
 
 
-def _on_cpu(environment: Mapping[str, str]) -> bool:
-    return environment.get("DS_ACCELERATOR") == "cpu"
-
-
 def _gpus(environment: Mapping[str, str]) -> int:
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    found = len(visible.split(",")) if visible else agent.gpu_count()
+    visible = visible_devices(environment)
+    found = agent.gpu_count() if visible is None else len(visible)
     if found == 0:
-        raise ValueError(
-            "RANKS: not set, and this host has no GPU; to train on the CPU set RANKS and DS_ACCELERATOR=cpu"
-        )
+        cause = "this host has no GPU" if visible is None else "CUDA_VISIBLE_DEVICES hides all GPUs"
+        raise ValueError(f"RANKS: not set, and {cause}; to train on the CPU set RANKS and DS_ACCELERATOR=cpu")
     return found
 
 
@@ -259,16 +277,15 @@ def _gpus(environment: Mapping[str, str]) -> int:
 
 
 def _torchrun(run: RankCommand, environment: dict[str, str]) -> Launch:
-    ranks = positive_int(environment, "RANKS", 1) if environment.get("RANKS") else _gpus(environment)
-    rendezvous, node = environment.get("RENDEZVOUS") or "static", None
+    ranks = whole_number("RANKS", environment, least=1)
+    ranks = _gpus(environment) if ranks is None else ranks
+    rendezvous, node = choice("RENDEZVOUS", ("static", "c10d"), environment) or "static", None
     if rendezvous == "static":
-        nodes = positive_int(environment, "NODES", 1)
+        nodes = positive(environment, "NODES", 1)
         options, node = _static(environment, nodes)
         run.check_world_size(nodes * ranks)
-    elif rendezvous == "c10d":
-        options, nodes = _c10d(run, environment, ranks)
     else:
-        raise ValueError(f"RENDEZVOUS: {rendezvous!r}; allowed: static, c10d")
+        options, nodes = _c10d(run, environment, ranks)
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = environment[status.SHUTDOWN_TIMEOUT]
     # The `--` keeps torchrun from reading `--run` as an abbreviation of its own option.
     command = [
@@ -281,20 +298,20 @@ def _torchrun(run: RankCommand, environment: dict[str, str]) -> Launch:
 
 
 def _static(environment: Mapping[str, str], nodes: int) -> tuple[list[str], int]:
-    node = environment.get("NODE_RANK") or "0"
-    if not node.isdigit() or int(node) >= nodes:
-        raise ValueError(f"NODE_RANK: {node!r}; allowed with NODES={nodes}: 0 to {nodes - 1}")
-    address = environment.get("MASTER_ADDR") or "127.0.0.1"
-    if nodes > 1 and node != "0":
+    node = whole_number("NODE_RANK", environment) or 0
+    if node >= nodes:
+        raise ValueError(f"NODE_RANK: '{node}'; allowed with NODES={nodes}: 0 to {nodes - 1}")
+    address = text("MASTER_ADDR", environment) or "127.0.0.1"
+    if nodes > 1 and node != 0:
         network.resolve(address, NAME_WAIT_S)
     if nodes > 1 and network.is_loopback(address):
         raise ValueError(
             f"MASTER_ADDR: {address} with NODES={nodes}; set an address of node 0 that the other nodes reach"
         )
-    if nodes > 1 and not environment.get("MASTER_PORT"):
+    if nodes > 1 and text("MASTER_PORT", environment) is None:
         raise ValueError(f"MASTER_PORT: needed with NODES={nodes}; give every node the same port")
-    options = ["--nnodes", str(nodes), "--node-rank", node, "--master-addr", address]
-    return [*options, "--master-port", str(_port(environment))], int(node)
+    options = ["--nnodes", str(nodes), "--node-rank", str(node), "--master-addr", address]
+    return [*options, "--master-port", str(_port(environment))], node
 
 
 def _c10d(run: RankCommand, environment: Mapping[str, str], ranks: int) -> tuple[list[str], int]:
@@ -302,14 +319,14 @@ def _c10d(run: RankCommand, environment: Mapping[str, str], ranks: int) -> tuple
 
     NODES=2:4 starts with two to four nodes. If a node is lost, it restarts with the others, up to MAX_RESTARTS times.
     """
-    nodes = environment.get("NODES") or "1"
+    nodes = text("NODES", environment) or "1"
     limits = nodes.split(":")
-    if len(limits) > 2 or not all(n.isdigit() and int(n) > 0 for n in limits) or int(limits[0]) > int(limits[-1]):
+    if not re.fullmatch("[1-9][0-9]{0,5}(:[1-9][0-9]{0,5})?", nodes) or int(limits[0]) > int(limits[-1]):
         raise ValueError(f"NODES: {nodes!r}; allowed: a number, or MIN:MAX with RENDEZVOUS=c10d")
     for count in range(int(limits[0]), int(limits[-1]) + 1):
         run.check_world_size(count * ranks)
-    address, job = environment.get("MASTER_ADDR", ""), environment.get("JOB_ID", "")
-    if not address or not environment.get("MASTER_PORT") or not job:
+    address, job = text("MASTER_ADDR", environment), text("JOB_ID", environment)
+    if address is None or text("MASTER_PORT", environment) is None or job is None:
         raise ValueError(
             "MASTER_ADDR: RENDEZVOUS=c10d needs MASTER_ADDR, MASTER_PORT and JOB_ID, with the same values on every node"
         )
@@ -318,8 +335,8 @@ def _c10d(run: RankCommand, environment: Mapping[str, str], ranks: int) -> tuple
     here = network.is_here(address)
     own = network.resolve(address) if here else network.source_address(address)
     options = [
-        "--nnodes", nodes, "--max-restarts", str(positive_int(environment, "MAX_RESTARTS", 3)),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{environment['MASTER_PORT']}", "--rdzv-id", job,
+        "--nnodes", nodes, "--max-restarts", str(positive(environment, "MAX_RESTARTS", 3)),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{_port(environment)}", "--rdzv-id", job,
         "--rdzv-conf", f"is_host={int(here)}", "--local-addr", own,
     ]  # fmt: skip
     return options, int(limits[0])

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfd_scale.runtime.environment import text
+
 AGENT = str(Path(__file__).with_name("agent.py"))
 # With these a dead host is noticed within a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
@@ -62,7 +64,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 def ssh_arguments(environment: Mapping[str, str]) -> str:
     """The options of every ssh and pdsh call of a launch: the user's PDSH_SSH_ARGS_APPEND, then SSH_OPTIONS."""
-    return f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+    return f"{text('PDSH_SSH_ARGS_APPEND', environment) or ''} {SSH_OPTIONS}".strip()
 
 
 def ask(host: Host, ssh: str, command: str, arguments: Mapping[str, Any], timeout_s: float = 60.0) -> Any:

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 if __name__ == "__main__":  # import from the checkout, not from the folder of this file
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from sfd_scale.launch import status
+from sfd_scale.runtime import environment
 
 # Our variable → the launcher's. DeepSpeed's MPI and Slurm runners set no RANK.
 _SOURCES = {
@@ -35,18 +36,17 @@ _SOURCES = {
 }
 
 
-def set_rank_variables(environment: os._Environ[str] | dict[str, str]) -> None:
+def set_rank_variables(variables: MutableMapping[str, str]) -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE from the variables of the launcher.
 
     Raises:
-        ValueError: names the variable that the launcher did not set.
+        ValueError: names the variable that the launcher did not set, or that is no number.
     """
     for name, sources in _SOURCES.items():
-        if name not in environment:
-            source = next((s for s in sources if s in environment), None)
-            if source is None:
-                raise ValueError(f"{name}: not set, nor any of {', '.join(sources)}; start this with `sfd launch`")
-            environment[name] = environment[source]
+        source = next((s for s in (name, *sources) if environment.text(s, variables) is not None), None)
+        if source is None:
+            raise ValueError(f"{name}: not set, nor any of {', '.join(sources)}; start this with `sfd launch`")
+        variables[name] = str(environment.whole_number(source, variables, least=int(name.endswith("SIZE"))))
 
 
 def copy_output(path: Path) -> Callable[[], None]:
@@ -57,9 +57,10 @@ def copy_output(path: Path) -> Callable[[], None]:
     """
     with path.open("a", encoding="utf-8") as stream:
         stamp = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        stream.write(f"--- {stamp} rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {socket.gethostname()}\n")
+        count = environment.whole_number("WORLD_SIZE")
+        stream.write(f"--- {stamp} rank {environment.rank()} of {count} on {socket.gethostname()}\n")
     if sys.stderr.isatty():
-        os.environ["SFD_RANK_LOG"] = str(path)
+        environment.set_variables({"SFD_RANK_LOG": str(path)})
         return lambda: None
     ends = []
     for fd in (1, 2):
@@ -117,10 +118,16 @@ def main() -> None:
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)
     signal.signal(status.TORCHRUN_SIGNAL, signal.SIG_IGN)
-    set_rank_variables(os.environ)
-    folder = Path(os.environ[status.LOG_FOLDER])
+    variables = environment.variables()
+    try:
+        set_rank_variables(variables)
+        environment.see_own_device()
+    except ValueError as refused:
+        sys.stderr.write(f"error: {refused}\n")
+        sys.exit(status.USER_ERROR_EXIT_CODE)
+    folder = Path(variables[status.LOG_FOLDER])
     folder.mkdir(parents=True, exist_ok=True)
-    own = status.started(os.environ[status.LAUNCH_ID], os.environ, socket.gethostname())
+    own = status.started(variables[status.LAUNCH_ID], socket.gethostname())
     own.write(folder)
     finish = copy_output(folder / f"rank-{own.rank}.log")
     faulthandler.enable()
@@ -129,7 +136,7 @@ def main() -> None:
         own.ending("done").write(folder)
     elif code == status.REQUEUE_EXIT_CODE:
         own.ending("stopped").write(folder)
-        wait_for_peers(own, folder, float(os.environ[status.SHUTDOWN_TIMEOUT]))
+        wait_for_peers(own, folder, environment.whole_number(status.SHUTDOWN_TIMEOUT) or 0)
     else:
         own.ending("failed", error or RuntimeError(f"exit code {code}")).write(folder)
     finish()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sfd_scale.runtime import environment
 from sfd_scale.runtime.files import write_json
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 
@@ -137,11 +138,9 @@ def summary(ranks: Sequence[RankStatus], world_size: int, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def started(launch: str, environment: os._Environ[str] | dict[str, str], host: str) -> RankStatus:
+def started(launch: str, host: str) -> RankStatus:
     """The status of this process, a rank that starts now."""
-    rank, local = int(environment["RANK"]), int(environment["LOCAL_RANK"])
-    per_node = int(environment["LOCAL_WORLD_SIZE"])
-    node = (rank - local) // max(per_node, 1)
-    return RankStatus(
-        launch, rank, int(environment["WORLD_SIZE"]), host, node, os.getpid(), "running", started=time.time()
-    )
+    rank, local = environment.rank(), environment.whole_number("LOCAL_RANK") or 0
+    count = environment.whole_number("WORLD_SIZE", least=1) or 1
+    node = (rank - local) // (environment.whole_number("LOCAL_WORLD_SIZE", least=1) or 1)
+    return RankStatus(launch, rank, count, host, node, os.getpid(), "running", started=time.time())

@@ -6,7 +6,6 @@ So a single process needs no special case elsewhere.
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sfd_scale.runtime import network
-from sfd_scale.runtime.launched import launched as launched
+from sfd_scale.runtime import environment, network
+from sfd_scale.runtime.environment import launched as launched
 
 
 def init(timeout_s: float = 600.0) -> None:
@@ -27,14 +26,19 @@ def init(timeout_s: float = 600.0) -> None:
 
     Args:
         timeout_s: of a collective.
+
+    Raises:
+        ValueError: if the variables of the ranks do not belong together.
     """
-    if not launched() or dist.is_initialized():
+    if dist.is_initialized():
         return
-    if "LOCAL_SIZE" in os.environ:
-        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    network.set_interfaces(os.environ)
+    environment.check_rank()
+    if not launched():
+        return
+    variables = environment.variables()
+    environment.set_default("LOCAL_WORLD_SIZE", environment.text("LOCAL_SIZE") or variables["WORLD_SIZE"])
+    environment.set_default("LOCAL_RANK", variables["RANK"])
+    network.set_interfaces(variables)
     backend, own = "gloo", None
     if torch.cuda.is_available():
         # Without the device, NCCL guesses it from the rank, and connects at the first collective instead of here.
@@ -58,15 +62,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else 0
+    return environment.whole_number("LOCAL_RANK") or 0
 
 
 def local_world_size() -> int:
-    return (
-        int(os.environ["LOCAL_WORLD_SIZE"])
-        if dist.is_initialized() and "LOCAL_WORLD_SIZE" in os.environ
-        else world_size()
-    )
+    own = environment.whole_number("LOCAL_WORLD_SIZE", least=1) if dist.is_initialized() else None
+    return world_size() if own is None else own
 
 
 def is_main() -> bool:
@@ -74,8 +75,10 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU, or the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """The device of this rank: its GPU, or the CPU. A rank that sees one GPU uses it, whatever its local rank."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", 0 if torch.cuda.device_count() == 1 else local_rank())
 
 
 def barrier() -> None:

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import environment
 
 logger = logging.getLogger(__name__)
 RECORDED_COLLECTIVES = 2000
@@ -37,15 +37,17 @@ class HangDump:
 
     def __init__(self, folder: Path, timeout_s: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.rank = int(os.environ["RANK"]) if distributed.launched() else 0
+        self.rank = environment.rank()
         self.path, self.after_s = folder / f"stacks-rank-{self.rank}.txt", HANG_AFTER * timeout_s
         self._file = self.path.open("a", encoding="utf-8")
         if not dist.is_initialized():
-            os.environ |= {
-                "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
-                "TORCH_FR_DUMP_ON_TIMEOUT": "1",
-                "TORCH_FR_DUMP_TEMP_FILE": str(folder.resolve() / "collectives-rank-"),
-            }
+            environment.set_variables(
+                {
+                    "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+                    "TORCH_FR_DUMP_ON_TIMEOUT": "1",
+                    "TORCH_FR_DUMP_TEMP_FILE": str(folder.resolve() / "collectives-rank-"),
+                }
+            )
 
     def __enter__(self) -> HangDump:
         self._file.write(f"started {datetime.now(UTC).isoformat(timespec='seconds')}, process {os.getpid()}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sfd_scale.runtime.launched import launched
+from sfd_scale.runtime import environment
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
@@ -20,11 +19,11 @@ console = Console(stderr=True)
 
 def setup_logging() -> None:
     """Set up logging to standard error; ranks other than 0 log only warnings and errors."""
-    rank = int(os.environ["RANK"]) if "RANK" in os.environ else 0
-    prefix = f"[rank {rank}] " if launched() else ""
+    rank = environment.rank()
+    prefix = f"[rank {rank}] " if environment.launched() else ""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if "SFD_RANK_LOG" in os.environ:  # set by launch/rank.py if the rank writes to a terminal
-        handlers.append(logging.FileHandler(os.environ["SFD_RANK_LOG"], encoding="utf-8"))
+    if path := environment.text("SFD_RANK_LOG"):  # set by launch/rank.py if the rank writes to a terminal
+        handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname)s %(message)s",

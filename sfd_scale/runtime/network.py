@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import MutableMapping
 
+from sfd_scale.runtime import environment as variables
+
 # Any port: connecting a UDP socket only looks up the route and sends nothing.
 _PORT = 9
 
@@ -77,15 +79,16 @@ def set_interfaces(environment: MutableMapping[str, str]) -> None:
 
     Does nothing if MASTER_ADDR is a loopback address: all ranks are then on this host.
     """
-    master = environment.get("MASTER_ADDR", "127.0.0.1")
+    master = variables.text("MASTER_ADDR", environment) or "127.0.0.1"
     if is_loopback(master):
         return
     # On the host of rank 0 the route to MASTER_ADDR is the loopback; take the interface that has the address.
     name = interface_of(resolve(master)) or interface_of(source_address(master))
     if name is not None:
-        environment.setdefault("GLOO_SOCKET_IFNAME", name)
         # For NCCL a bare name is a prefix: eth1 would also be eth10.
-        environment.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+        for variable, value in (("GLOO_SOCKET_IFNAME", name), ("NCCL_SOCKET_IFNAME", f"={name}")):
+            if variables.text(variable, environment) is None:
+                environment[variable] = value
 
 
 if __name__ == "__main__":  # for launchers/slurm.sbatch: prints this host's address on the route to HOST

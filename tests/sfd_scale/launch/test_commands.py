@@ -238,7 +238,7 @@ def test_one_host_gets_the_gpus_that_are_visible(tmp_path: Path, monkeypatch: py
         assert (hosts, made.world_size, options.master_port) == ([("localhost", slots)], 2, 29512)
         assert options.no_local_rank and not options.module
         assert [options.training_script, *options.training_script_args] == [agent.RANK_FILE, "eval", *work.arguments]
-    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES: '3'; allowed with RANKS=2: numbers of 2 GPUs"):
+    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES: '3'; allowed with RANKS=2: 2 GPUs"):
         commands.make_launch("deepspeed", work, {**given, "CUDA_VISIBLE_DEVICES": "3"})
 
 

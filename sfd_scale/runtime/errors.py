@@ -1,0 +1,47 @@
+"""Errors of the operating system and of Python's decoders as sentences that say what to change."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+# What the operating system calls "Permission denied" and the like, and what a user can do about it.
+_SENTENCES = {
+    errno.ENOENT: "no such file or folder",
+    errno.EACCES: "no permission; allowed: a path that this user may read, or write if it is an output",
+    errno.EPERM: "no permission; allowed: a path that this user may read, or write if it is an output",
+    errno.EROFS: "the file system is read-only; give a folder that can be written",
+    errno.EISDIR: "a folder; allowed: a file",
+    errno.ENOTDIR: "a part of this path is a file; allowed: a path through folders",
+    errno.EEXIST: "exists already; give another name, or remove it",
+    errno.ENOTEMPTY: "the folder is not empty; give another one",
+    errno.ENOSPC: "the disk is full; free some space and give the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and give the same command again",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.ELOOP: "links that lead to each other; give the file itself",
+    errno.EMFILE: "too many open files; raise the limit, such as `ulimit -n 65536`",
+    errno.ENFILE: "too many open files on this machine",
+    errno.EINVAL: "not a name that this file system allows",
+    errno.EIO: "the disk or the network file system failed; see the system's log",
+    errno.ESTALE: "the network file system has lost this file; mount it again",
+}
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an error for the user: our own sentences as they are, others in our words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return _os_error_text(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not {error.encoding} text: {error.reason} at byte {error.start}; allowed: a text file in UTF-8"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!r}: not writable as {error.encoding}"
+    return str(error) or type(error).__name__
+
+
+def _os_error_text(error: OSError) -> str:
+    sentence = _SENTENCES.get(error.errno or 0, error.strerror or type(error).__name__)
+    if not isinstance(error.filename, str | bytes | os.PathLike) or not error.filename:
+        return sentence
+    path = os.fsdecode(error.filename)
+    to = f" → {os.fsdecode(error.filename2)}" if isinstance(error.filename2, str | bytes) else ""
+    return f"{path}{to}: {sentence}"
