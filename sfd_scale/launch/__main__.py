@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
     if module == "eval":
         module = EVAL
     if config.CHECKOUT is not None:  # the ranks import the package `eval` from here
-        paths = [environment.get("PYTHONPATH"), str(config.CHECKOUT)]
+        paths = [variables.text("PYTHONPATH", environment), str(config.CHECKOUT)]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     check = RecipeCheck(module, arguments, environment)
     try:
