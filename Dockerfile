@@ -1,5 +1,5 @@
-# CUDA 13.2 image, the CUDA of the locked torch, with flash-attn, sshd and pdsh. The WORKDIR is the checkout, with recipes/, launchers/ and eval/.
-#   docker build -t sfd-scale .                                   (FLASH_ATTN=0 skips flash-attn and saves an hour)
+# Image with the CUDA of the locked torch, sshd and pdsh. The WORKDIR is the checkout, with recipes/, launchers/ and eval/.
+#   docker build -t sfd-scale .                                   (--build-arg FLASH_ATTN=1 adds flash-attention 2, in an hour)
 #   docker run --gpus all --ipc=host -v /data:/opt/sfd-scale/data -v /runs:/opt/sfd-scale/runs sfd-scale sfd show train/sfd_xxl
 #   docker run --gpus all --ipc=host --network=host -v ~/.ssh:/home/sfd/.ssh sfd-scale launchers/sshd.sh    (a node)
 # For the same image at every rebuild, give the base by digest; `docker buildx imagetools inspect TAG` prints it:
@@ -19,13 +19,12 @@ WORKDIR /opt/sfd-scale
 # The locked packages come first: this layer changes seldom.
 COPY pyproject.toml requirements.lock README.md ./
 RUN uv pip install --require-hashes -r requirements.lock
-# Compile flash-attn for A100, H100, H200 and B200.
-ARG FLASH_ATTN=1
+# flash-attention 2 for A100, H100, H200 and B200, on request: cuDNN's kernel serves the last three.
+ARG FLASH_ATTN=0
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100"
 ARG MAX_JOBS=8
-RUN if [ "$FLASH_ATTN" = 1 ]; then \
-        FLASH_ATTENTION_FORCE_BUILD=TRUE uv pip install --no-build-isolation "flash-attn>=2.8"; \
-    fi
+COPY launchers/flash_attention.sh launchers/
+RUN if [ "$FLASH_ATTN" = 1 ]; then FLASH_ATTN_CUDA_ARCHS="$FLASH_ATTN_CUDA_ARCHS" launchers/flash_attention.sh; fi
 COPY sfd_scale sfd_scale
 RUN uv pip install --no-deps -e .
 

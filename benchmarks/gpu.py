@@ -13,7 +13,6 @@ import functools
 import gc
 import importlib.util
 import io
-import itertools
 import logging
 import math
 import sys
@@ -21,13 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
+from benchmarks import gpu_attention, harness
 from benchmarks import peer as baseline
+from benchmarks.gpu_attention import TOLERANCE, relative_error
 from benchmarks.harness import Figure
 from benchmarks.peer import NULL_LABEL, Peer, PeerTraining
 from benchmarks.train_step import LAYOUT, batch_of, model_flops, our_model, our_step, randomize
@@ -38,12 +38,10 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.block_transforms import Checkpointing, float8_missing, prepare_blocks
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models import attention
-from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.runtime.device import peak_flops
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu
 
 logger = logging.getLogger(__name__)
-TOLERANCE = 2e-2
 Part = Literal["training", "sampling", "features"]
 M = TypeVar("M", bound=nn.Module)
 # 50,000 guided images take 100 Euler steps, with a B as guidance model.
@@ -74,43 +72,12 @@ def workload(device: torch.device, quick: bool) -> Workload:
 
 def check(device: torch.device) -> list[str]:
     """Compare attention and compiled blocks on this device with exact results; returns names of failed checks."""
-    failed = []
-    for backend, head_dim in itertools.product(get_args(AttentionBackend), (64, 72)):
-        try:
-            chosen = attention.activate(backend, device, (head_dim,))
-        except ValueError as error:
-            print(f"head dim {head_dim}: {error}")
-            continue
-        try:
-            kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
-            worst = attention_error(device, head_dim)
-        except Exception as error:  # noqa: BLE001 (a kernel may load and fail to run)
-            kernel, worst = f"{type(error).__name__}: {error}", math.inf
-        verdict = "ok" if worst <= TOLERANCE else "FAILED"
-        print(f"head dim {head_dim}: attention {backend} ({chosen}): {kernel}, worst error {worst:.1e}: {verdict}")
-        failed += [f"attention {backend}, head dim {head_dim}"] if worst > TOLERANCE else []
-    attention.activate("auto", device)
+    timed = gpu_attention.measure(device, *((32, 20) if device.type == "cuda" else (1, 1)))
+    failed = [f"attention {t.backend}, head dim {t.head_dim}" for t in timed if t.error > TOLERANCE]
     worst = compiled_error(device)
     verdict = "ok" if worst <= TOLERANCE else "FAILED"
     print(f"block in bf16, compiled vs. eager, with gradients: worst error {worst:.1e}: {verdict}")
     return failed + (["compiled block"] if worst > TOLERANCE else [])
-
-
-def attention_error(device: torch.device, head_dim: int) -> float:
-    """Largest error of output and gradients of bf16 attention, each relative to the largest value."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
-    mine = [t.clone().requires_grad_() for t in (q, k, v)]
-    with bf16_matmul_on_cpu(device):
-        out = attention.attend(mine[0], mine[1], mine[2])
-        out.backward(upstream)
-    exact = [t.double().requires_grad_() for t in (q, k, v)]
-    queries, keys, values = (t.transpose(1, 2) for t in exact)
-    scores = (queries @ keys.transpose(-2, -1)) / math.sqrt(head_dim)
-    reference = (scores.softmax(-1) @ values).transpose(1, 2)
-    reference.backward(upstream.double())
-    pairs = [(out.detach(), reference.detach()), *((a.grad, b.grad) for a, b in zip(mine, exact, strict=True))]
-    return max(_relative(a, b) for a, b in pairs)
 
 
 def compiled_error(device: torch.device) -> float:
@@ -131,11 +98,7 @@ def compiled_error(device: torch.device) -> float:
 
     eager = run()
     prepare_blocks(model, "none", compiled=True)
-    return max(_relative(a, b) for a, b in zip(run(), eager, strict=True))
-
-
-def _relative(value: Any, reference: Any) -> float:
-    return float((value.double() - reference.double()).abs().max() / reference.double().abs().max())
+    return max(relative_error(a, b) for a, b in zip(run(), eager, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- bench

@@ -1,11 +1,11 @@
 """The Dockerfile, as far as it can be tested without building it: hadolint's rules, its sources, its packages."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,16 +52,42 @@ def test_it_has_two_stages_no_root_and_a_health_check() -> None:
     assert all(word in CODE for word in ("openssh-server", "pdsh"))
 
 
+def run_commands() -> list[str]:
+    """The commands of the build stage that need neither the base image nor its packages, in order."""
+    build = CODE.split("\nFROM ")[1]
+    commands = [part.strip() for line in re.findall(r"^RUN (.+)$", build, re.M) for part in line.split(" && ")]
+    return [command for command in commands if not command.startswith(("apt-get", "rm "))]
+
+
+def test_the_build_stage_has_the_commands_that_the_long_test_runs() -> None:
+    starts = ("python3 -m venv", "pip install", "uv pip install --require-hashes", "if [", "uv pip install --no-deps")
+    assert len(run_commands()) == len(starts)
+    assert all(command.startswith(start) for command, start in zip(run_commands(), starts, strict=True))
+
+
 @pytest.mark.full
-@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
-def test_the_packages_of_the_image_resolve(tmp_path: Path) -> None:
-    """What the image installs from the lock, and flash-attn beside it, as `uv pip install` would resolve it."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert [f'"{name}"' for name in extras["flash"]] == re.findall(r'"flash-attn[^"]*"', CODE)
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    done = subprocess.run(
-        ["uv", "pip", "install", "--dry-run", "--require-hashes", "-r", ROOT / "requirements.lock"],
-        env={**os.environ, "VIRTUAL_ENV": str(tmp_path / "venv")},  # and the index of this machine
-        executable=shutil.which("uv"), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_commands_of_the_build_stage_run_in_a_venv(tmp_path: Path) -> None:
+    """They make the environment of the image: the locked packages by their hashes, and this project."""
+    venv, work = tmp_path / "venv", tmp_path / "sfd-scale"
+    local = [line.split() for line in instructions("COPY") if "--" not in line]
+    for *sources, target in local:
+        for source in sources:
+            to = work / target / Path(source).name if target.endswith("/") else work / target
+            copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+            to.parent.mkdir(parents=True, exist_ok=True)
+            copy(ROOT / source, to)
+    given = dict(pair.split("=", 1) for pair in instructions("ENV")[0].split())
+    options = dict(line.split("=", 1) for line in instructions("ARG")[1:])
+    environment = {
+        **os.environ, **given, **options, "VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{os.environ['PATH']}",
+    }  # fmt: skip
+    environment.pop("PYTHONPATH", None)
+    for command in run_commands():
+        command = command.replace("/opt/venv", str(venv)).replace("python3 ", f"{sys.executable} ")
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], cwd=work, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    words = instructions("HEALTHCHECK")[0].partition("CMD ")[2]
+    check = subprocess.run(json.loads(words), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sfd_scale.models import attention_speed
 from sfd_scale.models.layers import LayerNorm, RMSNorm
 from sfd_scale.models.rope import RotaryEmbedding2D
 
@@ -39,7 +40,6 @@ class _Flash:
     registered: Literal["FA3", "FA4"] | None = None
 
 
-# In the order in which `auto` takes them.
 _FLASH: dict[FlashBackend, _Flash] = {
     "flash3": _Flash("flash_attn_interface", (9,), 256, "FA3"),
     "flash4": _Flash("flash_attn.cute", (9, 10), 128, "FA4"),
@@ -135,21 +135,30 @@ def unfit(
 
 
 def candidates(
-    found: Collection[str], capability: tuple[int, int] | None, head_dims: Collection[int], dtype: torch.dtype
+    found: Collection[str],
+    capability: tuple[int, int] | None,
+    head_dims: Collection[int],
+    dtype: torch.dtype,
+    gpu: str | None = None,
 ) -> tuple[list[AttentionBackend], list[str]]:
-    """The kernels that `auto` tries, the best first and SDPA last, and why it skips the others.
+    """The kernels that `auto` tries, the fastest first and SDPA last, and why it skips the others.
 
-    The arguments are those of `unfit`.
+    The arguments are those of `unfit`; `gpu` is its name, for the times that were measured on it.
     """
+    ranked = ["sdpa"] if capability is None else attention_speed.order(capability, gpu, head_dims)
+    # A kernel of a GPU that the table does not know comes after SDPA.
+    ranked += [name for name in _FLASH if name not in ranked]
     able: list[AttentionBackend] = []
     reasons: list[str] = []
     for name in _FLASH:
         reason = unfit(name, found, capability, head_dims, dtype)
+        if reason is None and ranked.index(name) > ranked.index("sdpa"):
+            reason = "sdpa is taken before it on this GPU (attention_speed.json)"
         if reason is None:
             able.append(name)
         else:
             reasons.append(f"{name}: {reason}")
-    return [*able, "sdpa"], reasons
+    return [*sorted(able, key=ranked.index), "sdpa"], reasons
 
 
 def assert_supported(backend: AttentionBackend, device: torch.device) -> None:
@@ -187,7 +196,8 @@ def activate(
     tried: list[AttentionBackend] = [backend]
     reasons: list[str] = []
     if backend == "auto":
-        tried, reasons = candidates(installed(), _capability(device), head_dims, dtype)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        tried, reasons = candidates(installed(), _capability(device), head_dims, dtype, gpu)
     for chosen in tried:
         failure = _load(chosen)
         if failure is None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from benchmarks import gpu, harness
+from benchmarks import gpu, gpu_attention, harness
 from benchmarks.train_step import our_step
 from sfd_scale.engines import block_transforms
 from sfd_scale.engines.block_transforms import use_float8
@@ -34,7 +34,7 @@ def test_it_needs_torch_and_numpy_alone() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 72])
 def test_attention_in_bf16_is_within_its_tolerance(head_dim: int) -> None:
-    assert gpu.attention_error(CPU, head_dim) < gpu.TOLERANCE
+    assert gpu_attention.attention_error(CPU, head_dim) < gpu.TOLERANCE
 
 
 def test_attention_of_another_scale_is_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_attention_of_another_scale_is_beyond_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         functional, "scaled_dot_product_attention", lambda q, k, v: right(q, k, v, scale=1 / math.sqrt(80))
     )
-    assert gpu.attention_error(CPU, 72) > gpu.TOLERANCE
+    assert gpu_attention.attention_error(CPU, 72) > gpu.TOLERANCE
 
 
 def test_float8_is_refused_where_it_cannot_run() -> None:
@@ -71,6 +71,15 @@ def test_float8_follows_the_loss_of_bf16() -> None:
         losses[float8] = [float(step()) for _ in range(30)]  # type: ignore[arg-type]
     assert losses[False][-1] < losses[False][0]
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+
+
+def test_every_kernel_is_timed_and_one_that_fails_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[object] = []
+    monkeypatch.setattr(gpu_attention.attention_speed, "record", lambda *given: recorded.append(given))
+    found = gpu_attention.measure(CPU, batch=1, repeats=1)
+    assert {(timed.backend, timed.head_dim) for timed in found} == {(b, d) for b in ("sdpa", "math") for d in (64, 72)}
+    assert all(timed.milliseconds > 0 and timed.error <= gpu_attention.TOLERANCE for timed in found)
+    assert not recorded  # times of a CPU order nothing
 
 
 def test_what_fails_is_a_figure_and_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

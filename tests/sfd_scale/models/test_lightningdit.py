@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.models import attention
+from sfd_scale.models import attention, attention_speed
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, parameter_count
 from tests.helpers.golden_arrays import arrays, golden_model
@@ -217,20 +217,21 @@ ALL = ("flash2", "flash3", "flash4")
 @pytest.mark.parametrize(
     ("found", "capability", "head_dims", "dtype", "expected"),
     [
-        (ALL, (9, 0), (72,), torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
-        (ALL, (10, 0), (64,), torch.bfloat16, ["flash4", "flash2", "sdpa"]),  # no flash-attention 3 on Blackwell
+        (ALL, (9, 0), (72,), torch.bfloat16, ["flash3", "sdpa"]),  # cuDNN's kernel before flash-attention 2
+        (ALL, (10, 0), (64,), torch.bfloat16, ["flash4", "sdpa"]),  # no flash-attention 3 on Blackwell
         (ALL, (12, 0), (64,), torch.float16, ["flash2", "sdpa"]),
         (ALL, (8, 6), (64,), torch.bfloat16, ["flash2", "sdpa"]),
         (ALL, (7, 5), (64,), torch.float16, ["sdpa"]),
         (ALL, None, (64,), torch.bfloat16, ["sdpa"]),  # no CUDA device
         (ALL, (9, 0), (64,), torch.float32, ["sdpa"]),
-        (ALL, (9, 0), (192,), torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # too large a head for 4
+        (ALL, (10, 0), (192,), torch.bfloat16, ["sdpa"]),  # too large a head for 4
         (ALL, (9, 0), (264,), torch.bfloat16, ["sdpa"]),
         (ALL, (9, 0), (20,), torch.bfloat16, ["sdpa"]),  # no multiple of 8
-        (ALL, (9, 0), (64, 192), torch.bfloat16, ["flash3", "flash2", "sdpa"]),  # every head has to fit
-        (ALL, (9, 0), (), torch.bfloat16, ["flash3", "flash4", "flash2", "sdpa"]),
-        (("flash2",), (9, 0), (64,), torch.bfloat16, ["flash2", "sdpa"]),
-        (("flash4",), (9, 0), (64,), torch.bfloat16, ["flash4", "sdpa"]),
+        (ALL, (10, 0), (64, 192), torch.bfloat16, ["sdpa"]),  # every head has to fit
+        (ALL, (9, 0), (), torch.bfloat16, ["flash3", "sdpa"]),
+        (("flash2",), (8, 0), (64,), torch.bfloat16, ["flash2", "sdpa"]),
+        (("flash4",), (9, 0), (64,), torch.bfloat16, ["sdpa"]),
+        (ALL, (13, 0), (64,), torch.bfloat16, ["sdpa"]),  # a GPU that the table does not know
         ((), (9, 0), (64,), torch.bfloat16, ["sdpa"]),
     ],
 )
@@ -241,6 +242,24 @@ def test_what_auto_tries(
     able, reasons = attention.candidates(found, capability, head_dims, dtype)
     assert able == expected
     assert len(able) + len(reasons) == 4  # each kernel is either tried, or said why not
+
+
+def test_measured_times_overwrite_the_assumed_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(attention_speed.TABLE.read_text())
+    monkeypatch.setattr(attention_speed.order, "__defaults__", (table,))
+
+    def tried(gpu: str, *head_dims: int) -> list[attention.AttentionBackend]:
+        return attention.candidates(ALL, (9, 0), head_dims, torch.bfloat16, gpu)[0]
+
+    times = {"64": {"sdpa": 1.0, "flash2": 0.8, "flash3": 1.2}, "72": {"sdpa": 1.0, "flash2": 1.5, "flash3": 0.6}}
+    attention_speed.record("NVIDIA H200", times, table)
+    assert tried("NVIDIA H200", 64) == ["flash2", "sdpa"]
+    assert tried("NVIDIA H200", 72) == ["flash3", "sdpa"]
+    assert tried("NVIDIA H200", 64, 72) == ["flash3", "sdpa"]  # 1.8 against 2.0 and 2.3
+    assert tried("NVIDIA H200", 80) == tried("NVIDIA H100", 64) == ["flash3", "sdpa"]  # not measured
+    attention_speed.record("NVIDIA H200", {"64": {"sdpa": 0.1}}, table)
+    assert tried("NVIDIA H200", 64) == ["sdpa"]
 
 
 def test_a_namespace_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
