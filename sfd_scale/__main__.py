@@ -400,8 +400,11 @@ def check_features(
 def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
     """Verify the size and hash of every shard."""
     from sfd_scale.data.shards import check_data as check
+    from sfd_scale.data.shards import without_hash
 
     bad = check(path)
+    if count := without_hash(path):
+        typer.echo(f"{path}: {count} shards have no SHA-256 in index.json; only their size was checked", err=True)
     for line in bad:
         typer.echo(line, err=True)
     typer.echo(f"{path}: {'all shards are complete' if not bad else f'{len(bad)} shards are damaged'}")

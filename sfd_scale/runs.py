@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -119,6 +120,18 @@ def decisive_settings(recipe: TrainRecipe) -> dict[str, Any]:
     """The settings that decide the loss curve. A resumed run has to keep them; it may change engine, micro-batch,
     logging, retention and paths."""
     return _decisive(config.to_dict(recipe))
+
+
+def with_data_order(recipe: TrainRecipe, state: Mapping[str, Any] | None) -> TrainRecipe:
+    """The recipe with its order of samples decided: that of the checkpoint's `state`, or `window` for a new run."""
+    if recipe.data.order is not None:
+        return recipe
+    recorded = None if state is None else state.get("data")
+    # Release 0.1 knew the order `blocks` alone, and recorded no name.
+    order: Literal["blocks", "window"] = (
+        "blocks" if isinstance(recorded, Mapping) and "order" not in recorded else "window"
+    )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, order=order))
 
 
 def check_recipe_matches(recipe: TrainRecipe, run: RunFolder, step: int, *, allow_foreign: bool) -> None:

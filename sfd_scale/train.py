@@ -21,7 +21,7 @@ from sfd_scale.engines.replica_check import require_replicas
 from sfd_scale.models import attention
 from sfd_scale.planning.costs import memory_per_rank
 from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches
+from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches, with_data_order
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from sfd_scale.runtime.hang_dump import HangDump
@@ -57,6 +57,9 @@ def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: s
 
 def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangDump, allow_foreign: bool) -> bool:
     split = split_batch(recipe.train.global_batch, recipe.train.micro_batch, distributed.world_size())
+    checkpoints = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
+    latest = checkpoints.latest()
+    recipe = with_data_order(recipe, None if latest is None else latest.state)
     loader = recipe.task.make_loader(split)
     own = build.compatibility(recipe, loader)
     build.check_texture(recipe, loader)
@@ -66,7 +69,6 @@ def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangD
             own, state, run, allow_foreign=allow_foreign, allow_stats_mismatch=recipe.data.allow_stats_mismatch
         )
 
-    checkpoints = CheckpointManager(run.checkpoints_folder, recipe.checkpoint)
     model = _start_model(recipe, checkpoints)
     head_dims = attention.head_dims(model)
     settings = build.engine_settings(recipe, split, distributed.device())

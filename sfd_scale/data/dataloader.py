@@ -1,7 +1,6 @@
 """Dataloaders: MDS shards → micro-batches of one rank.
 
-The order of samples is a pure function of (seed, epoch). It does not depend on the world size, on gradient
-accumulation or on restarts.
+The order of samples (order.py) does not depend on the world size, on gradient accumulation or on restarts.
 
 G global batch · N samples of the dataset.
 """
@@ -20,10 +19,12 @@ from torch import Tensor
 from sfd_scale.data.batches import FeatureBatch, ImageBatch, LatentBatch
 from sfd_scale.data.manifest import FLIPPED, STATS, Manifest, as_stored, index_sha256, read_index, restored
 from sfd_scale.data.mds_reader import Array
-from sfd_scale.data.shards import open_shards
+from sfd_scale.data.order import SampleOrder, block_order, num_lanes, window_order
+from sfd_scale.data.prefetch import ShardPrefetcher, ShardSchedule, ranks_part
+from sfd_scale.data.shards import RemoteMDSReader, open_shards
 from sfd_scale.data.workers import worker_batches
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.runtime import seeding
+from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 
@@ -38,12 +39,19 @@ class DataConfig:
 
     path: a folder that `sfd encode` wrote, or the local cache of `remote`.
     remote: where the shards are downloaded from: s3://, gs://, azure://, oci://, hf:// or a folder.
-    cache_limit: the largest size of the cache on one node, such as 100gb. Give it at least two shuffle blocks;
-        otherwise shards are downloaded twice in an epoch.
+    cache_limit: the largest size of the cache on one node, such as 100gb. It needs room for the shards that are in use
+        at the same time and for those that are downloaded ahead; the error message for a smaller one names the size.
     flip: random horizontal flip, with probability 1/2.
-    shuffle_block: samples per shuffle block. Shards are shuffled, then the samples inside each block. A larger block
-        mixes better, a smaller block reads more sequentially.
-    num_workers: worker processes of the dataloader. Use several with `remote`: each waits for its own download.
+    order: how samples are shuffled. `blocks`: shards are shuffled, then the samples inside each block. `window`: each
+        of `lanes` sets of shards is shuffled with a sliding window, which grows at the start of an epoch; so an epoch
+        begins after few downloads, and each node reads its own part of the data. null: the order of the run's
+        checkpoints; `window` for a new run.
+    shuffle_block: samples per shuffle block, or of the sliding window. A larger one mixes better, a smaller one reads
+        more sequentially.
+    lanes: sets of shards of the order `window`; at most the global batch. Sample j of a batch comes from lane
+        j · lanes // global batch. A multiple of the number of nodes makes each node read only its part.
+    num_workers: worker processes of the dataloader. Shards are downloaded ahead, and batches are read ahead, without
+        workers too.
     stats: latent statistics that replace those of the data: a stats.safetensors, or a folder with the official
         latents_stats.pt and latents_sv_stats.pt.
     features: where the alignment features come from. `shards`: stored. `online`: the recipe's vision encoder on stored
@@ -56,29 +64,16 @@ class DataConfig:
     cache_limit: NoEffectOnResults[str | None] = None
     flip: bool = True
     shuffle: bool = True
+    order: Literal["window", "blocks"] | None = None
     shuffle_block: int = 262_144
+    lanes: int = 32
     num_workers: NoEffectOnResults[int] = 0
     stats: Path | None = None
     features: Literal["none", "shards", "online", "decoded"] = "shards"
     allow_stats_mismatch: bool = False
 
     def __post_init__(self) -> None:
-        at_least(self, shuffle_block=1, num_workers=0)
-
-
-def epoch_order(seed: int, epoch: int, shard_sizes: tuple[int, ...], block: int) -> Tensor:
-    """The order of the samples in an epoch: (N,) int64.
-
-    Shards are shuffled. Then the samples of each block of `block` consecutive samples are shuffled.
-    """
-    starts = torch.tensor([0, *shard_sizes]).cumsum(0)
-    shards = seeding.permutation(seed, f"shards/{epoch}", len(shard_sizes)).tolist()
-    sequence = torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in shards])
-    pieces = [
-        piece[seeding.permutation(seed, f"samples/{epoch}/{number}", len(piece))]
-        for number, piece in enumerate(sequence.split(block))
-    ]
-    return torch.cat(pieces)
+        at_least(self, shuffle_block=1, lanes=1, num_workers=0)
 
 
 def data_step(step: int, skipped: Ranges) -> int:
@@ -106,11 +101,18 @@ class BatchLoader(Generic[B]):
         self.samples = open_shards(config.path, config.remote, config.cache_limit)
         self.manifest = Manifest.read(config.path)
         self.shard_sizes = tuple(shard["samples"] for shard in read_index(config.path)["shards"])
-        self._orders: dict[int, Tensor] = {}  # holds the current epoch alone
         if self.manifest.num_samples < split.global_batch:
             raise ValueError(
                 f"train.global_batch: {split.global_batch}, but {config.path} has {self.manifest.num_samples} samples"
             )
+        self.order = SampleOrder(self._epoch_order, split.global_batch, self.shard_sizes)
+        self.schedule: ShardSchedule | None = None
+        self._prefetcher: ShardPrefetcher | None = None
+        if isinstance(self.samples, RemoteMDSReader):
+            shards = [(shard.path.name, shard.bytes) for shard in self.samples.shards]
+            node_ranks = min(distributed.local_world_size(), split.world_size)
+            self.schedule = ShardSchedule(self.order, shards, split, rank, node_ranks)
+            self.samples.cache.keep_by(self.schedule)
 
     @property
     def num_classes(self) -> int:
@@ -134,10 +136,12 @@ class BatchLoader(Generic[B]):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings that decide the order and content of the batches. A resumed run must have the same."""
-        shuffled = self.config.shuffle_block if self.config.shuffle else 0
+        config = self.config
+        shuffled: dict[str, Any] = {"shuffle_block": config.shuffle_block if config.shuffle else 0}
+        if config.shuffle and config.order != "blocks":
+            shuffled = {"order": "window", "shuffle_window": config.shuffle_block, "lanes": config.lanes}
         return {
-            "index_sha256": index_sha256(self.config.path), "flip": self.config.flip, "shuffle_block": shuffled,
-            "features": self.config.features,
+            "index_sha256": index_sha256(config.path), "flip": config.flip, "features": config.features, **shuffled
         }  # fmt: skip
 
     def keys(self, step: int) -> Iterator[list[Key]]:
@@ -146,12 +150,9 @@ class BatchLoader(Generic[B]):
         Global batch b is order[b·G : (b + 1)·G] of the epoch. It is cut into micro-batches in the order of
         (accumulation step, rank).
         """
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        size, micro = self.split.global_batch, self.split.micro_batch
-        ids = self._order(epoch)[batch * size : (batch + 1) * size]
-        for part in ids.split(micro * self.split.world_size):
-            own = part[self.rank * micro : (self.rank + 1) * micro]
-            yield [(epoch, index) for index in own.tolist()]
+        epoch, ids = self.order.batch(step)
+        for part in ranks_part(ids, self.split, self.rank).split(self.split.micro_batch):
+            yield [(epoch, index) for index in part.tolist()]
 
     def batches(self, first_step: int, skipped: Ranges = ()) -> Iterator[B]:
         """Micro-batches without end, from a global step on; split.grad_accum_steps of them make one step.
@@ -161,24 +162,55 @@ class BatchLoader(Generic[B]):
         """
         columns = self._batch_columns()
         sample_bytes = sum(size * math.prod(self._column_shape(name)) for name, size in columns.items())
-        return worker_batches(
+        self.close()
+        batches = worker_batches(
             self.batch, self._micro_batches(first_step, skipped), num_workers=self.config.num_workers,
             setting="data.num_workers", batch_bytes=self.split.micro_batch * sample_bytes,
             batch_tensors=len(columns) + 2, survive_stop=True,
         )  # fmt: skip
+        # Threads start after the workers: a fork must not copy locks that a thread holds.
+        self._prefetch(first_step, skipped)
+        return batches
 
     def _micro_batches(self, step: int, skipped: Ranges) -> Iterator[list[Key]]:
         """The keys of this rank's micro-batches, without end, from a global step on."""
         while True:
+            self._reads(step, data_step(step, skipped))
             yield from self.keys(data_step(step, skipped))
             step += 1
 
-    def _order(self, epoch: int) -> Tensor:
-        if not self.config.shuffle:
+    def _reads(self, step: int, data_step: int) -> None:
+        """The samples of a training step are read now, from a data step."""
+        if self.schedule is not None:
+            self.schedule.step = data_step
+        if self._prefetcher is not None:
+            self._prefetcher.advance(step)
+
+    def _prefetch(self, first_step: int, skipped: Ranges) -> None:
+        """Download the shards of the next steps ahead."""
+        if self.schedule is None:
+            return
+        assert isinstance(self.samples, RemoteMDSReader)
+        plan = self.schedule.plan(first_step, lambda step: data_step(step, skipped))
+        self._prefetcher = ShardPrefetcher(self.samples.cache, plan, first_step, self.schedule.node_ranks)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        config, batch = self.config, self.split.global_batch
+        if not config.shuffle:
             return torch.arange(self.manifest.num_samples)
-        if epoch not in self._orders:
-            self._orders = {epoch: epoch_order(self.seed, epoch, self.shard_sizes, self.config.shuffle_block)}
-        return self._orders[epoch]
+        if config.order == "blocks":
+            return block_order(self.seed, epoch, self.shard_sizes, config.shuffle_block)
+        lanes = num_lanes(batch, config.lanes)
+        return window_order(self.seed, epoch, self.shard_sizes, batch, lanes, config.shuffle_block)
+
+    def close(self) -> None:
+        """End the threads that download ahead."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_prefetcher"):  # not after an error in __init__
+            self.close()
 
     def batch(self, keys: list[Key]) -> B:
         """The batch of the given samples."""

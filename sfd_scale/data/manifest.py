@@ -102,6 +102,8 @@ def _shard_problem(shard: Any) -> str | None:
         return f"the shard name {name!r} points outside the folder"
     if not all(type(n) is int and n >= 0 for n in (shard["samples"], raw["bytes"])):
         return f"{name}: {shard['samples']!r} samples in {raw['bytes']!r} bytes"
+    if not isinstance(raw["hashes"], dict):
+        return f"{name}: its hashes are {raw['hashes']!r}"
     if shard["samples"] * 4 > raw["bytes"]:  # each sample has an offset of four bytes in the header
         return f"{name}: {shard['samples']} samples do not fit in {raw['bytes']} bytes"
     columns = list(zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -145,6 +146,7 @@ class MDSReader:
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         self.num_samples = self._ends[-1] if self.shards else 0
         self._max_open_files = max_open_files
+        self._lock = threading.Lock()  # a descriptor must not be closed while another thread reads from it
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         names = list(self.shards[self._place(index)[0]].columns)
@@ -163,14 +165,23 @@ class MDSReader:
             first = self.shards[self._place(indices[0])[0]].columns[names[0]]
             out.append(np.empty((len(indices), *first.shape), first.dtype))
             views.append(out[-1].reshape(-1).view(np.uint8).data)
-        for row, index in enumerate(indices):
-            number, local = self._place(index)
-            shard, descriptor = self.shards[number], self._descriptor(number)
-            start = shard.start + local * shard.stride
-            for view, names in zip(views, columns, strict=True):
-                column = shard.columns[names[row]]
-                _read(descriptor, view[row * column.size : (row + 1) * column.size], start + column.offset, shard.path)
+        with self._lock:
+            for row in sorted(range(len(indices)), key=indices.__getitem__):  # each shard is opened once
+                number, local = self._place(indices[row])
+                shard, descriptor = self.shards[number], self._descriptor(number)
+                start = shard.start + local * shard.stride
+                for view, names in zip(views, columns, strict=True):
+                    column = shard.columns[names[row]]
+                    place = slice(row * column.size, (row + 1) * column.size)
+                    _read(descriptor, view[place], start + column.offset, shard.path)
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes that are not forked: they open the files anew."""
+        return {**self.__dict__, "_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def close(self) -> None:
         while self._open:

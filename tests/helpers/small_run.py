@@ -29,7 +29,7 @@ def encode(out: Path) -> Path:
 def settings(data: Path, /, steps: int = 12, every: int = 4, **changed: Any) -> dict[str, Any]:
     """A recipe as plain data; `changed` replaces whole keys."""
     return {
-        "kind": "train", "name": "small", "data": {"path": str(data)}, "engine": FSDP,
+        "kind": "train", "name": "small", "data": {"path": str(data), "order": "blocks"}, "engine": FSDP,
         "latents": dataclasses.asdict(LAYOUT),
         "model": {"kind": "lightningdit", "depth": 1, "width": 16, "heads": 2, "patch_size": 4, "num_classes": 10},
         "objective": {"kind": "semantic_first", "alignment_weight": 0.0}, "optimizer": {"lr": 0.01},

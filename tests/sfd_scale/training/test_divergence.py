@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfd_scale import train
-from sfd_scale.data.dataloader import LatentLoader, data_step, epoch_order
+from sfd_scale.data.dataloader import LatentLoader, block_order, data_step
 from sfd_scale.engines.engine import StepResult
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.run_paths import RunPaths
@@ -165,7 +165,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bad(root: Path) -> tuple[int, int]:
     small_run.encode(root / "data")
-    return 1, int(epoch_order(0, 1, (20, 20), 262_144)[0])
+    return 1, int(block_order(0, 1, (20, 20), 262_144)[0])
 
 
 @pytest.fixture(scope="module")
