@@ -155,6 +155,7 @@ def _facts(recipe: TrainRecipe, split: BatchSplit, engine: Engine, loader: Loade
         "steps": f"{recipe.train.steps:,}",
         "precision": f"{recipe.engine.precision}, weights and moments fp32",
         "data": f"{recipe.data.path}, {samples:,} samples, {config.digest(loader.fingerprint)[:12]}",
+        "W&B": recipe.wandb.describe(),
     }
 
 

@@ -27,6 +27,7 @@ _OF_ONE_RANK = tuple(n for n in _RANK_VARIABLES if n not in ("NODE_RANK", "MASTE
 ACCELERATORS = ("cpu", "cuda")
 _DEVICE = re.compile(r"\d+|(?:GPU|MIG)-[\w./-]+", re.IGNORECASE)
 _NO_DEVICE = ("-1", "NoDevFiles")  # of CUDA, and of schedulers for a job without a GPU
+_OLD_WANDB_MODES = {"dryrun": "offline", "run": "online"}  # W&B still reads these names
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -113,6 +114,17 @@ def on_cpu(environment: Mapping[str, str] | None = None) -> bool:
     return text("DS_ACCELERATOR", environment) == "cpu"
 
 
+def wandb_mode(environment: Mapping[str, str] | None = None) -> str | None:
+    """The mode that WANDB_DISABLED or WANDB_MODE asks for: online, offline or disabled; None if neither is set.
+
+    Raises:
+        ValueError: for a value that W&B does not have, or a mode for several writers of one run.
+    """
+    disabled = flag("WANDB_DISABLED", environment)
+    mode = choice("WANDB_MODE", ("online", "offline", "disabled", *_OLD_WANDB_MODES), environment)
+    return "disabled" if disabled else _OLD_WANDB_MODES.get(mode or "", mode)
+
+
 def snapshot() -> dict[str, str]:
     """A copy of the variables of this process, for a child process."""
     return dict(os.environ)
@@ -166,6 +178,7 @@ def check(environment: Mapping[str, str] | None = None) -> None:
     whole_number("MASTER_PORT", environment, most=65535)
     choice("DS_ACCELERATOR", ACCELERATORS, environment)
     visible_devices(environment)
+    wandb_mode(environment)
     threads = text("OMP_NUM_THREADS", environment)  # OpenMP allows one number for each level of nested parallel regions
     if threads is not None and not re.fullmatch(r"\s*[1-9][0-9]{0,8}\s*(,\s*[1-9][0-9]{0,8}\s*)*", threads):
         raise ValueError(f"OMP_NUM_THREADS: {threads!r}; allowed: a whole number, 1 and up")

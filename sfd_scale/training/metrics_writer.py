@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import distributed, environment
 from sfd_scale.runtime.files import write_atomically, write_json
 from sfd_scale.runtime.run_paths import RunPaths
 
@@ -19,11 +19,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-    """Weights & Biases. Its key comes from the environment alone and is never written."""
+    """Weights & Biases. Its key comes from the environment alone and is never written.
 
-    mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "sfd-scale"
+    mode, project, entity: null takes WANDB_MODE (or WANDB_DISABLED), WANDB_PROJECT and WANDB_ENTITY of the environment.
+        Without them the mode is offline and the project sfd-scale.
+    """
+
+    mode: Literal["online", "offline", "disabled"] | None = None
+    project: str | None = None
     entity: str | None = None
+
+    def __post_init__(self) -> None:
+        # Here and not in the writer: recipe.yaml, exports and `sfd show` have the values that are used.
+        for name, value in _wandb_environment().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value or _WANDB_DEFAULTS[name])
+
+    def describe(self) -> str:
+        """The settings in words, with the variables of the environment that set them or lose to the recipe."""
+        parts = []
+        for name, value in _wandb_environment().items():
+            own, variable = getattr(self, name), _WANDB_VARIABLES[name]
+            variable = "WANDB_DISABLED" if name == "mode" and environment.flag("WANDB_DISABLED") else variable
+            by = variable if own == value else f"the recipe's, not {variable}"
+            note = "" if value is None else f" ({by})"
+            parts += [f"{name} {own}{note}"] if own is not None else []
+        if self.mode == "disabled":
+            return parts[0].removeprefix("mode ")
+        return ", ".join(
+            [*parts, *(f"{name} is set" for name in ("WANDB_NAME", "WANDB_DIR") if environment.text(name))]
+        )
+
+
+_WANDB_VARIABLES = {"mode": "WANDB_MODE", "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
+_WANDB_DEFAULTS = {"mode": "offline", "project": "sfd-scale", "entity": None}
+
+
+def _wandb_environment() -> dict[str, str | None]:
+    """The values of the environment by the name of their setting; None for a variable that is not set."""
+    found = {name: environment.text(variable) for name, variable in _WANDB_VARIABLES.items()}
+    found["mode"] = environment.wandb_mode()
+    return found
 
 
 class MetricsWriter:
@@ -96,26 +132,42 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
     """The W&B run of a run folder: a new one, or the one whose id the folder holds."""
     import wandb  # takes a second to import
 
-    def start(mode: Literal["online", "offline", "disabled"]) -> Any:
+    # W&B reads its variables itself, and a variable that the user has set wins over a value that no recipe sets.
+    ours = {"WANDB_DIR": ("dir", str(folder.path)), "WANDB_NAME": ("name", folder.path.name)}
+    quiet = {"WANDB_SILENT": ("silent", True), "WANDB_CONSOLE": ("console", "off")}
+    known = folder.wandb_id_file.read_text(encoding="utf-8").strip() if folder.wandb_id_file.exists() else None
+
+    def start(mode: Literal["online", "offline", "disabled"] | None) -> Any:
+        resume = {"WANDB_RESUME": ("resume", "allow")} if mode == "online" else {}
         return wandb.init(
-            project=settings.project, entity=settings.entity, mode=mode, dir=str(folder.path), name=folder.path.name,
-            id=folder.wandb_id_file.read_text().strip() if folder.wandb_id_file.exists() else None,
-            resume="allow" if mode == "online" else None, config=None if config is None else dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            project=settings.project, entity=settings.entity, mode=mode, id=known, **_unless_set(ours | resume),
+            config=None if config is None else dict(config), settings=wandb.Settings(**_unless_set(quiet)),
         )  # fmt: skip
 
+    try:
+        wandb.Settings(project=settings.project)
+        wandb.setup()  # reads the variables
+    except (wandb.errors.UsageError, ValueError) as error:
+        said = " ".join(str(error).partition("For further information")[0].split())
+        raise ValueError(f"wandb: {said}; allowed: see the settings and the variables of W&B") from error
     try:
         run = start(settings.mode)
     except wandb.errors.Error as error:
         if settings.mode != "online":
             raise
         # A long run must not depend on a server. `wandb sync` sends the offline record later.
-        logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, folder.path)
+        where = environment.text("WANDB_DIR") or folder.path
+        logger.warning("W&B does not answer (%s); this run is recorded offline, below %s/wandb", error, where)
         run = start("offline")
     run.define_metric("*", step_metric="step")
     run.define_metric("eval/*", step_metric="eval/step")
     write_atomically(folder.wandb_id_file, f"{run.id}\n")
     return run
+
+
+def _unless_set(values: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Arguments by name, without those whose variable of the environment is set."""
+    return {name: value for variable, (name, value) in values.items() if environment.text(variable) is None}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""W&B's own variables: they win over defaults and lose to a value of the recipe or the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from sfd_scale import config
+from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime import environment
+from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
+from tests.sfd_scale.training.test_metrics import read_by_wandb
+
+VARIABLES = ("MODE", "DISABLED", "PROJECT", "ENTITY", "NAME", "DIR", "RUN_ID", "SILENT", "CONSOLE", "INIT_TIMEOUT")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+
+
+def settings(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: list[str]
+) -> tuple[WandbConfig, str]:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = config.load("quickstart/sfd", TrainRecipe, overrides).wandb
+    return found, found.describe()
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "found", "words"),
+    [
+        ({}, [], ("offline", "sfd-scale", None), "mode offline, project sfd-scale"),
+        ({"WANDB_MODE": "disabled"}, [], ("disabled", "sfd-scale", None), "disabled (WANDB_MODE)"),
+        ({"WANDB_MODE": "dryrun"}, [], ("offline", "sfd-scale", None), "mode offline (WANDB_MODE), project sfd-scale"),
+        ({"WANDB_DISABLED": "true"}, [], ("disabled", "sfd-scale", None), "disabled (WANDB_DISABLED)"),
+        (
+            {"WANDB_DISABLED": "false", "WANDB_MODE": "", "WANDB_PROJECT": "mine", "WANDB_ENTITY": "me"},
+            [],
+            ("offline", "mine", "me"),
+            "mode offline, project mine (WANDB_PROJECT), entity me (WANDB_ENTITY)",
+        ),
+        (
+            {"WANDB_MODE": "disabled", "WANDB_PROJECT": "mine"},
+            ["wandb.mode=offline", "wandb.project=exp"],
+            ("offline", "exp", None),
+            "mode offline (the recipe's, not WANDB_MODE), project exp (the recipe's, not WANDB_PROJECT)",
+        ),
+        (
+            {"WANDB_MODE": "online"},
+            ["wandb.mode=null"],
+            ("online", "sfd-scale", None),
+            "mode online (WANDB_MODE), project ",
+        ),
+    ],
+)
+def test_the_environment_wins_over_defaults_and_loses_to_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], overrides: list[str], found: tuple[Any, ...], words: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settled = config.load("quickstart/sfd", TrainRecipe, overrides).wandb
+    assert (settled.mode, settled.project, settled.entity) == found
+    assert settled.describe().startswith(words)
+
+
+def test_the_recipe_of_a_run_folder_has_the_values_that_were_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(config.load("quickstart/sfd", TrainRecipe)))
+    monkeypatch.setenv("WANDB_PROJECT", "another")
+    assert config.load(tmp_path / "recipe.yaml", TrainRecipe).wandb == WandbConfig(mode="offline", project="mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WANDB_MODE", "off", "WANDB_MODE: 'off'; allowed: online, offline, disabled"),
+        ("WANDB_MODE", "shared", "WANDB_MODE: 'shared'; allowed: online, offline, disabled"),
+        ("WANDB_DISABLED", "maybe", "WANDB_DISABLED: 'maybe'; allowed: 1 or 0"),
+    ],
+)
+def test_another_value_is_one_sentence_before_anything_starts(name: str, value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        environment.check({name: value})
+
+
+def test_wandb_itself_takes_the_users_name_folder_and_project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = {"PROJECT": "mine", "ENTITY": "me", "NAME": "third try", "DIR": str(tmp_path / "records"), "RUN_ID": "own"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "records").mkdir()
+    wandb.teardown()  # W&B reads its variables once per process
+    try:
+        for run in ("a", "b"):
+            (tmp_path / run).mkdir()
+            recipe = WandbConfig() if run == "a" else WandbConfig(project="exp")
+            writer = MetricsWriter(RunPaths(tmp_path / run), recipe, {})
+            writer.write(1, {"loss": 0.5})
+            writer.close()
+    finally:
+        monkeypatch.undo()
+        wandb.teardown()
+    records = [[r["run"] for r in read_by_wandb(file) if r["type"] == "run"][0] for file in tmp_path.rglob("*.wandb")]
+    found = sorted((r["project"], r["entity"], r["display_name"], r["run_id"]) for r in records)
+    assert found == [("exp", "me", "third try", "own"), ("mine", "me", "third try", "own")], json.dumps(records)
+    assert not list(tmp_path.glob("?/wandb")) and len(list((tmp_path / "records").rglob("*.wandb"))) == 2
+
+
+def test_a_setting_that_wandb_refuses_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "group/project")
+    with pytest.raises(ValueError, match=r"wandb: Invalid project name 'group/project': cannot contain .*; allowed: "):
+        MetricsWriter(RunPaths(tmp_path), WandbConfig(), {})
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    wandb.teardown()
+    try:
+        with pytest.raises(ValueError, match=r"^wandb: 1 validation error .*init_timeout.*; allowed: "):
+            MetricsWriter(RunPaths(tmp_path), WandbConfig(), {})
+    finally:
+        monkeypatch.undo()
+        wandb.teardown()
