@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from sfd_scale import config
 from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe, run_command
+from sfd_scale.runtime.output import plain_console
 
 if TYPE_CHECKING:
     from eval.recipe import EvalRecipe
@@ -29,8 +30,9 @@ Out = Annotated[Path, typer.Option(help="Where to write.")]
 def _load(
     recipe: str, overrides: list[str] | None, checkpoint: Path | None = None, guide: Path | None = None
 ) -> EvalRecipe:
-    given = [f"{key}={value}" for key, value in (("checkpoint", checkpoint), ("guide", guide)) if value is not None]
-    return load_recipe(recipe, _eval_recipe, [*(overrides or []), *given])
+    given = {"checkpoint": checkpoint, "guide": guide}
+    paths = [config.override(key, path) for key, path in given.items() if path is not None]
+    return load_recipe(recipe, _eval_recipe, [*(overrides or []), *paths])
 
 
 def _eval_recipe() -> type[EvalRecipe]:
@@ -86,7 +88,7 @@ def score(
         table = Table("score", "value", title=f"{results.name}, {results.count} samples")
         for name, value in results.scores.by_key().items():
             table.add_row(name, "–" if value is None else f"{value:.6g}")
-        Console().print(table)
+        plain_console().print(table)
 
 
 @app.command()
@@ -100,7 +102,7 @@ def reference(recipe: Recipe, overrides: Overrides = None) -> None:
     main_rank = _start_ranks()
     found = load_reference(loaded, make_extractor(loaded.extractor, distributed.device()))
     if main_rank:
-        Console().print(found.provenance)
+        plain_console().print(found.provenance)
 
 
 @app.command()

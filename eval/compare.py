@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.files import read_json, write_json
+from sfd_scale.runtime.output import plain_console
 
 logger = logging.getLogger(__name__)
 LEVEL = 0.95
@@ -144,11 +144,11 @@ def _show(differences: list[Difference], paired: bool, others: dict[str, tuple[s
         verdict = "differs" if found.differs else "no difference shown"
         interval = f"{found.low:+.4g} to {found.high:+.4g}"
         table.add_row(found.score, f"{found.a:.5g}", f"{found.b:.5g}", f"{found.difference:+.4g}", interval, verdict)
-    Console().print(table)
+    plain_console().print(table)
     settings = Table("what differs", "A", "B")
     for key, (left, right) in others.items():
         settings.add_row(key, left, right)
-    Console().print(settings if others else "A and B have the same settings.")
+    plain_console().print(settings if others else "A and B have the same settings.")
 
 
 if __name__ == "__main__":

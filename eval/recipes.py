@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Column, Table
 
 from eval import recipe as harness
@@ -76,7 +75,7 @@ def compare(name: str, others: Sequence[str]) -> Table | None:
     Raises:
         ValueError: for more than one other recipe.
     """
-    names, overrides = [o for o in others if "=" not in o], [o for o in others if "=" in o]
+    names, overrides = config.split_words(others)
     if len(names) > 1:
         raise ValueError(f"{', '.join([name, *names])}: {len(names) + 1} recipes; allowed: two, and KEY=VALUE settings")
     other = names[0] if names else name
@@ -85,7 +84,7 @@ def compare(name: str, others: Sequence[str]) -> Table | None:
         return None
     table = Table("key", name, " ".join([other, *overrides]), box=None, pad_edge=False)
     for key, values in changed.items():
-        table.add_row(key, *(escape(str(value)) for value in values))
+        table.add_row(key, *map(str, values))
     return table
 
 

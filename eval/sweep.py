@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from eval import generate
@@ -24,6 +24,7 @@ from eval.score import score
 from sfd_scale import config
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import file_sha256, write_atomically, write_json
+from sfd_scale.runtime.output import plain_console
 from sfd_scale.runtime.run_paths import RESULTS
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,15 @@ def cells(recipe: str, grid: Sequence[str]) -> list[Cell]:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at commas outside brackets."""
-    parts, depth = [""], 0
+    """Split at commas outside brackets and quotes. The name of an existing file or folder is one value."""
+    if os.path.exists(text):
+        return [text]
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
+        if letter in ("'", '"') and quote in ("", letter) and (quote or not parts[-1]):
+            quote = "" if quote else letter
+        depth += 0 if quote else (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
@@ -168,7 +173,7 @@ def _show(rows: list[Row], note: str) -> None:
     best = fid.best(row.scores.of(fid) for row in rows)
     for row in rows:
         table.add_row(*_cells(row), style="bold" if row.scores.of(fid) == best else None)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _heads(rows: list[Row]) -> list[str]:

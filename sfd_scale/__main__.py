@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich
-import rich.console
 import rich.table
 import typer
 from rich.markup import escape
@@ -16,6 +15,7 @@ from rich.markup import escape
 from sfd_scale import config
 from sfd_scale.launch.command_line import Overrides, Recipe, complete_recipe, load_recipe, run_command
 from sfd_scale.runtime.inert_imports import inert_imports
+from sfd_scale.runtime.output import plain_console
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def import_(
     """Import a checkpoint of the official code, without executing its pickle: as weights, or as a run to resume."""
     from sfd_scale import official
 
-    if recipe is not None and "=" in recipe:  # an override; no recipe was named
+    if recipe is not None and config.is_override(recipe):  # an override; no recipe was named
         overrides, recipe = [recipe, *(overrides or ())], None
     if (out is None) == (run is None):
         raise ValueError("--out or --run: give one of them: a file for the weights, or a run folder to resume from")
@@ -258,13 +258,13 @@ def plan(
     """Estimate memory, time and cost of a training recipe on N GPUs."""
     from sfd_scale import plan as plans
 
-    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    names, overrides = config.split_words(recipes)
     machine = plans.make_machine(gpu, gpu_spec, gpus_per_node, network)
     made = plans.make(
         names, overrides, plans.parse_counts(gpus), machine, mfu=mfu, measured=measured, samples=samples
     )  # fmt: skip
     out = plans.table(made, machine, markdown)
-    typer.echo(out) if isinstance(out, str) else rich.print(out)
+    typer.echo(out) if isinstance(out, str) else plain_console().print(out)
 
 
 @app.command()
@@ -315,7 +315,7 @@ def recipes(
 
 def _print_table(table: rich.table.Table) -> None:
     # Wider than any row: a row stays one line, in a narrow terminal and in a pipe to grep.
-    rich.console.Console(width=1000).print(table)
+    plain_console(width=1000).print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -369,7 +369,7 @@ def check(
     from sfd_scale.check import check_checkpoint
 
     found = check_checkpoint(loaded, checkpoint, samples)
-    rich.print(found.table())
+    plain_console().print(found.table())
     if found.recorded_stats_hash not in (None, found.stats_hash):
         typer.echo(f"statistics: data {found.stats_hash}, checkpoint {found.recorded_stats_hash}")
     verdict = {

@@ -19,6 +19,7 @@ from sfd_scale.config.plain import (
     with_source,
 )
 from sfd_scale.config.typed import from_dict
+from sfd_scale.config.words import is_override, override, split_words
 
 __all__ = [
     "CHECKOUT",
@@ -30,13 +31,16 @@ __all__ = [
     "find_recipe",
     "flatten",
     "from_dict",
+    "is_override",
     "kind_of",
     "lineage",
     "load",
     "load_by_kind",
+    "override",
     "recipe_names",
     "settings_affecting_results",
     "source_of",
+    "split_words",
     "to_dict",
     "to_yaml",
     "tree",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sfd_scale.config.renamed import new_recipe, with_current_keys
+from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.run_paths import RECIPE
 
@@ -50,7 +52,18 @@ def errors_in(where: Path | str) -> Iterator[None]:
     except (
         yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError
     ) as error:  # fmt: skip
-        raise ConfigError(f"{where}: not readable as settings: {error}") from error
+        raise ConfigError(f"{where}: not readable as settings: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem or error.context}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"a character that YAML does not allow, at position {error.position}"
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return " ".join(reason(error).split())
 
 
 def recipe_names() -> list[str]:
@@ -65,11 +78,14 @@ def find_recipe(name: str | Path) -> Path:
         ConfigError: naming similar recipes, or the new name of a renamed one.
     """
     given = Path(name)
-    if not given.name:
+    if not given.name or "\0" in str(name):
         raise ConfigError(f"{str(name)!r}: not the name of a recipe; `sfd recipes` lists them")
     for candidate in (given, given.with_name(given.name + ".yaml"), RECIPE_ROOT / given, RECIPE_ROOT / f"{given}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # not Path.is_file, which fails for a name that is too long
             return candidate
+    if os.path.isdir(given):
+        inside = f", such as {given / RECIPE}" if (given / RECIPE).is_file() else ""
+        raise ConfigError(f"{name}: a folder; allowed: the file of a recipe{inside}")
     # A user outside the checkout may type `recipes/train/x.yaml`.
     bare = str(name).removesuffix(".yaml").removeprefix("recipes/")
     if renamed := new_recipe(bare):

@@ -16,6 +16,7 @@ from sfd_scale.config import files
 from sfd_scale.config.files import ConfigError
 from sfd_scale.config.plain import flatten, kinds_of_class, to_dict, type_hints
 from sfd_scale.config.typed import typed
+from sfd_scale.config.words import has_key, parse_override
 
 T = TypeVar("T")
 _COMMAND_LINE = "the command line"
@@ -28,7 +29,7 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         ConfigError: starting with the dotted key, and naming the value, what is allowed, and the file.
     """
     for override in overrides:
-        if "=" not in override or override.startswith("="):
+        if not has_key(override):
             raise ConfigError(f"{override}: an override has the form dotted.key=value")
     path, merged, origin = _merged(source, overrides)
     data = _resolved(path, merged)
@@ -57,7 +58,7 @@ def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
 
 def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe with its parents and overrides as plain data, unchecked and without defaults: for launchers."""
-    path, merged, _ = _merged(source, [o for o in overrides if "=" in o])
+    path, merged, _ = _merged(source, [o for o in overrides if has_key(o)])
     return {str(key): value for key, value in _resolved(path, merged).items()}
 
 
@@ -96,7 +97,10 @@ def _check_kind(cls: type[Any], data: Any, source: str) -> None:
 
 def _command(overrides: Sequence[str]) -> files.Tree:
     with files.errors_in(_COMMAND_LINE):
-        plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.create({})
+        for key, value in map(parse_override, overrides):
+            OmegaConf.update(tree, key, value)
+        plain = OmegaConf.to_container(tree)
     assert isinstance(plain, dict)
     return dict(plain)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, TypeVar
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from sfd_scale import config
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
@@ -107,5 +107,5 @@ def _end_process_group() -> None:
 
 def _fail(message: str) -> None:
     rank = f"[rank {environment.text('RANK')}] " if environment.launched() else ""
-    console.print(f"[bold red]error:[/] {escape(f'{rank}{message}')}", highlight=False, soft_wrap=True, emoji=False)
+    console.print(Text.assemble(("error:", "bold red"), f" {rank}{message}"), soft_wrap=True)
     sys.exit(2)

@@ -39,6 +39,9 @@ from sfd_scale.runtime.run_paths import LOGS, RunPaths
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
 _NODE_COUNTS = ("SLURM_JOB_NUM_NODES", "PET_NNODES")  # set by schedulers that start one command per node
+# The options without a value of the commands that ranks run; the commands whose first word is not a recipe.
+FLAGS = ("--allow-foreign", "--prc-fp16", "--once", "--help")
+WITHOUT_RECIPE = ("compare",)
 NAME_WAIT_S = 120.0  # Kubernetes publishes the name of the first node when its pod runs
 
 
@@ -50,13 +53,25 @@ class RankCommand:
     arguments: Sequence[str]
 
     @property
+    def words(self) -> list[str]:
+        """The arguments after the command that are neither options nor values of options."""
+        found, rest = [], iter(self.arguments[1:])
+        for argument in rest:
+            if not argument.startswith("-"):
+                found.append(argument)
+            elif argument == "--":
+                return [*found, *rest]
+            elif "=" not in argument and argument not in FLAGS:
+                next(rest, None)
+        return found
+
+    @property
     def recipe(self) -> str | None:
-        named = [a for a in self.arguments[1:2] if not a.startswith("-")]
-        return named[0] if named else None
+        return self.words[0] if self.words and self.arguments[0] not in WITHOUT_RECIPE else None
 
     @property
     def overrides(self) -> list[str]:
-        return [a for a in self.arguments[2:] if "=" in a and not a.startswith("-")]
+        return [word for word in self.words[1:] if config.is_override(word)]
 
     def tree(self) -> dict[str, Any]:
         return {} if self.recipe is None else config.tree(self.recipe, self.overrides)

@@ -29,8 +29,14 @@ _SENTENCES = {
 
 def error_text(error: BaseException) -> str:
     """The message of an error for the user: our own sentences as they are, others in our words."""
+    where = _where(error) if isinstance(error, OSError) else ""
+    return f"{where}: {reason(error)}" if where else reason(error)
+
+
+def reason(error: BaseException) -> str:
+    """As `error_text`, without the path of the file."""
     if isinstance(error, OSError) and error.errno is not None:
-        return _os_error_text(error)
+        return _SENTENCES.get(error.errno, error.strerror or type(error).__name__)
     if isinstance(error, UnicodeDecodeError):
         return f"not {error.encoding} text: {error.reason} at byte {error.start}; allowed: a text file in UTF-8"
     if isinstance(error, UnicodeEncodeError):
@@ -38,10 +44,7 @@ def error_text(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _os_error_text(error: OSError) -> str:
-    sentence = _SENTENCES.get(error.errno or 0, error.strerror or type(error).__name__)
-    if not isinstance(error.filename, str | bytes | os.PathLike) or not error.filename:
-        return sentence
-    path = os.fsdecode(error.filename)
-    to = f" → {os.fsdecode(error.filename2)}" if isinstance(error.filename2, str | bytes) else ""
-    return f"{path}{to}: {sentence}"
+def _where(error: OSError) -> str:
+    """The path that an error names, or both; empty if it names none."""
+    paths = [path for path in (error.filename, error.filename2) if isinstance(path, str | bytes | os.PathLike) and path]
+    return " → ".join(map(os.fsdecode, paths))

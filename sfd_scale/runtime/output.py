@@ -13,6 +13,8 @@ import os
 import sys
 from typing import Any
 
+from rich.console import Console
+
 # How a character is written that an encoding lacks; any other character as \uXXXX.
 _READABLE = {
     "–": "-", "—": "-", "→": "->", "×": "x", "±": "+-", "…": "...", "≤": "<=", "≥": ">=", "·": "*", "∞": "inf",
@@ -48,6 +50,11 @@ class _Descriptor(io.FileIO):
 
 class _Buffer(io.BufferedWriter):
     """The buffer of such a descriptor."""
+
+
+def plain_console(width: int | None = None) -> Console:
+    """A console for standard output. It prints texts as they are: a path may hold `[red]` or `:100:`."""
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def make_safe() -> None:

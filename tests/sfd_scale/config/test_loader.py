@@ -189,7 +189,7 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
     ("text", "override", "message"),
     [
         ("name: x\nengine: {kind: [fsdp]}\n", "steps=1", r"engine\.kind: \['fsdp'\]; allowed: "),
-        ("name: x\n", "steps=[", "the command line: not readable as settings"),
+        ("name: x\n", "steps=[", r"steps: '\['; allowed: a whole number \(set in the command line\)"),
         ("extends: base\nname: x\nengine: [1]\n", "steps=1", r"engine: \[1\]; allowed: .*child\.yaml"),
         ("extends: ${nowhere}\nname: x\n", "steps=1", r"\$\{nowhere\}: no such recipe"),
         ("name: x\nengine: {kind: '${nowhere}'}\n", "steps=1", r"child\.yaml: not readable as settings: .*nowhere"),
