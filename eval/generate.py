@@ -34,6 +34,7 @@ from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.files import file_sha256, read_json
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu, deterministic_cudnn, strict_float32
 
@@ -236,6 +237,7 @@ def make_labels(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
         case LabelFile(path=path):
             if not path.is_file():
                 raise ValueError(f"labels.path: {path}; allowed: an existing file with one label per line")
+            require_kind(path, "text")
             words = path.read_text(encoding="utf-8").split()
             if not all(word.isdecimal() for word in words):
                 raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one number per line")

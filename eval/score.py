@@ -178,7 +178,8 @@ def score_features(
     for share in distributed.all_gather_object(mine):
         values.update(share)
     scores: Scores = distributed.broadcast_object(Scores(**values))
-    return scores, distributed.broadcast_object(_warnings(settings, folder, reference, scores))
+    warnings = _warnings(settings, folder, reference, scores) if distributed.is_main() else ()
+    return scores, distributed.broadcast_object(warnings)
 
 
 def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
@@ -193,7 +194,8 @@ def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
 
 def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: Scores) -> tuple[str, ...]:
     dim = len(reference.pool.mean)
-    found = sample_warnings(folder.total, dim, settings.is_split, read_rows(folder, "labels"))
+    labels, logits = read_rows(folder, "labels"), read_rows(folder, "logits")
+    found = sample_warnings(folder.total, dim, settings.is_split, labels, logits, scores.is_mean)
     if reference.pool.count is not None and reference.pool.count <= dim:
         found.append(
             f"a reference of {reference.pool.count} images for {dim} features: its covariance is singular and FID is "

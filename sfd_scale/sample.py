@@ -24,7 +24,7 @@ from sfd_scale.export import TEXTURE, read_note, require_note
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.tasks import diffusion_task
-from sfd_scale.tasks.diffusion import DiffusionModel
+from sfd_scale.tasks.diffusion import DiffusionModel, DiffusionTask
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,9 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     require_note(note, path, {"recipe_digest": str, "step": int, "stats": dict, "stats_hash": str, "tokenizers": dict})
     if recipe.tokenizer.texture is None:
         raise ValueError(f"{path}: its recipe has no tokenizer.texture, which decodes latents to images")
-    model = task.make_model()
     weights = checkpoint.load_weights(path)
+    _check_size(path, task, sum(weight.numel() for weight in weights.values()))
+    model = task.make_model()
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -87,6 +88,21 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         task.loss.label_dropout > 0,
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
     )  # fmt: skip
+
+
+def _check_size(path: Path, task: DiffusionTask, stored: int) -> None:
+    """Refuse a recipe whose model is larger than the weights in the file, before it takes memory.
+
+    Raises:
+        ValueError: names the file.
+    """
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in task.make_model().parameters() if parameter.requires_grad)
+    if wanted > stored:
+        raise ValueError(
+            f"{path}: its weights do not fit the model and latents of its recipe: missing weights, {stored:,} values "
+            f"of {wanted:,}"
+        )
 
 
 def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:

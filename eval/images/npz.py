@@ -17,11 +17,13 @@ from torch import Tensor
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
 from sfd_scale.runtime.files import atomically
+from sfd_scale.runtime.memory import require_memory
 
 npy: Any = np.lib.format  # untyped
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 # Errors of zipfile and numpy for damaged files.
 _DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, RuntimeError)
+MAX_PIXELS = 1 << 24  # of an image to score
 _MOST_COMPRESSED = 200  # a larger compression ratio is that of a file made to fill the memory
 
 
@@ -75,6 +77,7 @@ class NpzImages:
                 f"{path}: arr_0 is {dtype} {shape}{' with NaN in it' if nan else ''}; allowed: uint8 (N, H, W, 3). For "
                 "x in −1..1 that is floor(clamp(127.5·x + 128, 0, 255))"
             )
+        check_pixels(shape[1], shape[2], f"{path}: arr_0")
         if self.labels is not None and self.labels.shape != (len(self),):
             raise ValueError(f"{path}: {len(self)} images and labels (arr_1) of shape {self.labels.shape}")
 
@@ -88,6 +91,16 @@ class NpzImages:
         if self.labels is not None:
             labels = torch.from_numpy(np.array(self.labels[rows.start : rows.stop], dtype=np.int64))
         return block.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def check_pixels(height: int, width: int, where: str) -> None:
+    """Bound the size of the images to score: a batch of them is in memory at once.
+
+    Raises:
+        ValueError: if images have no pixels, or more than 16 Mi.
+    """
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"{where}: images of {width}x{height} pixels; allowed: 1 to {MAX_PIXELS:,} pixels")
 
 
 def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
@@ -118,6 +131,7 @@ def _map(path: Path, member: str) -> npt.NDArray[Any]:
         if info.file_size > max(_MOST_COMPRESSED * info.compress_size, 1 << 20):
             raise ValueError(f"{info.file_size} bytes packed into {info.compress_size}: not an honest file")
         if info.compress_type != zipfile.ZIP_STORED or fortran:
+            require_memory(size, "it", "write the file uncompressed, with np.savez: it is then read in parts")
             with archive.open(info) as file:
                 return np.asarray(npy.read_array(file, allow_pickle=False))
     with path.open("rb") as raw:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eval.images.npz import NpzImages
+from eval.images.npz import NpzImages, check_pixels
 from sfd_scale import config
 from sfd_scale.data.image_files import IMAGES, list_files, sort_key
 from sfd_scale.data.image_io import read_whole_image
@@ -23,10 +23,12 @@ from sfd_scale.data.sources import FolderConfig, ImageFolder, MDSConfig, Source,
 from sfd_scale.data.sources import SourceConfig as LibrarySource
 from sfd_scale.data.tars import TarImages
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.files import file_sha256, write_atomically
 from sfd_scale.runtime.progress import MB, progress
 
 LABELS = "labels.txt"
+_LABEL_BYTES = 64  # of one label and the blanks after it
 _CLASS_INDEX = re.compile("[0-9]{1,18}")
 
 
@@ -125,6 +127,7 @@ def _open_flat(source: FlatSource, cache: Path | None) -> Images:
         read = sorted([*files, labels_file], key=sort_key)
     listing.others.warn(source.path, IMAGES)
     size = read_whole_image(files[0], upright=False).shape[1:]
+    check_pixels(size[0], size[1], str(files[0]))
 
     def rows(numbers: range) -> tuple[Tensor, Tensor | None]:
         images = [read_whole_image(files[number], upright=False) for number in numbers]
@@ -142,6 +145,11 @@ def _read_labels(file: Path, count: int) -> Tensor:
     Raises:
         ValueError: names the file, if it holds anything but `count` class indices.
     """
+    require_kind(file, "text")
+    if file.stat().st_size > _LABEL_BYTES * max(count, 1):
+        raise ValueError(
+            f"{file}: {file.stat().st_size:,} bytes for {count} labels; allowed: one class index per image"
+        )
     try:
         words = file.read_bytes().decode("utf-8-sig").split()
     except (UnicodeDecodeError, OSError) as error:
@@ -158,7 +166,9 @@ def _first_size(path: Path) -> int:
     files = list_files(path).files
     if not files:
         raise ValueError(f"{path}: no images in it, and no shards of `sfd encode`")
-    return min(read_whole_image(files[0]).shape[1:])
+    side = min(read_whole_image(files[0]).shape[1:])
+    check_pixels(side, side, f"{files[0]}, cropped")
+    return side
 
 
 def _must_exist(path: Path) -> None:

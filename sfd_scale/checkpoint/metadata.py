@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from sfd_scale.runtime.safe_pickle import SafeUnpickler
 
 _TENSOR_FILE = re.compile(r"__\d+_\d+\.distcp")
 
@@ -37,7 +39,7 @@ def as_checkpoint_error(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(SafeUnpickler):
     """Unpickles the classes of `.metadata` and nothing else: a pickle could run any code."""
 
     _METADATA = (
@@ -61,7 +63,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _enum_member
         if (module, name) not in self._KNOWN:
             raise CheckpointError(f".metadata names {module}.{name}, which is in no checkpoint of sfd-scale")
-        return super().find_class(module, name)
+        return getattr(importlib.import_module(module), name)
 
 
 def _enum_member(kind: Any, name: Any) -> Enum:

@@ -5,6 +5,7 @@ A bare state_dict, the form in which DiT (arXiv 2212.09748) is published, is rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,10 @@ def infer_architecture(state: Mapping[str, Tensor], alignment_depth: int = 2, he
     if missing:
         raise ValueError(f"these are not weights of a LightningDiT: {', '.join(missing)} missing")
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    blocks = {int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d{1,9}\.", name)}
+    depth = len(blocks)
+    if max(blocks) != depth - 1:
+        raise ValueError(f"these weights lack blocks: they have {depth}, with numbers up to {max(blocks)}")
     dimensions = Size(depth, width, _heads(state, depth, width) if heads is None else heads)
     size = next((name for name, known in SIZES.items() if known == dimensions), None)
     swiglu = "blocks.0.mlp.w12.weight" in state

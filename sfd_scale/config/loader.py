@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from sfd_scale.config import files
 from sfd_scale.config.files import ConfigError
+from sfd_scale.config.interpolations import check_interpolations
 from sfd_scale.config.plain import flatten, kinds_of_class, to_dict, type_hints
 from sfd_scale.config.typed import typed
 from sfd_scale.config.words import has_key, parse_override
@@ -78,6 +79,7 @@ def _merged(source: str | Path, overrides: Sequence[str]) -> tuple[Path, files.T
 def _resolved(path: Path, merged: files.Tree) -> files.Tree:
     """The tree with the values of its interpolations (`${...}`)."""
     with files.errors_in(path):
+        check_interpolations(merged)
         plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     assert isinstance(plain, dict)
     return dict(plain)

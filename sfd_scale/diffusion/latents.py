@@ -165,8 +165,9 @@ class LatentStats:
 
 def _official_stats(path: Path, channels: int | None) -> dict[str, Tensor]:
     file = TorchFile(path)
-    found = file.load(file.content)
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("mean", "std")):
+    content = file.content if isinstance(file.content, dict) else {}
+    found = file.load({key: content.get(key) for key in ("mean", "std")})
+    if not all(isinstance(part, Tensor) for part in found.values()):
         raise ValueError(f"{path}: no latent statistics; allowed: a dictionary with the tensors mean and std")
     if channels is not None and found["mean"].numel() != channels:
         raise ValueError(f"{path}: {found['mean'].numel()} channels; allowed here: {channels} (give texture first)")

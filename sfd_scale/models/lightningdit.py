@@ -36,6 +36,8 @@ from sfd_scale.models.layers import (
 from sfd_scale.models.rope import FixedBuffers, RotaryEmbedding2D
 from sfd_scale.runtime import seeding
 
+MAX_DEPTH = 10_000  # a recipe may come from outside, in an export
+
 
 class Size(NamedTuple):
     depth: int
@@ -84,6 +86,8 @@ class LightningDiTConfig:
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}: {count}; allowed: 1 and up")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"depth: {depth}; allowed: 1 to {MAX_DEPTH:,}")
         # Sines and cosines of two axes for positions, and for rotary ones in each head.
         if width % heads or width % 4 or (self.rope and (width // heads) % 4):
             allowed = "a multiple of 4 times the heads" if self.rope else "a multiple of 4 and of the heads"

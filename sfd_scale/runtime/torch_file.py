@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
+from sfd_scale.runtime.safe_pickle import SafeUnpickler
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -92,7 +93,7 @@ class LazyTensor:
     stride: tuple[int, ...]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(SafeUnpickler):
     """An unpickler without access to code: a pickle gets functions and classes only from `find_class`."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -162,18 +163,27 @@ class TorchFile:
         """Read the tensors in a part of `content`, inside dicts, lists and tuples.
 
         Raises:
-            ValueError: names the file, if a tensor is damaged.
+            ValueError: names the file, if a tensor is damaged, or an object contains itself.
         """
-        return self._load(value, {})
+        storages: dict[Storage, Tensor] = {}
+        done: dict[int, Any] = {}  # by identity: an object that occurs twice is read once, or few bytes become many
 
-    def _load(self, value: Any, storages: dict[Storage, Tensor]) -> Any:
-        if isinstance(value, LazyTensor):
-            return self._tensor(value, storages)
-        if isinstance(value, dict):
-            return {key: self._load(item, storages) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._load(item, storages) for item in value)
-        return value
+        def load(item: Any) -> Any:
+            if isinstance(item, LazyTensor):
+                return self._tensor(item, storages)
+            if not isinstance(item, dict | list | tuple):
+                return item
+            if id(item) not in done:
+                if isinstance(item, dict):
+                    done[id(item)] = {key: load(part) for key, part in item.items()}
+                else:
+                    done[id(item)] = type(item)(load(part) for part in item)
+            return done[id(item)]
+
+        try:
+            return load(value)
+        except RecursionError as error:
+            raise ValueError(f"{self.path} is damaged: an object in it contains itself") from error
 
     def _tensor(self, lazy: LazyTensor, storages: dict[Storage, Tensor]) -> Tensor:
         storage = lazy.storage

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 import zlib
 from enum import Enum
@@ -14,21 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from eval.images import npz
+from eval.images.sources import FlatSource, open_images, source_for
 from eval.recipes import load_any
-from sfd_scale import config
+from sfd_scale import config, export
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.checkpoint.folder import read_metadata
+from sfd_scale.checkpoint.official_checkpoint import infer_architecture
 from sfd_scale.data import manifest as schema
 from sfd_scale.data.image_io import UnreadableImage, read_image, read_whole_image
+from sfd_scale.data.parquet import ParquetConfig, ParquetImages
+from sfd_scale.data.tars import TarConfig, TarImages
+from sfd_scale.runtime import memory
 from sfd_scale.runtime.torch_file import TorchFile, plain
+from sfd_scale.sample import load_for_sampling
 from tests.faults.fuzz import TARGETS, Allowed, Target, mutated
 
 # ---------------------------------------------------------------------------------------------- fuzzing
@@ -208,7 +219,9 @@ def test_a_checkpoint_that_points_out_of_its_folder_or_claims_too_much(tmp_path:
         (b"K\x03K\x05\x86", b"K\x7fJ\xff\xff\xff\x7f\x86", "bytes in files of"),
     ):
         assert old in raw
-        (tmp_path / ".metadata").write_bytes(raw.replace(old, new))
+        changed = raw.replace(old, new)
+        frame = struct.pack("<Q", len(changed) - 11)  # after \x80, the protocol and \x95 comes the length of the frame
+        (tmp_path / ".metadata").write_bytes(changed[:3] + frame + changed[11:])
         with pytest.raises(OSError, match=message):
             TARGETS["metadata"].read(tmp_path)
 
@@ -250,3 +263,143 @@ def test_tensors_of_a_torch_file_stay_in_their_storage(tmp_path: Path) -> None:
         laughs = [laughs, laughs]
     with pytest.raises(ValueError, match="settings of more than"):
         plain(laughs)
+
+
+# ------------------------------------------------------------------- sizes that follow from a few bytes of a file
+
+
+def test_interpolations_that_double_are_refused_before_they_are_followed(tmp_path: Path) -> None:
+    doubling = "".join(f"a{i}: ${{a{i - 1}}}${{a{i - 1}}}\n" for i in range(1, 40))
+    nodes = "".join(f"a{i}:\n  l: ${{a{i - 1}}}\n  r: ${{a{i - 1}}}\n" for i in range(1, 40))
+    relative = "".join(f"  a{i}: ${{.a{i - 1}}}${{.a{i - 1}}}\n" for i in range(1, 40))
+    select = "".join(f"a{i}: ${{oc.select:a{i - 1}}}${{oc.select:a{i - 1}}}\n" for i in range(1, 40))
+    for text in (f"a0: x\n{doubling}", f"a0:\n  x: 1\n{nodes}", f"b:\n  a0: x\n{relative}", f"a0: x\n{select}"):
+        with pytest.raises(config.ConfigError, match="once its interpolations are followed"):
+            load_any(str(_recipe(tmp_path / "x.yaml", f"kind: train\n{text}")))
+    with pytest.raises(config.ConfigError, match="no interpolation inside another"):
+        load_any(str(_recipe(tmp_path / "x.yaml", "kind: train\na: b\nb: x\nname: ${${a}}\n")))
+    recipe = config.tree(_recipe(tmp_path / "y.yaml", "name: n\nrun: runs/${name}/${.seed}\nseed: 3\n"))
+    assert recipe["run"] == "runs/n/3"
+
+
+def test_a_pickle_takes_no_memory_for_the_numbers_in_its_memo(tmp_path: Path) -> None:
+    """LONG_BINPUT with a number of two billion: the unpickler in C has an array of 32 GB for it."""
+    memo = b"\x80\x02}r" + struct.pack("<I", 0x7FFFFFFF) + b"."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("a/data.pkl", memo)
+    assert TorchFile(tmp_path / "x.pt").content == {}
+    claims = b"\x80\x05\x96" + struct.pack("<Q", 1 << 45) + b"."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("a/data.pkl", claims)
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        TorchFile(tmp_path / "x.pt")
+    for data in (memo, claims):
+        (tmp_path / ".metadata").write_bytes(data)
+        with pytest.raises(OSError, match="cannot be read"):
+            read_metadata(tmp_path)
+
+
+def test_lists_of_lists_in_a_torch_file_are_read_once(tmp_path: Path) -> None:
+    laughs: list[Any] = [torch.ones(1)]
+    for _ in range(60):
+        laughs = [laughs, laughs]
+    itself: dict[str, Any] = {"a": torch.ones(1)}
+    itself["b"] = itself
+    torch.save(laughs, tmp_path / "laughs.pt")
+    torch.save(itself, tmp_path / "itself.pt")
+    file = TorchFile(tmp_path / "laughs.pt")
+    part = file.load(file.content)
+    assert part[0] is part[1]
+    file = TorchFile(tmp_path / "itself.pt")
+    with pytest.raises(ValueError, match="contains itself"):
+        file.load(file.content)
+
+
+def test_tar_members_that_claim_more_than_the_file_has(tmp_path: Path) -> None:
+    def tar(claim: int, kind: bytes = tarfile.REGTYPE, name: str = "0.png") -> None:
+        member = tarfile.TarInfo(name)
+        member.size, member.type = claim, kind
+        (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+
+    for claim in (1 << 20, 1 << 40, 1 << 62):
+        tar(claim)
+        with pytest.raises(ValueError, match=r"x\.tar is truncated|allowed: up to|x\.tar: "):
+            TarImages(TarConfig(path=tmp_path / "x.tar"))
+        tar(claim, tarfile.GNUTYPE_LONGNAME)
+        with pytest.raises(ValueError, match=r"x\.tar"):
+            TarImages(TarConfig(path=tmp_path / "x.tar"))
+    for word in (b"10000000000000", b"9" * 30, b"-1", b"\xff", b"1.5"):
+        with tarfile.open(tmp_path / "x.tar", "w") as archive:
+            for name, data in (("0.png", b"x"), ("0.cls", word)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        with pytest.raises(ValueError, match=r"x\.tar: 0\.cls holds .*; each image needs a \.cls member with a class"):
+            TarImages(TarConfig(path=tmp_path / "x.tar"))
+
+
+def test_parquet_rows_and_labels_are_bounded(tmp_path: Path) -> None:
+    """A million rows of one value take a few hundred bytes in the file."""
+    rows = 1_000_000
+    many = pa.table({"image": pa.array([b""] * rows, pa.binary()), "label": pa.array(np.zeros(rows, np.int64))})
+    pq.write_table(many, tmp_path / "x.parquet", compression="zstd")
+    with pytest.raises(ValueError, match=r"x\.parquet: 1,000,000 rows in [\d,]+ bytes"):
+        ParquetImages(ParquetConfig(path=tmp_path / "x.parquet"))
+    for label in (1 << 40, -3):
+        pq.write_table(pa.table({"image": [b"x"], "label": [label]}), tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=rf"row 0: label {label} is not a class index; allowed: 0 to 1,048,575"):
+            ParquetImages(ParquetConfig(path=tmp_path / "x.parquet"))
+
+
+def test_images_to_score_are_bounded_in_pixels(tmp_path: Path) -> None:
+    for shape in ((1 << 40, 0, 4, 3), (1 << 40, 4, 0, 3)):  # a billion images without pixels, in 128 bytes
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        with pytest.raises(ValueError, match="allowed: 1 to 16,777,216 pixels"):
+            npz.NpzImages(tmp_path / "x.npz")
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (6000, 6000)).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(ValueError, match=r"0\.png: images of 6000x6000 pixels; allowed: 1 to 16,777,216"):
+        open_images(FlatSource(path=tmp_path / "flat"))
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "flat").rename(tmp_path / "classes" / "0")
+    with pytest.raises(ValueError, match="allowed: 1 to 16,777,216 pixels"):
+        source_for(tmp_path / "classes")
+
+
+def test_a_compressed_npz_needs_the_memory_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", arr_0=noise)
+    assert len(npz.NpzImages(tmp_path / "x.npz")) == 8
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"needs 0\.0 GiB of memory, .* write the file uncompressed"):
+        npz.NpzImages(tmp_path / "x.npz")
+
+
+def test_labels_of_many_bytes_or_of_another_encoding(tmp_path: Path) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "0.png")
+    for data, message in ((b"0" + b" " * 4096, "4,097 bytes for 1 labels"), ("0".encode("utf-16"), "save it in UTF-8")):
+        (tmp_path / "labels.txt").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            open_images(FlatSource(path=tmp_path))
+
+
+def test_an_export_whose_recipe_claims_a_larger_model(tmp_path: Path) -> None:
+    TARGETS["export"].write(tmp_path)
+    note = export.read_note(tmp_path / "x.safetensors")
+    for change, message in (
+        ({"depth": 4, "width": 1 << 20, "heads": 1 << 14}, "missing weights, 3 values of [\\d,]{15}"),
+        ({"depth": 1_000_000_000, "width": 64, "heads": 4}, "depth: 1000000000; allowed: 1 to 10,000"),
+    ):
+        recipe = {**note["recipe"], "model": {**note["recipe"]["model"], "size": None, **change}}
+        text = json.dumps({**note, "recipe": recipe})
+        save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors", metadata={export.EXPORT_KEY: text})
+        with pytest.raises(ValueError, match=message):
+            load_for_sampling(tmp_path / "x.safetensors", torch.device("cpu"))
+    blocks = {f"blocks.{i}.x": torch.zeros(1) for i in (0, 999_999_999)}
+    needed = ("pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
+    named = ("blocks.0.adaLN_modulation.1.weight", "blocks.0.mlp.w3.weight", *needed)
+    state = {**blocks, **{name: torch.zeros(2, 2) for name in named}, "x_embedder.proj.weight": torch.zeros(8, 2, 1, 1)}
+    with pytest.raises(ValueError, match="these weights lack blocks: they have 2, with numbers up to 999999999"):
+        infer_architecture(state)

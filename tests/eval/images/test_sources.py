@@ -135,13 +135,13 @@ def test_grey_images_of_any_depth_are_the_same_images(tmp_path: Path, depth: int
         (b"0 1.5 2 3", r"word 2 is '1\.5'"),
         ("0 1 2 \u0663".encode(), "word 4 is"),
         (b"0 1 2 99999999999999999999", "word 4 is"),
-        (b"\xff\xfe0\x00", "no text in UTF-8"),
+        (b"\xff\xfe0\x00", "save it in UTF-8"),
         (b"0 1", "2 labels for 4 images"),
     ],
 )
 def test_labels_that_are_no_class_indices_are_named(folder: Path, content: bytes, message: str) -> None:
     (folder / "labels.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"labels\.txt: .*{message}"):
+    with pytest.raises(ValueError, match=rf"labels\.txt.*{message}"):
         fingerprint(folder)
 
 

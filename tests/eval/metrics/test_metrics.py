@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from typing import Any
 
@@ -153,6 +154,52 @@ def test_inception_score_of_labels_in_class_order_collapses() -> None:
     assert inception_score(class_logits(torch.arange(2000) % 100, 100), split=200).mean > 1.02 * good
     assert any("in class order" in text for text in sample_warnings(2000, 64, 200, shuffled.sort().values))
     assert not any("in class order" in text for text in sample_warnings(2000, 64, 200, shuffled))
+
+
+def predicted(labels: Tensor, classes: int, accuracy: float, seed: int = 0) -> Tensor:
+    """Logits of a classifier that is right for `accuracy` of the samples, and else says any class."""
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.rand(len(labels), generator=generator) < accuracy
+    says = torch.where(right, labels, torch.randint(classes, (len(labels),), generator=generator))
+    logits = torch.randn(len(labels), classes, generator=generator)
+    logits[torch.arange(len(labels)), says] += 9.0
+    return logits
+
+
+def order_warnings(logits: Tensor, split: int, labels: Tensor | None = None) -> list[str]:
+    score = inception_score(logits, split).mean
+    return [text for text in sample_warnings(len(logits), 8, split, labels, logits, score) if "class order" in text]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "split", "accuracy"),
+    [(10, 1000, 100, 0.3), (10, 1000, 500, 0.8), (10, 50, 12, 1.0), (2, 60, 20, 1.0), (1000, 4000, 500, 0.7)],
+)
+def test_class_order_is_seen_without_labels(classes: int, count: int, split: int, accuracy: float) -> None:
+    """guided-diffusion#165: an .npz in class order with arr_0 alone. The predictions show the order."""
+    labels = torch.arange(count) * classes // count
+    logits = predicted(labels, classes, accuracy)
+    (text,) = order_warnings(logits, split)
+    assert "of neighbours have the same predicted class" in text and "shuffle the images" in text
+    shuffled = inception_score(logits[torch.randperm(count, generator=torch.Generator().manual_seed(5))], split).mean
+    said = float(re.findall(r"shuffled, it is ([\d.]+)", text)[0])
+    assert said == pytest.approx(shuffled, rel=0.12) and said > inception_score(logits, split).mean / 0.9
+    assert len(order_warnings(logits, split, labels)) == 1, "with labels there is one warning, not two"
+    # Backwards, and with the classes in another order: the same runs.
+    assert order_warnings(logits.flip(0), split) and order_warnings(logits.flip(1), split)
+
+
+@pytest.mark.parametrize(("classes", "count", "split"), [(1, 200, 50), (2, 30, 10), (10, 24, 5), (1000, 2000, 300)])
+def test_samples_in_any_other_order_give_no_false_alarm(classes: int, count: int, split: int) -> None:
+    for seed in range(10):
+        labels = torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+        for accuracy in (0.2, 1.0):
+            assert not order_warnings(predicted(labels, classes, accuracy, seed), split)
+    # Runs that are short beside a split cost nothing: a grid with four of a class in a row.
+    runs = torch.randint(10, (500,), generator=torch.Generator().manual_seed(0)).repeat_interleave(4)
+    assert not order_warnings(predicted(runs, 10, 1.0), 500)
+    # One split has no order.
+    assert not order_warnings(predicted(torch.arange(count) * classes // count, classes, 1.0), count)
 
 
 def test_inception_score_survives_a_certain_class() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from sfd_scale.data.encode import StoreConfig, encode
 from sfd_scale.data.manifest import Manifest, restored
 from sfd_scale.data.shards import open_shards
-from sfd_scale.data.sources import FolderConfig, ImageFolder
+from sfd_scale.data.sources import DigitsConfig, FolderConfig, ImageFolder, ToyImages
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.tokenizers.protocols import psnr
 from tests.helpers.encoded import LAYOUT, digits, encode_digits, files, tokenizer
@@ -197,3 +198,26 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StoreConfig(**setting)
+
+
+class Black(ToyImages):
+    """Equal images: every channel of their latents is constant."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return torch.zeros_like(image), label
+
+
+def test_constant_channels_are_named_after_the_first_chunk_and_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ComfyUI-LTXVideo#540: the folder, the channels and the usual causes; a warning after the first chunk."""
+    named = "latent channels 0-8 of 9: constant, .* a source of equal images"
+    with pytest.raises(ValueError, match=f"{tmp_path}/out: {named}"):
+        encode_digits(tmp_path / "out", 16, Black(DigitsConfig(num_images=16)), flip=False)
+    (record,) = [record for record in caplog.records if "constant" in record.getMessage()]
+    assert re.search(f"out: after the first chunk: {named}", record.getMessage())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    caplog.clear()
+    encode_digits(tmp_path / "good", 16)
+    assert "constant" not in caplog.text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfd_scale.data.batches import ImageBatch, LatentBatch
@@ -115,6 +116,45 @@ def test_official_statistics_are_read_texture_first(tmp_path: Path) -> None:
 def test_unusable_statistics_are_refused(mean: list[float], std: list[float]) -> None:
     with pytest.raises(ValueError, match="statistics|channel"):
         LatentStats(torch.tensor(mean), torch.tensor(std))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -123.456, 1e-3, 7e4])
+def test_constant_channels_are_named(value: float) -> None:
+    """ComfyUI-LTXVideo#540. The mean of equal numbers is rounded, so their std is often not exactly 0."""
+    latents = normal(7, 12, 3, 3)
+    latents[:, [2, 5, 6, 7, 11]] = value
+    accumulator = StatsAccumulator(12)
+    for part in latents.split([3, 1, 3]):
+        accumulator.update(part)
+    assert accumulator.constant_channels() == [2, 5, 6, 7, 11]
+    with pytest.raises(ValueError, match="latent channels 2, 5-7, 11 of 12: constant, .* usual causes: an encoder wi"):
+        accumulator.finish()
+    near = normal(7, 2, 3, 3) * 1e-4 + 1.0  # a small deviation is not a constant
+    accumulator = StatsAccumulator(2)
+    accumulator.update(near)
+    assert accumulator.finish().std.tolist() == pytest.approx(near.double().std((0, 2, 3), correction=0).tolist())
+
+
+def test_files_of_statistics_name_themselves_and_their_channels(tmp_path: Path) -> None:
+    for name, mean, std, message in (
+        ("zero", [0.0, 1.0, 2.0], [1.0, 0.0, 1.0], r"zero: latent channel 1 of 3: constant"),
+        (
+            "nan",
+            [0.0, float("nan"), 2.0],
+            [1.0, 1.0, float("inf")],
+            r"nan: latent channels 1-2 of 3: mean or std is not",
+        ),
+    ):
+        save_file({"mean": torch.tensor(mean), "std": torch.tensor(std)}, tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            LatentStats.load(tmp_path / name)
+    save_file({"mean": torch.ones(3)}, tmp_path / "half")
+    with pytest.raises(ValueError, match="half: not latent statistics: it has mean, not mean and std"):
+        LatentStats.load(tmp_path / "half")
+    for name, std in (("texture", 1.0), ("semantic", 0.0)):
+        torch.save({"mean": torch.ones(1, 2, 1, 1), "std": torch.full((1, 2, 1, 1), std)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"texture \(the first 2 channels\), .*semantic: latent channels 2-3 of 4"):
+        LatentStats.from_official(tmp_path / "texture", tmp_path / "semantic")
 
 
 def test_batches_slice_all_their_columns_and_keep_keys_on_the_cpu() -> None:
