@@ -145,7 +145,9 @@ class ShardCache:
     @property
     def look_ahead(self) -> int:
         """Bytes of the shards that are downloaded on this node before they are needed."""
-        return MAX_LOOK_AHEAD if self.limit is None else min(MAX_LOOK_AHEAD, int(self.limit * LOOK_AHEAD_PART))
+        whole = sum(_bytes(shard) for shard in self.shards.values())
+        most = min(MAX_LOOK_AHEAD, whole)
+        return most if self.limit is None else min(most, int(self.limit * LOOK_AHEAD_PART))
 
     def keep_by(self, schedule: Schedule) -> None:
         """Delete shards by their next use from now on.

@@ -7,6 +7,7 @@ G global batch · N samples of the dataset.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,16 @@ class DataConfig:
         at_least(self, shuffle_block=1, lanes=1, num_workers=0)
 
 
+def epoch_order(config: DataConfig, seed: int, shard_sizes: tuple[int, ...], global_batch: int, epoch: int) -> Tensor:
+    """The order of the samples in an epoch: (N,) int64, or (N // G · G,) for the order `window`."""
+    if not config.shuffle:
+        return torch.arange(sum(shard_sizes))
+    if config.order == "blocks":
+        return block_order(seed, epoch, shard_sizes, config.shuffle_block)
+    lanes = num_lanes(global_batch, config.lanes)
+    return window_order(seed, epoch, shard_sizes, global_batch, lanes, config.shuffle_block)
+
+
 def data_step(step: int, skipped: Ranges) -> int:
     """The data step that a training step uses, when the data steps of `skipped` are left out."""
     for start, stop in skipped:
@@ -105,7 +116,10 @@ class BatchLoader(Generic[B]):
             raise ValueError(
                 f"train.global_batch: {split.global_batch}, but {config.path} has {self.manifest.num_samples} samples"
             )
-        self.order = SampleOrder(self._epoch_order, split.global_batch, self.shard_sizes)
+        self.order = SampleOrder(
+            functools.partial(epoch_order, config, seed, self.shard_sizes, split.global_batch),
+            split.global_batch, self.shard_sizes,
+        )  # fmt: skip
         self.schedule: ShardSchedule | None = None
         self._prefetcher: ShardPrefetcher | None = None
         if isinstance(self.samples, RemoteMDSReader):
@@ -193,15 +207,6 @@ class BatchLoader(Generic[B]):
         assert isinstance(self.samples, RemoteMDSReader)
         plan = self.schedule.plan(first_step, lambda step: data_step(step, skipped))
         self._prefetcher = ShardPrefetcher(self.samples.cache, plan, first_step, self.schedule.node_ranks)
-
-    def _epoch_order(self, epoch: int) -> Tensor:
-        config, batch = self.config, self.split.global_batch
-        if not config.shuffle:
-            return torch.arange(self.manifest.num_samples)
-        if config.order == "blocks":
-            return block_order(self.seed, epoch, self.shard_sizes, config.shuffle_block)
-        lanes = num_lanes(batch, config.lanes)
-        return window_order(self.seed, epoch, self.shard_sizes, batch, lanes, config.shuffle_block)
 
     def close(self) -> None:
         """End the threads that download ahead."""

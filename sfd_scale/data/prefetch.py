@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -119,6 +121,7 @@ class ShardPrefetcher:
         ]
         for thread in self._threads:
             thread.start()
+        _LIVE.add(self)
 
     def advance(self, step: int) -> None:
         """The training is at this step now."""
@@ -131,6 +134,12 @@ class ShardPrefetcher:
         self._closed.set()
         with self._condition:
             self._condition.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the threads after `close`."""
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _walk(self) -> None:
         for step, name in self._plan:
@@ -177,3 +186,16 @@ class ShardPrefetcher:
                         return name
                 self._condition.wait(_RETRY_S if self._queue else None)
             return None
+
+
+_LIVE: weakref.WeakSet[ShardPrefetcher] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """The interpreter must not end while a thread is in a library written in C++: that would abort the process."""
+    live = list(_LIVE)
+    for prefetcher in live:
+        prefetcher.close()
+    for prefetcher in live:
+        prefetcher.join(2.0)
