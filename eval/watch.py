@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sfd_scale.export import WeightsChoice
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
+from sfd_scale.runtime.leftovers import make_way, remove
 from sfd_scale.runtime.run_paths import RESULTS, EvaluationPaths
 from sfd_scale.training.metrics_writer import log_scores
 
@@ -107,7 +107,7 @@ def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: in
     if distributed.is_main() and not (source.is_file() and source.read_text(encoding="utf-8") == checkpoint_hash):
         if folder.exists():
             logger.warning("%s: belongs to another checkpoint of this step, or is incomplete; evaluated again", folder)
-            shutil.rmtree(folder)
+            make_way(folder)
         folder.mkdir(parents=True)
         write_atomically(source, checkpoint_hash)
     if distributed.is_main() and not weights.is_file():
@@ -128,7 +128,7 @@ def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: in
     generate.generate(own, folder, generate.prepare(own, device, extractor))
     results = score(own, folder, folder / RESULTS, extractor)
     if distributed.is_main():
-        weights.unlink()  # the run has the checkpoint, and the exports of all steps would fill the disk
+        remove(weights)  # the run has the checkpoint, and the exports of all steps would fill the disk
         logger.info("%s, step %d: FID %.4g", run.path, step, results.scores.fid)
 
 

@@ -19,6 +19,7 @@ from sfd_scale.export import WeightsChoice
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.leftovers import is_temporary, make_way
 from sfd_scale.runtime.run_paths import RECIPE, RESULTS
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,12 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
         ValueError: see `export.export`; or if `folder` holds files other than those of an earlier call.
     """
     own = (WEIGHTS, CARD, RECIPE, "config.json", "stats.safetensors", export.TEXTURE, RESULTS)
-    if folder.exists() and (other := sorted({file.name for file in folder.iterdir()} - {*own, "samples.png", ".git"})):
+    names = {file.name for file in folder.iterdir() if not is_temporary(file.name)} if folder.exists() else set()
+    if other := sorted(names - {*own, "samples.png", ".git"}):
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
     weights = export.export(source, folder / WEIGHTS, choice)
     for name in {*own, "samples.png"} - {WEIGHTS}:
-        (folder / name).unlink(missing_ok=True)  # left by an earlier call
+        make_way(folder / name)  # left by an earlier call
     note = export.read_note(weights)
     recipe = config.from_dict(TrainRecipe, note["recipe"], str(weights))
     write_atomically(folder / RECIPE, config.to_yaml(recipe))

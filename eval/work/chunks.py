@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale import config
-from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.file_kind import safetensors_size
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
+from sfd_scale.runtime.leftovers import remove_temporary_files
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.weight_files import open_safetensors
 
@@ -86,13 +84,6 @@ class ChunkFolder:
             raise ValueError(f"{self.path}: has chunks but no config.json that says of what; choose another folder")
         write_json(file, config.to_dict(settings), sort_keys=True)
 
-    def tidy(self, before: float) -> None:
-        """Delete temporary files older than `before`: killed writers left them. Another job may write newer ones."""
-        for leftover in (self.path / "chunks").glob(".chunk-*.safetensors"):
-            with suppress(FileNotFoundError):
-                if leftover.stat().st_mtime < before:
-                    leftover.unlink()
-
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         write_atomically(self.file(chunk), save(data, {"made_on": made_on()}))
@@ -149,7 +140,9 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     Raises:
         ValueError: if a chunk of this job is missing in the end. A second start continues.
     """
-    started, first = time.time(), None
+    first = None
+    for place in (folder.path, folder.path / "chunks"):
+        remove_temporary_files(place)
 
     def done(missing: Sequence[int]) -> int:
         return folder.total - sum(len(folder.rows(chunk)) for chunk in missing)
@@ -171,8 +164,6 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
             _wait_for(pending)
             if bar.done < folder.total:
                 bar.advance(folder.total - bar.done)
-    if distributed.is_main():
-        folder.tidy(started)
     return folder.total - done(first or [])
 
 

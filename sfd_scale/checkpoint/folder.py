@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sfd_scale.checkpoint.boxes import EXP_AVG_PART, EXP_AVG_SQ_PART, PARAMS_PAR
 from sfd_scale.checkpoint.metadata import CheckpointError, SafeReader, as_checkpoint_error, read_metadata, shapes
 from sfd_scale.engines import ema
 from sfd_scale.runtime.files import read_json, sha256
+from sfd_scale.runtime.leftovers import free_path, remove
 from sfd_scale.runtime.progress import MB, progress
 from sfd_scale.runtime.run_paths import step_name, step_of
 
@@ -184,7 +184,7 @@ class Checkpoint:
 
     def mark_deleted(self) -> None:
         """Rename the folder first, so that a kill during the removal leaves nothing that looks like a checkpoint."""
-        os.replace(self.path, self.path.with_name(f"{self.path.name}.deleted"))
+        os.replace(self.path, free_path(self.path.with_name(f"{self.path.name}.deleted")))
 
 
 def whole_checkpoints(root: Path) -> list[Checkpoint]:
@@ -202,21 +202,24 @@ def unfinished(root: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def partial_path(final: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return final.with_name(f"{final.name}.tmp")
+def new_partial(final: Path) -> Path:
+    """A new folder, in which a checkpoint is written before it gets its name."""
+    partial = free_path(final.with_name(f"{final.name}.tmp"))
+    partial.mkdir(parents=True)
+    return partial
 
 
 def commit(
-    checkpoint: Checkpoint, state: Mapping[str, Any], sums: Mapping[str, Mapping[str, Any]], *, replace: bool
-) -> None:
-    """Turn the folder at `partial_path` into a whole checkpoint.
+    checkpoint: Checkpoint, partial: Path, state: Mapping[str, Any], sums: Mapping[str, Mapping[str, Any]], *,
+    replace: bool,
+) -> None:  # fmt: skip
+    """Turn the folder `partial` into a whole checkpoint.
 
     Args:
         sums: the `fingerprint` of each tensor file.
         replace: delete a whole checkpoint of this step; otherwise it is moved aside.
     """
-    final, partial = checkpoint.path, partial_path(checkpoint.path)
+    final = checkpoint.path
     _write_synced(partial / _STATE, json.dumps(state, indent=1, sort_keys=True))
     sums = {**{name: fingerprint(partial / name) for name in (".metadata", _STATE)}, **sums}
     listing = json.dumps(sums, indent=1, sort_keys=True)
@@ -235,7 +238,7 @@ def commit(
 def remove_leftovers(root: Path) -> None:
     """Delete unfinished saves, and checkpoints that are marked as deleted."""
     for leftover in [*root.glob("step-*.deleted"), *root.glob("step-*.tmp")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from sfd_scale.checkpoint.metadata import CheckpointError
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.leftovers import remove
 from sfd_scale.runtime.settings import NoEffectOnResults, above, at_least
 
 logger = logging.getLogger(__name__)
@@ -186,14 +187,13 @@ class CheckpointManager:
     ) -> None:  # fmt: skip
         """Write, check, commit. The ranks agree after every stage, so that a failure of one rank fails all of them."""
         checkpoint = Checkpoint.of_step(self.folder, step)
-        final, partial = checkpoint.path, files.partial_path(checkpoint.path)
-        first = distributed.is_main()
+        final, first = checkpoint.path, distributed.is_main()
 
-        def prepare() -> None:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                self._warn_of_space(_bytes(expected))
+        def prepare() -> Path | None:
+            if not first:
+                return None
+            self._warn_of_space(_bytes(expected))
+            return files.new_partial(final)
 
         def write() -> dict[str, dict[str, Any]]:
             # No copies ahead: the tensors are in host memory, and this thread must leave the GPU to training.
@@ -208,16 +208,18 @@ class CheckpointManager:
             if first:
                 metadata.check_complete(metadata.read_metadata(partial), expected)
                 sums = {name: sum_ for written in by_rank for name, sum_ in written.items()}
-                files.commit(checkpoint, record, sums, replace=self.replace)
+                files.commit(checkpoint, partial, record, sums, replace=self.replace)
                 self._prune()
 
-        _together(prepare, group, f"{final.name}: making the folder")
+        made = _together(prepare, group, f"{final.name}: making the folder")[0]
+        assert made is not None  # by rank 0
+        partial: Path = made
         try:
             by_rank = _together(write, group, f"{final.name}: writing tensors")
             _together(commit, group, f"{final.name}: committing")
         except CheckpointError:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)  # it may fill the disk
+                remove(partial)  # it may fill the disk
             raise
         self._timings = {"checkpoint_save_s": time.monotonic() - called}
         if first:
@@ -241,6 +243,11 @@ class CheckpointManager:
             if distributed.is_main():
                 logger.warning("%s is damaged and skipped: %s", candidate.path, "; ".join(reports))
         return None
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed start left: unfinished saves, and checkpoints that are marked as deleted."""
+        if distributed.is_main():
+            files.remove_leftovers(self.folder)
 
     def set_aside(self, after: int) -> None:
         """Rename the checkpoints of steps after `after`, so that no load sees them."""

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from sfd_scale.diffusion.latents import StatsAccumulator, constant_channels_erro
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.files import read_json, write_json
+from sfd_scale.runtime.leftovers import free_path, make_way, remove, remove_temporary_files
 from sfd_scale.runtime.locks import folder_lock
 from sfd_scale.runtime.weight_files import read_safetensors
 
@@ -100,8 +100,13 @@ def writing(out: Path) -> Iterator[Claims]:
     Raises:
         ValueError: on all ranks, if another job writes there.
     """
-    with folder_lock(out / CHUNKS, "give another out="), Claims(out / CHUNKS / "claims") as claims:
-        yield claims
+    with folder_lock(out / CHUNKS, "give another out="):
+        if distributed.is_main():  # `Claims` lets the other ranks wait for this
+            remove_temporary_files(out)
+            for leftover in (out / CHUNKS).glob("*.tmp"):
+                remove(leftover)
+        with Claims(out / CHUNKS / "claims") as claims:
+            yield claims
 
 
 def write_chunk(
@@ -118,17 +123,16 @@ def write_chunk(
         ValueError: if the disk is full. The chunks that were committed before are whole.
     """
     final = _folder(out, chunk)
-    partial = final.with_name(f"{final.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = free_path(final.with_name(f"{final.name}.tmp"))
     with _disk(out):
         try:
             _write(partial, columns, rows, note)
             if verify is not None:
                 verify(partial)
         except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             raise
-    shutil.rmtree(final, ignore_errors=True)  # if its shards were lost
+    make_way(final)  # if its shards were lost
     os.replace(partial, final)
     if chunk == 0 and note.stats is not None and (constant := note.stats.constant_channels()):
         # The error comes at the end. It is known now, before the work on all other chunks.

@@ -7,18 +7,20 @@ import functools
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
+from sfd_scale.runtime.leftovers import remove, remove_temporary_files_once, temporary_path
 
 
 @contextmanager
 def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     """Write a file under a temporary name; it is renamed to `path` when the block ends without an error.
+
+    The first write of a process to a folder removes the temporary files that killed writers left there.
 
     Args:
         sync: fsync the file before the rename. This is slow for many small files.
@@ -27,7 +29,8 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
         ValueError: if the disk is full. An existing file at `path` stays unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    remove_temporary_files_once(path.parent)
+    temporary = temporary_path(path)
     try:
         yield temporary
         if sync:
@@ -42,7 +45,7 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

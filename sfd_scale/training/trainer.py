@@ -231,6 +231,8 @@ class Trainer:
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the step to go on from."""
         latest = self.checkpoints.latest()
+        for manager in filter(None, (self.checkpoints, self.snapshots)):
+            manager.remove_leftovers()
         self.checkpoints.check_space(self.engine, self.ema)
         if latest is None:
             self.writer.truncate(0)  # what a start that ended before its first checkpoint has written

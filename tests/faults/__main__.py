@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import typer
 
-from tests.faults.cases import Case, cases, kill
+from tests.faults.cases import Case, cases, kill, kill_before_rename
 from tests.faults.jobs import Result
 from tests.faults.work import Training, Work
 
@@ -31,10 +32,12 @@ from tests.faults.work import Training, Work
 _LAZY = ("sfd_scale.build", "torch._dynamo", "torch.distributed.checkpoint.state_dict_saver")
 
 
+RENAME = "before a rename"
 # One turn of the kills: a training run costs five times as much as the others.
 _TURN = (
-    ("encode", "rank"), ("generate", "all"), ("train", "rank"), ("generate", "rank"),
-    ("encode", "all"), ("generate", "rank"), ("train", "all"), ("encode", "rank"),
+    ("encode", "rank"), ("generate", "all"), ("train", "rank"), ("encode", RENAME), ("generate", "rank"),
+    ("encode", "all"), ("generate", RENAME), ("train", "all"), ("encode", RENAME), ("train", RENAME),
+    ("generate", "rank"),
 )  # fmt: skip
 
 
@@ -46,7 +49,9 @@ def kills(work: list[Work], turn: Sequence[tuple[str, str]], count: int, seed: i
     while landed < count and attempt < 3 * count:
         name, victim = turn[attempt % len(turn)]
         case = f"kill {victim}, {name}"
-        result = _safely(lambda draw, w=by_name[name], v=victim: kill(w, draw, v), seed, str(attempt))  # type: ignore[misc]
+        work_ = by_name[name]
+        one = kill_before_rename if victim == RENAME else partial(kill, victim=victim)
+        result = _safely(partial(one, work_), seed, str(attempt))
         attempt, landed = attempt + 1, landed + result.times
         found[case] = _sum(found[case], result)
         _say(f"{landed} of {count}, {case}", result)

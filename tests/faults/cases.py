@@ -16,7 +16,7 @@ import psutil
 from sfd_scale.checkpoint import Checkpoint
 from tests.faults.jobs import Forked, Job, Result, send
 from tests.faults.network import cable
-from tests.faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, command
+from tests.faults.work import EVERY, STEPS, Encoding, Generation, Training, Work, before_renames, command
 from tests.helpers import small_run
 
 LAST_SIGN = ("at its last heartbeat", "its last answer was")  # of a silent rank, of a silent store
@@ -49,6 +49,34 @@ def kill(work: Work, draw: random.Random, victim: str) -> Result:
     before = work.intact(out) if isinstance(work, Training) else []
     problem = problem or work.finished(out)
     return Result.of(problem or _forgotten(work, before))
+
+
+def kill_before_rename(work: Work, draw: random.Random) -> Result:
+    """SIGKILL of a rank, or of all, between the write of a file and its rename: at a drawn one of all renames."""
+    out, marker, counter = work.fresh("killed"), work.place / "paused", work.place / "counter"
+    number = draw.randint(1, work.renames)
+    for file in (marker, counter):
+        file.unlink(missing_ok=True)
+
+    def hook(rank: int) -> None:
+        def pause(at: int) -> None:
+            if at == number:
+                marker.write_text(str(rank))
+                time.sleep(600)
+
+        before_renames(counter, pause)
+
+    job = work.start(out, hook=hook)
+    while job.running() and not (marker.exists() and marker.read_text()):
+        time.sleep(0.002)
+    if not marker.exists():
+        return Result(0, 0)  # fewer renames than in the undisturbed command
+    ranks = job.ranks()
+    for process in ranks if draw.random() < 0.5 else [ranks[int(marker.read_text())]]:
+        send(process, signal.SIGKILL)
+    job.wait()
+    before = work.intact(out) if isinstance(work, Training) else []
+    return Result.of(work.finished(out) or _forgotten(work, before))
 
 
 def _forgotten(work: Work, before: list[Checkpoint]) -> str | None:

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -72,16 +73,22 @@ def send(process: psutil.Process, signum: int) -> None:
 
 
 class Forked(Job):
-    """`work` on forked ranks; exit codes are those of the command line."""
+    """`work` on forked ranks; exit codes are those of the command line. `hook` is called first in each rank."""
 
     def __init__(
-        self, work: Callable[[], object], log: Path, ranks: int = RANKS, environment: dict[str, str] | None = None
-    ) -> None:
+        self, work: Callable[[], object], log: Path, ranks: int = RANKS, environment: dict[str, str] | None = None,
+        hook: Callable[[int], None] = lambda rank: None,
+    ) -> None:  # fmt: skip
         self.log, port = log, str(free_port())
         self.codes: dict[int, int] = {}
         self.grace: float | None = None
         sys.stdout.flush()
-        self.pids = [self._fork(work, rank, ranks, port, environment or {}) for rank in range(ranks)]
+
+        def hooked(rank: int) -> None:
+            hook(rank)
+            work()
+
+        self.pids = [self._fork(partial(hooked, rank), rank, ranks, port, environment or {}) for rank in range(ranks)]
 
     def _fork(self, work: Callable[[], object], rank: int, ranks: int, port: str, environment: dict[str, str]) -> int:
         pid = os.fork()

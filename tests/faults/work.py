@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -17,11 +18,13 @@ from sfd_scale.__main__ import app
 from sfd_scale.checkpoint import Checkpoint
 from sfd_scale.launch.command_line import run_command
 from sfd_scale.runs import RunFolder
+from sfd_scale.runtime.leftovers import is_temporary
 from tests.faults.jobs import ROOT, Forked, Job, Launched
 from tests.helpers import eval_tiny, small_run
 from tests.helpers.encoded import files
 
 STEPS, EVERY = 16, 3
+LEFT = (".tmp", ".deleted", ".part")  # of folders and files that are not valid yet, or no longer
 
 
 def command(*arguments: str) -> Callable[[], None]:
@@ -34,10 +37,34 @@ def command(*arguments: str) -> Callable[[], None]:
     return work
 
 
+def before_renames(counter: Path, act: Callable[[int], None]) -> None:
+    """From now on this process calls `act` between the write of a file and the rename that makes it valid.
+
+    Args:
+        counter: of the renames of all ranks; `act` gets the number of this one.
+    """
+    file = os.open(counter, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for name in ("replace", "rename"):
+        real = getattr(os, name)
+
+        def renamed(*args: Any, real: Callable[..., None] = real, **options: Any) -> None:
+            os.write(file, b".")
+            act(os.lseek(file, 0, os.SEEK_CUR))
+            real(*args, **options)
+
+        setattr(os, name, renamed)
+
+
+def leftovers(out: Path) -> str | None:
+    """What killed writers left, and the last start did not remove."""
+    found = sorted(str(p.relative_to(out)) for p in out.rglob("*") if is_temporary(p.name) or p.suffix in LEFT)
+    return f"left: {', '.join(found)}" if found else None
+
+
 class Work:
     """A command that writes to a folder; `start` again continues."""
 
-    name = ""
+    name, launched = "", False
 
     def __init__(self, place: Path) -> None:
         self.place, self.log = place, place / f"{self.name}.log"
@@ -55,9 +82,22 @@ class Work:
     def reference(self) -> Path:
         return self.place / f"{self.name}-undisturbed"
 
+    @property
+    def counter(self) -> Path:
+        return self.place / f"{self.name}.renames"
+
+    @property
+    def renames(self) -> int:
+        """The number of renames by all ranks of the undisturbed command."""
+        return self.counter.stat().st_size
+
     def undisturbed(self) -> None:
         begun = time.monotonic()
-        code = self.start(self.reference).wait(600)
+
+        def count(rank: int) -> None:
+            before_renames(self.counter, lambda number: None)
+
+        code = self.start(self.reference, **({} if self.launched else {"hook": count})).wait(600)
         self.seconds = time.monotonic() - begun
         if code:
             raise RuntimeError(f"the undisturbed {self.name} ended with {code}: {self.log.read_text()[-3000:]}")
@@ -67,7 +107,7 @@ class Work:
         for _ in range(starts):
             job = self.start(out, **options)
             if job.wait(600) == 0:
-                return self.difference(out)
+                return self.difference(out) or leftovers(out)
         return f"{self.name} did not end after {starts} starts: {job.output()[-1500:]}"
 
     def fresh(self, name: str) -> Path:
@@ -83,7 +123,7 @@ class Training(Work):
     name = "train"
 
     def __init__(self, place: Path, launcher: str | None = None) -> None:
-        self.launcher = launcher
+        self.launcher, self.launched = launcher, launcher is not None
         if launcher:
             self.name = f"train-{launcher}"
         super().__init__(place)

@@ -50,8 +50,8 @@ def test_another_error_passes_through(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_when_torch_save_hides_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.save's real error, of a device that is always full."""
-    monkeypatch.setattr(files.uuid, "uuid4", lambda: type("Fixed", (), {"hex": "0" * 8}))
-    (tmp_path / f".1.{os.getpid()}.{'0' * 8}.pt").symlink_to("/dev/full")
+    monkeypatch.setattr(files, "temporary_path", lambda path: path.with_name(f".full{path.suffix}"))
+    (tmp_path / ".full.pt").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"1\.pt: the disk is full"):
         write_official(tmp_path / "1.pt", ema={"x": torch.zeros(100_000)})
     assert os.listdir(tmp_path) == []
