@@ -123,7 +123,7 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
     rows = {
         **{name.capitalize(): fact for name, fact in recipe.task.summary().items()},
         "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
-        "Optimizer": f"AdamW, learning rate {recipe.optimizer.lr:g}, betas {recipe.optimizer.betas}",
+        "Optimizer": recipe.optimizer.description,
         "Weights": _weights(recipe, note),
         "Recipe": f"`{RECIPE}`, digest `{note['recipe_digest'][:16]}`",
     }

@@ -33,6 +33,7 @@ from sfd_scale.checkpoint.official_checkpoint import (
 from sfd_scale.data.dataloader import read_stats
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.engines import ema
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.lightningdit import LightningDiTConfig
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
@@ -117,6 +118,11 @@ def import_run(file: Path, folder: Path, recipe: TrainRecipe, *, stats: Sequence
     run = RunFolder(folder)
     if run.checkpoints:
         raise ValueError(f"--run: {run.path} has a run already; allowed: a new folder")
+    if not isinstance(recipe.optimizer, AdamWConfig):
+        raise ValueError(
+            f"optimizer.kind: {recipe.optimizer.kind}; allowed: adamw, whose moments the official file holds. To start "
+            "Muon from its weights, import them with --out and train with init_from.path"
+        )
     if recipe.ema.lengths:
         raise ValueError(f"ema.lengths: {recipe.ema.lengths}; allowed: none, because official files hold one average")
     content = read_official(file, optimizer=True)
@@ -251,8 +257,12 @@ def export_official(source: Path, out: Path, step: int | None = None) -> Path:
         recipe = run.recipe
         saved = run.checkpoint(step) if saved is None else saved
         average, params = (_full(saved.weights(name), recipe) for name in ("ema", "params"))
-        moments = AdamMoments(saved.weights("exp_avg"), saved.weights("exp_avg_sq"), saved.state["optimizer_steps"])
-        opt = optimizer_state(params, moments, recipe.optimizer)
+        opt = None
+        if isinstance(recipe.optimizer, AdamWConfig):
+            moments = AdamMoments(saved.weights("exp_avg"), saved.weights("exp_avg_sq"), saved.state["optimizer_steps"])
+            opt = optimizer_state(params, moments, recipe.optimizer)
+        else:
+            logger.warning("%s: without opt, as the official code has no Muon; it cannot resume this run", out)
         write_official(out, ema=average, model=params, opt=opt, config=_official_config(recipe))
     logger.info("%s: in the format of the official code, from %s", out, source)
     return out

@@ -19,6 +19,7 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.ema import EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.runtime.profiling import ProfileConfig
@@ -62,7 +63,7 @@ class TrainRecipe:
     schedule: SemanticFirstSchedule = field(default_factory=SemanticFirstSchedule)
     tokenizer: CompositeConfig = field(default_factory=CompositeConfig)
     attention: AttentionBackend = "auto"
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    optimizer: AdamWConfig | MuonConfig = field(default_factory=AdamWConfig)
     lr: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     init_from: InitConfig | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,9 @@ from sfd_scale.runtime import distributed
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, size
 
-# Prefix of the stored name → tensors of this rank, one per fragment in the order of the fragments.
-Parts = Mapping[str, Sequence[Tensor]]
+# Prefix of the stored name → tensors of this rank, one per fragment in the order of the fragments; None for a fragment
+# that has no such tensor.
+Parts = Mapping[str, Sequence[Tensor | None]]
 PARAMS_PART, EXP_AVG_PART, EXP_AVG_SQ_PART = "model", "optim.exp_avg", "optim.exp_avg_sq"
 
 
@@ -80,7 +81,7 @@ def stage(fragments: Sequence[Fragment], parts: Parts, pinned: bool, own: bool) 
         f"{prefix}.{fragment.name}": _staged(fragment, tensor, pinned)
         for prefix, tensors in parts.items()
         for fragment, tensor in zip(fragments, tensors, strict=True)
-        if fragment.primary or not own
+        if tensor is not None and (fragment.primary or not own)
     }
 
 
@@ -94,9 +95,15 @@ def check_torch_stores_shards() -> None:
         raise ValueError(f"torch {torch.__version__}: checkpoints of several ranks need a newer one, such as 2.15")
 
 
-def stored_shapes(parts: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the stored tensors, from the parts and the shapes of the parameters."""
-    return {f"{prefix}.{name}": shape for prefix in parts for name, shape in shapes.items()}
+def stored_shapes(fragments: Sequence[Fragment], parts: Parts) -> dict[str, tuple[int, ...]]:
+    """Names and full shapes of the tensors that all ranks store. All ranks call it together."""
+    local = {
+        f"{prefix}.{fragment.name}": fragment.shape
+        for prefix, tensors in parts.items()
+        for fragment, tensor in zip(fragments, tensors, strict=True)
+        if tensor is not None
+    }
+    return {name: shape for part in distributed.all_gather_object(local) for name, shape in part.items()}
 
 
 def _staged(fragment: Fragment, source: Tensor, pinned: bool) -> Staged:

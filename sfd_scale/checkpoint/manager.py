@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from sfd_scale.checkpoint import folder as files
 from sfd_scale.checkpoint import metadata
 from sfd_scale.checkpoint.boxes import (
-    PARAMS_PART,
     Parts,
     Staged,
     check_torch_stores_shards,
@@ -106,8 +105,8 @@ class CheckpointManager:
 
     def check_space(self, engine: Engine, ema: EMA) -> None:
         """Warn if the disk has no room for the next checkpoint, which is written before an old one is removed."""
-        shapes = stored_shapes(self.parts(engine.fragments(), ema), _all_shapes(engine))
-        self._warn_of_space(_bytes(shapes))
+        fragments = engine.fragments()
+        self._warn_of_space(_bytes(stored_shapes(fragments, self.parts(fragments, ema))))
 
     def _warn_of_space(self, needed: int) -> None:
         if not distributed.is_main():
@@ -138,7 +137,7 @@ class CheckpointManager:
             staged.flat.copy_(staged.source, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        expected = stored_shapes(parts, _all_shapes(engine))
+        expected = stored_shapes(engine.fragments(), parts)
         record = _record(step, engine.optimizer_steps, parts, state)
         tensors = {name: s.rows for name, s in self._staged.items()}
         work = (called, step, tensors, expected, record, self._checkpoint_group())
@@ -160,7 +159,7 @@ class CheckpointManager:
             parts: for each part (boxes.state_parts), the tensors by parameter name.
         """
         tensors = {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
-        expected = stored_shapes(parts, {name: tuple(tensor.shape) for name, tensor in parts[PARAMS_PART].items()})
+        expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self._write(time.monotonic(), step, tensors, expected, _record(step, optimizer_steps, parts, state), None)
         return Checkpoint.of_step(self.folder, step)
 
@@ -275,7 +274,7 @@ class CheckpointManager:
         self.wait()
         state = checkpoint.state
         parts = self.parts(engine.fragments(), ema)
-        expected = stored_shapes(parts, _all_shapes(engine))
+        expected = stored_shapes(engine.fragments(), parts)
         metadata.check_same_model(metadata.shapes(metadata.read_metadata(checkpoint.path)), expected)
         staged = stage(engine.fragments(), parts, pinned=False, own=False)
         tensors = {name: s.rows for name, s in staged.items()}
@@ -313,12 +312,6 @@ def _record(step: int, optimizer_steps: int, parts: Iterable[str], state: Mappin
     """The content of state.json."""
     own = {"step": step, "format": files.FORMAT, "optimizer_steps": optimizer_steps, "parts": list(parts)}
     return {**state, **own}
-
-
-def _all_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Name → full shape of every parameter, from the fragments of all ranks."""
-    local = {fragment.name: fragment.shape for fragment in engine.fragments()}
-    return {name: shape for part in distributed.all_gather_object(local) for name, shape in part.items()}
 
 
 def _bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from sfd_scale.config.renamed import with_current_keys
+from sfd_scale.config.renamed import implied_kind, with_current_keys
 from sfd_scale.runtime.settings import names_affecting_results
 
 _STARTED_AS = "# started as: "
@@ -58,7 +58,8 @@ def with_defaults(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(data)
     for field in dataclasses.fields(cls):
         if field.name in data:
-            filled[field.name] = _filled(hints[field.name], data[field.name])
+            kind = implied_kind(field.name, kinds_of_class(cls))
+            filled[field.name] = _filled(hints[field.name], data[field.name], kind)
         elif field.default is not dataclasses.MISSING:
             filled[field.name] = to_dict(field.default)
         elif field.default_factory is not dataclasses.MISSING:
@@ -66,12 +67,12 @@ def with_defaults(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _filled(hint: Any, value: Any) -> Any:
+def _filled(hint: Any, value: Any, implied: str | None) -> Any:
     if not isinstance(value, Mapping):
         return value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     classes: list[type[Any]] = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
-    found = classes[0] if len(classes) == 1 else by_kind(classes).get(str(value.get("kind")))
+    found = classes[0] if len(classes) == 1 else by_kind(classes).get(str(value.get("kind", implied)))
     return value if found is None else with_defaults(found, value)
 
 

@@ -1,4 +1,4 @@
-"""Names of earlier releases: keys of recipes and names of recipe files, with their new names.
+"""Names of earlier releases: keys of recipes and names of recipe files, with their new names; and implied kinds.
 
 A renamed key in a user's recipe is an error that says the new one. Files written by earlier releases (recipe.yaml of a
 run folder, notes of exports, manifests) are read under the new keys.
@@ -12,6 +12,8 @@ from typing import Any
 
 # Old dotted key → new dotted key, by the kind of the recipe.
 RENAMED_KEYS: dict[str, dict[str, str]] = {"train": {"meter": "metrics"}}
+# Key that allowed one kind only, and so had no `kind` → that kind, by the kind of the recipe.
+_IMPLIED_KINDS = {"train": {"optimizer": "adamw"}}
 # Pattern of an old recipe name → the new name, with overrides.
 _RENAMED_RECIPES = {r"train/ablation/delta_t_(\d\.\d)": r"train/ablation/delta_t schedule.delta_t=\1"}
 
@@ -26,6 +28,11 @@ def new_keys(key: str, kinds: Sequence[str]) -> dict[str, str]:
     """The renamed keys that are `key` or stand below it, with their new names."""
     known = [pair for kind in kinds for pair in RENAMED_KEYS.get(kind, {}).items()]
     return {old: new for old, new in known if old == key or old.startswith(f"{key}.")}
+
+
+def implied_kind(key: str, kinds: Sequence[str]) -> str | None:
+    """The `kind` of a mapping under this dotted key that names none; None where it has to name one."""
+    return next((found for kind in kinds if (found := _IMPLIED_KINDS.get(kind, {}).get(key))), None)
 
 
 def with_current_keys(data: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:

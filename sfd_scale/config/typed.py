@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from sfd_scale.config.files import ConfigError
 from sfd_scale.config.plain import by_kind, kinds_of_class, type_hints
-from sfd_scale.config.renamed import new_keys, with_current_keys
+from sfd_scale.config.renamed import implied_kind, new_keys, with_current_keys
 
 T = TypeVar("T")
 
@@ -110,6 +110,7 @@ class _Reader:
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         classes = by_kind(rest)
+        value = {"kind": implied, **value} if (implied := implied_kind(key, self.kinds)) else value
         if "kind" not in value:
             given = ", ".join(map(str, value)) or "nothing"
             raise self.fail(f"{key}.kind", f"missing, beside {given}; allowed: {', '.join(map(str, classes))}")

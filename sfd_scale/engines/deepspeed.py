@@ -29,6 +29,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 from sfd_scale.engines.replica_check import Replicas
 from sfd_scale.runtime import distributed, environment
@@ -88,7 +89,7 @@ class DeepSpeedConfig(EngineConfig):
         return self.zero_stage >= 2 if self.overlap_comm is None else self.overlap_comm
 
 
-def make_deepspeed(model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
+def make_deepspeed(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
     """Wrap an initialised fp32 model by DeepSpeed.
 
     Raises:
@@ -118,10 +119,11 @@ def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # `_UnshardedAdamW` clips for stage 0. DeepSpeed's default is to clip at 1.0.
+        # `_Unsharded` clips for stage 0. DeepSpeed's default is to clip at 1.0.
         "gradient_clipping": 0.0 if config.zero_stage == 0 else config.grad_clip or 0.0,
         "steps_per_print": 1_000_000_000,
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # Muon; the tests of this project run it
         "communication_data_type": "fp32",
     }
     if config.precision == "bf16":
@@ -132,15 +134,14 @@ def deepspeed_json(config: DeepSpeedConfig) -> dict[str, Any]:
     return out
 
 
-class _UnshardedAdamW(torch.optim.AdamW):
-    """AdamW for stage 0, with the gradient norm, clipping and skipping that DeepSpeed does not do there.
+class _Unsharded(torch.optim.AdamW):
+    """For stage 0: the gradient norm, clipping and skipping that DeepSpeed does not do there.
 
     DeepSpeed calls `step` after averaging the gradients over the ranks.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], grad_clip: float | None, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.grad_clip, self.result = grad_clip, StepResult(0.0, False)
+    grad_clip: float | None = None
+    result = StepResult(0.0, False)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -148,16 +149,26 @@ class _UnshardedAdamW(torch.optim.AdamW):
         fetched = HostCopy(norm)
         if self.grad_clip is not None:
             clip_grads_with_norm_(params, self.grad_clip, norm)
-        self.found_inf = (~norm.isfinite()).float()  # as optim.step_if_finite
-        super().step(closure)
+        if isinstance(self, Muon):
+            if math.isfinite(fetched.item()):
+                super().step(closure)
+        else:
+            self.found_inf = (~norm.isfinite()).float()  # as optim.step_if_finite
+            super().step(closure)
         value = fetched.item()
         self.result = StepResult(value, math.isfinite(value))
+
+
+class _UnshardedMuon(_Unsharded, Muon):
+    pass
 
 
 class DeepSpeedEngine:
     """One model under ZeRO with torch's AdamW, or DeepSpeed's CPU Adam when the optimizer is offloaded."""
 
-    def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig) -> None:
+        if config.offload_optimizer and isinstance(optimizer, MuonConfig):
+            raise ValueError("engine.offload_optimizer: true; allowed with optimizer.kind adamw: Muon works on the GPU")
         ensure_group()
         check_same_weights(model)
         use_own_builds()
@@ -180,9 +191,14 @@ class DeepSpeedEngine:
             model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
         )
         _unlink_shared_memory()
-        create_state(self._client, self._flat_tensors())
-        self._fragments = list(self._make_fragments())
+        tensors = self._flat_tensors()
+        create_state(self._client, tensors)
+        self._located = list(self._locate_fragments([tensor for tensor, _ in tensors]))
+        self._fragments = [located.fragment for located in self._located]
         check_fragments(self._fragments, shapes)
+        if isinstance(self._client, Muon):
+            whole = config.zero_stage == 0  # one call of the optimizer's step; otherwise one for each flat tensor
+            self._client.bind([(tensor, 0 if whole else i) for i, (tensor, _) in enumerate(tensors)], self._located)
         self._restore(initial, buffers)
 
     @property
@@ -212,7 +228,7 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> StepResult:
         set_lr(self._client, lr)
         self._engine.step()
-        if isinstance(self._client, _UnshardedAdamW):
+        if isinstance(self._client, _Unsharded):
             result = self._client.result
         else:
             applied = bool(self._engine.was_step_applied())
@@ -269,15 +285,18 @@ class DeepSpeedEngine:
         self._engine.destroy()
         nn.functional.linear = self._linear
 
-    def _flat_tensors(self) -> list[Tensor]:
-        """The fp32 tensors that the optimizer updates on this rank."""
-        zero = self._engine.optimizer
+    def _flat_tensors(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The fp32 tensors that the optimizer updates on this rank, with their parameter groups."""
+        zero, groups = self._engine.optimizer, self._client.param_groups
         if self.config.zero_stage == 0:
-            return [p for group in self._client.param_groups for p in group["params"]]
-        flat = zero.single_partition_of_fp32_groups if self.config.zero_stage < 3 else zero.fp32_partitioned_groups_flat
-        return list(flat)
+            return [(p, group) for group in groups for p in group["params"]]
+        if self.config.zero_stage < 3:
+            return list(zip(zero.single_partition_of_fp32_groups, groups, strict=True))
+        flat = zero.fp32_partitioned_groups_flat
+        return [(tensor, groups[zero.sub_group_to_group_id[index]]) for index, tensor in enumerate(flat)]
 
-    def _make_fragments(self) -> Iterator[Fragment]:
+    def _locate_fragments(self, tensors: list[Tensor]) -> Iterator[LocatedFragment]:
+        number = {id(tensor): 0 if self.config.zero_stage == 0 else index for index, tensor in enumerate(tensors)}
         locate = {0: self._locate_whole, 1: self._locate_flat, 2: self._locate_flat, 3: self._locate_partition}
         for name, param in self._engine.module.named_parameters():
             shape, flat, offset, numel, start = locate[self.config.zero_stage](param)
@@ -285,11 +304,15 @@ class DeepSpeedEngine:
                 continue
             state = self._client.state[flat]
             local, exp_avg, exp_avg_sq = (
-                t.detach().view(-1).narrow(0, offset, numel) for t in (flat, state["exp_avg"], state["exp_avg_sq"])
+                None if t is None else t.detach().view(-1).narrow(0, offset, numel)
+                for t in (flat, state["exp_avg"], state.get("exp_avg_sq"))
             )
-            assert local.dtype == exp_avg.dtype == exp_avg_sq.dtype == torch.float32, name
+            assert local is not None and exp_avg is not None
+            assert local.dtype == exp_avg.dtype == torch.float32, name
             primary = self.config.zero_stage > 0 or distributed.is_main()
-            yield Fragment(name, shape, start, local, exp_avg, exp_avg_sq, primary)
+            yield LocatedFragment(
+                Fragment(name, shape, start, local, exp_avg, exp_avg_sq, primary), flat, offset, number[id(flat)]
+            )
 
     # Each `_locate` returns the parameter's shape, the flat tensor that contains this rank's range of it, the range's
     # offset and length in the flat tensor, and its start in the parameter.
@@ -338,7 +361,15 @@ def _unlink_shared_memory() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def _client_optimizer(model: nn.Module, optimizer: AdamWConfig, config: DeepSpeedConfig) -> torch.optim.Optimizer:
+def _client_optimizer(
+    model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig
+) -> torch.optim.Optimizer:
+    if isinstance(optimizer, MuonConfig):
+        if config.zero_stage:
+            return Muon(model, optimizer)
+        muon = _UnshardedMuon(model, optimizer)
+        muon.grad_clip = config.grad_clip
+        return muon
     groups = param_groups(model, optimizer)
     options: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
@@ -347,5 +378,7 @@ def _client_optimizer(model: nn.Module, optimizer: AdamWConfig, config: DeepSpee
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     if config.zero_stage == 0:
-        return _UnshardedAdamW(groups, config.grad_clip, fused=True, **options)
+        adamw = _Unsharded(groups, fused=True, **options)
+        adamw.grad_clip = config.grad_clip
+        return adamw
     return torch.optim.AdamW(groups, fused=True, **options)

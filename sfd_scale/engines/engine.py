@@ -56,7 +56,7 @@ class Fragment:
     """The range [start, start + n) of one parameter, in row-major order, that this rank updates.
 
     The tensors are 1-D fp32 views, (n,), of the engine's own memory. After writing to them, call `Engine.after_load`.
-    `exp_avg` and `exp_avg_sq` are Adam's moments.
+    `exp_avg` and `exp_avg_sq` are Adam's moments. A matrix under Muon has its momentum as `exp_avg` and no other.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Fragment:
     start: int
     param: Tensor
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor | None
     primary: bool  # False if another rank has the same range and saves it
 
     @property

@@ -25,6 +25,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
 from sfd_scale.engines.replica_check import Replicas
 from sfd_scale.runtime import distributed
@@ -60,7 +61,7 @@ class FSDPConfig(EngineConfig):
             raise ValueError("float8: true; allowed with precision bf16 and compile true, without which it is slower")
 
 
-def make_fsdp(model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> FSDPEngine:
+def make_fsdp(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> FSDPEngine:
     """Shard an initialised fp32 model. Each of `model.blocks` is gathered separately.
 
     Raises:
@@ -83,7 +84,9 @@ def _mesh(config: FSDPConfig, device: torch.device) -> DeviceMesh:
 class FSDPEngine:
     """One model under FSDP2 with torch's AdamW on its shards."""
 
-    def __init__(self, model: nn.Module, optimizer: AdamWConfig, config: FSDPConfig) -> None:
+    def __init__(self, model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> None:
+        if config.cpu_offload and isinstance(optimizer, MuonConfig):
+            raise ValueError("engine.cpu_offload: true; allowed with optimizer.kind adamw: Muon works on the GPU")
         ensure_group()
         check_same_weights(model)
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0
@@ -97,13 +100,13 @@ class FSDPEngine:
         self._root = None if alone else self._shard(model)
         self._model = model.to(self.device) if alone else model  # fully_shard and .to change the model in place
         self._params = dict(model.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            param_groups(model, optimizer), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
-            fused=True,  # one pass over memory, on the CPU too
-        )  # fmt: skip
-        create_state(self.optimizer, list(self._params.values()))
+        self.optimizer = _make_optimizer(model, optimizer)
+        create_state(self.optimizer, [(p, group) for group in self.optimizer.param_groups for p in group["params"]])
         self._fragments = self._make_fragments()
         check_fragments(self._fragments, shapes)
+        if isinstance(self.optimizer, Muon):
+            located = [LocatedFragment(fragment, self._params[fragment.name], 0, 0) for fragment in self._fragments]
+            self.optimizer.bind([(param, 0) for param in self._params.values()], located)
 
     def _shard(self, model: nn.Module) -> FSDPModule:
         bf16 = torch.bfloat16 if self.config.precision == "bf16" else None
@@ -143,7 +146,12 @@ class FSDPEngine:
         if self.config.grad_clip is not None:
             clip_grads_with_norm_(self._params.values(), self.config.grad_clip, norm)
         set_lr(self.optimizer, lr)
-        step_if_finite(self.optimizer, norm)
+        if isinstance(self.optimizer, Muon):
+            # Its messages between ranks cannot be undone by a flag on the device: the host waits for the norm first.
+            if math.isfinite(fetched.item()):
+                self.optimizer.step()
+        else:
+            step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
         # The device computes the update while the host waits for the norm.
         value = fetched.item()
@@ -190,7 +198,8 @@ class FSDPEngine:
         fragments = []
         for name, param in self._params.items():
             state = self.optimizer.state[param]
-            local, exp_avg, exp_avg_sq = (_local(t) for t in (param, state["exp_avg"], state["exp_avg_sq"]))
+            local, exp_avg = _local(param), _local(state["exp_avg"])
+            exp_avg_sq = _local(state["exp_avg_sq"]) if "exp_avg_sq" in state else None
             start = _rows_before(param) * math.prod(param.shape[1:])
             if local.numel():
                 fragments.append(Fragment(name, tuple(param.shape), start, local, exp_avg, exp_avg_sq, primary))
@@ -201,6 +210,15 @@ def _keeping(kept: list[nn.Parameter]) -> Callable[[nn.Parameter], torch.dtype |
     """For FSDP2's policy: the type of these parameters in forward is their own; None stands for the policy's."""
     ids = {id(param) for param in kept}
     return lambda param: param.dtype if id(param) in ids else None
+
+
+def _make_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig) -> torch.optim.AdamW:
+    if isinstance(config, MuonConfig):
+        return Muon(model, config)
+    return torch.optim.AdamW(
+        param_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps,
+        fused=True,  # one pass over memory, on the CPU too
+    )  # fmt: skip
 
 
 def _local(tensor: Tensor) -> Tensor:

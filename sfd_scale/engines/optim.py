@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from sfd_scale.runtime.settings import above, at_least
 class AdamWConfig:
     """AdamW (arXiv 1711.05101). The defaults are those of SFD's training runs, without weight decay."""
 
+    kind: Literal["adamw"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -26,6 +28,10 @@ class AdamWConfig:
         at_least(self, weight_decay=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {self.betas}; allowed: two numbers in [0, 1)")
+
+    @property
+    def description(self) -> str:
+        return f"AdamW, learning rate {self.lr:g}, betas {self.betas}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +74,14 @@ def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) 
     return peak * (schedule.final + (1.0 - schedule.final) * falling)
 
 
-def param_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, config: AdamWConfig, chosen: Callable[[str], bool] = lambda name: True, lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: weight decay on matrices and kernels, none on vectors (biases, norms, gates).
+
+    Args:
+        chosen: whether a parameter, by its name, belongs to them.
+        lr_scale: their learning rate, as a factor of the engine's.
 
     Raises:
         ValueError: for a parameter with requires_grad false: the engines neither shard nor save it.
@@ -77,31 +89,35 @@ def param_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
     frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
     if frozen:
         raise ValueError(f"parameters with requires_grad false: {', '.join(frozen)}; register constants as buffers")
-    params = list(model.parameters())
+    params = [param for name, param in model.named_parameters() if chosen(name)]
     if config.weight_decay == 0:
-        return [{"params": params, "weight_decay": 0.0}]
+        return [{"params": params, "weight_decay": 0.0, "lr_scale": lr_scale}]
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay, "lr_scale": lr_scale},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [group for group in groups if group["params"]]
 
 
-def create_state(optimizer: torch.optim.Optimizer, tensors: list[Tensor]) -> None:
-    """Create Adam's state before the first step, so that a checkpoint can be loaded into it.
+def create_state(optimizer: torch.optim.Optimizer, tensors: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+    """Create the optimizer's state before the first step, so that a checkpoint can be loaded into it.
 
     `step` is a tensor for torch's AdamW and a plain int for DeepSpeed's CPU Adam, as these create it themselves.
+
+    Args:
+        tensors: what the optimizer updates, each with its parameter group.
     """
-    fused = {id(p): group.get("fused") for group in optimizer.param_groups for p in group["params"]}
-    for tensor in tensors:
+    for tensor, group in tensors:
         state = optimizer.state[tensor]
         assert not state, "the optimizer has stepped before its state was created"
         if isinstance(optimizer, torch.optim.AdamW):
-            on_device = fused.get(id(tensor), optimizer.defaults["fused"])
+            on_device = group.get("fused", optimizer.defaults["fused"])
             state["step"] = torch.zeros((), device=tensor.device if on_device else "cpu")
         else:
             state["step"] = 0
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+        state["exp_avg"] = torch.zeros_like(tensor)
+        if not group.get("orthogonalized"):
+            state["exp_avg_sq"] = torch.zeros_like(tensor)
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -124,4 +140,4 @@ def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

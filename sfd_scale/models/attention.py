@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfd_scale.models import attention_speed
-from sfd_scale.models.layers import LayerNorm, RMSNorm
+from sfd_scale.models.layers import FusedMatrix, LayerNorm, RMSNorm
 from sfd_scale.models.rope import RotaryEmbedding2D
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Attention(nn.Module):
         self.q_norm: nn.Module = norms[qk_norm](*head)
         self.k_norm: nn.Module = norms[qk_norm](*head)
         self.proj = nn.Linear(dim, dim)
+        self.fused_weights = {"qkv.weight": FusedMatrix(3, num_heads), "proj.weight": FusedMatrix()}
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (N, T, A, F)

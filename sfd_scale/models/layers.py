@@ -6,7 +6,7 @@ N batch · T tokens · D width · A heads · F features of one head.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from torch.nn import functional
 from sfd_scale.diffusion.conditioning import Conditioning
 
 MlpKind = Literal["swiglu", "gelu"]
+
+
+class FusedMatrix(NamedTuple):
+    """A weight of a hidden layer, whose rows are `matrices` matrices of equal height, each of them of `heads` heads."""
+
+    matrices: int = 1
+    heads: int = 1
 
 
 class RMSNorm(nn.Module):
@@ -118,6 +125,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
+        self.fused_weights = {"w12.weight": FusedMatrix(2), "w3.weight": FusedMatrix()}
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -131,6 +139,7 @@ class GeluMlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.fused_weights = {"fc1.weight": FusedMatrix(), "fc2.weight": FusedMatrix()}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))

@@ -19,6 +19,7 @@ from sfd_scale.diffusion.conditioning import ClassLabels, Conditioning
 from sfd_scale.models.alignment import AlignmentConfig, alignment_head
 from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
+    FusedMatrix,
     GeluMlp,
     LayerNorm,
     MlpKind,
@@ -135,7 +136,9 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, qk_norm=config.norm if config.qk_norm else "none")
         self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMlp)(width, config.mlp_hidden)
         self.shift = config.shift
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if config.shift else 4) * width))
+        count = 6 if config.shift else 4
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+        self.fused_weights = {"adaLN_modulation.1.weight": FusedMatrix(count)}
 
     def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:
         """Tokens (N, T, D), condition of the samples (N, D) or of each token (N, T, D) → tokens."""
@@ -229,6 +232,18 @@ class Trunk(FixedBuffers):
         if not self.two_clocks:
             return self.t_embedder(t_texture)
         return torch.cat([self.t_embedder_sem(t_semantic), self.t_embedder_tex(t_texture)], dim=1)
+
+    def hidden_matrices(self) -> dict[str, FusedMatrix]:
+        """The weights of hidden layers by name, for optimizers that treat matrices as such: those of the blocks, and
+        the middle layer of the alignment head. Embedders, the final layer and the ends of the head are left out."""
+        layers = (Attention, SwiGLU, GeluMlp, Block)
+        found = {
+            f"{prefix}.{name}": matrix
+            for prefix, layer in self.named_modules()
+            if isinstance(layer, layers)
+            for name, matrix in layer.fused_weights.items()
+        }
+        return found if self.repa_projector is None else found | {"repa_projector.2.weight": FusedMatrix()}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

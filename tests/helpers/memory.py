@@ -54,7 +54,7 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     fragments = engine.fragments()
     return {
         "masters": sum(storages(f.param for f in fragments).values()),
-        "moments": sum(storages(t for f in fragments for t in (f.exp_avg, f.exp_avg_sq)).values()),
+        "moments": sum(storages(t for f in fragments for t in (f.exp_avg, f.exp_avg_sq) if t is not None).values()),
         "averages": sum(storages(t for ts in ema.averages.values() for t in ts).values()),
         "all": sum(alive().values()),
     }
@@ -66,7 +66,7 @@ def measure(spec: Spec) -> dict[str, int]:
     engine = make_engine(spec, model(), AdamWConfig())
     whole = alive()
     params = storages(_weights(engine.model))
-    masters = storages([t for f in engine.fragments() for t in (f.param, f.exp_avg, f.exp_avg_sq)])
+    masters = storages([t for f in engine.fragments() for t in (f.param, f.exp_avg, f.exp_avg_sq) if t is not None])
     ema = EMA(engine.fragments(), EMAConfig())
     held = alive()
     x = torch.zeros(2, CHANNELS, SIDE, SIDE)

@@ -14,7 +14,9 @@ from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
+from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.engines.optim import AdamWConfig, param_groups
+from sfd_scale.models.layers import FusedMatrix
 from sfd_scale.runtime import distributed
 
 OPTIMIZER = AdamWConfig(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.02)
@@ -48,6 +50,11 @@ class TinyModel(nn.Module):
             for param in self.parameters():
                 param.copy_(torch.randn(param.shape, generator=generator) / math.sqrt(max(param[0].numel(), 16)))
 
+    def hidden_matrices(self) -> dict[str, FusedMatrix]:
+        """`up` as three matrices, of which Muon can make more by its heads of one row."""
+        up = {f"blocks.{index}.up.weight": FusedMatrix(3, self.tail.in_features) for index in range(3)}
+        return up | {f"blocks.{index}.down.weight": FusedMatrix() for index in range(3)}
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, 8) → (N, 8)."""
         hidden = self.head(x.view(-1, 2, 2, 2).to(self.head.weight.dtype)).flatten(1)
@@ -72,7 +79,7 @@ class Spec:
     grad_accum_steps: int = 1
 
 
-def make_engine(spec: Spec, model: nn.Module | None = None, optimizer: AdamWConfig = OPTIMIZER) -> Engine:
+def make_engine(spec: Spec, model: nn.Module | None = None, optimizer: AdamWConfig | MuonConfig = OPTIMIZER) -> Engine:
     options = {"precision": "fp32", "grad_clip": CLIP, **spec.options}
     model = TinyModel() if model is None else model
     if spec.kind == "fsdp":

@@ -23,7 +23,7 @@ class WholeEngine:
         self.model = TinyModel() if model is None else model
         self.device, self.optimizer_steps = torch.device("cpu"), 0
         self.optimizer = torch.optim.AdamW(param_groups(self.model, OPTIMIZER), lr=OPTIMIZER.lr)
-        create_state(self.optimizer, list(self.model.parameters()))
+        create_state(self.optimizer, [(p, self.optimizer.param_groups[0]) for p in self.model.parameters()])
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
