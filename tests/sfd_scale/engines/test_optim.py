@@ -75,7 +75,7 @@ def _steps(optimizer: torch.optim.AdamW, param: torch.Tensor, steps: range) -> N
 def test_created_state_is_the_state_that_adamw_creates(fused: bool) -> None:
     a, b = torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(5))
     ours, theirs = (torch.optim.AdamW([p], lr=0.1, fused=fused) for p in (a, b))
-    create_state(ours, [a])
+    create_state(ours, [(a, ours.param_groups[0])])
     assert ours.state[a]["step"].item() == 0
     _steps(ours, a, range(3))
     _steps(theirs, b, range(3))
@@ -88,10 +88,10 @@ def test_step_count_decides_the_bias_correction() -> None:
     results = []
     for count in (0, 3):
         param = torch.nn.Parameter(torch.ones(5))
-        optimizer = torch.optim.AdamW([param], lr=0.1)
-        create_state(optimizer, [param])
+        optimizer = torch.optim.AdamW([{"params": [param], "lr_scale": 0.5}], lr=0.1)
+        create_state(optimizer, [(param, optimizer.param_groups[0])])
         set_step(optimizer, count)
-        set_lr(optimizer, 0.01)
+        set_lr(optimizer, 0.02)
         _steps(optimizer, param, range(1))
         assert optimizer.state[param]["step"].item() == count + 1
         results.append(1.0 - param.detach())
