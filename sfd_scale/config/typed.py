@@ -110,7 +110,7 @@ class _Reader:
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         classes = by_kind(rest)
-        value = {"kind": implied, **value} if (implied := implied_kind(key, self.kinds)) else value
+        value = {"kind": implied, **value} if (implied := implied_kind(key, kinds_of_class(self.root))) else value
         if "kind" not in value:
             given = ", ".join(map(str, value)) or "nothing"
             raise self.fail(f"{key}.kind", f"missing, beside {given}; allowed: {', '.join(map(str, classes))}")
