@@ -75,7 +75,10 @@ def arguments(text: str) -> tuple[str, list[str]] | None:
         text = re.sub(rf"^{launcher}\s+", "sfd ", text)
     for prefix, app in (("sfd ", "sfd"), ("python -m sfd_scale ", "sfd"), ("python -m eval ", "eval")):
         if text.startswith(prefix):
-            return app, shlex.split(text.removeprefix(prefix), comments=True)
+            words = shlex.split(text.removeprefix(prefix), comments=True)
+            if words[:1] == ["launch"] and len(words) > 1:  # the words after the options of `launch` are a command
+                words = words[3:] if words[1] == "--launcher" else words[1:]
+            return ("eval", words[1:]) if words[:1] == ["eval"] and len(words) > 1 else (app, words)
     return None
 
 
@@ -87,7 +90,7 @@ def parsed(line: Line) -> tuple[str, dict[str, Any]]:
     found = arguments(line.text)
     assert found is not None
     group: Any = typer.main.get_command(APPS[found[0]])
-    if found[1] == ["--help"]:
+    if found[1] in (["--help"], ["--version"], ["--install-completion"]):
         return "help", {}
     try:
         with group.make_context(found[0], list(found[1]), resilient_parsing=True) as context:

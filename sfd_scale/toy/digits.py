@@ -24,7 +24,12 @@ _REFERENCE_EVERY = 5  # every fifth handwritten digit of a class is for referenc
 @functools.cache
 def digits_by_class() -> tuple[Tensor, ...]:
     """All handwritten digits: ten tensors (n, 8, 8) in [0, 1]."""
-    from sklearn.datasets import load_digits  # takes half a second to import
+    try:
+        from sklearn.datasets import load_digits  # takes half a second to import
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "source.kind: digits, which come with scikit-learn; install it: pip install 'sfd-scale[quickstart]'"
+        ) from error
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float() / 16.0
