@@ -151,12 +151,14 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
     """The sampler of a recipe, with guidance.
 
     Raises:
-        ValueError: see `check_guidance_model`.
+        ValueError: see `sample.check_guidance_model`.
     """
     assert isinstance(recipe.batch, int)
     model: FlowModel = loaded.model
     worse: FlowModel | None = None
     if guide is not None:
+        from sfd_scale.sample import check_guidance_model
+
         check_guidance_model(loaded, guide, recipe.allow_stats_mismatch)
         worse = guide.model
     if recipe.cuda_graphs:
@@ -177,29 +179,6 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
         discontinuities=interval_discontinuities(recipe.guidance, loaded.schedule),
         decode_batch=recipe.decode_batch,
     )
-
-
-def check_guidance_model(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = False) -> None:
-    """Refuse a guidance model (AutoGuidance) that was trained on other latents or another schedule.
-
-    Args:
-        allow_stats_mismatch: accept other latent statistics, with a warning.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    pairs = {
-        "latent layout": (loaded.layout, guide.layout),
-        "hash of the latent statistics": (loaded.stats.hash, guide.stats.hash),
-        "schedule": (loaded.schedule, guide.schedule),
-        "conditioning": (loaded.conditioning, guide.conditioning),
-    }
-    for what, (own, other) in pairs.items():
-        if own != other and "statistics" in what and allow_stats_mismatch:
-            logger.warning("guide: its %s is %s, the checkpoint's is %s", what, other, own)
-        elif own != other:
-            hint = ", or allow_stats_mismatch=true" if "statistics" in what else ""
-            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; allowed: the same{hint}")
 
 
 def check_guidance_interval(guidance: GuidanceConfig, sampler: SamplerConfig, schedule: SemanticFirstSchedule) -> None:

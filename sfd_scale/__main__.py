@@ -184,17 +184,31 @@ def import_(
 
 @app.command()
 def sample(
-    checkpoint: Annotated[Path, typer.Argument(help="An exported file (`sfd export`).")],
+    checkpoint: Annotated[Path, typer.Argument(help="A file of `sfd export`, or a folder of `--hub-folder`.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     label: Annotated[int | None, typer.Option(help="A class index; default: all classes in turn.")] = None,
-    steps: Annotated[int, typer.Option(help="Euler steps.")] = 50,
+    guidance: Annotated[
+        float, typer.Option(help="Scale of classifier-free guidance, or of AutoGuidance with --guide; 1 is none.")
+    ] = 1.0,
+    guide: Annotated[
+        Path | None, typer.Option(help="The guidance model (AutoGuidance), a file of `sfd export`.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 50,
+    solver: Annotated[
+        Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"],
+        typer.Option(help="dopri5 chooses its own steps."),
+    ] = "euler",
+    grid: Annotated[int | None, typer.Option(min=1, help="Columns of the grid; default: a square.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Draw a grid of images from an exported checkpoint."""
     from sfd_scale.sample import sample_grid
 
-    sample_grid(checkpoint, out, count=count, label=label, steps=steps, seed=seed)
+    sample_grid(
+        checkpoint, out, count=count, label=label, steps=steps, seed=seed, guidance=guidance, guide=guide,
+        solver=solver, columns=grid,
+    )  # fmt: skip
 
 
 @app.command()

@@ -18,6 +18,7 @@ from sfd_scale.runs import open_run
 from sfd_scale.runtime.weight_files import safetensors_metadata
 
 logger = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
 TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds its note (`note_of`)
 

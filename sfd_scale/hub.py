@@ -13,17 +13,20 @@ import yaml
 
 from eval.metrics.scores import SCORES, Score
 from eval.results import Results
-from sfd_scale import config, export
+from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.export import WeightsChoice
+from sfd_scale.export import WEIGHTS, WeightsChoice
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.files import write_atomically, write_json
 from sfd_scale.runtime.leftovers import is_temporary, make_way
 from sfd_scale.runtime.run_paths import RECIPE, RESULTS
+from sfd_scale.tasks import diffusion_task
+from sfd_scale.tokenizers.make import make_texture
 
 logger = logging.getLogger(__name__)
-WEIGHTS, CARD = "model.safetensors", "README.md"
+CARD = "README.md"
+_DIFFUSERS = ("pipeline.py", "model_index.json")
 _PAPER = "Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion"
 _PAPER_URL = "https://arxiv.org/abs/2512.04926"
 _CITATION = f"""@article{{pan2025semantics,
@@ -33,6 +36,28 @@ _CITATION = f"""@article{{pan2025semantics,
   journal = {{arXiv preprint arXiv:2512.04926}},
   year    = {{2025}}
 }}"""
+
+_USE = f"""## Use
+
+With sfd-scale installed, download the folder and draw images:
+
+    hf download OWNER/NAME --local-dir model
+    sfd sample model --out samples.png
+    sfd eval generate RECIPE --checkpoint model/{WEIGHTS} --out samples
+
+In Python, with the folder or its id on the hub:
+
+    import sfd_scale
+    pipe = sfd_scale.load("OWNER/NAME")
+    images = pipe(labels=[0, 1, 2], guidance=1.5, steps=50, seed=0).images
+
+With diffusers, which gives the same images:
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(
+        "OWNER/NAME", custom_pipeline="OWNER/NAME", trust_remote_code=True
+    )
+    images = pipe(labels=[0, 1, 2], guidance=1.5, steps=50, seed=0).images"""
 
 
 def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None) -> Path:
@@ -44,7 +69,7 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
     Raises:
         ValueError: see `export.export`; or if `folder` holds files other than those of an earlier call.
     """
-    own = (WEIGHTS, CARD, RECIPE, "config.json", "stats.safetensors", export.TEXTURE, RESULTS)
+    own = (WEIGHTS, CARD, RECIPE, "config.json", "stats.safetensors", export.TEXTURE, RESULTS, *_DIFFUSERS)
     names = {file.name for file in folder.iterdir() if not is_temporary(file.name)} if folder.exists() else set()
     if other := sorted(names - {*own, "samples.png", ".git"}):
         raise ValueError(f"--hub-folder: {folder} holds other files ({', '.join(other[:5])}); give an empty folder")
@@ -60,6 +85,8 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
     texture = recipe.tokenizer.texture
     if texture is not None and texture.weights is not None and texture.weights.is_file():
         shutil.copyfile(texture.weights, folder / export.TEXTURE)
+    shutil.copyfile(Path(checkpoint.__file__).with_name("diffusers_pipeline.py"), folder / "pipeline.py")
+    write_json(folder / "model_index.json", {"_class_name": "SFDPipeline", "_diffusers_version": "0.35.0"})
     # The hub counts downloads by the requests for this file.
     write_json(folder / "config.json", _config(recipe, note))
     # `python -m eval watch` scores the EMA weights. Its scores do not belong to other weights of the step.
@@ -90,6 +117,8 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
     head: dict[str, Any] = {
         "library_name": "sfd-scale",
+        "license": "other",
+        "license_name": "not-stated",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "flow-matching", "semantic-first-diffusion", "class-conditional", recipe.model.kind],
     }
@@ -101,9 +130,7 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
         "Class-conditional image generation with Semantic-First Diffusion "
         f"([{_PAPER}]({_PAPER_URL}), arXiv 2512.04926), trained with sfd-scale.",
         "![samples](samples.png)" if (folder / "samples.png").is_file() else "",
-        "## Use\n\nIn this folder, with sfd-scale installed:\n\n"
-        f"    sfd sample {WEIGHTS} --out samples.png\n"
-        f"    python -m eval generate RECIPE --checkpoint {WEIGHTS} --out samples",
+        _USE,
         _table("## Model and training", _training(recipe, note)),
         "" if results is None else _table("## Scores", _scored(results)),
         "## Files\n\n"
@@ -111,6 +138,8 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
         f"recipe, the latent statistics and the fingerprints of the tokenizers. `{RECIPE}`, `stats.safetensors` (mean "
         "and std, float64) and `config.json` repeat them as plain files."
         + (f" `{export.TEXTURE}` is the texture codec." if (folder / export.TEXTURE).is_file() else ""),
+        "## Licence\n\nThe code of sfd-scale has the licence Apache-2.0. The licence of these weights is not stated. "
+        "It depends on the training data and on the pretrained tokenizers.",
         "## Limits\n\nThe model draws the classes and the kind of images that it was trained on, with their biases. "
         "Scores are comparable only for the same extractor, reference, sampler and number of samples.",
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
@@ -122,6 +151,7 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
     step = int(note["step"])
     rows = {
         **{name.capitalize(): fact for name, fact in recipe.task.summary().items()},
+        **_resolution(recipe),
         "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
         "Optimizer": recipe.optimizer.description,
         "Weights": _weights(recipe, note),
@@ -131,6 +161,15 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
         rows["Latent statistics"] = f"`{note['stats_hash'][:16]}`"
         rows |= {f"Tokenizer, {name}": f"`{fingerprint}`" for name, fingerprint in note["tokenizers"].items()}
     return rows
+
+
+def _resolution(recipe: TrainRecipe) -> dict[str, str]:
+    """The size of the images, where the texture codec of the recipe can be read here."""
+    texture = recipe.tokenizer.texture
+    if texture is None or (texture.weights is not None and not texture.weights.is_file()):
+        return {}
+    side = recipe.latents.size * make_texture(texture, torch.device("cpu")).downsample
+    return {"Resolution": f"{side} × {side} pixels", "Classes": str(diffusion_task(recipe).model.conditioning)}
 
 
 def _weights(recipe: TrainRecipe, note: Mapping[str, Any]) -> str:

@@ -1,28 +1,43 @@
-"""`sfd sample`: draw images from an exported file."""
+"""Images from an exported file: `sfd_scale.load` in Python, and `sfd sample`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
 
 from sfd_scale import checkpoint, config
+from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.conditioning import Conditioning
-from sfd_scale.diffusion.fixed_step import FixedStepConfig
-from sfd_scale.diffusion.guidance import NoGuidance, guided
+from sfd_scale.diffusion.fixed_step import FixedStepConfig, FixedStepMethod
+from sfd_scale.diffusion.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    GuidanceConfig,
+    NoGuidance,
+    guided,
+    interval_discontinuities,
+)
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
+from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.export import TEXTURE, read_note, require_note
+from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, read_note, require_note
+from sfd_scale.models import attention
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
+from sfd_scale.runtime.progress import ProgressBar, progress
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tasks.diffusion import DiffusionModel, DiffusionTask
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
@@ -112,27 +127,246 @@ def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
     return dataclasses.replace(texture, weights=beside) if missing else texture
 
 
-def sample_grid(checkpoint_file: Path, out: Path, *, count: int, label: int | None, steps: int, seed: int) -> Path:
-    """Draw a PNG grid of images with the Euler sampler, without guidance.
+@dataclass(frozen=True)
+class Output:
+    """images: a list of N PIL images, or (N, 3, H, W) uint8 on the CPU. labels: (N,) int64. seed: of the noise."""
+
+    images: Any
+    labels: Tensor
+    seed: int
+
+
+class Pipeline:
+    """Draws images from a trained model. `load` makes it.
+
+    Image i of a call depends on the weights, `seed`, i, its label, the sampler and the batch size, and on nothing else:
+    there is no generator to reset.
+    """
+
+    def __init__(self, loaded: Loaded, guide: Loaded | None, device: torch.device) -> None:
+        self.loaded, self.guide, self.device = loaded, guide, device
+
+    @property
+    def num_classes(self) -> int:
+        return self.loaded.conditioning.num_classes
+
+    def __call__(
+        self,
+        labels: Sequence[int] | int | None = None,
+        *,
+        count: int | None = None,
+        guidance: float | tuple[float, float] | GuidanceConfig = 1.0,
+        steps: int = 50,
+        solver: FixedStepMethod | Literal["dopri5"] = "euler",
+        seed: int = 0,
+        batch: int = 16,
+        output: Literal["pil", "tensor"] = "pil",
+        show_progress: bool = True,
+    ) -> Output:
+        """Draw images.
+
+        Args:
+            labels: the class of each image, or one class for all; all classes in turn by default.
+            count: number of images; by default that of `labels`, or one of each class, at most 16.
+            guidance: the scale, or one for texture and one for semantics; 1 is no guidance. With a guidance model it is
+                AutoGuidance (arXiv 2406.02507), otherwise classifier-free guidance (arXiv 2207.12598). A settings class
+                of `diffusion.guidance` also gives an interval.
+            steps: of a fixed-step solver; dopri5 chooses its own.
+            batch: images at once. Another batch size can change the last bits of an image.
+            output: "pil" or "tensor".
+            show_progress: show a bar on a terminal.
+
+        Raises:
+            ValueError: for a class that the model lacks, or guidance that it does not support.
+        """
+        chosen = self._labels(labels, count)
+        config = _guidance(guidance, self.guide is not None)
+        solution: SamplerConfig
+        solution = Dopri5Config() if solver == "dopri5" else FixedStepConfig(kind=solver, num_steps=steps)
+        batch = min(batch, len(chosen))
+        images = []
+        with bf16_matmul_on_cpu(self.device), _bar(len(chosen), show_progress) as bar:
+            sampler = self._sampler(config, solution, seed, batch)
+            for start in range(0, len(chosen), batch):
+                part = chosen[start : start + batch]
+                images.append(sampler.images(range(start, start + len(part)), part).images.cpu())
+                bar.advance(len(part))
+        drawn = torch.cat(images)
+        if output == "tensor":
+            return Output(drawn, chosen, seed)
+        from PIL import Image
+
+        return Output([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn], chosen, seed)
+
+    def _labels(self, labels: Sequence[int] | int | None, count: int | None) -> Tensor:
+        conditioning = self.loaded.conditioning
+        if labels is None:
+            return conditioning.in_turn(min(self.num_classes, 16) if count is None else count)
+        chosen = torch.tensor([labels] * (count or 1) if isinstance(labels, int) else list(labels))
+        if count is not None and count != len(chosen):
+            raise ValueError(f"count: {count}, with {len(chosen)} labels; allowed: one of the two, or one label")
+        conditioning.check(chosen, "labels")
+        return chosen
+
+    def _sampler(self, guidance: GuidanceConfig, solver: SamplerConfig, seed: int, batch: int) -> Sampler:
+        loaded = self.loaded
+        guide = self.guide.model if self.guide is not None and not isinstance(guidance, NoGuidance) else None
+        conditioning = loaded.conditioning if loaded.null_trained else None
+        return Sampler(
+            velocity=guided(loaded.model, guidance, loaded.layout, guide=guide, conditioning=conditioning),
+            layout=loaded.layout, schedule=loaded.schedule, config=solver, stats=loaded.stats, decode=loaded.decode,
+            seed=seed, batch=batch, device=self.device,
+            discontinuities=interval_discontinuities(guidance, loaded.schedule),
+        )  # fmt: skip
+
+
+def load(
+    source: str | Path,
+    *,
+    guide: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Pipeline:
+    """A pipeline that draws images, from a trained model.
+
+    Args:
+        source: a file of `sfd export`, a folder of `sfd export --hub-folder`, or the id of such a folder on the Hugging
+            Face hub, such as "owner/name".
+        guide: the guidance model (AutoGuidance), given in the same way.
+        device: by default the GPU, or the CPU where there is none.
+        dtype: of the model; latents stay in float32.
+
+    Raises:
+        ValueError: if a source is missing or damaged, or the guidance model does not fit.
+    """
+    on = distributed.device() if device is None else torch.device(device)
+    if on.type == "cuda":
+        attention.activate("auto", on, dtype=dtype)
+    found = [load_for_sampling(_weights_of(file), on) for file in (source, guide) if file is not None]
+    for part in found:
+        part.model.repa_projector = None  # of the training alone
+        part.model.to(dtype)
+    worse = found[1] if len(found) > 1 else None
+    if worse is not None:
+        check_guidance_model(found[0], worse)
+    return Pipeline(found[0], worse, on)
+
+
+class SFDModel(nn.Module, PyTorchModelHubMixin, library_name="sfd-scale"):
+    """A trained velocity model, with `from_pretrained`, `save_pretrained` and `push_to_hub` of the Hugging Face hub.
+
+    `load` draws images; this class is for code of your own. The files are those of `sfd export --hub-folder`.
+    """
+
+    def __init__(self, note: dict[str, Any]) -> None:
+        super().__init__()
+        self.note = note
+        self.model = diffusion_task(config.from_dict(TrainRecipe, note["recipe"])).make_model()
+
+    def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> Tensor:
+        """Latents (N, C, H, W), clocks (N,) and labels (N,) → velocity (N, C, H, W)."""
+        velocity: Tensor = self.model(x, t_texture, t_semantic, y)[0]
+        return velocity
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **_: Any) -> SFDModel:  # type: ignore[override]
+        file = _weights_of(model_id)
+        model = cls(read_note(file))
+        model.model.load_state_dict(checkpoint.load_weights(file), strict=False)
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: value.detach() for name, value in self.model.named_parameters()}
+        checkpoint.save_weights(weights, save_directory / WEIGHTS, {EXPORT_KEY: json.dumps(self.note)})
+
+
+def check_guidance_model(loaded: Loaded, guide: Loaded, allow_stats_mismatch: bool = False) -> None:
+    """Refuse a guidance model (AutoGuidance) that was trained on other latents or another schedule.
+
+    Args:
+        allow_stats_mismatch: accept other latent statistics, with a warning.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    pairs = {
+        "latent layout": (loaded.layout, guide.layout),
+        "hash of the latent statistics": (loaded.stats.hash, guide.stats.hash),
+        "schedule": (loaded.schedule, guide.schedule),
+        "conditioning": (loaded.conditioning, guide.conditioning),
+    }
+    for what, (own, other) in pairs.items():
+        if own != other and "statistics" in what and allow_stats_mismatch:
+            logger.warning("guide: its %s is %s, the checkpoint's is %s", what, other, own)
+        elif own != other:
+            hint = ", or allow_stats_mismatch=true" if "statistics" in what else ""
+            raise ValueError(f"guide: its {what} is {other}, the checkpoint's is {own}; allowed: the same{hint}")
+
+
+def _weights_of(source: str | Path) -> Path:
+    """The weights file of a source of `load`."""
+    path = Path(source)
+    if path.is_dir():
+        return path / WEIGHTS
+    if path.suffix == ".safetensors" or path.exists() or str(source).count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.yaml", "*.json"])) / WEIGHTS
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{source}: no such file or folder here, and not on the Hugging Face hub: {error}") from error
+
+
+def _guidance(scale: float | tuple[float, float] | GuidanceConfig, has_guide: bool) -> GuidanceConfig:
+    if not isinstance(scale, int | float | tuple):
+        return scale
+    texture, semantic = scale if isinstance(scale, tuple) else (scale, scale)
+    if texture == 1 and semantic == 1:
+        return NoGuidance()
+    kind = AutoGuidance if has_guide else ClassifierFreeGuidance
+    return kind(scale_texture=float(texture), scale_semantic=float(semantic))
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[ProgressBar]:
+    if shown:
+        with progress(total, "sampling", "images") as bar:
+            yield bar
+    else:
+        yield ProgressBar(total, "sampling", "images", None, quiet=True)
+
+
+def sample_grid(
+    checkpoint_file: Path,
+    out: Path,
+    *,
+    count: int,
+    label: int | None,
+    steps: int,
+    seed: int,
+    guidance: float = 1.0,
+    guide: Path | None = None,
+    solver: FixedStepMethod | Literal["dopri5"] = "euler",
+    columns: int | None = None,
+) -> Path:
+    """Draw a PNG grid of images; see `Pipeline`.
 
     Args:
         label: one class; all classes in turn if None.
-        steps: Euler steps.
+        columns: of the grid; a square by default.
     """
-    device = distributed.device()
-    loaded = load_for_sampling(checkpoint_file, device)
-    labels = loaded.conditioning.in_turn(count) if label is None else torch.full((count,), label)
-    loaded.conditioning.check(labels, "--label")
-    velocity = guided(loaded.model, NoGuidance(), loaded.layout)
-    sampler = Sampler(
-        velocity, loaded.layout, loaded.schedule, FixedStepConfig(num_steps=steps), loaded.stats, loaded.decode,
-        seed, count, device,
-    )  # fmt: skip
-    images = sampler.images(range(count), labels).images
+    pipeline = load(checkpoint_file, guide=guide)
+    if label is not None:
+        pipeline.loaded.conditioning.check(torch.tensor([label]), "--label")
+    images = pipeline(
+        label, count=count, guidance=guidance, steps=steps, solver=solver, seed=seed, batch=count, output="tensor"
+    ).images
     from torchvision.utils import save_image  # a slow import: it loads the compiler
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_image(images.float() / 255, str(out), nrow=math.isqrt(count - 1) + 1)
+    save_image(images.float() / 255, str(out), nrow=columns or math.isqrt(count - 1) + 1)
     logger.info("%s: %d images", out, count)
     return out
 

@@ -21,7 +21,8 @@ LOG_EVERY_S = 15.0
 class ProgressBar:
     """Progress of one task, counted in `unit`; made by `progress`."""
 
-    def __init__(self, total: int, description: str, unit: str, bar: Progress | None) -> None:
+    def __init__(self, total: int, description: str, unit: str, bar: Progress | None, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.total, self.description, self.unit, self.bar = total, description, unit, bar
         self.done, self.resumed, self.started, self.logged = 0, 0, time.monotonic(), time.monotonic()
         self.bytes = 0
@@ -49,7 +50,11 @@ class ProgressBar:
         )
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=self.done, fields=text)
-        elif distributed.is_main() and (time.monotonic() - self.logged > LOG_EVERY_S or self.done >= self.total):
+        elif (
+            not self.quiet
+            and distributed.is_main()
+            and (time.monotonic() - self.logged > LOG_EVERY_S or self.done >= self.total)
+        ):
             self.logged = time.monotonic()
             left = (self.total - self.done) / max(rate, 1e-9)
             logger.info("%s %d/%d %s  %s  %.0f s left", self.description, self.done, self.total, self.unit, text, left)

@@ -19,7 +19,7 @@ from torch import Tensor
 from eval import generate
 from eval import score as scoring
 from eval.features.extract import open_features, read_features
-from eval.generate import check_guidance_model, make_labels, prepare_model
+from eval.generate import make_labels, prepare_model
 from eval.images import outputs
 from eval.images.npz import NpzImages
 from eval.images.outputs import OutputsConfig
@@ -29,7 +29,7 @@ from eval.results import Results
 from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
-from sfd_scale.sample import Loaded
+from sfd_scale.sample import Loaded, check_guidance_model
 from tests.helpers import eval_tiny
 from tests.helpers.eval_tiny import CLASSES, CPU, LAYOUT, SCHEDULE, STATS, TinyExtractor
 from tests.helpers.ranks import RankError, run_ranks

@@ -33,7 +33,7 @@ from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import seeding
-from sfd_scale.sample import load_for_sampling
+from sfd_scale.sample import check_guidance_model, load_for_sampling
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAConfig, PatchPCAFitConfig
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 from tests.helpers import eval_tiny
@@ -415,11 +415,11 @@ def test_a_checkpoint_of_another_layout_is_refused_as_guide(tmp_path: Path, expo
     loaded = load_for_sampling(exported, CPU)
     shutil.copy(exported, tmp_path / "guide.safetensors")
     guide = load_for_sampling(tmp_path / "guide.safetensors", CPU)
-    generate.check_guidance_model(loaded, guide)
+    check_guidance_model(loaded, guide)
     other = LatentStats(loaded.stats.mean + 1, loaded.stats.std)
     object.__setattr__(guide, "stats", other)
     with pytest.raises(ValueError, match="hash of the latent statistics"):
-        generate.check_guidance_model(loaded, guide)
+        check_guidance_model(loaded, guide)
 
 
 def test_outputs_config_and_recipe_refuse_nonsense() -> None:

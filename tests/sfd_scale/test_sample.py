@@ -1,0 +1,87 @@
+"""Images in Python, by `sfd sample` and by diffusers are the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+import sfd_scale
+from sfd_scale import hub
+from sfd_scale.export import WeightsChoice
+from sfd_scale.sample import sample_grid
+from tests.sfd_scale.test_hub import run as run  # a fixture: the run folder of a small diffusion model
+
+QUIET = {"steps": 3, "show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub.write_folder(run, tmp_path_factory.mktemp("export") / "hub", WeightsChoice(initial=True))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> sfd_scale.Pipeline:
+    return sfd_scale.load(folder)
+
+
+def _drawn(pipe: sfd_scale.Pipeline, **settings: object) -> Tensor:
+    images = pipe(**{**QUIET, "output": "tensor", **settings}).images  # type: ignore[arg-type]
+    assert isinstance(images, Tensor) and images.dtype == torch.uint8
+    return images
+
+
+def test_an_image_depends_on_its_number_label_and_seed_alone(pipe: sfd_scale.Pipeline) -> None:
+    images = _drawn(pipe, labels=[7, 7, 3])
+    assert torch.equal(images, _drawn(pipe, labels=[7, 7, 3]))
+    assert torch.equal(images[:2], _drawn(pipe, labels=[7, 7, 5])[:2])
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images, _drawn(pipe, labels=[7, 7, 3], seed=1))
+    assert torch.equal(images, _drawn(pipe, labels=[7, 7, 3], batch=2))
+    pictures = pipe(labels=[7, 7, 3], **QUIET).images
+    assert torch.equal(torch.stack([pil_to_tensor(picture) for picture in pictures]), images)
+
+
+def test_guidance_is_that_of_the_settings_class(pipe: sfd_scale.Pipeline) -> None:
+    by_scale = _drawn(pipe, labels=[1, 2], guidance=(3.0, 2.0))
+    settings = sfd_scale.ClassifierFreeGuidance(scale_texture=3.0, scale_semantic=2.0)
+    assert torch.equal(by_scale, _drawn(pipe, labels=[1, 2], guidance=settings))
+    assert torch.equal(_drawn(pipe, labels=[1, 2], guidance=1.0), _drawn(pipe, labels=[1, 2]))
+
+
+def test_mistakes_are_named(pipe: sfd_scale.Pipeline, folder: Path) -> None:
+    with pytest.raises(ValueError, match="labels: 10; allowed: 0 to 9"):
+        pipe(labels=[10], **QUIET)
+    with pytest.raises(ValueError, match="count: 3, with 2 labels"):
+        pipe(labels=[1, 2], count=3, **QUIET)
+    with pytest.raises(ValueError, match="not a file of `sfd export`"):
+        sfd_scale.load(folder / "nothing.safetensors")
+
+
+def test_diffusers_draws_the_same_bits(pipe: sfd_scale.Pipeline, folder: Path) -> None:
+    other = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+    found = other(labels=[7, 3], guidance=2.0, output="tensor", **QUIET).images
+    assert torch.equal(found, _drawn(pipe, labels=[7, 3], guidance=2.0))
+
+
+def test_the_command_writes_the_same_images(pipe: sfd_scale.Pipeline, folder: Path, tmp_path: Path) -> None:
+    out = sample_grid(folder, tmp_path / "x.png", count=3, label=None, steps=3, seed=0, guidance=2.0, columns=3)
+    size = _drawn(pipe, count=3, guidance=2.0).shape[-1]
+    grid = pil_to_tensor(Image.open(out))
+    cut = torch.stack([grid[:, 2 : 2 + size, 2 + i * (size + 2) : 2 + i * (size + 2) + size] for i in range(3)])
+    assert torch.equal(cut, _drawn(pipe, count=3, guidance=2.0, batch=3))
+
+
+def test_the_hub_mixin_saves_and_loads_the_model(pipe: sfd_scale.Pipeline, folder: Path, tmp_path: Path) -> None:
+    model = sfd_scale.SFDModel.from_pretrained(str(folder))
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/texture.safetensors").write_bytes((folder / "texture.safetensors").read_bytes())
+    assert torch.equal(_drawn(sfd_scale.load(tmp_path / "saved"), labels=[4]), _drawn(pipe, labels=[4]))
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(sfd_scale, name) is not None for name in sfd_scale.__all__)
