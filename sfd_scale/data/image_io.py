@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
@@ -30,7 +31,7 @@ DECODE_ERRORS = (
 # Larger pictures are not made whole on the way to a crop: 16 Mi pixels of 4 bytes.
 MAX_RESIZED_PIXELS = 1 << 24
 MAX_IMAGE_BYTES = 1 << 30  # of an image file; Pillow's limit of pixels allows 0.7 GB in BMP
-_MARGIN = 8  # pixels beside a cut; the bicubic filter of an enlargement reads 2
+_WEIGHT_BITS = 22  # of Pillow's weights, as whole numbers
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -145,7 +146,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halve the image with a box filter while its short side is at least 2·size; resize the short side to `size`
     bicubically; crop the centre. An enlarged picture of more than 16 Mi pixels (a strip, such as 1x60000) is not made
-    whole: only the kept part is resized. Its pixels may differ by 1, because Pillow has float32 coordinates there.
+    whole: only the kept part is resized, to the same pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
@@ -159,14 +160,47 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _resize_part(image: Image.Image, wide: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
-    """The square at `corner` of `image` resized to `wide`, from the pixels that it depends on."""
+    """The square at `corner` of `image` enlarged to `wide`, from the pixels that it depends on.
+
+    Pillow's own box has float32 coordinates, which moves some pixels. Here are Pillow's whole-number weights of the
+    enlargement, for the kept pixels alone: rows first, then columns.
+    """
     sides = zip(image.size, wide, corner, strict=True)
-    spans = [(first * old / new, (first + size) * old / new, old) for old, new, first in sides]
-    starts = [max(0, math.floor(low) - _MARGIN) for low, _, _ in spans]
-    ends = [min(old, math.ceil(high) + _MARGIN) for _, high, old in spans]
-    part = image.crop((starts[0], starts[1], ends[0], ends[1]))
-    lows = [low - start for (low, _, _), start in zip(spans, starts, strict=True)]
-    highs = [min(high, end) - start for (_, high, _), start, end in zip(spans, starts, ends, strict=True)]
-    # Pillow chooses the order of the passes by the box. For whole pictures it is columns, then rows.
-    part = part.resize((size, part.height), Image.Resampling.BICUBIC, (lows[0], 0, highs[0], part.height))
-    return part.resize((size, size), Image.Resampling.BICUBIC, (0, lows[1], size, highs[1]))
+    (left, columns), (top, rows) = (_bicubic_weights(old, new, range(at, at + size)) for old, new, at in sides)
+    part = image.crop((left, top, left + columns.shape[1], top + rows.shape[1]))
+    pixels = np.asarray(part, np.int64)  # (h, w, 3)
+    pixels = _weighted(columns, pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
+    return Image.fromarray(_weighted(rows, pixels).astype(np.uint8))
+
+
+def _bicubic_weights(old: int, new: int, kept: range) -> tuple[int, npt.NDArray[np.int64]]:
+    """Pillow's bicubic enlargement of a side of `old` pixels to `new`: its weights for the `kept` pixels.
+
+    Returns:
+        The first pixel that they depend on, and the weights (kept, depended on), in units of 2⁻²².
+    """
+    scale = old / new
+    centres = [(index + 0.5) * scale for index in kept]
+    ranges = [range(max(0, int(centre - 1.5)), min(old, int(centre + 2.5))) for centre in centres]
+    first, last = min(found.start for found in ranges), max(found.stop for found in ranges)
+    weights = np.zeros((len(kept), last - first), np.int64)
+    for row, centre, found in zip(weights, centres, ranges, strict=True):
+        values = [_cubic(abs(index - centre + 0.5)) for index in found]
+        total = sum(values)
+        for index, value in zip(found, values, strict=True):
+            scaled = value / total * (1 << _WEIGHT_BITS)
+            row[index - first] = int(scaled + math.copysign(0.5, scaled))
+    return first, weights
+
+
+def _cubic(x: float) -> float:
+    """The cubic convolution kernel of Pillow (a = -0.5)."""
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
+
+
+def _weighted(weights: npt.NDArray[np.int64], pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Weighted sums along the first axis, rounded to 8 bits as in Pillow."""
+    summed = np.tensordot(weights, pixels, 1) + (1 << (_WEIGHT_BITS - 1))
+    return np.clip(summed >> _WEIGHT_BITS, 0, 255)
