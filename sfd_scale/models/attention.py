@@ -1,7 +1,7 @@
-"""Scaled dot-product attention: one call, the kernel chosen once a process and named in the logs.
+"""Scaled dot-product attention. Each process chooses the kernel once; the logs name it.
 
-Flash-attention 3 and 4 register themselves as the flash kernel of PyTorch's SDPA, so compile, activation checkpointing
-and the CPU share one code path; flash-attention 2 is a function of its package, or the copy that PyTorch has.
+Flash-attention 3 and 4 register themselves as the flash kernel of PyTorch's SDPA. So compile, activation checkpointing
+and the CPU share one code path. Flash-attention 2 is a function of its package, or the copy in PyTorch.
 
 N batch · A heads · T tokens · F features of one head.
 """
@@ -32,7 +32,7 @@ FlashBackend = Literal["flash2", "flash3", "flash4"]
 
 @dataclass(frozen=True)
 class _Flash:
-    """What a flash kernel needs; `registered`: its name in torch.nn.attention."""
+    """The requirements of a flash kernel. registered: its name in torch.nn.attention."""
 
     module: str
     capabilities: tuple[int, ...]  # major ones
@@ -71,18 +71,18 @@ class Attention(nn.Module):
 
 
 def head_dims(model: nn.Module) -> tuple[int, ...]:
-    """The features per head of the attention layers of a model, each once; empty for a model without such layers."""
+    """The features per head of the attention layers of a model, each number once; empty without such layers."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     return tuple(dict.fromkeys(layer.proj.in_features // layer.num_heads for layer in layers))
 
 
-_flash2: Callable[..., Tensor] | None = None  # the package's function, where it was chosen
+_flash2: Callable[..., Tensor] | None = None  # the function of the package, if it was chosen
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √F)·v by the kernel that was chosen, (N, T, A, F) each (arXiv 1706.03762, Eq. 1).
+    """softmax(q·kᵀ / √F)·v by the chosen kernel, (N, T, A, F) each (arXiv 1706.03762, Eq. 1).
 
-    Tokens before heads, as the projections have them: with heads first, SDPA's result would be copied back.
+    Tokens come before heads, as in the projections. With heads first, SDPA's result would be copied back.
     """
     if _flash2 is not None and q.dtype in _HALF:
         return _flash2(q, k, v)
@@ -116,7 +116,7 @@ def unfit(
     Args:
         found: the installed packages.
         capability: compute capability; None without a CUDA device.
-        head_dims: the features per head of every attention layer; empty where they are not known.
+        head_dims: the features per head of every attention layer; empty if unknown.
         dtype: of queries, keys and values.
     """
     needs = _FLASH[backend]
@@ -144,10 +144,10 @@ def candidates(
 ) -> tuple[list[AttentionBackend], list[str]]:
     """The kernels that `auto` tries, the fastest first and SDPA last, and why it skips the others.
 
-    The arguments are those of `unfit`; `gpu` is its name, for the times that were measured on it.
+    The arguments are those of `unfit`; `gpu` is its name, for the measured times.
     """
     ranked = ["sdpa"] if capability is None else attention_speed.order(capability, gpu, head_dims)
-    # A kernel of a GPU that the table does not know comes after SDPA.
+    # Kernels that the table does not list come after SDPA.
     ranked += [name for name in _FLASH if name not in ranked]
     able: list[AttentionBackend] = []
     reasons: list[str] = []
@@ -179,18 +179,18 @@ def activate(
     head_dims: Collection[int] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """Choose the kernel for this process; returns the name of what was chosen.
+    """Choose the kernel for this process, and return its name.
 
-    `auto` takes the first of `candidates` that loads, and logs why not those before it. `flash2` is the package's
-    kernel or PyTorch's copy, `math` plain matrix products to compare with. SDPA still takes plain products where a
-    flash kernel cannot work at all (float32), so `kernel_name` says what really runs.
+    `auto` takes the first of `candidates` that loads, and logs why the ones before it failed. `flash2` is the kernel of
+    the package, or PyTorch's copy. `math` is plain matmuls, for comparisons. In float32, flash kernels do not work and
+    SDPA uses plain matmuls. `kernel_name` tells which kernel runs.
 
     Args:
-        head_dims: features per head in the model (`head_dims`), where it is known.
+        head_dims: features per head in the model (`head_dims`); empty if unknown.
         dtype: of queries, keys and values.
 
     Raises:
-        ValueError: if a kernel asked for by name cannot run here, with the reason.
+        ValueError: if a kernel that was given by name cannot run here; the message has the reason.
     """
     assert_supported(backend, device)
     _reset()
@@ -208,8 +208,8 @@ def activate(
         raise ValueError(f"attention: {backend} cannot run here ({'; '.join(reasons)}); allowed here: auto, sdpa, math")
     if reasons:
         logger.info("attention: %s; %s", chosen, "; ".join(reasons))
-    # SDPA may prefer cuDNN's kernel to the flash kernel that was asked for. The memory-efficient one comes after flash,
-    # and is the only fused one for float32, in which other networks of the process run.
+    # SDPA may prefer cuDNN's kernel to the given flash kernel. The memory-efficient kernel comes after flash. It is the
+    # only fused kernel for float32, and other networks of the process run in float32.
     torch.backends.cuda.enable_flash_sdp(chosen != "math")
     torch.backends.cuda.enable_mem_efficient_sdp(chosen != "math")
     torch.backends.cuda.enable_cudnn_sdp(chosen == "sdpa")
@@ -228,7 +228,7 @@ def _reset() -> None:
 
 
 def _load(backend: AttentionBackend) -> str | None:
-    """Put a flash kernel in the place of the default; the reason why not, or None."""
+    """Put a flash kernel in the place of the default. Returns the reason of a failure, or None."""
     global _flash2
     needs = next((needs for name, needs in _FLASH.items() if name == backend), None)
     if needs is None:
@@ -255,7 +255,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The operator that really runs for this device, dtype and head: found by running it once."""
+    """The operator that runs for this device, dtype and head size. It is found by one call."""
     q = torch.zeros(1, 16, 1, head_dim, device=device, dtype=dtype)
     with _Recorder() as recorder, torch.no_grad():
         attend(q, q, q)

@@ -1,7 +1,7 @@
-"""In which order `attention: auto` tries the kernels of a GPU: by measured times where there are some.
+"""The order in which `attention: auto` tries the kernels of a GPU: by measured times, if there are some.
 
-attention_speed.json holds both. "assumed": the order for each major compute capability, from the kernels' publications;
-`sdpa` stands for the kernel that PyTorch takes, which is cuDNN's on Hopper and Blackwell. "measured": milliseconds of
+attention_speed.json holds both. "assumed": the order for each major compute capability, from the kernels' publications.
+`sdpa` stands for PyTorch's choice, cuDNN's kernel on Hopper and Blackwell. "measured": milliseconds of
 forward and backward by GPU, head dimension and kernel. `python -m benchmarks.gpu_attention` writes them.
 """
 
@@ -21,7 +21,7 @@ def order(capability: tuple[int, int], gpu: str | None, head_dims: Collection[in
 
     Args:
         gpu: its name, as in `torch.cuda.get_device_name`.
-        head_dims: features per head; times count where all of them were measured.
+        head_dims: features per head; times count if all of them were measured.
     """
     data = _read(table)
     assumed = data["assumed"].get(str(capability[0]), ["sdpa"])

@@ -1,8 +1,8 @@
 """DDT, the Decoupled Diffusion Transformer (arXiv 2504.05741), over the trunk of LightningDiT.
 
-A condition encoder reads the noisy latent, the times and the condition: the trunk. A velocity decoder, the head, reads
-the noisy latent again, and its blocks are modulated token by token by the encoder's output. The head may be wider than
-the trunk and shallow, as in RAE (arXiv 2510.11690).
+The trunk is the condition encoder. It reads the noisy latent, the times and the condition. The head is the velocity
+decoder. It reads the noisy latent again. The output of the trunk modulates its blocks, token by token. The head may be
+wider than the trunk and shallow, as in RAE (arXiv 2510.11690).
 
 N batch · C channels · H, W latent grid · T tokens · D width of the trunk · V width of the head.
 """
@@ -74,7 +74,7 @@ class DDTConfig:
 
 
 class DDT(Trunk):
-    """The velocity of a latent at given times, under a condition; arguments as for LightningDiT.
+    """Predicts the velocity of a latent at given times, under a condition; arguments as for LightningDiT.
 
     `blocks` has the trunk's blocks and then the head's, so that engines wrap, checkpoint and compile all of them.
     """
@@ -99,7 +99,7 @@ class DDT(Trunk):
         """Velocity (N, C, H, W) and alignment projection (N, T, dim), or None; see LightningDiT.forward."""
         encoded = self.encode(x, t_texture, t_semantic, y)
         dtype = encoded.time.dtype
-        # The head sees the times and the trunk's tokens, and the condition of the sample only through them.
+        # The head reads the times and the trunk's tokens. It knows the condition only through the tokens.
         seen = functional.silu((encoded.tokens + encoded.time[:, None]).to(dtype))  # (N, T, D)
         condition = self.condition_proj(seen)  # (N, T, V)
         tokens = self.head_embedder(x.to(dtype)).float() + self.head_pos_embed  # (N, T, V)
@@ -110,7 +110,7 @@ class DDT(Trunk):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """As for LightningDiT, whose start values the trunk has."""
+        """As for LightningDiT; the trunk has the same start values."""
         super().init_weights(seed)
         self.head_pos_embed.copy_(sincos_position(self.config.head_width, self.side))
         self.head_rope.reset()

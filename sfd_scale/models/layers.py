@@ -65,7 +65,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A row for each class and, last, one for the null label of classifier-free guidance: (N,) → (N, D)."""
+    """One row per class, and a last row for the null label of classifier-free guidance: (N,) → (N, D)."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ def condition_embedder(conditioning: Conditioning, dim: int) -> LabelEmbedder:
 
 
 class PatchProjection(nn.Conv2d):
-    """The convolution over non-overlapping patches as one matrix product: (N, C, H, W) → (N, T, D), row by row.
+    """The convolution over non-overlapping patches as one matmul: (N, C, H, W) → (N, T, D), row by row.
 
-    A convolution would return (N, D, h, w): seen as tokens that is transposed memory, a layout which every residual
-    sum hands on, so that each norm of each block would read along its slow axis.
+    A convolution would return (N, D, h, w). As tokens, that is transposed memory. Residual sums keep this layout, and
+    every norm would read along the slow axis.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
 
 
 def mlp_hidden(kind: MlpKind, width: int, ratio: float = 4.0) -> int:
-    """ratio·width; for SwiGLU two thirds of it, so that its three matrices cost what the other's two do."""
+    """ratio·width; for SwiGLU two thirds of it: its three matrices then cost as much as the two of a GELU MLP."""
     hidden = int(ratio * width)
     return int(2 / 3 * hidden) if kind == "swiglu" else hidden
 
@@ -146,13 +146,13 @@ class GeluMlp(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x·(1 + scale) + shift (adaLN, arXiv 2212.09748), all of them (N, T, D); T is 1 for a condition of the sample."""
+    """x·(1 + scale) + shift (adaLN, arXiv 2212.09748); all are (N, T, D). T is 1 for one condition per sample."""
     scaled = x * (1 + scale)
     return scaled if shift is None else scaled + shift
 
 
 def per_token(values: Tensor) -> Tensor:
-    """(N, D) → (N, 1, D), which holds for every token; (N, T, D) is returned as it is."""
+    """(N, D) → (N, 1, D), one row for all tokens; (N, T, D) is returned unchanged."""
     return values[:, None] if values.ndim == 2 else values
 
 

@@ -1,7 +1,7 @@
 """LightningDiT (arXiv 2501.01423) with the two timestep embedders of SFD (arXiv 2512.04926).
 
-State-dict keys are those of the authors' code. The model knows no ranks, devices, guidance or speed: engines wrap,
-checkpoint and compile `model.blocks`.
+State-dict keys are those of the official code. The model knows no ranks, devices or guidance. Engines wrap, checkpoint
+and compile `model.blocks`.
 
 N batch · C channels · H, W latent grid · T tokens · D width.
 """
@@ -51,7 +51,7 @@ SIZES = {
     "B": Size(12, 768, 12),
     "L": Size(24, 1024, 16),
     "XL": Size(28, 1152, 16),
-    "XXL": Size(24, 1536, 24),  # the authors' 1p0B
+    "XXL": Size(24, 1536, 24),  # 1p0B in the official code
     "1p6B": Size(28, 1792, 28),
 }
 
@@ -68,14 +68,14 @@ class LightningDiTConfig:
     patch_size: int = 1
     num_classes: int = 1000
     alignment: AlignmentConfig | None = None
-    # The published architecture; the others reproduce variants of the authors' code and DiT's blocks.
+    # The defaults are the published architecture. Other values give variants of the official code, and DiT's blocks.
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     mlp: MlpKind = "swiglu"
     mlp_ratio: float = 4.0
     rope: bool = True
     qk_norm: bool = True
     shift: bool = True  # adaLN shifts beside its scales and gates
-    learn_sigma: bool = False  # twice the output channels, of which the second half is not used
+    learn_sigma: bool = False  # twice the output channels; the second half is not used
 
     def __post_init__(self) -> None:
         explicit = (self.depth, self.width, self.heads)
@@ -125,8 +125,8 @@ class LightningDiTConfig:
 class Block(nn.Module):
     """Attention and MLP, each normed, modulated by the condition and gated (adaLN-zero, arXiv 2212.09748).
 
-    The tokens that blocks add to are float32 in any precision, as autocast leaves them in the authors' training; the
-    products are in the dtype of the weights, which the condition has.
+    The residual stream is float32 in any precision, as under autocast in the official training. Matmuls are in the
+    dtype of the weights. The condition has this dtype.
     """
 
     def __init__(self, config: LightningDiTConfig) -> None:
@@ -191,7 +191,7 @@ class Trunk(FixedBuffers):
     """
 
     pos_embed: Tensor
-    repa_projector: nn.Sequential | None  # made by the model, after its other layers: official files have that order
+    repa_projector: nn.Sequential | None  # the model makes it after its other layers, in the order of official files
 
     def __init__(self, config: LightningDiTConfig, *, in_channels: int, input_size: int, two_clocks: bool) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Trunk(FixedBuffers):
         tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))
         tokens = tokens.float() + self.pos_embed  # (N, T, D)
         time = self.embed_time(t_texture, t_semantic)
-        # An engine may leave label rows in float32. The blocks take their dtype from the condition.
+        # An engine may keep label rows in float32. Blocks take their dtype from the condition.
         condition = (time + self.y_embedder(y)).to(time.dtype)  # (N, D)
         projected: Tensor | None = None
         aligned = None if self.trunk.alignment is None else self.trunk.alignment.depth
@@ -258,7 +258,7 @@ class Trunk(FixedBuffers):
 
 
 class LightningDiT(Trunk):
-    """The velocity of a latent at given times, under a condition; see Trunk."""
+    """Predicts the velocity of a latent at given times, under a condition; see Trunk."""
 
     def __init__(self, config: LightningDiTConfig, *, in_channels: int, input_size: int, two_clocks: bool) -> None:
         super().__init__(config, in_channels=in_channels, input_size=input_size, two_clocks=two_clocks)
@@ -284,7 +284,7 @@ class LightningDiT(Trunk):
         encoded = self.encode(x, t_texture, t_semantic, y)
         out = self.final_layer(encoded.tokens, encoded.condition)
         out = unpatchify(out, self.config.patch_size, self.out_channels)
-        # learn_sigma: the second half of the channels belongs to a variance that flow matching does not have.
+        # learn_sigma: the second half of the channels is a variance. Flow matching has none.
         return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), encoded.projected
 
 
@@ -304,7 +304,7 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
 def parameter_count(
     config: LightningDiTConfig, *, in_channels: int = 48, input_size: int = 16, two_clocks: bool = True
 ) -> int:
-    """Parameters, and the fixed positional embedding, which the authors count; built on the meta device."""
+    """Number of parameters, with the fixed positional embedding, as in the paper. Builds on the meta device."""
     with torch.device("meta"):
         model = LightningDiT(config, in_channels=in_channels, input_size=input_size, two_clocks=two_clocks)
     return sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class FixedBuffers(nn.Module):
-    """A module whose own buffers stay float32 when the model is cast: positions in bf16 lose their last digits."""
+    """A module with buffers that stay float32 when the model is cast. Positions in bf16 would lose digits."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = dict(self._buffers)
@@ -26,7 +26,7 @@ class FixedBuffers(nn.Module):
 
 
 class RotaryEmbedding2D(FixedBuffers):
-    """Rotates neighbouring pairs of features: the first half of them by the row, the second by the column."""
+    """Rotates pairs of neighbouring features: the first half by the row, the second half by the column."""
 
     freqs_cos: Tensor  # (T, F)
     freqs_sin: Tensor

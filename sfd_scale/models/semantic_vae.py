@@ -20,7 +20,7 @@ _LOGVAR_BOUNDS = (DETERMINISTIC_LOGVAR, 20.0)
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticVAEConfig:
-    """The authors' is the default; `blocks` is for each of encoder and decoder."""
+    """The defaults are those of the paper. blocks: of the encoder, and of the decoder."""
 
     kind: Literal["semantic_vae"] = "semantic_vae"
     input_dim: int = 768
@@ -62,7 +62,7 @@ def _side(inside: int, outside: int, config: SemanticVAEConfig) -> nn.Sequential
 
 
 class SemanticVAE(nn.Module):
-    """The model that is trained; SemanticVAECodec is how it is used."""
+    """The model to train. SemanticVAECodec uses the trained one."""
 
     def __init__(self, config: SemanticVAEConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class SemanticVAE(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The repeated blocks, which engines wrap one by one; a view, their names are those of the two sides."""
+        """The repeated blocks, for engines. A view: their names are those of encoder and decoder."""
         return nn.ModuleList([layer for side in (self.encoder, self.decoder) for layer in side[1:-2]])
 
     @property
