@@ -114,7 +114,8 @@ def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
 def work(recipe: TrainRecipe) -> Work:
     """The kernels of a training step of a recipe's model, in the precision of its engine."""
     task = recipe.task
-    return trace_work(task.make_model, task.example_inputs, recipe.engine.precision)
+    fused = recipe.attention != "math"
+    return trace_work(task.make_model, task.example_inputs, recipe.engine.precision, fused)
 
 
 def flops(recipe: TrainRecipe) -> float:

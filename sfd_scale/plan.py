@@ -96,7 +96,7 @@ def count_model(recipe: TrainRecipe) -> Model:
 
 def model_key(recipe: TrainRecipe) -> str:
     """Equal for recipes with equal counts: they may differ in the engine, except for its precision."""
-    return digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision])
+    return digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision, recipe.attention])
 
 
 def make_job(

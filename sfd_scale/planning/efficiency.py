@@ -33,7 +33,7 @@ _COUNTED = "counted on the CPU at depth 24, divided by the speed of a server cor
 class Efficiency:
     """Constants of the time model.
 
-    matmul: reached share of the peak of one large tile's matmul. memory: of the bandwidth of GPU memory.
+    matmul: reached share of the peak for large matmuls. memory: reached share of the bandwidth of GPU memory.
     attention: reached share of the peak for long sequences; at `attention_half` tokens it is half of that.
     fused_bytes, fused_launches: of the elementwise operations of a block, what torch.compile leaves.
     link: of NVLink and the network. near_latency, far_latency: of one hop of a ring within and between nodes.
@@ -44,8 +44,8 @@ class Efficiency:
     kernel: shortest time of a kernel on the GPU.
     """
 
-    matmul: Quantity = _share(0.75, "measured elsewhere", _FITTED)
-    memory: Quantity = _share(0.83, "measured elsewhere", "copies on H100 and H200 reach 80 to 90% of the data sheet")
+    matmul: Quantity = _share(0.60, "measured elsewhere", _FITTED)
+    memory: Quantity = _share(0.60, "measured elsewhere", _FITTED)
     attention: Quantity = _share(0.40, "measured elsewhere", "FlashAttention-2 on H100 (arXiv 2407.08608, fig. 5)")
     attention_half: Quantity = Quantity(256, "tokens", "assumed", "half of the rate of long sequences at 256 tokens")
     fused_bytes: Quantity = _share(0.189, "measured here", "2.47 of 13.08 GB a block of XXL, by inductor for sm_90")

@@ -19,7 +19,8 @@ class Hardware:
     nvlink: of one GPU to the others of its node, each direction; PCIe where there is no NVLink.
     network: of one GPU to other nodes, each direction. The makers' systems differ: give your own by `--network`.
     pcie: between the GPU and the host's memory, each direction.
-    tensor_share: reachable share of the peak for large matmuls; None for the default of the time model.
+    tensor_share: reached share of the peak for large matmuls, in place of the time model's constant. An A100 reaches
+        more than newer GPUs, which lower their clock under load (fitted by benchmarks/plan_check.py).
     asynchronous: the host launches kernels ahead of the device; False for a CPU.
     """
 
@@ -50,7 +51,7 @@ class Hardware:
 _HOPPER: dict[str, Any] = {"peak_bf16": 989e12, "peak_tf32": 494e12, "peak_fp32": 67e12, "processors": 132}
 _AMPERE: dict[str, Any] = {
     "peak_bf16": 312e12, "peak_tf32": 156e12, "peak_fp32": 19.5e12, "processors": 108, "nvlink": 300e9,
-    "network": 25e9, "pcie": 25e9,
+    "network": 25e9, "pcie": 25e9, "tensor_share": 0.8,
 }  # fmt: skip
 
 GPUS = {

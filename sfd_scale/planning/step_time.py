@@ -115,8 +115,15 @@ def _compute(step: Step, backward: bool, hardware: Hardware, efficiency: Efficie
 def _seconds(
     step: Step, operations: Iterable[tuple[Operation, int]], compiled: bool, hardware: Hardware, efficiency: Efficiency
 ) -> tuple[float, float, float]:
-    samples, precision = step.split.micro_batch, step.work.precision
-    matmul = attention = moved = launches = 0.0
+    return kernel_seconds(operations, step.split.micro_batch, step.work.precision, compiled, hardware, efficiency)
+
+
+def kernel_seconds(
+    operations: Iterable[tuple[Operation, int]], samples: int, precision: str, compiled: bool, hardware: Hardware,
+    efficiency: Efficiency,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Seconds of matmuls, of attention and of elementwise operations, which torch.compile fuses."""
+    matmul = attention = moved = launched = 0.0
     for operation, count in operations:
         shape = operation.shape(samples)
         if operation.kind == "matmul":
@@ -124,10 +131,26 @@ def _seconds(
         elif operation.kind == "attention":
             attention += count * attention_seconds(shape, operation.backward, precision, hardware, efficiency)
         else:
-            moved, launches = moved + count * shape[0], launches + count
+            moved, launched = moved + count * shape[0], launched + count
     if compiled:
-        moved, launches = moved * efficiency.fused_bytes.value, launches * efficiency.fused_launches.value
-    return matmul, attention, elementwise_seconds(moved, launches, hardware, efficiency)
+        moved, launched = moved * efficiency.fused_bytes.value, launched * efficiency.fused_launches.value
+    return matmul, attention, elementwise_seconds(moved, launched, hardware, efficiency)
+
+
+def forward_seconds(
+    work: Work, samples: int, compiled: bool, hardware: Hardware, efficiency: Efficiency
+) -> float:
+    """The time of one forward pass without gradients: the kernels, or the host that launches them if it is slower."""
+    total, launched = 0.0, 0.0
+    for in_block in (True, False):
+        operations = list(work.select(backward=False, in_block=in_block))
+        fused = compiled and in_block
+        total += sum(kernel_seconds(operations, samples, work.precision, fused, hardware, efficiency))
+        for operation, count in operations:
+            left = efficiency.fused_launches.value if fused and operation.kind == "elementwise" else 1.0
+            launched += left * count
+    host = launched * efficiency.launch.value
+    return max(total, host) if hardware.asynchronous else total + host
 
 
 def _exposed(sent: list[Collective], phase: str, window: float, hardware: Hardware, efficiency: Efficiency) -> float:

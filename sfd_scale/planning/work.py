@@ -5,6 +5,7 @@ They are recorded on the real model on the meta device. So a new layer needs no 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -88,9 +89,10 @@ def trace_work(make: Callable[[], nn.Module], inputs: Callable[[int], Sequence[T
     Args:
         make: builds the model. It is called on the meta device.
         inputs: a number of samples → the model's arguments, also made on the meta device.
+        fused_attention: attention is one kernel; else matmuls with a T × T matrix.
     """
     # From two batches follows how each shape depends on the batch.
-    with torch.device("meta"), FlashAttention():
+    with torch.device("meta"), FlashAttention() if fused_attention else contextlib.nullcontext():
         (two, blocks), (three, _) = (_record(make, inputs, samples, precision) for samples in (2, 3))
     assert len(two) == len(three), "the operations of a model may not depend on the batch"
     counted: Counter[Operation] = Counter()

@@ -1,6 +1,7 @@
 """The time model: closed forms of its parts, properties that hold on any machine, and sizes that are known."""
 
 import math
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from sfd_scale.config import load
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.planning import collectives as links
+from sfd_scale.planning.calibration import MeasuredStep, calibrate
 from sfd_scale.planning.collectives import Collective, Group
 from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, collectives
 from sfd_scale.planning.efficiency import Efficiency
@@ -210,8 +212,11 @@ def test_overlap_compile_and_checkpointing_act_as_they_should() -> None:
 
 
 def test_xxl_on_8_h200_takes_what_a_roofline_by_hand_gives() -> None:
-    # By hand: matmuls 47.8 ms, attention 5.5, elementwise 14.8, copies 3.6, optimizer and EMA 1.4.
-    found = timed(step(FSDPConfig(compile=True)))
+    # Matmuls at 700 TFLOP/s, memory at 4 TB/s. By hand: matmuls 47.8 ms, attention 5.5, elementwise 14.8, copies 3.6, optimizer and EMA 1.4.
+    constants = replace(
+        USUAL, matmul=replace(USUAL.matmul, value=700 / 989), memory=replace(USUAL.memory, value=4 / 4.8)
+    )
+    found = timed(step(FSDPConfig(compile=True)), efficiency=constants)
     assert found.matmul == pytest.approx(0.0478, rel=0.1)
     assert found.attention == pytest.approx(0.0055, rel=0.1)
     assert found.elementwise == pytest.approx(0.0148, rel=0.1)
@@ -225,6 +230,30 @@ def test_few_samples_on_many_gpus_are_bound_by_the_host_or_communication() -> No
     assert found.bound == "host"
     ideal = 4 * XXL.flops / (0.4 * H200.peak_bf16)
     assert 7 < found.total / ideal < 12
+
+
+def test_a_calibration_finds_the_constants_of_the_measured_machine() -> None:
+    true = replace(
+        USUAL, matmul=replace(USUAL.matmul, value=0.8), memory=replace(USUAL.memory, value=0.45),
+        launch=replace(USUAL.launch, value=30e-6),
+    )  # fmt: skip
+    steps = [step(FSDPConfig(compile=c, sharding="replicate"), 1, m) for c in (True, False) for m in (1, 4, 16, 64)]
+    measured = [MeasuredStep("", entry, timed(entry, efficiency=true).total) for entry in steps]
+    found = calibrate(measured, H200, USUAL, "a test")
+    assert statistics.median(abs(ratio - 1) for ratio in found.before) > 0.1
+    assert max(abs(ratio - 1) for ratio in found.after) < 0.05
+    for name in ("matmul", "memory", "launch"):
+        fitted = getattr(found.efficiency, name)
+        assert fitted.value == pytest.approx(getattr(true, name).value, rel=0.1), name
+        assert (fitted.source, fitted.reference) == ("measured here", "a test")
+    # An untouched constant keeps its source.
+    assert found.efficiency.attention == USUAL.attention
+
+
+def test_unfused_attention_has_the_matrix_of_all_pairs() -> None:
+    recipe = load("train/sfd_xl", TrainRecipe, ["attention=math"])
+    kinds = {operation.kind for operation, _ in plans.count_model(recipe).work.operations}
+    assert kinds == {"matmul", "elementwise"}
 
 
 def test_goodput_falls_with_failures_and_with_saves() -> None:
