@@ -153,6 +153,10 @@ def _mpt_13b(length: int) -> Model:
     return mpt("13b", 5120, 40, 40, length)
 
 
+# Published numbers of parameters, without learned positions, which these models lack.
+LANGUAGE_MODELS = {LLAMA: 8.03e9, GPT2: 124.4e6 - 1024 * 768}
+
+
 @dataclass(frozen=True)
 class Case:
     """A published throughput of one GPU.

@@ -263,7 +263,10 @@ def plan(
         float | None, typer.Option(help="GB/s between nodes, per GPU and direction; default: 50 (400 Gb/s) or 25.")
     ] = None,
     mfu: Annotated[float | None, typer.Option(help="MFU from 0 to 1, in place of the time model.")] = None,
-    measured: Annotated[Path | None, typer.Option(help="Take the MFU from a metrics.jsonl or a JSON file.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Calibrate by a run's metrics.jsonl, gpu-bench's results, or JSON with `mfu`.")
+    ] = None,
+    constants: Annotated[bool, typer.Option("--constants", help="Print the constants of the time too.")] = False,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Dataset size, if it is not here; default: ImageNet.")
     ] = None,
@@ -279,6 +282,8 @@ def plan(
     )  # fmt: skip
     out = plans.table(made, machine, markdown)
     typer.echo(out) if isinstance(out, str) else plain_console().print(out)
+    if constants:
+        plain_console().print(plans.constants(made[0].calibrated.machine))
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,17 @@ from sfd_scale.build import flops, footprint, work
 from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
 from sfd_scale.planning import planner, tables
+from sfd_scale.planning.calibration import MeasuredStep, calibrate
 from sfd_scale.planning.costs import engine_name
 from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
+from sfd_scale.planning.measured import BenchFigure, Throughput, read_throughput
+from sfd_scale.planning.step_time import Step
 from sfd_scale.planning.work import Work
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runs import RunFolder
+from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 
 IMAGENET = 1_281_167  # images of the training set
 
@@ -35,11 +39,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe with its plan."""
+    """A recipe with its plan, and the machine that was planned with."""
 
     recipe: TrainRecipe
     job: planner.PlannedRun
     plan: planner.Plan
+    calibrated: Calibrated
 
 
 @dataclass(frozen=True)
@@ -126,32 +131,55 @@ def make_job(
     )
 
 
-def measured_mfu(path: Path, flops: float, peak: float) -> float:
-    """The MFU of a run: from its metrics.jsonl (mfu, else the throughput of a rank), or from a JSON object with `mfu`,
-    or with `samples_per_s` and `world_size`.
+@dataclass(frozen=True)
+class Calibrated:
+    """The machine of a plan after `--measured`.
+
+    mfu: the measured one, in place of the time model, if nothing is known of the measured run but its MFU.
+    note: the error of the plan on the measurements, for people.
+    """
+
+    machine: Machine
+    mfu: float | None = None
+    note: str | None = None
+
+
+def calibrated(path: Path, machine: Machine, flops_per_sample: float) -> Calibrated:
+    """The machine with constants that fit the measurements of a file; the measured GPU must be that of the plan.
 
     Raises:
-        ValueError: if the file is missing or has none of them.
+        ValueError: if the file has no measurements.
     """
-    if not path.is_file():
-        raise ValueError(f"--measured: {path} is no file")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines()]
-            found = [row["mfu"] for row in rows if row.get("mfu")]
-            rates = [row["samples_per_s_per_rank"] for row in rows if row.get("samples_per_s_per_rank")]
-            if found or rates:  # the median: the first steps are slow, and pauses for saves are rare
-                return float(statistics.median(found)) if found else float(statistics.median(rates)) * flops / peak
-        else:
-            data = json.loads(text)
-            if "mfu" in data:
-                return float(data["mfu"])
-            if "samples_per_s" in data and "world_size" in data:
-                return float(data["samples_per_s"]) * flops / (float(data["world_size"]) * peak)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    raise ValueError(f"{path}: no `mfu`, nor `samples_per_s` with `world_size`; give a run's metrics.jsonl, or those")
+    found = read_throughput(path)
+    if isinstance(found, Throughput):
+        rate, run = found.samples_per_s, RunFolder(path.parent)
+        if rate is None or not (run.recipe_file.is_file() and run.environment_file.is_file()):
+            mfu = found.mfu if found.mfu is not None else (rate or 0.0) * flops_per_sample / machine.hardware.peak_bf16
+            return Calibrated(machine, mfu=mfu, note=f"MFU of {path.name}")
+        steps = [_measured_run(run, rate, machine)]
+    else:
+        steps = [_measured_figure(figure) for figure in found]
+    fitted = calibrate(steps, machine.hardware, machine.efficiency, str(path))
+    machine = replace(machine, hardware=fitted.hardware, efficiency=fitted.efficiency)
+    return Calibrated(machine, note=fitted.describe())
+
+
+def _measured_run(run: RunFolder, rate: float, machine: Machine) -> MeasuredStep:
+    """The step of a run with `rate` samples/s on each rank."""
+    recipe = run.recipe
+    world = int(json.loads(run.environment_file.read_text(encoding="utf-8"))["world_size"])
+    split = split_batch(recipe.train.global_batch, recipe.train.micro_batch, world)
+    job = make_job(recipe, count_model(recipe), world, machine.gpus_per_node, samples=1)
+    job = replace(job, engine=planner.decided_engine(job, split, machine.hardware))
+    return MeasuredStep(str(run.path), planner.step_of(job, split), split.micro_batch * split.grad_accum_steps / rate)
+
+
+def _measured_figure(figure: BenchFigure) -> MeasuredStep:
+    recipe = load("train/sfd_xl", TrainRecipe, [f"model.size={figure.size}"])
+    model = count_model(recipe)
+    split = BatchSplit(figure.micro_batch, 1, 1)
+    step = Step(model.footprint, model.work, figure.engine, split, ranks_per_node=1)
+    return MeasuredStep(figure.name, step, figure.micro_batch / figure.samples_per_s)
 
 
 def make(
@@ -161,19 +189,19 @@ def make(
     """The plan of every recipe on every number of GPUs.
 
     Raises:
-        ValueError: for an impossible number of GPUs.
+        ValueError: for an impossible number of GPUs, or a file without measurements.
     """
     made, models = [], dict[str, Model]()
     for name in names:
         recipe = load(name, TrainRecipe, overrides)
         key = model_key(recipe)
         model = models[key] = models[key] if key in models else count_model(recipe)
-        peak = machine.hardware.peak_bf16
-        stated = mfu if measured is None else measured_mfu(measured, model.flops, peak)
+        found = Calibrated(machine, mfu) if measured is None else calibrated(measured, machine, model.flops)
         for count in gpus:
             planner.check_ranks(count, min(machine.gpus_per_node, max(count, 1)))
             job = make_job(recipe, model, count, machine.gpus_per_node, samples)
-            made.append(Planned(recipe, job, planner.plan(job, machine.hardware, machine.efficiency, stated)))
+            plan = planner.plan(job, found.machine.hardware, found.machine.efficiency, found.mfu)
+            made.append(Planned(recipe, job, plan, found))
     return made
 
 
@@ -191,6 +219,16 @@ def table(made: Sequence[Planned], machine: Machine, as_markdown: bool) -> Table
     title = f"{entry.recipe.name} on {entry.job.ranks} × {machine.gpu}, {engine_name(entry.job.engine)}"
     out = Table("", "", "source", title=title)
     for cells in tables.quantities(entry.plan, machine.hardware):
+        out.add_row(*cells)
+    if entry.calibrated.note is not None:
+        out.add_row("calibration", entry.calibrated.note, "measured here")
+    return out
+
+
+def constants(machine: Machine) -> Table:
+    """Every constant of the time model with its source."""
+    out = Table("constant", "value", "source", "reference", title=f"constants of the time on {machine.gpu}")
+    for cells in tables.constants(machine.efficiency, machine.hardware):
         out.add_row(*cells)
     return out
 

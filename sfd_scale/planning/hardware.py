@@ -40,7 +40,7 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 < value < math.inf:
                 raise ValueError(f"{field.name}: {value}; allowed: above 0")
 
     def peak(self, precision: str) -> float:

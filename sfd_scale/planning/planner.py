@@ -151,6 +151,14 @@ def split_of(job: PlannedRun, largest: int) -> BatchSplit:
     return split
 
 
+def decided_engine(job: PlannedRun, split: BatchSplit, hardware: Hardware) -> AnyEngineConfig:
+    """The engine with `reshard_after_forward: auto` decided, as a run decides it."""
+    return with_resharding(
+        job.footprint, job.engine, MEMORY_FOR_WHOLE_WEIGHTS * hardware.memory, ranks=job.ranks,
+        ranks_per_node=job.ranks_per_node, micro_batch=split.micro_batch, grad_accum_steps=split.grad_accum_steps,
+    )  # fmt: skip
+
+
 def step_of(job: PlannedRun, split: BatchSplit) -> Step:
     return Step(job.footprint, job.work, job.engine, split, job.ranks_per_node, job.num_workers)
 
@@ -176,10 +184,7 @@ def plan(job: PlannedRun, hardware: Hardware, efficiency: Efficiency, mfu: float
     split_batch(job.global_batch, job.micro_batch, job.ranks)
     largest = largest_micro_batch(job, hardware)
     split, peak = split_of(job, largest), hardware.peak_bf16
-    engine = with_resharding(
-        job.footprint, job.engine, MEMORY_FOR_WHOLE_WEIGHTS * hardware.memory, ranks=job.ranks,
-        ranks_per_node=job.ranks_per_node, micro_batch=split.micro_batch, grad_accum_steps=split.grad_accum_steps,
-    )  # fmt: skip
+    engine = decided_engine(job, split, hardware)
     job = replace(job, engine=engine)
     time = step_time(step_of(job, split), hardware, efficiency) if mfu is None else None
     step = time.total if time is not None else seconds_at_mfu(job, peak, mfu or 1.0)

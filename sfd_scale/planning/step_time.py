@@ -137,9 +137,7 @@ def kernel_seconds(
     return matmul, attention, elementwise_seconds(moved, launched, hardware, efficiency)
 
 
-def forward_seconds(
-    work: Work, samples: int, compiled: bool, hardware: Hardware, efficiency: Efficiency
-) -> float:
+def forward_seconds(work: Work, samples: int, compiled: bool, hardware: Hardware, efficiency: Efficiency) -> float:
     """The time of one forward pass without gradients: the kernels, or the host that launches them if it is slower."""
     total, launched = 0.0, 0.0
     for in_block in (True, False):

@@ -53,11 +53,12 @@ class Work:
     """The kernels of forward and backward of one micro-batch, each with its number of calls.
 
     blocks: the number of repeated blocks.
+    precision: of the matmuls: "bf16", "fp32" or "tf32".
     """
 
     operations: tuple[tuple[Operation, int], ...]
     blocks: int
-    precision: Precision
+    precision: str
 
     def select(self, *, backward: bool | None = None, in_block: bool | None = None) -> Iterator[tuple[Operation, int]]:
         for operation, count in self.operations:
@@ -83,7 +84,12 @@ class Work:
         return sum(count for _, count in self.select(backward=backward, in_block=in_block))
 
 
-def trace_work(make: Callable[[], nn.Module], inputs: Callable[[int], Sequence[Tensor]], precision: Precision) -> Work:
+def trace_work(
+    make: Callable[[], nn.Module],
+    inputs: Callable[[int], Sequence[Tensor]],
+    precision: Precision,
+    fused_attention: bool = True,
+) -> Work:
     """The kernels of a model.
 
     Args:

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sfd_scale import plan as plans
 from sfd_scale import train
-from sfd_scale.config import load
+from sfd_scale.config import load, to_yaml
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.models.lightningdit import LightningDiT
@@ -213,24 +213,68 @@ def test_groups_that_do_not_divide_the_ranks_are_refused() -> None:
     assert shard_group(FSDPConfig(sharding="hybrid"), 64, 8) == 8
 
 
-def test_a_measured_use_of_the_peak_is_read_from_a_run(tmp_path: Path) -> None:
-    rows = [{"step": n, "mfu": value} for n, value in enumerate((None, 0.1, 0.3, 0.32))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert plans.measured_mfu(tmp_path / "metrics.jsonl", 1.0, 1.0) == 0.3
-    # Of a device whose peak is not known: the rate of a rank, in FLOPs of the model over the peak that is planned for.
-    (tmp_path / "cpu.jsonl").write_text('{"mfu": null, "samples_per_s_per_rank": 25.0}\n')
-    assert plans.measured_mfu(tmp_path / "cpu.jsonl", 1e12, 1e14) == 0.25
-    with pytest.raises(ValueError, match=r"--measured: .*none\.jsonl is no file"):
-        plans.measured_mfu(tmp_path / "none.jsonl", 1.0, 1.0)
-    (tmp_path / "results.json").write_text('{"samples_per_s": 100, "world_size": 4}')
-    assert plans.measured_mfu(tmp_path / "results.json", 1e12, 1e14) == 0.25
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no `mfu`, nor `samples_per_s` with `world_size`"):
-        plans.measured_mfu(tmp_path / "results.json", 1.0, 1.0)
-
-
 def machine(gpu: str) -> plans.Machine:
     return plans.make_machine(gpu, None, gpus_per_node=8, network=None)
+
+
+def test_a_measured_mfu_is_taken_from_a_file(tmp_path: Path) -> None:
+    def mfu(name: str, text: str) -> float | None:
+        (tmp_path / name).write_text(text)
+        return plans.calibrated(tmp_path / name, machine("h100"), 1e12).mfu
+
+    rows = [{"step": n, "mfu": value} for n, value in enumerate((None, 0.1, 0.3, 0.32))]
+    assert mfu("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)) == 0.3
+    # Of a device without a known peak: the throughput of a rank, over the peak of the planned GPU.
+    assert mfu("cpu.jsonl", '{"mfu": null, "samples_per_s_per_rank": 98.9}\n') == pytest.approx(0.1)
+    assert mfu("results.json", '{"samples_per_s": 791.2, "world_size": 4}') == pytest.approx(0.2)
+    with pytest.raises(ValueError, match=r"--measured: .*none\.jsonl is no file"):
+        plans.calibrated(tmp_path / "none.jsonl", machine("h100"), 1e12)
+    with pytest.raises(ValueError, match="no `mfu`, nor `samples_per_s` with `world_size`"):
+        mfu("results.json", "{}")
+    with pytest.raises(ValueError, match="not readable as measurements"):
+        mfu("results.json", "[")
+
+
+def test_results_of_gpu_bench_calibrate_the_plan(tmp_path: Path) -> None:
+    def bench(rates: dict[str, float | None]) -> plans.Calibrated:
+        figures = [
+            {"what": f"XL/1 bf16 training, {what}, MFU 40%, 50 GiB", "ours": rate} for what, rate in rates.items()
+        ]
+        (tmp_path / "gpu.json").write_text(json.dumps({"benchmark": "gpu", "figures": figures}))
+        return plans.calibrated(tmp_path / "gpu.json", machine("h200"), 1e12)
+
+    modes = {
+        "micro-batch 32, activation checkpointing none": 450.0,
+        "micro-batch 128, activation checkpointing none": 500.0,
+    }
+    found = bench(
+        {**modes, "micro-batch 128, eager": 250.0, "micro-batch 128, float8": 900.0, "micro-batch 16, eager": None}
+    )
+    assert found.mfu is None and found.note is not None and found.note.startswith("3 measured steps: error ")
+    ((slow,), (fast,)) = (
+        plans.make(["train/sfd_xl"], ["engine.compile=true"], [8], used, measured=None)
+        for used in (found.machine, bench({what: 1.3 * rate for what, rate in modes.items()}).machine)
+    )
+    assert fast.plan.step_seconds < slow.plan.step_seconds
+    with pytest.raises(ValueError, match="no figure of training in it"):
+        bench({"micro-batch 1, float8": 1.0})
+
+
+def test_the_metrics_of_a_run_calibrate_the_plan_to_its_own_time(tmp_path: Path) -> None:
+    recipe = load("train/sfd_xl", TrainRecipe, [f"run={tmp_path}", "data.path=/none"])
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    (tmp_path / "environment.json").write_text('{"world_size": 8}')
+    rows = [{"step": 100 * n, "samples_per_s_per_rank": rate} for n, rate in enumerate((50.0, 200.0, 210.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"samples": 1000}
+    (usual,) = plans.make([str(tmp_path / "recipe.yaml")], [], [8], machine("h200"), **options)
+    (fitted,) = plans.make(
+        [str(tmp_path / "recipe.yaml")], [], [8], machine("h200"), measured=tmp_path / "metrics.jsonl", **options
+    )
+    measured = recipe.train.global_batch / 8 / 200
+    assert abs(usual.plan.step_seconds / measured - 1) > 0.2
+    assert fitted.plan.step_seconds == pytest.approx(measured, rel=0.1)
+    assert fitted.calibrated.note is not None and "after the calibration" in fitted.calibrated.note
 
 
 def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:

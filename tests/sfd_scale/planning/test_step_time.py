@@ -212,7 +212,7 @@ def test_overlap_compile_and_checkpointing_act_as_they_should() -> None:
 
 
 def test_xxl_on_8_h200_takes_what_a_roofline_by_hand_gives() -> None:
-    # Matmuls at 700 TFLOP/s, memory at 4 TB/s. By hand: matmuls 47.8 ms, attention 5.5, elementwise 14.8, copies 3.6, optimizer and EMA 1.4.
+    # By hand: matmuls at 700 TFLOP/s 47.8 ms, attention 5.5; at 4 TB/s elementwise 14.8, copies 3.6, optimizer 1.4.
     constants = replace(
         USUAL, matmul=replace(USUAL.matmul, value=700 / 989), memory=replace(USUAL.memory, value=4 / 4.8)
     )
@@ -244,7 +244,7 @@ def test_a_calibration_finds_the_constants_of_the_measured_machine() -> None:
     assert max(abs(ratio - 1) for ratio in found.after) < 0.05
     for name in ("matmul", "memory", "launch"):
         fitted = getattr(found.efficiency, name)
-        assert fitted.value == pytest.approx(getattr(true, name).value, rel=0.1), name
+        assert fitted.value == pytest.approx(getattr(true, name).value, rel=0.15), name
         assert (fitted.source, fitted.reference) == ("measured here", "a test")
     # An untouched constant keeps its source.
     assert found.efficiency.attention == USUAL.attention
