@@ -17,7 +17,7 @@ from sfd_scale.runtime.caches import use_writable_caches
 from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.inert_imports import inert_imports
 from sfd_scale.runtime.logging import console, setup_logging
-from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
+from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE, interruptible
 
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ def run_command(command_line: typer.Typer, program: str | None = None, command: 
     try:
         environment.check()
         setup_logging()
+        interruptible("stopped by Ctrl-C; finished parts are kept, and the same command goes on")
         use_writable_caches()
         command_line(args=None if command is None else [command, *sys.argv[1:]], prog_name=program)
     except SystemExit as end:

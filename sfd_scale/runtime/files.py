@@ -32,7 +32,10 @@ def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     remove_temporary_files_once(path.parent)
     temporary = temporary_path(path)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # as the umask says; some writers make files that their owner alone can read
         if sync:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1 or a time limit. All ranks stop after the same step.
+"""Stop requests: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or a time limit. All ranks stop after the same step.
 
 Launchers signal the ranks one after another (deepspeed) or several times (pdsh). So the handler only sets a flag. The
 trainer reduces the flag over ranks once per step, and all ranks save the same step.
@@ -11,6 +11,8 @@ import signal
 import time
 from types import FrameType
 from typing import Self
+
+from sfd_scale.runtime.environment import launched
 
 # Exit code of a rank, and of its launcher, after a stop request (EX_TEMPFAIL of sysexits.h). Schedulers requeue on it.
 REQUEUE_EXIT_CODE = 75
@@ -34,7 +36,7 @@ class StopRequest:
         self.saved = False
 
     def __enter__(self) -> Self:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,9 +51,28 @@ class StopRequest:
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > 1.0:
             os._exit(128 + signum)
+        if signum == signal.SIGINT and self._signalled_at is None and not launched():
+            os.write(2, b"\nCtrl-C: the run saves after this step and stops; a second Ctrl-C ends it at once\n")
         self._signalled_at = self._signalled_at or now
 
     def requested(self) -> bool:
         """Whether this rank received a stop request. All ranks must agree before they stop."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         return late or self._signalled_at is not None
+
+
+def interruptible(message: str) -> None:
+    """Let Ctrl-C print a message and end this process with code 130 of the shells; a second one ends it at once.
+
+    Call it in the main thread. The ranks of a launcher are left to the launcher.
+    """
+    owner = os.getpid()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getpid() == owner:  # a worker process has inherited this handler
+            os.write(2, f"\n{message}\n".encode())
+        raise SystemExit(128 + signum)
+
+    if not launched() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handle)

@@ -131,6 +131,8 @@ class Trainer:
             if saved != step:
                 self.save(step)
             self.finish_saves()
+            if stopped and step < self.config.steps:
+                logger.info("stopped on request after step %d, which is saved; the same command resumes", step)
             stop.saved = stopped
         return not stopped
 
