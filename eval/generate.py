@@ -56,6 +56,7 @@ class PreparedGeneration:
 
     sampler: Sampler
     labels: Tensor
+    conditioning: Conditioning
     extractor: LazyExtractor
     settings: dict[str, Any]
 
@@ -97,7 +98,7 @@ def prepare(
     sampler = make_sampler(recipe, loaded, guide, device)
     weights = [None if found is None else found.provenance for found in (loaded, guide)]
     settings = settings_of_samples(recipe, extractor.fingerprint, kernel, *weights)
-    return PreparedGeneration(sampler, labels, extractor, settings)
+    return PreparedGeneration(sampler, labels, loaded.conditioning, extractor, settings)
 
 
 def _largest_batch(
@@ -292,7 +293,7 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
     def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
         rows = folder.rows(chunk)
         labels = all_labels[rows.start : rows.stop]
-        drawn = sampler.draw(rows, labels)
+        drawn = sampler.draw(rows, prepared.conditioning.given(labels))
         sampled = side.mark()
 
         def finish() -> dict[str, Tensor]:

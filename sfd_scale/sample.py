@@ -188,7 +188,7 @@ class Pipeline:
         with bf16_matmul_on_cpu(self.device), _bar(len(chosen), show_progress) as bar:
             sampler = self._sampler(config, solution, seed, batch)
             for start in range(0, len(chosen), batch):
-                part = chosen[start : start + batch]
+                part = self.loaded.conditioning.given(chosen[start : start + batch])
                 images.append(sampler.images(range(start, start + len(part)), part).images.cpu())
                 bar.advance(len(part))
         drawn = torch.cat(images)

@@ -37,6 +37,10 @@ class ClassLabels:
         """The labels, with the null condition in the rows of `where` ((N,) bool on any device)."""
         return labels.masked_fill(where.to(labels.device, non_blocking=True), self.null)
 
+    def given(self, labels: Tensor) -> Tensor:
+        """The conditions of a model for labels (N,) of the data: the labels. Another kind looks its conditions up."""
+        return labels
+
     def check(self, labels: Tensor, key: str) -> None:
         """Raises ValueError, which starts with `key`, for values that are no classes."""
         if not bool(((labels >= 0) & (labels < self.num_classes)).all()):

@@ -67,7 +67,7 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, indices: Sequence[int], labels: Tensor) -> DrawnLatents:
-        """The latents of the images with these numbers and labels (N,), N at most B.
+        """The latents of the images with these numbers and conditions (N, …), such as labels; N at most B.
 
         Always computes B rows: the last image pads a short batch.
 
@@ -77,7 +77,7 @@ class Sampler:
         assert 0 < len(indices) <= self.batch and len(labels) == len(indices)
         padding = self.batch - len(indices)
         padded = [*indices, *[indices[-1]] * padding]
-        classes = torch.cat([labels, labels[-1:].expand(padding)]).to(self.device)
+        classes = torch.cat([labels, labels[-1:].expand(padding, *labels.shape[1:])]).to(self.device)
         noise = noise_of(self.seed, padded, self.layout).to(self.device)
         result = sample(self.velocity, noise, classes, self.schedule, self.layout, self.config, self.discontinuities)
         _check_finite(result.x, padded)

@@ -74,7 +74,7 @@ class DiffusionTask:
         if self.loss.alignment_weight == 0:
             data = dataclasses.replace(data, features="none")  # nothing uses them
         loader = open_loader(LatentLoader, recipe, split, data)
-        check_classes(loader, self.model.num_classes)
+        check_classes(loader, self.model.conditioning.num_classes)
         if loader.shape != recipe.latents.shape:
             raise ValueError(f"latents: {recipe.latents.shape}, but the data in {data.path} has {loader.shape}")
         return loader

@@ -112,7 +112,8 @@ def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes:
         "batch": settings.batch, "seed": settings.seed,
     }  # fmt: skip
     drawn = sampler(settings.batch, settings.seed, **changes)
-    return PreparedGeneration(drawn, make_labels(settings, ClassLabels(CLASSES)), lazy(extractor), config)
+    conditioning = ClassLabels(CLASSES)
+    return PreparedGeneration(drawn, make_labels(settings, conditioning), conditioning, lazy(extractor), config)
 
 
 # ------------------------------------------------------------------------------------------------- ranks
