@@ -10,6 +10,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class FlowDraws:
+    """Random draws of a batch: noise (N, C, H, W), global times g (N,), and where labels are dropped (N,) bool."""
+
+    noise: Tensor
+    g: Tensor
+    dropped: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FlowDraws:
+        return FlowDraws(change(self.noise), change(self.g), change(self.dropped))
+
+
+@dataclass(frozen=True)
 class LatentBatch:
     """Latents for a diffusion model. All fields come from the same flip of an image.
 
@@ -17,6 +29,7 @@ class LatentBatch:
     keys: (N, 2) int64, (epoch, sample id) of each sample. They seed its random draws.
     features: alignment features (N, D, H, W) of the clean image, in the 16 bits of the shards; or None.
     images: (N, 3, H, W) uint8, if the features are computed from them during training; or None.
+    draws: the random draws of the objective, if they were made ahead; or None.
     """
 
     latents: Tensor
@@ -24,6 +37,7 @@ class LatentBatch:
     keys: Tensor
     features: Tensor | None = None
     images: Tensor | None = None
+    draws: FlowDraws | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]
@@ -31,7 +45,10 @@ class LatentBatch:
     def slice(self, start: int, stop: int) -> LatentBatch:
         """Samples start to stop - 1, as views."""
         features, images = (part if part is None else part[start:stop] for part in (self.features, self.images))
-        return LatentBatch(self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images)
+        draws = None if self.draws is None else self.draws.map(lambda part: part[start:stop])
+        return LatentBatch(
+            self.latents[start:stop], self.labels[start:stop], self.keys[start:stop], features, images, draws
+        )
 
     def to(self, device: torch.device) -> LatentBatch:
         return self._moved(lambda part: part.to(device, non_blocking=True))
@@ -43,7 +60,8 @@ class LatentBatch:
     def _moved(self, move: Callable[[Tensor], Tensor]) -> LatentBatch:
         # The keys stay on the CPU: they seed CPU generators.
         features, images = (part if part is None else move(part) for part in (self.features, self.images))
-        return LatentBatch(move(self.latents), move(self.labels), self.keys, features, images)
+        draws = None if self.draws is None else self.draws.map(move)
+        return LatentBatch(move(self.latents), move(self.labels), self.keys, features, images, draws)
 
 
 @dataclass(frozen=True)

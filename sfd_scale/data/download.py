@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
 from sfd_scale.data.mosaic import streaming
+from sfd_scale.runtime import environment
 
 Cause = Literal["missing", "denied", "expired", "credentials", "network", "damaged", "busy", "disk", "unsupported"]
 _TRANSIENT = ("network", "damaged")
@@ -218,7 +219,7 @@ class S3Store:
         address, signed = f"{self.remote}/{name}", True
         try:
             client, signed = self._own_client()
-            paid = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
+            paid = (environment.text("MOSAICML_STREAMING_AWS_REQUESTER_PAYS") or "").split(",")
             extra = {"RequestPayer": "requester"} if self.bucket in (bucket.strip() for bucket in paid) else {}
             key = f"{self.prefix}/{name}".lstrip("/")
             # The public methods of the body wait until a piece is full, however slowly it arrives.
@@ -259,7 +260,7 @@ class S3Store:
             response_checksum_validation="when_required",
             **({} if signed else {"signature_version": botocore.UNSIGNED}),
         )
-        return session.client("s3", config=config, endpoint_url=os.environ.get("S3_ENDPOINT_URL")), signed
+        return session.client("s3", config=config, endpoint_url=environment.text("S3_ENDPOINT_URL")), signed
 
 
 # One lock for all stores: creating a client takes a tenth of a second, and boto3's sessions are not thread-safe.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -24,23 +26,32 @@ class DataWaitStopped(Exception):
 
 
 class PatientBatches(Generic[T]):
-    """Batches with bounded waits. A thread reads one batch when it is asked for: a read cannot be interrupted.
+    """Batches with bounded waits, and read ahead. A thread reads them, because a read cannot be interrupted.
+
+    Batches that were read and not taken do not count for a checkpoint.
 
     Args:
+        ahead: batches that are read before they are asked for.
         limit_s: of one wait.
         advice: what to change, for the error message.
         stop: whether a stop is requested.
     """
 
     def __init__(
-        self, batches: Iterator[T], *, limit_s: float, advice: str, stop: Callable[[], bool] = lambda: False
-    ) -> None:
+        self, batches: Iterator[T], *, limit_s: float, advice: str, stop: Callable[[], bool] = lambda: False,
+        ahead: int = 0,
+    ) -> None:  # fmt: skip
         self.limit_s, self.advice, self.stop = limit_s, advice, stop
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(ahead):
+            self._requests.put(True)
+        self._closed = threading.Event()
         # The thread has no reference to `self`, so that `__del__` ends it.
-        arguments = (batches, self._requests, self._answers)
-        threading.Thread(target=_serve, args=arguments, name="data", daemon=True).start()
+        arguments = (batches, self._requests, self._answers, self._closed)
+        thread = threading.Thread(target=_serve, args=arguments, name="data", daemon=True)
+        thread.start()
+        _LIVE[thread] = self._closed
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -76,14 +87,37 @@ class PatientBatches(Generic[T]):
         by = f"{count} worker processes give none" if count else "the read does not end"
         return f"no batch of data for {self.limit_s:.0f} s: {by}{workers.printed()}; {self.advice}"
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """End the thread after the batch that it reads now."""
+        self._closed.set()
         self._requests.put(False)
 
+    def __del__(self) -> None:
+        self.close()
 
-def _serve(batches: Iterator[Any], requests: queue.SimpleQueue[bool], answers: queue.SimpleQueue[Any]) -> None:
+
+_LIVE: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """The interpreter must not end while a thread is in PyTorch: that would abort the process."""
+    for closed in list(_LIVE.values()):
+        closed.set()
+    end = time.monotonic() + 5.0
+    for thread in list(_LIVE):
+        if not thread.is_alive():
+            continue
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+def _serve(
+    batches: Iterator[Any], requests: queue.SimpleQueue[bool], answers: queue.SimpleQueue[Any], closed: threading.Event
+) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.device())  # page-locked memory belongs to the device of its thread
-    while requests.get():
+    torch.set_num_threads(1)  # of this thread: the cores belong to the step
+    while requests.get() and not closed.is_set():
         try:
             answers.put((next(batches), None))
         except Exception as error:  # noqa: BLE001  raised again by the thread that asked

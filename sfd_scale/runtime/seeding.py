@@ -32,14 +32,17 @@ def normal(
     """Standard normal draws, one generator per key: (N, *shape) float32."""
     pinned = device is not None and device.type == "cuda"  # a copy from pageable memory would wait for the GPU
     out = torch.empty(len(keys), *shape, pin_memory=pinned)
+    own = torch.Generator()
     for row, key in zip(out, keys, strict=True):
-        torch.randn(tuple(shape), generator=generator(seed, stream, *key), out=row)
+        torch.randn(tuple(shape), generator=own.manual_seed(derive_seed(seed, stream, *key)), out=row)
     return out if device is None else out.to(device, non_blocking=True)
 
 
 def uniform(seed: int, stream: str, keys: Sequence[Key]) -> Tensor:
     """Uniform draws in [0, 1), one generator per key: (N,) float32."""
-    return torch.tensor([torch.rand((), generator=generator(seed, stream, *key)).item() for key in keys])
+    own = torch.Generator()
+    values = (torch.rand((), generator=own.manual_seed(derive_seed(seed, stream, *key))).item() for key in keys)
+    return torch.tensor(list(values))
 
 
 def permutation(seed: int, stream: str, n: int) -> Tensor:

@@ -58,6 +58,9 @@ class ClassificationObjective:
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         return LossTerms(total, {"loss": total.detach()}, measures={"accuracy": accuracy})
 
+    def prepare(self, batch: ImageBatch, /) -> ImageBatch:
+        return batch
+
     def rotate(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Square images, each turned counterclockwise by quarter turns of its own draw, and these (N,) in 0 .. 3."""
         turns = (ROTATIONS * seeding.uniform(self.seed, "rotation", sample_keys(keys))).long()

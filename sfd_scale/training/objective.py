@@ -35,6 +35,10 @@ class Objective(Protocol):
 
     def __call__(self, model: Callable[..., Any], batch: Any, /) -> LossTerms: ...
 
+    def prepare(self, batch: Any, /) -> Any:
+        """The batch with its random draws, made on the CPU ahead of the step; or the batch as it is."""
+        ...
+
 
 def sample_keys(keys: Tensor) -> list[tuple[int, ...]]:
     """(N, 2) int64 as keys for `runtime.seeding`."""

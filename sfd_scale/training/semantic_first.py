@@ -5,13 +5,15 @@ N batch · C channels · H, W latent or feature grid · D feature channels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from sfd_scale.data.batches import LatentBatch
+from sfd_scale.data.batches import FlowDraws, LatentBatch
 from sfd_scale.diffusion import losses, path
 from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.latents import LatentLayout
@@ -75,14 +77,26 @@ class SemanticFirstObjective:
     def __call__(self, model: Callable[..., Any], batch: LatentBatch, /) -> LossTerms:
         return self.loss(model, batch, self.draw(batch))
 
+    def prepare(self, batch: LatentBatch, /) -> LatentBatch:
+        """Make the draws of a batch before its step; page-locked where there is a GPU."""
+        draws = self._draws(batch)
+        if torch.cuda.is_available():
+            draws = draws.map(Tensor.pin_memory)
+        return dataclasses.replace(batch, draws=draws)
+
     def draw(self, batch: LatentBatch) -> FlowDraw:
         """Noise, logit-normal times and dropped labels, from each sample's own generators."""
-        keys, device = sample_keys(batch.keys), batch.latents.device
-        noise = seeding.normal(self.seed, "noise", keys, batch.latents.shape[1:], device)
+        device = batch.latents.device
+        draws = self._draws(batch) if batch.draws is None else batch.draws
+        noise, g = (part.to(device, non_blocking=True) for part in (draws.noise, draws.g))
+        return FlowDraw(noise, g, self.conditioning.dropped(batch.labels, draws.dropped))
+
+    def _draws(self, batch: LatentBatch) -> FlowDraws:
+        keys = sample_keys(batch.keys)
+        noise = seeding.normal(self.seed, "noise", keys, batch.latents.shape[1:])
         u = logit_normal(seeding.normal(self.seed, "time", keys, ()))
         dropped = seeding.uniform(self.seed, "label_drop", keys) < self.config.label_dropout
-        condition = self.conditioning.dropped(batch.labels, dropped)
-        return FlowDraw(noise, self.schedule.time_from_uniform(u).to(device, non_blocking=True), condition)
+        return FlowDraws(noise, self.schedule.time_from_uniform(u), dropped)
 
     def loss(self, model: Callable[..., Any], batch: LatentBatch, draw: FlowDraw) -> LossTerms:
         """The loss for given draws; float32 whatever the model computes in.

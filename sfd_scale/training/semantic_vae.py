@@ -62,6 +62,9 @@ class SemanticVAEObjective:
         reconstruction, mean, logvar = model(tokens, noise)
         return self.loss(reconstruction.float(), tokens, mean.float(), logvar.float())
 
+    def prepare(self, batch: ImageBatch | FeatureBatch, /) -> ImageBatch | FeatureBatch:
+        return batch
+
     @torch.no_grad()
     def grid(self, batch: ImageBatch | FeatureBatch) -> Tensor:
         """The features of a batch (N, D, H, W): stored, or made from its images."""

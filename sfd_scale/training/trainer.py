@@ -31,6 +31,7 @@ from sfd_scale.training.metrics_writer import MetricsWriter
 from sfd_scale.training.objective import Objective
 
 logger = logging.getLogger(__name__)
+READ_AHEAD = 4  # micro-batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +138,13 @@ class Trainer:
         return not stopped
 
     def batches_from(self, step: int, stop: StopRequest) -> Iterator[Batch]:
-        """The micro-batches from a step on. A wait ends after `train.timeout_s`, and soon after a stop request."""
+        """The micro-batches from a step on. A thread reads them ahead and makes the random draws of the objective.
+
+        A wait ends after `train.timeout_s`, and soon after a stop request."""
         advice = "check the storage of data.path, or raise train.timeout_s"
+        batches = map(self.objective.prepare, self.batches(step, self.watch.passed))
         return PatientBatches(
-            self.batches(step, self.watch.passed), limit_s=self.config.timeout_s, advice=advice, stop=stop.requested
+            batches, ahead=READ_AHEAD, limit_s=self.config.timeout_s, advice=advice, stop=stop.requested
         )
 
     def meet_without_data(self, step: int) -> None:
