@@ -35,7 +35,7 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.file_kind import require_kind
-from sfd_scale.runtime.files import file_sha256, read_json
+from sfd_scale.runtime.files import file_sha256, read_json, write_json
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu, deterministic_cudnn, strict_float32
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Precision = Literal["bf16", "tf32", "fp32"]
+CHECKPOINT_FILE = "checkpoint.json"  # in a folder of `generate`: the path of the weights that drew the images
 LoadModel = Callable[[Path, Precision, bool, torch.device], "Loaded"]
 
 
@@ -284,7 +285,11 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
     extractor, side = prepared.extractor.get(), SideStream(device)
     folder = ChunkFolder(out, recipe.num_samples, batch)
     if distributed.is_main():
+        new = not (folder.path / "config.json").is_file()
         folder.require_settings(prepared.settings)
+        # Beside the settings, not in them: the same weights under another path give the same images.
+        if new:
+            write_json(folder.path / CHECKPOINT_FILE, {"checkpoint": str(recipe.checkpoint)})
         for slow in slow_settings(recipe, device):
             logger.info("slow here: %s", slow)
     distributed.barrier()

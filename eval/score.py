@@ -16,6 +16,7 @@ import torch
 from eval.features.extract import extract, open_features, read_rows
 from eval.features.extractor import LazyExtractor
 from eval.features.make import make_extractor
+from eval.generate import CHECKPOINT_FILE
 from eval.images import outputs
 from eval.images.npz import STATISTICS, keys
 from eval.images.sources import NpzSource, open_images, source_for
@@ -30,7 +31,7 @@ from eval.results import Results, ScoringRun
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import read_json
+from sfd_scale.runtime.files import file_sha256, read_json
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.run_paths import RESULTS
 
@@ -71,7 +72,7 @@ def score(
         samples=str(samples),
         features=str(folder.path),
         reference=str(reference.file),
-        checkpoint=None if recipe.checkpoint is None else str(recipe.checkpoint),
+        checkpoint=checkpoint_of(folder, recipe),
         reference_grid=None if reference_grid is None else str(reference_grid),
         grid=str(grid) if grid.is_file() else None,
     )
@@ -87,6 +88,20 @@ def score(
             logger.warning("%s", warning)
     distributed.barrier()
     return results
+
+
+def checkpoint_of(folder: ChunkFolder, recipe: EvalRecipe) -> str | None:
+    """The path of the weights that drew the images; None if no file that is known has their hash."""
+    if not (folder.path / "config.json").is_file():
+        return None
+    drawn_with = read_json(folder.path / "config.json").get("checkpoint")
+    noted = folder.path / CHECKPOINT_FILE
+    recorded = read_json(noted)["checkpoint"] if noted.is_file() else None
+    if drawn_with is None or recorded is not None:
+        return recorded
+    path = recipe.checkpoint  # a folder of an earlier release
+    same = path is not None and path.is_file() and file_sha256(path) == drawn_with["sha256"]
+    return str(path) if same else None
 
 
 def default_out(samples: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from sfd_scale.runtime.weight_files import safetensors_metadata
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
 TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
+_CODEC_BYTES = 1 << 20  # a texture codec up to this size, such as a PCA, is stored in the note itself
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds its note (`note_of`)
 
 
@@ -83,11 +85,17 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
 def note_of(
     recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The note of an exported file: recipe, step, and for sampling the latent statistics and tokenizers."""
+    """The note of an exported file: recipe, step, and for sampling the latent statistics and tokenizers.
+
+    A small texture codec is in it too, so that the file alone is enough.
+    """
     note = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": step}
     if stats is not None:
         note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
         note["stats_hash"], note["tokenizers"] = stats.hash, tokenizers
+        codec = None if recipe.tokenizer.texture is None else recipe.tokenizer.texture.weights
+        if codec is not None and codec.is_file() and codec.stat().st_size <= _CODEC_BYTES:
+            note["texture_codec"] = base64.b64encode(codec.read_bytes()).decode()
     return note
 
 

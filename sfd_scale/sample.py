@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ from sfd_scale.runtime.progress import ProgressBar, progress
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tasks.diffusion import DiffusionModel, DiffusionTask
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
+from sfd_scale.tokenizers.protocols import TextureCodec
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     missing = [name for name in missing if name not in dict(model.named_buffers())]
     if missing or unexpected:
         raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
-    texture = make_texture(_codec_beside(path, recipe.tokenizer.texture), device)
+    texture = _texture_codec(path, note, recipe.tokenizer.texture, device)
     if texture.fingerprint not in note["tokenizers"].values():
         raise ValueError(
             f"{path}: tokenizer.texture: {texture.fingerprint}, but the training data was encoded with "
@@ -120,11 +123,19 @@ def _check_size(path: Path, task: DiffusionTask, stored: int) -> None:
         )
 
 
-def _codec_beside(path: Path, texture: TextureConfig) -> TextureConfig:
-    """The texture codec; the copy beside the exported file if this machine lacks the file that the recipe names."""
+def _texture_codec(path: Path, note: Mapping[str, Any], settings: TextureConfig, device: torch.device) -> TextureCodec:
+    """The texture codec: of the recipe's file, of the file beside the export, or of the export's own note."""
+    if settings.weights is None or settings.weights.exists():
+        return make_texture(settings, device)
     beside = path.with_name(TEXTURE)
-    missing = texture.weights is not None and not texture.weights.exists() and beside.is_file()
-    return dataclasses.replace(texture, weights=beside) if missing else texture
+    if beside.is_file():
+        return make_texture(dataclasses.replace(settings, weights=beside), device)
+    if "texture_codec" not in note:
+        return make_texture(settings, device)  # which says that the file is missing
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / TEXTURE
+        file.write_bytes(base64.b64decode(note["texture_codec"]))
+        return make_texture(dataclasses.replace(settings, weights=file), device)
 
 
 @dataclass(frozen=True)

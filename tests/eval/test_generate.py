@@ -210,6 +210,13 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path, damage: str) -> None:
     assert all(torch.equal(values, before[name]) for name, values in rows(tmp_path / "out").items())
 
 
+def test_results_name_the_weights_that_drew_the_images(tmp_path: Path) -> None:
+    settings = dataclasses.replace(eval_tiny.recipe(tmp_path), checkpoint=Path("untrained.safetensors"))
+    folder = generate.generate(settings, tmp_path / "out", eval_tiny.job(settings))
+    other = dataclasses.replace(settings, checkpoint=Path("trained.safetensors"))  # the recipe's own, at scoring
+    assert scoring.checkpoint_of(folder, other) == "untrained.safetensors"
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = eval_tiny.recipe(tmp_path)
     sync, written = os.fsync, 0
@@ -217,7 +224,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(descriptor: int) -> None:
         nonlocal written
         written += 1
-        if written > 4:
+        if written > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)
 

@@ -46,8 +46,16 @@ def test_the_folder_is_a_model_elsewhere(run: Path, tmp_path: Path) -> None:
         moved = load_for_sampling(folder / "model.safetensors", torch.device("cpu"))
     finally:
         codec.with_suffix(".gone").rename(codec)
+    # The weights file alone carries a small codec.
+    (folder / "texture.safetensors").rename(tmp_path / "codec")
+    codec.rename(codec.with_suffix(".gone"))
+    try:
+        alone = load_for_sampling(folder / "model.safetensors", torch.device("cpu"))
+    finally:
+        codec.with_suffix(".gone").rename(codec)
     latents = torch.randn(2, *original.layout.shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(moved.decode(latents), original.decode(latents))
+    assert torch.equal(alone.decode(latents), original.decode(latents))
     assert LatentStats.load(folder / "stats.safetensors").hash == moved.stats.hash
     assert config.load(folder / "recipe.yaml", TrainRecipe) == config.load(run / "recipe.yaml", TrainRecipe)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "lightningdit"
