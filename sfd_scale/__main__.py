@@ -266,6 +266,13 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(help="Calibrate by a run's metrics.jsonl, gpu-bench's results, or JSON with `mfu`.")
     ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Search engine, micro-batch, checkpointing, compile: fastest and cheapest.")
+    ] = False,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU-hour, for costs with --best.")] = None,
+    mtbf: Annotated[
+        float | None, typer.Option(min=1, help="Hours between failures of one GPU, for --best; default: 50,700.")
+    ] = None,
     constants: Annotated[bool, typer.Option("--constants", help="Print the constants of the time too.")] = False,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Dataset size, if it is not here; default: ImageNet.")
@@ -276,9 +283,18 @@ def plan(
     from sfd_scale import plan as plans
 
     names, overrides = config.split_words(recipes)
-    machine = plans.make_machine(gpu, gpu_spec, gpus_per_node, network)
+    machine, counts = plans.make_machine(gpu, gpu_spec, gpus_per_node, network), plans.parse_counts(gpus)
+    if best:
+        if len(names) != 1:
+            raise ValueError(f"--best: {len(names)} recipes; allowed: one")
+        advised = plans.best(
+            names[0], overrides, counts, machine, measured=measured, price=price, gpu_mtbf_hours=mtbf
+        )  # fmt: skip
+        for part in plans.advice_text(advised, gpus_per_node, markdown):
+            typer.echo(f"{part}\n") if isinstance(part, str) else plain_console().print(part)
+        return
     made = plans.make(
-        names, overrides, plans.parse_counts(gpus), machine, mfu=mfu, measured=measured, samples=samples
+        names, overrides, counts, machine, mfu=mfu, measured=measured, samples=samples
     )  # fmt: skip
     out = plans.table(made, machine, markdown)
     typer.echo(out) if isinstance(out, str) else plain_console().print(out)

@@ -7,23 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.table import Table
+from torch import Tensor
 
 from sfd_scale.build import flops, footprint, work
 from sfd_scale.config import digest, load
 from sfd_scale.data.manifest import Manifest, read_index
-from sfd_scale.planning import planner, tables
+from sfd_scale.models.ddt import DDTConfig
+from sfd_scale.models.lightningdit import LightningDiTConfig
+from sfd_scale.planning import planner, search, tables
 from sfd_scale.planning.calibration import MeasuredStep, calibrate
+from sfd_scale.planning.convergence import FLUX
 from sfd_scale.planning.costs import engine_name
 from sfd_scale.planning.efficiency import Efficiency
+from sfd_scale.planning.evaluation_cost import HEAD as EVALUATION_HEAD
+from sfd_scale.planning.evaluation_cost import EvaluationCost, evaluation_costs
+from sfd_scale.planning.evaluation_cost import rows as evaluation_rows
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
 from sfd_scale.planning.measured import BenchFigure, Throughput, read_throughput
 from sfd_scale.planning.step_time import Step
-from sfd_scale.planning.work import Work
+from sfd_scale.planning.work import Work, trace_work
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
+from sfd_scale.tokenizers.texture_vae import AutoencoderKLConfig, build
+from sfd_scale.training.semantic_first import SemanticFirstConfig
 
 IMAGENET = 1_281_167  # images of the training set
 
@@ -207,21 +217,152 @@ def make(
 
 def table(made: Sequence[Planned], machine: Machine, as_markdown: bool) -> Table | str:
     """One plan in full, or several as a table with one line each."""
-    rows = [tables.table_row(entry.recipe.name, entry.job, entry.plan) for entry in made]
-    if as_markdown:
-        return tables.markdown(rows)
-    if len(made) > 1:
-        out = Table(*tables.TABLE_HEAD)
-        for row in rows:
-            out.add_row(*row)
-        return out
+    if as_markdown or len(made) > 1:
+        rows = [tables.table_row(entry.recipe.name, entry.job, entry.plan) for entry in made]
+        return _as_table(tables.TABLE_HEAD, rows, as_markdown)
     (entry,) = made
     title = f"{entry.recipe.name} on {entry.job.ranks} × {machine.gpu}, {engine_name(entry.job.engine)}"
     out = Table("", "", "source", title=title)
     for cells in tables.quantities(entry.plan, machine.hardware):
         out.add_row(*cells)
+    if not entry.plan.fits:
+        out.add_row("does not fit", search.nearest(entry.job).describe(), "computed")
     if entry.calibrated.note is not None:
         out.add_row("calibration", entry.calibrated.note, "measured here")
+    return out
+
+
+@dataclass(frozen=True)
+class Advised:
+    """The answer of `sfd plan --best`. name, overrides: of the recipe, as the user gave them."""
+
+    name: str
+    overrides: tuple[str, ...]
+    recipe: TrainRecipe
+    found: list[search.Advice]
+    refused: list[str]
+    evaluation: list[EvaluationCost]
+    price: float | None
+
+    @property
+    def fastest(self) -> search.Advice:
+        return min(self.found, key=lambda advice: advice.days)
+
+    @property
+    def cheapest(self) -> search.Advice:
+        return min(self.found, key=lambda advice: advice.gpu_hours)
+
+    @property
+    def knee(self) -> int | None:
+        return search.knee([a for a in self.found if a.batch == self.recipe.train.global_batch])
+
+
+def best(
+    name: str, overrides: Sequence[str], gpus: Sequence[int], machine: Machine, *, measured: Path | None = None,
+    price: float | None = None, gpu_mtbf_hours: float | None = None,
+) -> Advised:  # fmt: skip
+    """The best settings of a recipe on each number of GPUs.
+
+    Args:
+        price: of one GPU-hour.
+
+    Raises:
+        ValueError: if no settings fit any of the numbers of GPUs; the message names the nearest that fit.
+    """
+    recipe = load(name, TrainRecipe, overrides)
+    model = count_model(recipe)
+    if measured is not None:
+        machine = calibrated(measured, machine, model.flops).machine
+    job = make_job(recipe, model, 1, machine.gpus_per_node, samples=1)
+    if gpu_mtbf_hours is not None:
+        job = replace(job, gpu_mtbf_hours=gpu_mtbf_hours)
+    found, refused = search.advise(
+        job, sorted(set(gpus)), machine.hardware, machine.efficiency, FLUX, machine.gpus_per_node
+    )
+    if not found:
+        raise ValueError("; ".join(refused))
+    evaluation = _evaluation(recipe, model, machine)
+    return Advised(name, tuple(overrides), recipe, found, refused, evaluation, price)
+
+
+def _evaluation(recipe: TrainRecipe, model: Model, machine: Machine) -> list[EvaluationCost]:
+    """Of a model that draws images; empty for others."""
+    if not isinstance(recipe.model, LightningDiTConfig | DDTConfig):
+        return []
+    guide = None
+    if isinstance(recipe.model, LightningDiTConfig) and isinstance(recipe.objective, SemanticFirstConfig):
+        small = replace(recipe.model, size="B", depth=None, width=None, heads=None, alignment=None)
+        guide = work(replace(recipe, model=small, objective=replace(recipe.objective, alignment_weight=0.0)))
+    texture, decoder = recipe.tokenizer.texture, None
+    if isinstance(texture, AutoencoderKLConfig):
+        layout = recipe.latents
+
+        def latents(samples: int) -> tuple[Tensor, ...]:
+            return (torch.zeros(samples, layout.texture_channels, layout.size, layout.size),)
+
+        decoder = replace(trace_work(lambda: build(texture).decoder, latents, "fp32"), precision="tf32")
+    return evaluation_costs(model.work, guide, decoder, machine.hardware, machine.efficiency)
+
+
+ADVICE_HEAD = (
+    "GPUs", "batch", "engine", "checkpointing", "compile", "micro-batch × accumulation", "GiB a rank", "s a step",
+    "MFU", "bound by", "days", "GPU-hours",
+)  # fmt: skip
+
+
+def advice_rows(advised: Advised) -> list[list[str]]:
+    """Under ADVICE_HEAD; with a price, one cell more."""
+    rows = []
+    for advice in advised.found:
+        plan = advice.choice.plan
+        engine, split = plan.engine, plan.split
+        row = [
+            str(advice.ranks), str(advice.batch), engine_name(engine), engine.activation_checkpointing,
+            "on" if engine.compile else "off", f"{split.micro_batch} × {split.grad_accum_steps}",
+            f"{plan.memory.total / 2**30:.1f}", f"{plan.step_seconds:.3f}", f"{plan.mfu:.0%}",
+            tables.bound_by(plan.time), f"{advice.days:.1f}", f"{advice.gpu_hours:,.0f}",
+        ]  # fmt: skip
+        rows.append(row if advised.price is None else [*row, f"{advised.price * advice.gpu_hours:,.0f}"])
+    return rows
+
+
+def command_line(advised: Advised, advice: search.Advice, gpus_per_node: int) -> str:
+    """The command that trains with the advised settings."""
+    where = f"RANKS={advice.ranks}" if advice.ranks <= gpus_per_node else "HOSTFILE=hosts"
+    batch = [] if advice.batch == advised.recipe.train.global_batch else [
+        f"train.global_batch={advice.batch}", f"train.steps={advice.choice.job.steps}"
+    ]  # fmt: skip
+    keys = " ".join([*advised.overrides, *advice.choice.overrides, *batch])
+    return f"{where} launchers/deepspeed.sh train {advised.name} {keys}"
+
+
+def advice_text(advised: Advised, gpus_per_node: int, as_markdown: bool) -> list[Table | str]:
+    """Tables and sentences of the advice, in the order of printing."""
+    head = ADVICE_HEAD if advised.price is None else (*ADVICE_HEAD, "cost")
+    out: list[Table | str] = [_as_table(head, advice_rows(advised), as_markdown)]
+    for name, advice in (("fastest", advised.fastest), ("cheapest", advised.cheapest)):
+        text = f"{name}: {advice.days:.1f} days on {advice.ranks} GPUs, {advice.gpu_hours:,.0f} GPU-hours"
+        out.append(f"{text}\n    {command_line(advised, advice, gpus_per_node)}")
+    own = advised.recipe.train.global_batch
+    if advised.knee is not None:
+        out.append(f"at batch {own}, more than {advised.knee} GPUs give less than half of their share")
+    if any(advice.batch != own for advice in advised.found):
+        out.append(
+            f"batches above {own} are another recipe: they take more samples to the same quality, by the curve of "
+            f"{FLUX.model} (critical batch {FLUX.critical:,.0f}); scale the learning rate"
+        )
+    out += [f"left out: {text}" for text in advised.refused]
+    if advised.evaluation:
+        out.append(_as_table(EVALUATION_HEAD, evaluation_rows(advised.evaluation), as_markdown))
+    return out
+
+
+def _as_table(head: Sequence[str], rows: Sequence[Sequence[str]], as_markdown: bool) -> Table | str:
+    if as_markdown:
+        return tables.markdown(rows, head)
+    out = Table(*head)
+    for row in rows:
+        out.add_row(*row)
     return out
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -45,15 +46,15 @@ class Footprint:
     activations: Activations
     block_share: float
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return tuple(shape for block in self.blocks for shape in block) + self.outside
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def largest_block(self) -> int:
         """Elements of the largest unit that FSDP and ZeRO-3 gather at once."""
         return max((sum(map(math.prod, block)) for block in (*self.blocks, self.outside)), default=0)

@@ -18,7 +18,7 @@ from sfd_scale.planning.costs import (
 )
 from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Footprint
-from sfd_scale.planning.goodput import Goodput, goodput
+from sfd_scale.planning.goodput import GPU_MTBF_HOURS, Goodput, goodput
 from sfd_scale.planning.hardware import Hardware
 from sfd_scale.planning.step_time import Step, StepTime, step_time
 from sfd_scale.planning.work import Work
@@ -36,6 +36,7 @@ class PlannedRun:
     flops_per_sample: forward and backward, without recomputation.
     sample_bytes: of the shards, both flips.
     save_every: steps between checkpoints. background: checkpoints are written while training continues.
+    gpu_mtbf_hours: mean time between failures of one GPU.
     """
 
     footprint: Footprint
@@ -53,6 +54,7 @@ class PlannedRun:
     save_every: int
     background: bool = True
     num_workers: int = 0
+    gpu_mtbf_hours: float = GPU_MTBF_HOURS.value
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def plan(job: PlannedRun, hardware: Hardware, efficiency: Efficiency, mfu: float
         ),
         total_seconds=job.steps * step + job.steps // job.save_every * save,
         goodput=goodput(
-            ranks=job.ranks, save_every_s=job.save_every * step, save_s=save, restart_s=efficiency.restart.value
+            ranks=job.ranks, save_every_s=job.save_every * step, save_s=save, restart_s=efficiency.restart.value,
+            gpu_mtbf_hours=job.gpu_mtbf_hours,
         ),
     )  # fmt: skip

@@ -116,12 +116,13 @@ def table_row(recipe: str, job: PlannedRun, made: Plan) -> list[str]:
     return [
         recipe, engine_name(made.engine), str(job.ranks), f"{made.split.micro_batch} × {made.split.grad_accum_steps}",
         *[f"{part / _GIB:.2f}" for part in parts], f"{memory.total / _GIB:.1f}", str(made.largest_micro_batch),
-        f"{made.bytes_sent_per_step / 1e9:.2f}", f"{made.step_seconds:.3f}", f"{made.mfu:.0%}", _bound(made.time),
+        f"{made.bytes_sent_per_step / 1e9:.2f}", f"{made.step_seconds:.3f}", f"{made.mfu:.0%}", bound_by(made.time),
         f"{made.days:.1f}", f"{made.gpu_hours:,.0f}",
     ]  # fmt: skip
 
 
-def _bound(time: StepTime | None) -> str:
+def bound_by(time: StepTime | None) -> str:
+    """The longest part of a step with its share."""
     return "stated MFU" if time is None else f"{time.bound} {dict(time.parts)[time.bound] / time.total:.0%}"
 
 
