@@ -8,9 +8,11 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,8 +143,7 @@ def gloo() -> Iterator[Finding]:
     if child == 0:
         os._exit(0 if _adds(1, port) else 1)
     mine = _adds(0, port)
-    _, code = os.waitpid(child, 0)
-    if mine and code == 0:
+    if mine and _exit_code(child, within_s=60) == 0:
         yield Finding("ok", "gloo", "two processes of this host reach each other")
     else:
         yield Finding(
@@ -156,6 +157,18 @@ def gloo() -> Iterator[Finding]:
     if loopback:
         found = "does not resolve to a network address; our launchers do not need it, other tools may"
         yield Finding("ok", "host name", f"{name} {found}")
+
+
+def _exit_code(child: int, within_s: float) -> int:
+    """The exit code of a forked process, which is killed if it does not end in time."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _adds(rank: int, port: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sfd_scale import checkpoint as checkpoints
 from sfd_scale import config
 from sfd_scale.build import make_model
+from sfd_scale.data_record import codec_of, read_record, small_codec
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
@@ -21,7 +22,6 @@ from sfd_scale.runtime.weight_files import safetensors_metadata
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
 TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
-_CODEC_BYTES = 1 << 20  # a texture codec up to this size, such as a PCA, is stored in the note itself
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds its note (`note_of`)
 
 
@@ -56,16 +56,17 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
     if checkpoint is not None and choice.step not in (None, checkpoint.step):
         raise ValueError(f"--step: {choice.step}, but {source} is one checkpoint; give the run folder")
     recipe = run.recipe
-    loader = recipe.task.latent_loader()
-    stats, tokenizers = (None, None) if loader is None else (loader.stats, loader.manifest.tokenizers)
+    record = read_record(run, recipe)
+    stats, tokenizers = (None, None) if record is None else (record.stats, record.tokenizers)
+    codec = None if record is None else codec_of(run, recipe)
     if choice.initial:
-        note = note_of(recipe, 0, stats, tokenizers)
+        note = note_of(recipe, 0, stats, tokenizers, codec)
         initial = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
         return checkpoints.save_weights(initial, out, {EXPORT_KEY: json.dumps(note)})
     if choice.ema_length is not None:
         at = choice.step if checkpoint is None else checkpoint.step
         tensors, step, error = checkpoints.reconstruct(run, choice.ema_length, at)
-        note = note_of(recipe, step, stats, tokenizers)
+        note = note_of(recipe, step, stats, tokenizers, codec)
         note |= {"ema_length": choice.ema_length, "ema_fit_error": error}
         level = logging.WARNING if error > 0.05 else logging.INFO
         logger.log(
@@ -75,7 +76,7 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
         return checkpoints.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": choice.weights})
     checkpoint = run.checkpoint(choice.step) if checkpoint is None else checkpoint
     state = checkpoint.state
-    note = note_of(recipe, state["step"], stats, tokenizers)
+    note = note_of(recipe, state["step"], stats, tokenizers, codec)
     note |= {"loss_by_clock": state.get("loss_by_clock"), "weights": choice.weights}
     path = checkpoints.export_weights(checkpoint, out, choice.weights, {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, choice.weights, checkpoint.path)
@@ -83,19 +84,22 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
 
 
 def note_of(
-    recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None
-) -> dict[str, Any]:
+    recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None,
+    codec: bytes | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The note of an exported file: recipe, step, and for sampling the latent statistics and tokenizers.
 
-    A small texture codec is in it too, so that the file alone is enough.
+    Args:
+        codec: the file of a small texture codec; by default the one that the recipe names. With it the exported file
+            alone is enough.
     """
     note = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": step}
     if stats is not None:
         note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
         note["stats_hash"], note["tokenizers"] = stats.hash, tokenizers
-        codec = None if recipe.tokenizer.texture is None else recipe.tokenizer.texture.weights
-        if codec is not None and codec.is_file() and codec.stat().st_size <= _CODEC_BYTES:
-            note["texture_codec"] = base64.b64encode(codec.read_bytes()).decode()
+    codec = small_codec(recipe) if codec is None else codec
+    if stats is not None and codec is not None:
+        note["texture_codec"] = base64.b64encode(codec).decode()
     return note
 
 
@@ -116,6 +120,20 @@ def read_note(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its note is damaged: {error}") from error
     require_note(note, path, {"recipe": dict})
     return note
+
+
+def carried_codec(note: Mapping[str, Any], path: Path) -> bytes | None:
+    """The file of the texture codec that an exported file carries; None if it carries none.
+
+    Raises:
+        ValueError: if the note is damaged.
+    """
+    if "texture_codec" not in note:
+        return None
+    try:
+        return base64.b64decode(note["texture_codec"], validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its note is damaged: texture_codec: {error}") from error
 
 
 def require_note(note: Any, path: Path, needed: Mapping[str, type]) -> None:

@@ -85,6 +85,8 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
     texture = recipe.tokenizer.texture
     if texture is not None and texture.weights is not None and texture.weights.is_file():
         shutil.copyfile(texture.weights, folder / export.TEXTURE)
+    elif (carried := export.carried_codec(note, weights)) is not None:
+        write_atomically(folder / export.TEXTURE, carried)
     shutil.copyfile(Path(checkpoint.__file__).with_name("diffusers_pipeline.py"), folder / "pipeline.py")
     write_json(folder / "model_index.json", {"_class_name": "SFDPipeline", "_diffusers_version": "0.35.0"})
     # The hub counts downloads by the requests for this file.

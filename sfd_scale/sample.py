@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import logging
@@ -34,7 +33,7 @@ from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, read_note, require_note
+from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, carried_codec, read_note, require_note
 from sfd_scale.models import attention
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
@@ -130,11 +129,12 @@ def _texture_codec(path: Path, note: Mapping[str, Any], settings: TextureConfig,
     beside = path.with_name(TEXTURE)
     if beside.is_file():
         return make_texture(dataclasses.replace(settings, weights=beside), device)
-    if "texture_codec" not in note:
+    carried = carried_codec(note, path)
+    if carried is None:
         return make_texture(settings, device)  # which says that the file is missing
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / TEXTURE
-        file.write_bytes(base64.b64decode(note["texture_codec"]))
+        file.write_bytes(carried)
         return make_texture(dataclasses.replace(settings, weights=file), device)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from sfd_scale import build, config
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
+from sfd_scale.data_record import write_record
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.optim import learning_rate
@@ -81,6 +82,7 @@ def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangD
     decided = dataclasses.replace(recipe, engine=settings)
     facts = _facts(recipe, split, engine, loader) | _costs(decided, split, engine, head_dims, metrics)
     begin(run, recipe, source, facts, allow_foreign=allow_foreign)
+    write_record(run, recipe, loader)
     writer = MetricsWriter(run, recipe.wandb, config.to_dict(recipe), tensorboard=recipe.tensorboard)
     profiler = StepProfiler(recipe.profile, run.profile_folder, engine.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from types import FrameType
 
 from sfd_scale.runtime import environment
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
+
+logger = logging.getLogger(__name__)
+KILL_AFTER_S = 120.0  # after SIGTERM; a training may still save
 
 
 def run_in_parallel(command: Sequence[str], jobs: int) -> int:
@@ -42,7 +46,7 @@ def run_in_parallel(command: Sequence[str], jobs: int) -> int:
             if worker.poll() is None and not stopping:
                 worker.terminate()
         for worker in workers:
-            worker.wait()
+            _wait(worker, None if stopping else KILL_AFTER_S)
         for number, handler in before.items():
             signal.signal(number, handler)
     if not stopping:
@@ -50,6 +54,16 @@ def run_in_parallel(command: Sequence[str], jobs: int) -> int:
     # Only a training catches the signal, to save a checkpoint. Elsewhere the signal ends the process: no error.
     errors = [w.returncode for w in workers if 0 < w.returncode < 128 and w.returncode != REQUEUE_EXIT_CODE]
     return next(iter(errors), REQUEUE_EXIT_CODE if any(worker.returncode for worker in workers) else 0)
+
+
+def _wait(worker: subprocess.Popen[bytes], limit_s: float | None) -> None:
+    """Wait for a process, and kill it after the limit. Without one, it saves; a second signal ends it."""
+    try:
+        worker.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        logger.warning("process %d goes on after SIGTERM; it is killed", worker.pid)
+        worker.kill()
+        worker.wait()
 
 
 def _failed(workers: Sequence[subprocess.Popen[bytes]]) -> int:

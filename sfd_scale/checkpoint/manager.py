@@ -40,6 +40,7 @@ from sfd_scale.runtime.settings import NoEffectOnResults, above, at_least
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_SLOW_SAVE_S, _SAVE_LIMIT_S = 60.0, 3600.0  # of a wait for a save in the background
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class CheckpointManager:
         work = (called, step, tensors, expected, record, self._checkpoint_group())
         self._saved_at = time.monotonic()
         if self.config.background:
-            self._thread = threading.Thread(target=self._in_background, args=work, name="checkpoint")
+            self._thread = threading.Thread(target=self._in_background, args=work, name="checkpoint", daemon=True)
             self._stalled_s = time.monotonic() - called
             self._thread.start()
         else:
@@ -164,9 +165,21 @@ class CheckpointManager:
         return Checkpoint.of_step(self.folder, step)
 
     def wait(self) -> None:
-        """Wait for the save in the background, and raise its error if it failed."""
+        """Wait for the save in the background, and raise its error if it failed.
+
+        Raises:
+            CheckpointError: if it failed, or does not end in an hour.
+        """
         if self._thread is not None:
-            self._thread.join()
+            began, said = time.monotonic(), _SLOW_SAVE_S
+            while self._thread.is_alive():
+                self._thread.join(1.0)
+                waited = time.monotonic() - began
+                if waited > said:
+                    said *= 2
+                    logger.warning("waiting for a save in %s for %.0f s; its storage is slow", self.folder, waited)
+                if waited > _SAVE_LIMIT_S:
+                    raise CheckpointError(f"{self.folder}: a save did not end in {waited:.0f} s; check its storage")
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

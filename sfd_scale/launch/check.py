@@ -6,6 +6,7 @@ start meanwhile. A rank that finds the recipe invalid then waits until the launc
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from sfd_scale import config
 from sfd_scale.launch.status import USER_ERROR_EXIT_CODE
 from sfd_scale.runtime.environment import text, without_rank
 
+logger = logging.getLogger(__name__)
 # If set, a command loads its recipe and exits: code 0, or 2 and the error.
 CHECK_ONLY = "SFD_CHECK_ONLY"
 # If set for a rank, its launcher checks the recipe; the rank waits so long to be killed.
 CHECKED, CHECK_WAIT_S = "SFD_CHECKED", 60.0
+CHECK_LIMIT_S = 300.0  # of the check; it imports torch, perhaps from a slow file system
 # The package of the evaluation: a wheel has no top-level package of this name.
 EVAL = "eval" if config.CHECKOUT is not None else "sfd_scale.eval"
 # The commands that support CHECK_ONLY, by module.
@@ -54,9 +57,13 @@ class RecipeCheck:
         return self._process is not None and self._process.poll() == USER_ERROR_EXIT_CODE
 
     def wait(self) -> bool:
-        """Wait for the check to end; returns `failed`."""
+        """Wait for the check to end; returns `failed`. A check that takes too long finds nothing: the ranks will."""
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(CHECK_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                logger.warning("the check of the recipe did not end in %.0f s; the ranks start without", CHECK_LIMIT_S)
+                self._process.kill()
         return self.failed
 
     def error(self) -> str:

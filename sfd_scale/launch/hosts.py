@@ -159,8 +159,10 @@ def _versions(answer: Mapping[str, Any]) -> str:
 
 def _ssh_name(host: Host, ssh: str) -> str:
     """The host name that ssh_config gives for an alias."""
-    done = subprocess.run(
-        ["ssh", *shlex.split(ssh), "-G", host.name], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = ["ssh", *shlex.split(ssh), "-G", host.name]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:  # ssh_config may run commands
+        raise ValueError(f"{host.name}: `{shlex.join(command)}` does not end; check ssh_config") from error
     lines = (line.split(maxsplit=1) for line in done.stdout.splitlines())
     return next((words[1] for words in lines if len(words) == 2 and words[0] == "hostname"), host.name)

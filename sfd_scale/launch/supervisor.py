@@ -7,6 +7,7 @@ the supervisor signals all ranks at once, and takes the exit code from the statu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -154,7 +155,8 @@ class Supervisor:
         """Kill the launcher, which might start more ranks, and then the ranks."""
         os.killpg(process.pid, signal.SIGKILL)
         self.launch.signal_ranks(signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_WAIT_S)
 
     def _impatient(self) -> bool:
         """Whether a second stop signal came more than a second later, or the shutdown timeout is over."""

@@ -101,9 +101,14 @@ def remove(path: Path) -> bool:
     except OSError as error:
         errors.append(str(error))
     if errors and os.path.lexists(path):  # another process may remove it too
-        logger.warning("%s cannot be removed and is passed by (%s)", path, errors[0])
+        _warn_once(path, errors[0])
         return False
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _warn_once(path: Path, reason: str) -> None:
+    logger.warning("%s cannot be removed and is passed by (%s)", path, reason)
 
 
 def free_path(path: Path) -> Path:

@@ -61,6 +61,16 @@ class RunPaths:
         return self.path / "environment.json"
 
     @property
+    def data_file(self) -> Path:
+        """What sampling needs of the training data: latent statistics and fingerprints of the tokenizers."""
+        return self.path / "data.json"
+
+    @property
+    def texture_file(self) -> Path:
+        """A copy of the texture codec, if it is small."""
+        return self.path / "texture.safetensors"
+
+    @property
     def metrics_file(self) -> Path:
         """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
