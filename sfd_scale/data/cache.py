@@ -105,8 +105,9 @@ def fetch_description(path: Path, store: Store, limits: FetchLimits) -> None:
             if (path / name).exists() or (name == STATS and Manifest.read(path).stats_hash is None):
                 continue
             partial = path / f"{name}.part"
+            sha256 = Manifest.read(path).index_sha256 if name == "index.json" else None
             try:
-                download(store, name, partial, Expected(), limits)
+                download(store, name, partial, Expected(sha256=sha256), limits)
             except FetchError as error:
                 if error.cause != "missing":
                     raise

@@ -223,12 +223,16 @@ class S3Store:
             extra = {"RequestPayer": "requester"} if self.bucket in (bucket.strip() for bucket in paid) else {}
             key = f"{self.prefix}/{name}".lstrip("/")
             # The public methods of the body wait until a piece is full, however slowly it arrives.
-            stream = client.get_object(Bucket=self.bucket, Key=key, **extra)["Body"]._raw_stream
+            answer = client.get_object(Bucket=self.bucket, Key=key, **extra)
+            stream, missing = answer["Body"]._raw_stream, answer["ContentLength"]
             try:
                 while piece := stream.read1(_PIECE):
+                    missing -= len(piece)
                     yield piece
             finally:
                 stream.close()
+            if missing > 0:
+                raise ConnectionError(f"the connection ended {missing} bytes early")
         except boto.ClientError as error:
             raise _s3_error(address, error.response, signed) from error
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError) as error:

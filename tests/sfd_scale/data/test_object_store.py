@@ -1,0 +1,206 @@
+"""Reading from a real S3 server (moto) behind a proxy with faults: every fault ends in a retry, or in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.object_store import ObjectStore, Traffic, object_store, variables
+from sfd_scale.data.dataloader import DataConfig, LatentLoader
+from sfd_scale.data.download import FetchError, FetchLimits
+from sfd_scale.data.shards import check_data, open_shards
+from sfd_scale.runtime.batch_split import BatchSplit
+from tests.helpers.encoded import encode_digits
+
+COUNT = 44
+LIMITS = FetchLimits(timeout_s=0.7, min_rate=100_000, attempts=3, backoff_s=0.02, wait_s=20)
+SHARD = "shard.000001.00000.mds"  # samples 8 to 15
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data")
+    encode_digits(out, COUNT)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(data: Path) -> Iterator[tuple[ObjectStore, str]]:
+    with object_store() as store:
+        yield store, store.upload(data, "digits")
+
+
+@pytest.fixture
+def remote(server: tuple[ObjectStore, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectStore, str]]:
+    store, address = server
+    for name, value in variables(store.address).items():
+        monkeypatch.setenv(name, value)
+    store.traffic, store.latency_s = Traffic(), 0.0
+    yield store, address
+    store.fault, store.latency_s = lambda name, number: None, 0.0
+
+
+def latents(path: Path, remote: str | None = None, steps: int = 6) -> list[torch.Tensor]:
+    config = DataConfig(path=path, remote=remote, shuffle_block=20)
+    loader = LatentLoader(config, seed=5, split=BatchSplit(4, 2, 1), rank=0)
+    batches = [batch.latents for batch in itertools.islice(loader.batches(0), 2 * steps)]
+    loader.close()
+    return batches
+
+
+def test_the_batches_from_s3_are_those_of_the_folder_and_no_shard_is_fetched_twice(
+    remote: tuple[ObjectStore, str], data: Path, tmp_path: Path
+) -> None:
+    store, address = remote
+    own = latents(tmp_path, address)
+    assert all(torch.equal(a, b) for a, b in zip(own, latents(data), strict=True))
+    assert check_data(tmp_path) == []
+    shards = {name: count for name, count in store.traffic.requests.items() if name.endswith(".mds")}
+    assert shards == dict.fromkeys((file.name for file in data.glob("*.mds")), 1)
+    assert not list((tmp_path / ".incoming").iterdir())
+
+
+def test_shards_are_fetched_ahead_while_the_step_computes(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
+    store, address = remote
+    store.latency_s = 0.2
+    config = DataConfig(path=tmp_path, remote=address, order="blocks", shuffle_block=8)
+    loader = LatentLoader(config, seed=5, split=BatchSplit(8, 1, 1), rank=0)
+    batches = loader.batches(0)
+    next(batches)
+    time.sleep(1.0)  # the step computes
+    waited = []
+    for _ in range(4):
+        started = time.monotonic()
+        next(batches)
+        waited.append(time.monotonic() - started)
+    loader.close()
+    assert sum(waited) < 0.4  # five shards at 0.2 s each, one after the other, would take a second
+
+
+@pytest.mark.parametrize("fault", ["error-500", "slow-down", "reset", "silence", "trickle", "truncated", "wrong"])
+def test_a_fault_that_passes_is_tried_again(remote: tuple[ObjectStore, str], tmp_path: Path, fault: str) -> None:
+    store, address = remote
+    store.fault = lambda name, number: fault if number == 0 and name in (SHARD, "index.json") else None
+    own = open_shards(tmp_path, address, limits=LIMITS)
+    assert own[8]["id"] == 8
+    assert store.traffic.requests[SHARD] == store.traffic.requests["index.json"] == 2
+    assert check_data(tmp_path)[0].endswith("missing")  # the other shards; the one that was read is whole
+    assert not any(SHARD in line for line in check_data(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "requests", "message"),
+    [
+        ("error-500", "network", 3, r"could not be read \(500 InternalError\)"),
+        ("reset", "network", 3, "could not be read"),
+        ("wrong", "damaged", 3, rf"the SHA-256 of .*{SHARD} does not match index\.json"),
+        ("truncated", "network", 3, "could not be read"),
+        ("denied", "denied", 1, r"no permission to read s3://.* \(403 AccessDenied\)"),
+        ("expired", "expired", 1, r"have expired \(ExpiredToken\); renew them"),
+        ("missing", "missing", 1, r"does not exist \(NoSuchKey\)"),
+    ],
+)
+def test_a_fault_that_stays_is_one_sentence(
+    remote: tuple[ObjectStore, str], tmp_path: Path, fault: str, cause: str, requests: int, message: str
+) -> None:
+    store, address = remote
+    store.fault = lambda name, number: fault if name == SHARD else None
+    own = open_shards(tmp_path, address, limits=LIMITS)
+    with pytest.raises(FetchError, match=message) as raised:
+        own[8]
+    assert raised.value.cause == cause and "\n" not in str(raised.value)
+    assert store.traffic.requests[SHARD] == requests
+    assert own[0]["id"] == 0  # the others are read
+    assert not list((tmp_path / ".incoming").iterdir())
+    store.fault = lambda name, number: None
+    assert own[8]["id"] == 8
+
+
+def test_a_silent_store_holds_a_reader_for_the_timeout_only(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
+    store, address = remote
+    own = open_shards(tmp_path, address, limits=LIMITS)
+    store.fault = lambda name, number: "silence"
+    started = time.monotonic()
+    with pytest.raises(FetchError, match="could not be read"):
+        own[8]
+    assert time.monotonic() - started < 10
+
+
+def test_the_error_of_a_fetch_ahead_reaches_the_step(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
+    store, address = remote
+    store.fault = lambda name, number: "expired" if name.endswith(".mds") else None
+    with pytest.raises(FetchError, match=r"have expired \(ExpiredToken\)"):
+        latents(tmp_path, address)
+
+
+def test_without_credentials_a_public_bucket_is_read_and_a_private_one_says_what_to_set(
+    remote: tuple[ObjectStore, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, address = remote
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert open_shards(tmp_path / "public", address, limits=LIMITS)[0]["id"] == 0
+    store.fault = lambda name, number: "denied"
+    with pytest.raises(FetchError, match=r"no credentials were found, and .* is not public .* set AWS_ACCESS_KEY_ID"):
+        open_shards(tmp_path / "private", address, limits=LIMITS)
+
+
+def test_a_missing_description_says_what_is_missing(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match=r"s3://data/absent has no manifest\.json; upload a complete encoded folder"):
+        open_shards(tmp_path, "s3://data/absent", limits=LIMITS)
+    with pytest.raises(FetchError, match="allowed: a folder, or an address that begins with s3, gs, azure, oci, hf"):
+        open_shards(tmp_path, "az://account/data", limits=LIMITS)
+
+
+def test_a_cache_limit_below_the_shards_in_use_is_refused_with_the_size(
+    remote: tuple[ObjectStore, str], data: Path, tmp_path: Path
+) -> None:
+    _, address = remote
+    size = (data / SHARD).stat().st_size
+
+    def loader(limit: int) -> LatentLoader:
+        config = DataConfig(path=tmp_path, remote=address, cache_limit=str(limit), order="blocks", shuffle_block=44)
+        return LatentLoader(config, seed=5, split=BatchSplit(8, 1, 1), rank=0)
+
+    with pytest.raises(ValueError, match=r"data\.cache_limit: \d+ bytes .*allowed: \d+ bytes and up .*in use"):
+        loader(int(4.5 * size))
+    assert len(next(loader(6 * size).batches(0))) == 8
+
+
+READ_ALL = """
+import sys
+from pathlib import Path
+from sfd_scale.data.shards import open_shards
+own = open_shards(Path(sys.argv[1]), sys.argv[2])
+print("begins", flush=True)
+print([own[i]["id"] for i in range(own.num_samples)] == list(range(own.num_samples)), flush=True)
+"""
+
+
+def test_a_killed_process_does_not_hold_up_the_others(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
+    store, address = remote
+    store.latency_s = 0.3
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen(
+        [sys.executable, "-c", READ_ALL, str(tmp_path), address], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert killed.stdout is not None and killed.stdout.readline() == "begins\n"
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / ".incoming").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    own = open_shards(tmp_path, address, limits=LIMITS)
+    assert not list((tmp_path / ".incoming").iterdir())  # what the dead process left
+    assert [own[i]["id"] for i in range(COUNT)] == list(range(COUNT))
+    assert check_data(tmp_path) == []
