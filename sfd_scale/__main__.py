@@ -446,6 +446,19 @@ def check_data(path: Annotated[Path, typer.Argument(help="A folder of shards.")]
     sys.exit(1 if bad else 0)
 
 
+@app.command("import-data")
+def import_data(
+    path: Annotated[Path, typer.Argument(help="A folder of MDS shards that another program wrote.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Width of the images in pixels.")] = 256,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Default: the highest label and one.")] = None,
+) -> None:
+    """Make MDS shards of another program readable: write their manifest and latent statistics beside them."""
+    from sfd_scale.data.import_mds import import_data as run
+
+    manifest = run(path, image_size, num_classes)
+    typer.echo(f"{path}: {manifest.num_samples} samples of {manifest.num_classes} classes, {list(manifest.columns)}")
+
+
 def main(command: str | None = None) -> None:
     """The console script `sfd`. The file of a command gives its name: `python -m sfd_scale.train` is `sfd train`."""
     run_command(app, None if command is None else "sfd", command)
