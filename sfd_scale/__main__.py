@@ -273,6 +273,8 @@ def plan(
     mtbf: Annotated[
         float | None, typer.Option(min=1, help="Hours between failures of one GPU, for --best; default: 50,700.")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw days, memory and time by part into this PNG.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the table as an HTML page.")] = None,
     constants: Annotated[bool, typer.Option("--constants", help="Print the constants of the time too.")] = False,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Dataset size, if it is not here; default: ImageNet.")
@@ -296,6 +298,7 @@ def plan(
     made = plans.make(
         names, overrides, counts, machine, mfu=mfu, measured=measured, samples=samples
     )  # fmt: skip
+    plans.write_pictures(made, machine, plot, html)
     out = plans.table(made, machine, markdown)
     typer.echo(out) if isinstance(out, str) else plain_console().print(out)
     if constants:

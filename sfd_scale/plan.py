@@ -27,6 +27,7 @@ from sfd_scale.planning.evaluation_cost import rows as evaluation_rows
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
 from sfd_scale.planning.measured import BenchFigure, Throughput, read_throughput
+from sfd_scale.planning.plot import Drawn, draw
 from sfd_scale.planning.step_time import Step
 from sfd_scale.planning.work import Work, trace_work
 from sfd_scale.recipe import TrainRecipe
@@ -230,6 +231,21 @@ def table(made: Sequence[Planned], machine: Machine, as_markdown: bool) -> Table
     if entry.calibrated.note is not None:
         out.add_row("calibration", entry.calibrated.note, "measured here")
     return out
+
+
+def write_pictures(made: Sequence[Planned], machine: Machine, plot: Path | None, html: Path | None) -> None:
+    """A PNG of the plans, and their table as an HTML page.
+
+    Raises:
+        ValueError: if the picture's name does not end with .png.
+    """
+    if plot is not None:
+        drawn = [Drawn(entry.recipe.name, entry.job.ranks, entry.plan) for entry in made]
+        draw(drawn, machine.hardware, plot)
+    if html is not None:
+        rows = [tables.table_row(entry.recipe.name, entry.job, entry.plan) for entry in made]
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(tables.html(rows, title=f"Plans on {machine.gpu}"), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 from sfd_scale.planning.costs import engine_name
 from sfd_scale.planning.efficiency import Efficiency, Quantity
@@ -136,3 +137,17 @@ TABLE_HEAD = (
 def markdown(rows: Sequence[Sequence[str]], head: Sequence[str] = TABLE_HEAD) -> str:
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def html(rows: Sequence[Sequence[str]], head: Sequence[str] = TABLE_HEAD, title: str = "Plans") -> str:
+    """The table as a page."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    body = "\n".join([line("th", head), *(line("td", row) for row in rows)])
+    style = "table{border-collapse:collapse;font:14px sans-serif}td,th{border:1px solid #ccc;padding:4px 8px}"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{style}</style></head>\n<body><h1>{escape(title)}</h1>\n<table>\n{body}\n</table></body></html>\n"
+    )

@@ -2,8 +2,10 @@
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sfd_scale import plan as plans
 from sfd_scale.config import load
@@ -120,3 +122,19 @@ def test_an_evaluation_costs_its_evaluations_and_its_decoder() -> None:
     assert short.autoguidance is not None and short.unguided < short.autoguidance < short.cfg
     none = evaluation_cost.evaluation_costs(MODEL.work, None, None, H200.hardware, H200.efficiency)
     assert none[0].autoguidance is None and none[0].unguided < costs[none[0].solver].unguided
+
+
+def test_plans_are_drawn_and_written_as_a_page(tmp_path: Path) -> None:
+    made = [
+        plans.Planned(XXL, job(n), plan(job(n), H200.hardware, H200.efficiency), plans.Calibrated(H200))
+        for n in (8, 64)
+    ]
+    picture, page = tmp_path / "plots" / "plan.png", tmp_path / "pages" / "plan.html"
+    plans.write_pictures(made, H200, picture, page)
+    with Image.open(picture) as image:
+        assert image.size[0] > 1000
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 20
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<tr>") == 3 and "<td>64</td>" in text
+    with pytest.raises(ValueError, match=r"--plot: .*plan\.jpg; allowed: a name that ends with \.png"):
+        plans.write_pictures(made, H200, tmp_path / "plan.jpg", None)
