@@ -71,6 +71,25 @@ def _fit_recipe() -> type[FitRecipe]:
 
 
 @app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="The project: a new folder for its recipes.")],
+    images: Annotated[Path, typer.Option(help="Your images: one folder per class.")],
+    size: Annotated[
+        int | None, typer.Option(help="Pixels: 256 with the official tokenizers; 32, 64 or 128 with small ones.")
+    ] = None,
+    codec: Annotated[
+        Literal["auto", "small", "sfd"],
+        typer.Option(help="sfd: the official pretrained tokenizers; small: made from your images; auto: what is here."),
+    ] = "auto",
+) -> None:
+    """Write the recipes of a project on your own images, and print the commands to run."""
+    from sfd_scale.data.project import init as write
+
+    _, commands = write(name, images, size, codec)
+    typer.echo("\n".join(commands))
+
+
+@app.command()
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
