@@ -26,6 +26,7 @@ from sfd_scale.data.writer import (
     finish,
     is_committed,
     is_complete,
+    remove_leftovers,
     require_recipe,
     write_chunk,
     writing,
@@ -98,6 +99,8 @@ def convert(config: ConvertConfig, out: Path) -> Manifest:
     decisive = {key: value for key, value in recipe.items() if key not in ("source", "stats")}
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, len(files))):
         require_recipe(out, decisive)
+        if distributed.is_main():
+            remove_leftovers(out)
     else:
         with writing(out) as claims:
             require_recipe(out, decisive)

@@ -26,6 +26,7 @@ from sfd_scale.data.writer import (
     finish,
     is_committed,
     is_complete,
+    remove_leftovers,
     require_recipe,
     write_chunk,
     writing,
@@ -87,6 +88,8 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
     # Rank 0 decides: on a network file system the other nodes may see new files late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
         require_recipe(out, decisive)
+        if distributed.is_main():
+            remove_leftovers(out)
         logger.info("%s is complete", out)
         return _checked(Manifest.read(out), store, out)
     columns = _columns(source, tokenizer, store)

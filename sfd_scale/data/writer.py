@@ -26,7 +26,7 @@ from sfd_scale.runtime import distributed
 from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.files import read_json, write_json
 from sfd_scale.runtime.leftovers import free_path, make_way, remove, remove_temporary_files
-from sfd_scale.runtime.locks import folder_lock
+from sfd_scale.runtime.locks import LOCK, folder_lock, in_use
 from sfd_scale.runtime.weight_files import read_safetensors
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,20 @@ def require_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
 
 def is_complete(out: Path, count: int) -> bool:
     return (out / MANIFEST).is_file() and all(is_committed(out, chunk) for chunk in range(count))
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a start left in a complete folder, if it was killed after its last file. Call it on one rank."""
+    chunks = out / CHUNKS
+    try:
+        remove_temporary_files(out)
+        if chunks.is_dir() and not in_use(chunks):
+            for leftover in chunks.glob("*.tmp"):
+                remove(leftover)
+            Claims(chunks / "claims").remove_abandoned()
+            os.truncate(chunks / LOCK, 0)
+    except OSError as error:  # such as a read-only file system
+        logger.debug("%s: leftovers stay: %s", out, error)
 
 
 def is_committed(out: Path, chunk: int) -> bool:

@@ -130,6 +130,13 @@ class Claims:
         time.sleep(POLL_S)
         self.free_abandoned()
 
+    def remove_abandoned(self) -> None:
+        """Remove the folder if no living job has claims in it."""
+        with suppress(FileNotFoundError):
+            self.free_abandoned()
+        with suppress(OSError):
+            self.folder.rmdir()
+
     def free_abandoned(self) -> None:
         """Free the claims of jobs that died. One process at a time has the lock of a dead job, and frees its claims."""
         for file in self.folder.iterdir():

@@ -16,6 +16,7 @@ from sfd_scale.checkpoint import Checkpoint, CheckpointConfig, CheckpointManager
 from sfd_scale.data.writer import ChunkNote, is_committed, write_chunk, writing
 from sfd_scale.runtime import files, leftovers
 from sfd_scale.runtime.leftovers import free_path, make_way, remove, remove_temporary_files, temporary_path
+from tests.helpers.encoded import encode_digits
 
 KILLED_WRITER = """
 import os, sys
@@ -127,3 +128,30 @@ def test_a_leftover_in_the_chunks_does_not_stop_an_encode(tmp_path: Path, stuck:
     (tmp_path / "chunks" / "000003.tmp").mkdir()
     with writing(tmp_path):
         assert names(tmp_path / "chunks") == [".000001.left", "000000", "000000.tmp", "000001", "claims", "lock"]
+
+
+KILLED_AT_THE_END = """
+import os, sys
+from pathlib import Path
+from sfd_scale.data import writer
+from tests.helpers.encoded import encode_digits
+end = writer.Claims.__exit__
+def killed(self, *error):  # rank 0 after its last file
+    os.kill(os.getpid(), 9)
+writer.Claims.__exit__ = killed
+encode_digits(Path(sys.argv[1]), 8, latents="none", image=True)
+"""
+
+
+def test_a_kill_after_the_last_file_of_an_encode_leaves_nothing(tmp_path: Path) -> None:
+    """The folder is complete, so the next start writes nothing to it."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    encode_digits(whole, 8, latents="none", image=True)
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_THE_END, str(out)], check=False)
+    assert done.returncode == -9 and (out / "manifest.json").is_file() and (out / "chunks/claims").is_dir()
+    (out / "chunks/000009.tmp").mkdir()
+    kill_a_writer(out / "manifest.json")
+    encode_digits(out, 8, latents="none", image=True)
+    tree = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert tree == {str(path.relative_to(whole)) for path in whole.rglob("*")}
+    assert (out / "chunks/lock").read_bytes() == b""
