@@ -36,6 +36,16 @@ KEPT = frozenset(
 )
 
 
+# inductor stores an intermediate result that several kernels read, or that many operations lead to. A block is bound by
+# memory traffic, so that computing it again is cheaper: 8% fewer bytes for XXL (benchmarks/compiled.py).
+_RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 300, "realize_acc_reads_threshold": 32}
+
+
+def compile_options() -> dict[str, Any] | None:
+    """Options of torch.compile on this machine: those of GPUs, or its defaults on a CPU."""
+    return dict(_RECOMPUTE) if torch.cuda.is_available() else None
+
+
 def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
     """The repeated blocks, `model.blocks`; empty if the model has none."""
     blocks = getattr(model, "blocks", None)
@@ -70,7 +80,7 @@ def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: boo
             # Models have no dropout; the objective draws all random numbers. So no generator state needs to be saved.
             forward = functools.partial(checkpoint, forward, preserve_rng_state=False, **options)
         if compiled:
-            forward = torch.compile(forward)
+            forward = torch.compile(forward, options=compile_options())
         object.__setattr__(block, "forward", forward)
 
 

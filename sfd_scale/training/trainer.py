@@ -21,6 +21,7 @@ from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, StepResult
 from sfd_scale.engines.replica_check import check_replicas_agree
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.garbage import ScheduledCollection
 from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat, Operation
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
@@ -99,7 +100,7 @@ class Trainer:
         saved, stopped, batches = step, False, self.batches_from(step, asked)
         with (
             asked as stop, progress(self.config.steps, "train", "steps") as bar, excused(asked), self.heartbeat,
-            explained_deaths(),
+            explained_deaths(), ScheduledCollection() as garbage,
         ):  # fmt: skip
             bar.skip(step)
             self.metrics.reset()
@@ -111,6 +112,7 @@ class Trainer:
                     self.meet_without_data(step)
                     stopped = True
                     break
+                garbage.after_step()
                 if self.watch.judge(step, result) == "rollback":
                     bar.advance(-step)
                     step = self.roll_back(step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.models import attention, attention_speed
+from sfd_scale.models import attention, attention_speed, layers
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig, parameter_count
 from tests.helpers.golden_arrays import arrays, golden_model
@@ -180,9 +180,30 @@ def test_alignment_settings_that_cannot_be(name: str) -> None:
         AlignmentConfig(**{name: 0})
 
 
-# --------------------------------------------------------------------------------------------- attention
-
 CPU = torch.device("cpu")
+
+
+def test_padded_widths_change_neither_result_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: an MLP of 2730 (L) computes with 2752 features, and its weights keep their shapes."""
+    assert LightningDiTConfig(size="L").mlp_hidden == 2730
+    assert not layers.pads_widths(CPU)  # where the official numbers are compared
+    mlp = layers.SwiGLU(32, 85).double()
+    x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    widths, results = [], []
+    mlp.w3.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[-1]))
+    for padded in (False, True):
+        monkeypatch.setattr(layers, "pads_widths", lambda device, padded=padded: padded)
+        mlp.zero_grad()
+        out = mlp(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(param.grad for param in mlp.parameters())])
+    assert widths == [85, 128]
+    for plain, wide in zip(*results, strict=True):
+        assert plain.shape == wide.shape
+        torch.testing.assert_close(wide, plain, rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------- attention
 
 
 @pytest.fixture
