@@ -340,11 +340,11 @@ def _record(name: str, found: dict[str, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", choices=list(SIZES), help="default: B, L, XL, XXL")
-    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: sm_90")
     parser.add_argument("--kernels", action="store_true", help="also compile the kernels of XXL to machine code")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    for target in options.target or TARGETS:
+    for target in options.target or ["sm_90"]:
         for size in options.size or ("XXL", "XL", "L", "B"):
             cases: list[tuple[Checkpointing, bool]] = [(mode, True) for mode in get_args(Checkpointing)]
             for checkpointing, training in (*cases, ("none", False)):
