@@ -123,7 +123,7 @@ def test_curves_of_a_run_of_the_release_before_are_drawn() -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a readable results.json"):
+    with pytest.raises(ValueError, match="none.json: no such file"):
         report([tmp_path / "none.json"], tmp_path / "out")
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="not a results.json of this release"):
