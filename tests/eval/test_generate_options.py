@@ -4,7 +4,6 @@ guidance that would do nothing."""
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,11 +219,11 @@ def test_a_full_disk_leaves_no_half_output(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(outputs, "write", write)
 
     with monkeypatch.context() as full:
-        full.setattr(files.uuid, "uuid4", lambda: type("Fixed", (), {"hex": "0" * 8}))
+        full.setattr(files, "temporary_path", lambda path: path.with_name(f".full{path.suffix}"))
         names = {"npz": out / "samples.npz", "png": out / "png" / "000000.png", "grid": out / "grid.png"}
         path = names[what]
         path.parent.mkdir(exist_ok=True)
-        path.with_name(f".{path.stem}.{os.getpid()}.{'0' * 8}{path.suffix}").symlink_to("/dev/full")
+        path.with_name(f".full{path.suffix}").symlink_to("/dev/full")
         with pytest.raises(ValueError, match=f"{path.name}: the disk is full"):
             generate.generate(settings, out, eval_tiny.job(settings))
         assert not path.exists() and not list(path.parent.glob(".*"))
