@@ -114,3 +114,13 @@ def test_the_bytes_in_use_are_those_of_the_shards_that_overlap() -> None:
     uses = ShardUses(np.array([0.0, 1.0, 3.0, math.inf]), np.array([2.0, 2.0, 5.0, -1.0]))
     assert uses.most_bytes([10, 20, 25, 1000], margin=0) == 30
     assert uses.most_bytes([10, 20, 25, 1000], margin=1) == 55
+
+
+def test_a_node_of_eight_reads_an_eighth_of_imagenet() -> None:
+    sizes, split = (512,) * 2503, BatchSplit(4, 1, 64)
+    numbers = [
+        np.searchsorted(np.cumsum(sizes), ids.numpy(), side="right")
+        for epoch in range(2)
+        for ids in [ranks_part(window_order(0, epoch, sizes, 256, 32, 262_144).view(-1, 256), split, 8, 8)]
+    ]
+    assert len(np.unique(np.concatenate([own.flatten() for own in numbers]))) <= 1.1 / 8 * len(sizes)

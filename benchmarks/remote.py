@@ -1,0 +1,221 @@
+"""Reading from an object store: our loader beside StreamingDataset, on the same S3 server on this machine.
+
+    python -m benchmarks.remote            # writes benchmarks/results/remote.json and docs/images/remote-wait.png
+    python -m benchmarks.remote --quick    # small, to test the benchmark
+
+The server (moto) stands behind a proxy that adds 40 ms to a request and limits the bandwidth of a connection and of
+all connections together. Each reader starts with an empty cache. A step of computation follows each batch, so what is
+read during the step costs nothing. The wait of a step is the time until its batch is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.object_store import Traffic, object_store, variables
+from sfd_scale.runtime import environment
+
+RESULTS = Path(__file__).parent / "results" / "remote.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "remote-wait.png"
+SHAPE = (48, 16, 16)
+BATCH, STEP_S = 32, 0.64
+OURS = "sfd-scale, 0 workers"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shards of `per_shard` samples; steps of a reader; bytes per second of a connection, and of all together."""
+
+    shards: int = 250
+    per_shard: int = 40
+    steps: int = 50
+    connection_rate: float = 5e6
+    total_rate: float = 15e6
+
+
+def write_shards(folder: Path, size: Size) -> None:
+    """Random samples, which is fine because nothing is compressed."""
+    from sfd_scale.data.import_mds import import_data
+    from sfd_scale.data.mosaic import streaming
+
+    form = f"ndarray:float16:{','.join(map(str, SHAPE))}"
+    columns = {"label": "int", "latents": form, "latents_flip": form}
+    draw, stride = np.random.default_rng(0), 8 + 4 * int(np.prod(SHAPE))
+    limit = 8 + size.per_shard * (stride + 4) + 600  # the head of a shard describes its columns
+    with streaming().MDSWriter(out=str(folder), columns=columns, size_limit=limit, hashes=["sha256"]) as writer:
+        for number in range(size.shards * size.per_shard):
+            latents = draw.standard_normal(SHAPE, dtype=np.float32).astype(np.float16)
+            writer.write({"label": number % 1000, "latents": latents, "latents_flip": latents[:, :, ::-1].copy()})
+    import_data(folder, image_size=256)
+
+
+def serve(pipe: Any, folder: Path, size: Size) -> None:
+    """The process of the server: answers each message with the traffic since the last one."""
+    with object_store(latency_s=0.04, connection_rate=size.connection_rate, total_rate=size.total_rate) as store:
+        remote = store.upload(folder, "shards")
+        pipe.send((store.address, remote))
+        while pipe.recv():
+            pipe.send((store.traffic.requests, store.traffic.bytes))
+            store.traffic = Traffic()
+
+
+def ours(remote: str, cache: Path, window: int) -> Iterator[Any]:
+    """As the trainer reads: a thread reads four micro-batches ahead."""
+    from sfd_scale.data.dataloader import DataConfig, LatentLoader
+    from sfd_scale.data.waiting import PatientBatches
+    from sfd_scale.runtime.batch_split import BatchSplit
+
+    config = DataConfig(path=cache, remote=remote, shuffle_block=window)
+    loader = LatentLoader(config, seed=0, split=BatchSplit(BATCH, 1, 1), rank=0)
+    return PatientBatches(loader.batches(0), limit_s=600, advice="see the server", ahead=4)
+
+
+def theirs(remote: str, cache: Path, window: int, workers: int) -> Iterator[Any]:
+    """StreamingDataset with its algorithm py1e and one canonical node."""
+    from torch.utils.data import DataLoader
+
+    from sfd_scale.data.mosaic import streaming
+
+    data = streaming().StreamingDataset(
+        remote=remote, local=str(cache), shuffle=True, shuffle_algo="py1e", shuffle_block_size=window,
+        num_canonical_nodes=1, batch_size=BATCH, shuffle_seed=0, validate_hash="sha256",
+    )  # fmt: skip
+    return iter(DataLoader(data, batch_size=BATCH, num_workers=workers))
+
+
+def consume(pipe: Any, address: str, remote: str, cache: Path, workers: int | None, size: Size) -> None:
+    """The process of a reader: sends the wait of each step. The first wait includes opening the data."""
+    environment.set_variables(variables(address))
+    if workers is None:  # imports are no part of the wait
+        import sfd_scale.data.dataloader  # noqa: F401
+    else:
+        from sfd_scale.data.mosaic import streaming
+
+        streaming()
+    if workers is not None:  # otherwise its workers wait for ever for an index that forked connections share
+        import boto3
+
+        cache.mkdir(parents=True)
+        bucket, prefix = remote.removeprefix("s3://").split("/")
+        boto3.client("s3", endpoint_url=address).download_file(
+            bucket, f"{prefix}/index.json", str(cache / "index.json")
+        )
+    window, waits, started = size.shards * size.per_shard, [], time.monotonic()
+    batches = ours(remote, cache, window) if workers is None else theirs(remote, cache, window, workers)
+    for _ in range(size.steps):
+        next(batches)
+        waits.append(time.monotonic() - started)
+        time.sleep(STEP_S)
+        started = time.monotonic()
+    pipe.send(waits)
+
+
+def measure(size: Size, workers: tuple[int, ...]) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    readers = {OURS: None, **{f"StreamingDataset py1e, {count} workers": count for count in workers}}
+    results = {}
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, "shards")
+        write_shards(folder, size)
+        pipe, other = context.Pipe()
+        server = context.Process(target=serve, args=(other, folder, size), daemon=True)
+        server.start()
+        address, remote = pipe.recv()
+        for number, (name, count) in enumerate(readers.items()):
+            pipe.send(True)
+            pipe.recv()  # begins to count anew
+            answer, end = context.Pipe()
+            reader = context.Process(
+                target=consume, args=(end, address, remote, Path(root, f"cache{number}"), count, size)
+            )
+            reader.start()
+            waits = answer.recv() if answer.poll(200) else None
+            reader.join(20)
+            reader.kill()
+            pipe.send(True)
+            requests, sent = pipe.recv()
+            shards = sum(n for file, n in requests.items() if file.endswith(".mds"))
+            results[name] = {"waits": waits, "gets": shards, "bytes": sent}
+            print(name, "no answer in 200 s" if waits is None else summary(waits), f"{shards} GETs", flush=True)
+        server.kill()
+    return results
+
+
+def summary(waits: list[float]) -> str:
+    return f"first batch {waits[0]:.1f} s, wait {sum(waits):.1f} s, after the first {sum(waits[1:]):.1f} s"
+
+
+def node_share(shards: int = 2503, per_shard: int = 512, nodes: int = 8, global_batch: int = 256) -> dict[str, float]:
+    """Bytes that a node of a full-size run reads in two epochs, as a part of the data; computed from the order."""
+    import torch
+
+    from sfd_scale.data.dataloader import DataConfig, epoch_order
+    from sfd_scale.data.order import SampleOrder
+    from sfd_scale.data.prefetch import ranks_part
+    from sfd_scale.runtime.batch_split import BatchSplit
+
+    sizes, split = (per_shard,) * shards, BatchSplit(global_batch // (8 * nodes), 1, 8 * nodes)
+    shares = {}
+    for order in ("window", "blocks"):
+        config = DataConfig(path=Path(), order=order)  # type: ignore[arg-type]
+        samples = SampleOrder(
+            functools.partial(epoch_order, config, 0, sizes, global_batch), global_batch, sizes
+        )  # fmt: skip
+        read = [
+            len(np.unique(samples.shards(torch.cat([ranks_part(samples.epoch(e), split, 8 * n, 8) for e in (0, 1)]))))
+            for n in range(nodes)
+        ]
+        shares[order] = max(read) / shards
+    return shares
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """The sum of the waits over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6))
+    for name, result in results.items():
+        if result["waits"] is not None:
+            axes.plot(np.cumsum(result["waits"]), label=name)
+    axes.set(xlabel="step", ylabel="seconds waited so far", title="Wait for data from an object store, empty cache")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to test the benchmark; writes nothing")
+    chosen = parser.parse_args()
+    size = Size(shards=12, per_shard=8, steps=3) if chosen.quick else Size()
+    results = measure(size, (2,))
+    shares = node_share(nodes=2, shards=64, global_batch=64) if chosen.quick else node_share()
+    print(
+        "part of the data that a node reads in two epochs:", {name: round(share, 3) for name, share in shares.items()}
+    )
+    if not chosen.quick:
+        machine = f"{platform.machine()}, {multiprocessing.cpu_count()} cores"
+        note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "readers": results, "node_share": shares}
+        RESULTS.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        picture(results, PICTURE)
+
+
+if __name__ == "__main__":
+    main()
