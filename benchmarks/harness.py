@@ -174,7 +174,11 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 def machine() -> dict[str, Any]:
     """A description of the machine without its name, and its load average at this moment."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in info.read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
     return {
         "cpu": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),

@@ -35,7 +35,7 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.file_kind import require_kind
-from sfd_scale.runtime.files import file_sha256, read_json, write_json
+from sfd_scale.runtime.files import file_sha256, read_json, read_text, write_json
 from sfd_scale.runtime.matmul import allow_tf32, bf16_matmul_on_cpu, deterministic_cudnn, strict_float32
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def with_recorded_batch(recipe: EvalRecipe, *folders: Path) -> EvalRecipe:
     if recipe.batch != "auto":
         return recipe
     files = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    recorded = read_json(files[0])["batch"] if files else None
+    settings = read_json(files[0]) if files else None
+    recorded = settings.get("batch") if isinstance(settings, dict) else None
     recorded = distributed.broadcast_object(recorded)
     return recipe if recorded is None else dataclasses.replace(recipe, batch=recorded)
 
@@ -219,7 +220,7 @@ def make_labels(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
             if not path.is_file():
                 raise ValueError(f"labels.path: {path}; allowed: an existing file with one label per line")
             require_kind(path, "text")
-            words = path.read_text(encoding="utf-8").split()
+            words = read_text(path).split()
             if not all(word.isdecimal() for word in words):
                 raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one number per line")
             labels = torch.tensor([int(word) for word in words])

@@ -10,7 +10,7 @@ from typing import Any
 from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
-from sfd_scale.runtime.files import read_json, write_json
+from sfd_scale.runtime.files import read_json, read_text, write_json
 from sfd_scale.runtime.run_paths import RESULTS
 
 FORMAT = 1
@@ -166,7 +166,7 @@ def read_table(path: Path) -> list[ScoreRow]:
         return []
     keys = Scores().by_key().keys()
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             data = json.loads(line)
             scores = {key: data.pop(key) for key in keys if key in data}

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,11 +24,13 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from sfd_scale import config
 from sfd_scale.data import workers
 from sfd_scale.engines import build_ops
 from sfd_scale.launch.agent import gpu_count
 from sfd_scale.models import attention
-from sfd_scale.runtime import network
+from sfd_scale.runtime import environment, network
+from sfd_scale.runtime.caches import extensions_folder
 from sfd_scale.runtime.device import fast_bf16, has_bf16
 
 GIB = 2**30
@@ -47,16 +50,29 @@ class Finding:
 def versions() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()} at {sys.executable}")
     try:
-        wanted = importlib.metadata.requires("sfd-scale") or []
+        requirements = [Requirement(text) for text in declared_requirements()]
     except importlib.metadata.PackageNotFoundError:
         yield Finding("error", "sfd-scale", "not installed; run `pip install -e .` in the checkout")
         return
-    requirements = [Requirement(text) for text in wanted]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     yield from (finding for finding in map(check_package, needed) if finding.level != "ok")
     shown = ("torch", "deepspeed", "mosaicml-streaming")
     listed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in shown if _installed(name))
     yield Finding("ok", "packages", f"{listed}; {len(needed)} required")
+
+
+def declared_requirements() -> list[str]:
+    """The dependencies in pyproject.toml: of the checkout, which an older installation does not know, or of the wheel.
+
+    Raises:
+        PackageNotFoundError: without a checkout, if sfd-scale is not installed.
+    """
+    file = None if config.CHECKOUT is None else config.CHECKOUT / "pyproject.toml"
+    if file is None or not file.is_file():
+        return importlib.metadata.requires("sfd-scale") or []
+    with file.open("rb") as opened:
+        declared: list[str] = tomllib.load(opened)["project"]["dependencies"]
+    return declared
 
 
 def _installed(name: str) -> bool:
@@ -94,7 +110,7 @@ def accelerator() -> Iterator[Finding]:
 
 def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> int | None:
     """The branch of the NVIDIA driver of this machine, such as 580; None without one."""
-    found = re.search(r"\s(\d{3,})\.\d+", path.read_text()) if path.is_file() else None
+    found = re.search(r"\s(\d{3,})\.\d+", path.read_text(encoding="utf-8")) if path.is_file() else None
     return None if found is None else int(found[1])
 
 
@@ -241,6 +257,19 @@ def extensions() -> Iterator[Finding]:
         yield Finding("warning", "DeepSpeed ops", text)
 
 
+def caches() -> Iterator[Finding]:
+    """Checks the folders that libraries write to: compiled extensions, and what they download and compile."""
+    folder, installed = extensions_folder(), Path(sys.prefix) / "torch_extensions"
+    if environment.text("TORCH_EXTENSIONS_DIR") is None and folder != installed:
+        text = f"{installed} cannot be written; extensions go to {folder}; set TORCH_EXTENSIONS_DIR to keep them"
+        yield Finding("warning", "caches", text)
+    cache = Path(environment.text("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if cache.is_relative_to(tempfile.gettempdir()):
+        yield Finding("warning", "caches", f"{cache}, a folder for temporary files; set XDG_CACHE_HOME to keep them")
+    else:
+        yield Finding("ok", "caches", str(cache))
+
+
 def tools() -> Iterator[Finding]:
     missing = [name for name in ("ssh", "pdsh") if not shutil.which(name)]
     if missing:
@@ -252,7 +281,7 @@ def tools() -> Iterator[Finding]:
 
 # gloo comes first, because it forks; a process that has used CUDA must not fork.
 CHECKS: tuple[Callable[[], Iterable[Finding]], ...] = (
-    gloo, versions, accelerator, precision, attention_kernels, nccl, limits, disk, extensions, tools,
+    gloo, versions, accelerator, precision, attention_kernels, nccl, limits, disk, caches, extensions, tools,
 )  # fmt: skip
 
 

@@ -26,13 +26,15 @@ def read_metrics(run: Path) -> list[Row]:
     if not file.is_file():
         raise ValueError(f"{run}: no run folder (no metrics.jsonl in it)")
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
-            logger.warning("%s: a line that is no JSON is left out", file)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            logger.warning("%s: a line that is no JSON object with a step is left out", file)
             continue
-        rows.append({_RENAMED.get(name, name): value for name, value in row.items()})
+        rows.append({_RENAMED.get(str(name), str(name)): value for name, value in row.items()})
     return rows
 
 

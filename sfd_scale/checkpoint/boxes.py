@@ -89,10 +89,12 @@ def check_torch_stores_shards() -> None:
     """Refuse several ranks under an older PyTorch, which takes each rank's box for a whole tensor.
 
     Raises:
-        ValueError: naming the release that is needed.
+        ValueError: pointing to `sfd doctor`, which names the release that is needed.
     """
     if distributed.world_size() > 1 and not hasattr(torch.distributed.checkpoint, "CheckpointableTensor"):
-        raise ValueError(f"torch {torch.__version__}: checkpoints of several ranks need a newer one, such as 2.15")
+        raise ValueError(
+            f"torch {torch.__version__}: checkpoints of several ranks need a newer one; `sfd doctor` says which"
+        )
 
 
 def stored_shapes(fragments: Sequence[Fragment], parts: Parts) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,7 @@ class Checkpoint:
     @property
     def hash(self) -> str:
         """The fingerprint of the contents: sha256 over the sha256 of the files."""
-        return (self.path / _COMMIT).read_text().strip()
+        return (self.path / _COMMIT).read_text(encoding="utf-8").strip()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -5,7 +5,7 @@ settings to plain data and back. Dataclasses of settings declare bounds by `sfd_
 the standard library alone; this package needs OmegaConf and PyYAML.
 """
 
-from sfd_scale.config.files import CHECKOUT, RECIPE_ROOT, ConfigError, find_recipe, recipe_names
+from sfd_scale.config.files import CHECKOUT, RECIPE_ROOT, ConfigError, find_recipe, read_mapping, recipe_names
 from sfd_scale.config.loader import Lineage, kind_of, lineage, load, load_by_kind, tree
 from sfd_scale.config.plain import (
     differences,
@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "load_by_kind",
     "override",
+    "read_mapping",
     "recipe_names",
     "settings_affecting_results",
     "source_of",

@@ -167,6 +167,15 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
 
 
+def read_mapping(path: Path) -> Tree:
+    """The content of a YAML file that holds a mapping of keys.
+
+    Raises:
+        ConfigError: if the file is missing, too large, or holds anything else.
+    """
+    return dict(_content(path, _text(path)))
+
+
 def _content(path: Path, text: str) -> Tree:
     """The content of one file. Cached: do not change it."""
     with errors_in(path):

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from sfd_scale.config.renamed import implied_kind, with_current_keys
+from sfd_scale.runtime.files import read_text
 from sfd_scale.runtime.settings import names_affecting_results
 
 _STARTED_AS = "# started as: "
@@ -121,5 +122,5 @@ def with_source(text: str, source: str | None) -> str:
 
 def source_of(path: Path) -> str | None:
     """The name that `with_source` wrote in the first line of a file; None if there is none."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    first = read_text(path, "recipe").split("\n", 1)[0]
     return first.removeprefix(_STARTED_AS).strip() if first.startswith(_STARTED_AS) else None

@@ -82,7 +82,7 @@ def try_locked(path: Path, name: str) -> Iterator[bool]:
     """
     folder = path / _LOCKS
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("w") as file:
+    with (folder / name).open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

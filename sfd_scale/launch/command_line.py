@@ -81,6 +81,10 @@ def run_command(command_line: typer.Typer, program: str | None = None, command: 
         if _debugs():
             raise
         _fail(error_text(error))
+    except RuntimeError as error:
+        if _debugs() or not str(error).startswith("Symlink loop"):  # of pathlib
+            raise
+        _fail(f"{error}; give the file itself")
 
 
 def _debugs() -> bool:

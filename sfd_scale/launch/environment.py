@@ -11,6 +11,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sfd_scale.runtime.files import read_text
+
 # Documented in docs/multinode.md.
 PREFIXES = (
     "NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUDA_", "DS_", "DEEPSPEED_", "OMP_", "MKL_",
@@ -50,7 +52,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         ValueError: if a line is not NAME=VALUE.
     """
     out = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, sign, value = line.strip().removeprefix("export ").partition("=")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sfd_scale.runtime.environment import text
+from sfd_scale.runtime.files import read_text
 
 AGENT = str(Path(__file__).with_name("agent.py"))
 # With these a dead host is noticed within a minute.
@@ -37,7 +38,7 @@ def read_hostfile(path: Path) -> list[Host]:
     if not path.is_file():
         raise ValueError(f"{path}: no such hostfile; write one line per host: NAME slots=GPUS")
     hosts: list[Host] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         line = line.split("#")[0].strip()
         if not line:
             continue
@@ -79,7 +80,8 @@ def ask(host: Host, ssh: str, command: str, arguments: Mapping[str, Any], timeou
     try:
         done = subprocess.run(
             ["ssh", *shlex.split(ssh), host.name, remote],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
+            timeout=timeout_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise ValueError(
@@ -161,7 +163,9 @@ def _ssh_name(host: Host, ssh: str) -> str:
     """The host name that ssh_config gives for an alias."""
     command = ["ssh", *shlex.split(ssh), "-G", host.name]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=60
+        )
     except subprocess.TimeoutExpired as error:  # ssh_config may run commands
         raise ValueError(f"{host.name}: `{shlex.join(command)}` does not end; check ssh_config") from error
     lines = (line.split(maxsplit=1) for line in done.stdout.splitlines())

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from sfd_scale import config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,12 @@ def read_gpu_spec(path: Path) -> Hardware:
     known = {field.name: field for field in fields(Hardware)}
     required = [name for name, field in known.items() if field.default is MISSING]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--gpu-spec: {path} is not readable as YAML: {error}") from error
-    if not isinstance(data, dict) or set(data) - set(known) or set(required) - set(data):
+        data = config.read_mapping(path)
+    except ValueError as error:
+        raise ValueError(f"--gpu-spec: {error}") from error
+    if set(data) - set(known) or set(required) - set(data):
         raise ValueError(
-            f"--gpu-spec: {path} has {sorted(map(str, data)) if isinstance(data, dict) else data!r}; "
+            f"--gpu-spec: {path} has {sorted(map(str, data))}; "
             f"required: {', '.join(required)}; allowed too: {', '.join(set(known) - set(required))}"
         )
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.runtime.files import read_json, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ def read_throughput(path: Path) -> Throughput | list[BenchFigure]:
     Raises:
         ValueError: if the file is missing or has none of them.
     """
-    if not path.is_file():
-        raise ValueError(f"--measured: {path} is no file")
-    text = path.read_text(encoding="utf-8")
     try:
-        if path.suffix == ".jsonl":
-            found = _of_metrics([json.loads(line) for line in text.splitlines()])
-        else:
-            data = json.loads(text)
-            if "figures" in data:
-                return bench_figures(data["figures"], path)
-            found = _of_json(data)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as measurements: {error}") from error
+        rows = read_json_lines(path) if path.suffix == ".jsonl" else None
+        data = read_json(path) if rows is None else {}
+    except ValueError as error:
+        raise ValueError(f"--measured: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"--measured: {path} holds a {type(data).__name__}; allowed: a JSON object")
+    try:
+        if "figures" in data:
+            return bench_figures(data["figures"], path)
+        found = _of_json(data) if rows is None else _of_metrics(rows)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"--measured: {path}: its values are not those of a run or of `make gpu-bench`") from error
     if found.mfu is None and found.samples_per_s is None:
         raise ValueError(
             f"{path}: no `mfu`, nor `samples_per_s` with `world_size`; give a run's metrics.jsonl, the results of "

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sfd_scale.runtime.file_kind import file_error, require_kind
+from sfd_scale.runtime.errors import reason
+from sfd_scale.runtime.file_kind import Wanted, file_error, require_kind
 from sfd_scale.runtime.leftovers import remove, remove_temporary_files_once, temporary_path
 
 
@@ -62,14 +63,53 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file `atomically`; text as UTF-8."""
+    """Write a file `atomically`; text as UTF-8. A path in it whose bytes are no text is written with escapes."""
     with atomically(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     """Write indented JSON, `atomically`."""
     write_atomically(path, f"{json.dumps(value, indent=1, sort_keys=sort_keys)}\n")
+
+
+def read_text(path: Path, wanted: Wanted = "text") -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Args:
+        wanted: the kind of text, for the error message.
+
+    Raises:
+        ValueError: names the file and says what it is, if it is missing or no text.
+    """
+    require_kind(path, wanted)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(file_error(path, wanted, reason(error))) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one JSON object per line. A last line that is not finished is left out.
+
+    Raises:
+        ValueError: names the file and the line, if another line is no JSON object.
+    """
+    lines = read_text(path).split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is damaged, not a JSON object ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} holds {line[:80]!r}; allowed: a JSON object")
+        found.append(row)
+    return found
 
 
 def read_json(path: Path) -> Any:

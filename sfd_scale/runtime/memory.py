@@ -15,13 +15,13 @@ def available_memory() -> int | None:
     """Bytes that this process may still take: of the machine, or of its container; None if that is unknown."""
     found = []
     if _MEMINFO.is_file():
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="utf-8").splitlines() if ":" in line)
         if "MemAvailable" in fields:
             found.append(int(fields["MemAvailable"].split()[0]) * 1024)
     for limit, used in _CGROUPS:
         try:
             # The limit is `max` if there is none.
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            found.append(int(Path(limit).read_text(encoding="utf-8")) - int(Path(used).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue
     return min(found, default=None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfd_scale.runtime import distributed, environment
-from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.files import read_json, read_json_lines, write_atomically, write_json
 from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class WandbScores:
         if not self.table.is_file():
             return []
         logged = set(self._logged())
-        rows = [json.loads(line) for line in self.table.read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(self.table)
         return [
             PendingScores(row["id"], {f"eval/{key}": value for key, value in row.items() if _is_number(value)})
             for row in rows
@@ -202,7 +202,7 @@ class WandbScores:
     def _logged(self) -> list[str]:
         if not self.logged_file.is_file():
             return []
-        ids: list[str] = json.loads(self.logged_file.read_text(encoding="utf-8"))
+        ids: list[str] = read_json(self.logged_file)
         return ids
 
 

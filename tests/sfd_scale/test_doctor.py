@@ -37,6 +37,25 @@ def test_a_missing_or_old_package_comes_with_the_command_that_installs_it() -> N
     assert doctor.check_package(Requirement("numpy>=1")).level == "ok"
 
 
+def test_the_least_versions_are_those_of_pyproject_whatever_was_installed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert doctor.declared_requirements() == project["dependencies"]
+    (torch,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "torch"]
+    # Checkpoints of several ranks need torch.distributed.checkpoint.CheckpointableTensor, which came with 2.14.
+    assert not torch.specifier.contains("2.13.1") and not torch.specifier.contains("2.14.0")
+    assert torch.specifier.contains("2.15.0")
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=99"]\n')
+    monkeypatch.setattr(doctor.config, "CHECKOUT", tmp_path)
+    finding = next(found for found in doctor.versions() if found.subject == "torch")
+    assert finding.level == "error" and "but >=99 is needed; run `pip install 'torch>=99'`" in finding.text
+    monkeypatch.setattr(doctor.config, "CHECKOUT", None)  # a wheel
+    assert any(text.startswith("torch") for text in doctor.declared_requirements())
+
+
 @pytest.mark.parametrize(("size", "level"), [(64 * 2**20, "error"), (GIB // 2, "warning"), (2 * GIB, "ok")])
 def test_small_shared_memory_is_reported(size: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))

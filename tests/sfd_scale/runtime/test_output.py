@@ -1,13 +1,15 @@
 """Output never fails: not for its encoding, not for a reader that is gone, not if it is closed."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sfd_scale.runtime import errors
+from sfd_scale.runtime import errors, files
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -107,3 +109,35 @@ def test_a_full_device_is_one_sentence() -> None:
 )
 def test_errors_of_the_system_are_sentences(error: Exception, text: str) -> None:
     assert errors.error_text(error).startswith(text) and "Errno" not in errors.error_text(error)
+
+
+def _texts_without_encoding(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        module = isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in (
+            "os",
+            "Image",
+            "tarfile",
+            "archive",
+            "shard",
+        )
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        text_mode = name == "open" and not module and all("b" not in mode for mode in modes[-1:])
+        decoded = any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords)
+        method = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+        if method or text_mode or (name in ("run", "Popen", "check_output") and decoded):
+            yield f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_the_encoding_of_every_text_file_and_pipe_is_said() -> None:
+    """Otherwise it is that of the locale, and a file that one machine writes is not read by another."""
+    sources = [f for folder in ("sfd_scale", "eval", "benchmarks") for f in ROOT.glob(f"{folder}/**/*.py")]
+    found = [line for file in sources for line in _texts_without_encoding(file)]
+    assert len(sources) > 150 and found == []
+
+
+def test_files_hold_paths_that_are_no_text(tmp_path: Path) -> None:
+    files.write_atomically(tmp_path / "file", "runs/\udcff – ü\n")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "runs/\\udcff – ü\n"
