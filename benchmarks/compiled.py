@@ -310,7 +310,7 @@ def _ptxas(ptx: str, folder: Path) -> tuple[int, int]:
     file = folder / "kernel.ptx"
     file.write_text(ptx, encoding="utf-8")
     command = [str(assembler), "-v", f"--gpu-name={found[1]}", str(file), "-o", str(folder / "kernel.o")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     return int(registers[1]) if registers else 0, sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
 
