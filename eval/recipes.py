@@ -14,10 +14,10 @@ from eval.recipe import EvalRecipe
 from eval.study.recipe import StudyRecipe
 from sfd_scale import config
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
+from sfd_scale.planning.slow_settings import slow_settings as slow_training_settings
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import split_batch
-from sfd_scale.speed import slow_settings as slow_training_settings
 
 KINDS: dict[str, type] = {**harness.KINDS, "study": StudyRecipe}
 

@@ -21,6 +21,7 @@ from sfd_scale.engines.optim import learning_rate
 from sfd_scale.engines.replica_check import require_replicas
 from sfd_scale.models import attention
 from sfd_scale.planning.costs import memory_per_rank
+from sfd_scale.planning.slow_settings import slow_settings
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches, with_data_order
 from sfd_scale.runtime import distributed
@@ -30,7 +31,6 @@ from sfd_scale.runtime.locks import folder_lock
 from sfd_scale.runtime.logging import log_summary
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, no_tf32
 from sfd_scale.runtime.profiling import StepProfiler
-from sfd_scale.speed import slow_settings
 from sfd_scale.tasks.task import Loader
 from sfd_scale.training.divergence import DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics

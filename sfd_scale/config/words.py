@@ -35,8 +35,16 @@ def has_key(word: str) -> bool:
 
 
 def override(key: str, value: Path | str) -> str:
-    """The override that sets a key to a text, whatever its characters: quoted, and without interpolation."""
+    """The override that sets a key to a text, whatever its characters: quoted, and without interpolation.
+
+    Raises:
+        ValueError: for a name that is not UTF-8, which no YAML file can hold.
+    """
     text = str(value).replace("${", "\\${")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key}: {text!r} is not UTF-8; rename it") from error
     return f"{key}={yaml.safe_dump(text, default_style=chr(34), width=float('inf')).strip()}"
 
 

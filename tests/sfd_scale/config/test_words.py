@@ -1,5 +1,6 @@
 """Which words of a command line are recipes, which are overrides, and how values are read: paths hold any character."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,22 @@ def test_a_list_is_a_path_if_a_file_has_that_name(tmp_path: Path, monkeypatch: p
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20).filter(str.strip))
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+        str.strip
+    )
+)
 def test_a_path_that_a_program_sets_arrives_as_it_is(path: str) -> None:
     given = [config.override("checkpoint", path)]
     assert words.parse_override(given[0])[1] == path.replace("${", "\\${")
     if not path.startswith("\\") and "\\${" not in path and "\\\\" not in path:
         assert str(config.load("eval/sfd_xl", EvalRecipe, given).checkpoint) == str(Path(path))
+
+
+def test_a_name_that_is_not_utf8_is_refused_by_its_key() -> None:
+    for name in (b"a\xff", b"\x80/b.safetensors"):
+        with pytest.raises(ValueError, match="checkpoint: .* is not UTF-8; rename it"):
+            config.override("checkpoint", os.fsdecode(name))
 
 
 def test_options_of_paths_reach_the_recipe_as_they_are(tmp_path: Path) -> None:

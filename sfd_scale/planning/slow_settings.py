@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
-from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.runtime.device import fast_bf16
+
+if TYPE_CHECKING:
+    from sfd_scale.recipe import TrainRecipe
 
 # An estimate from the host time of a step, for the larger models: below it the host launches kernels more slowly than
 # the GPU runs them.
