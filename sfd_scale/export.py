@@ -13,11 +13,11 @@ from typing import Any, Literal
 from sfd_scale import checkpoint as checkpoints
 from sfd_scale import config
 from sfd_scale.build import make_model
-from sfd_scale.data_record import codec_of, read_record, small_codec
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.weight_files import safetensors_metadata
+from sfd_scale.training.data_record import codec_of, read_record, small_codec
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub

@@ -14,7 +14,6 @@ from torch import nn
 
 from sfd_scale import build, config
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
-from sfd_scale.data_record import write_record
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.optim import learning_rate
@@ -32,6 +31,7 @@ from sfd_scale.runtime.logging import log_summary
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, no_tf32
 from sfd_scale.runtime.profiling import StepProfiler
 from sfd_scale.tasks.task import Loader
+from sfd_scale.training.data_record import write_record
 from sfd_scale.training.divergence import DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
 from sfd_scale.training.metrics_writer import MetricsWriter

@@ -8,12 +8,13 @@ from typer.testing import CliRunner
 
 from eval import speed as sampling_speed
 from eval.recipe import EvalRecipe
-from sfd_scale import build, config, speed
+from sfd_scale import build, config
 from sfd_scale.__main__ import app
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.planning.costs import memory_per_rank, with_resharding
+from sfd_scale.planning.slow_settings import slow_settings
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 
@@ -26,7 +27,7 @@ REAL = [name for name in NAMES if name.startswith(("train/", "eval/"))]
 @pytest.mark.parametrize("name", [name for name in REAL if name.startswith("train/")])
 def test_a_training_recipe_of_a_real_size_is_fast_on_a_gpu(name: str) -> None:
     recipe = config.load(name, TrainRecipe)
-    slow = speed.slow_settings(recipe, GPU, split_batch(recipe.train.global_batch, recipe.train.micro_batch, 8))
+    slow = slow_settings(recipe, GPU, split_batch(recipe.train.global_batch, recipe.train.micro_batch, 8))
     keys = {text.partition(":")[0] for text in slow}
     # What a recipe is named for, or what costs memory: the message says when to change it.
     allowed = {
@@ -75,15 +76,15 @@ def test_the_quickstart_and_the_study_do_not_compile_on_the_cpu() -> None:
     ],
 )  # fmt: skip
 def test_a_slow_setting_comes_with_the_key_that_changes_it(changes: list[str], key: str) -> None:
-    (text,) = speed.slow_settings(config.load("train/sfd_xxl", TrainRecipe, changes), GPU, EIGHT)
+    (text,) = slow_settings(config.load("train/sfd_xxl", TrainRecipe, changes), GPU, EIGHT)
     assert key in text
 
 
 def test_small_micro_batches_are_slow_only_where_they_could_be_larger() -> None:
     recipe = config.load("train/sfd_xxl", TrainRecipe)
-    (text,) = speed.slow_settings(recipe, GPU, BatchSplit(4, 8, 8))
+    (text,) = slow_settings(recipe, GPU, BatchSplit(4, 8, 8))
     assert text.startswith("train.micro_batch: 4")
-    assert speed.slow_settings(recipe, GPU, BatchSplit(4, 1, 64)) == []
+    assert slow_settings(recipe, GPU, BatchSplit(4, 1, 64)) == []
 
 
 def test_doctor_names_the_slow_settings_of_a_recipe() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.recipe import TrainRecipe
-from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
-from sfd_scale.tasks.task import Loader
+from sfd_scale.runtime.run_paths import RunPaths
+
+if TYPE_CHECKING:
+    from sfd_scale.recipe import TrainRecipe
+    from sfd_scale.tasks.task import Loader
 
 MAX_CODEC_BYTES = 1 << 20  # a larger texture codec, such as SD-VAE, is not copied
 
@@ -25,7 +28,7 @@ class DataRecord:
     tokenizers: dict[str, str]
 
 
-def write_record(run: RunFolder, recipe: TrainRecipe, loader: Loader) -> None:
+def write_record(run: RunPaths, recipe: TrainRecipe, loader: Loader) -> None:
     """Keep what sampling needs of the data: data.json, and a copy of a small texture codec. Rank 0 writes."""
     if not distributed.is_main() or not isinstance(loader, LatentLoader):
         return
@@ -36,7 +39,7 @@ def write_record(run: RunFolder, recipe: TrainRecipe, loader: Loader) -> None:
         write_atomically(run.texture_file, codec)
 
 
-def read_record(run: RunFolder, recipe: TrainRecipe) -> DataRecord | None:
+def read_record(run: RunPaths, recipe: TrainRecipe) -> DataRecord | None:
     """The record of a run, or of its data if an older release began it; None for a run that has no latents.
 
     Raises:
@@ -62,7 +65,7 @@ def read_record(run: RunFolder, recipe: TrainRecipe) -> DataRecord | None:
     return None if loader is None else DataRecord(loader.stats, loader.manifest.tokenizers)
 
 
-def codec_of(run: RunFolder, recipe: TrainRecipe) -> bytes | None:
+def codec_of(run: RunPaths, recipe: TrainRecipe) -> bytes | None:
     """The file of the texture codec, if it is small: the run's copy, or the file that the recipe names."""
     return run.texture_file.read_bytes() if run.texture_file.is_file() else small_codec(recipe)
 
