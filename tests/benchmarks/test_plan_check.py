@@ -11,7 +11,11 @@ QUICK = [case for case in CASES if case.model in (GPT2, LIGHTNINGDIT)]
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.full) for case in CASES], ids=str
+    "case",
+    [
+        pytest.param(case, marks=[] if case in QUICK else pytest.mark.full, id=f"{number}: {case.model.name}")
+        for number, case in enumerate(CASES)
+    ],
 )
 def test_the_page_has_what_the_time_model_predicts(case: Case) -> None:
     assert plan_check.row(plan_check.predict(case)) in plan_check.PAGE.read_text(encoding="utf-8").splitlines()
