@@ -41,7 +41,7 @@ def changed(path: Path, **changes: Any) -> Path:
         ({"format": 2}, "not a results.json of this release$"),
         ({"format": None}, "not a results.json of this release$"),
         ({"scores": {"fid": "4.5"}}, "not a results.json of this release: scores.fid: '4.5'; allowed: a number"),
-        ({"scores": {"fdi": 4.5}}, "scores.fdi: unknown key; .* did you mean fid"),
+        ({"scores": {"fdi": 4.5}}, "scores.fdi: unknown key; .* did you mean scores.fid"),
         ({"run": None}, "not a results.json of this release: run: missing"),
     ],
 )
