@@ -12,6 +12,7 @@ from torch import nn
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import make_fsdp
+from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.planning.costs import MEMORY_FOR_WHOLE_WEIGHTS, AnyEngineConfig, with_resharding
 from sfd_scale.planning.flops import training_flops
 from sfd_scale.planning.footprint import Footprint, trace
@@ -108,7 +109,8 @@ def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
     def forward(model: nn.Module, samples: int) -> Any:
         return model(*task.example_inputs(samples))
 
-    return trace(task.make_model, forward if activations else None, recipe.engine.precision)
+    muon = recipe.optimizer if isinstance(recipe.optimizer, MuonConfig) else None
+    return trace(task.make_model, forward if activations else None, recipe.engine.precision, muon)
 
 
 def work(recipe: TrainRecipe) -> Work:

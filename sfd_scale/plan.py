@@ -112,7 +112,8 @@ def count_model(recipe: TrainRecipe) -> Model:
 
 def model_key(recipe: TrainRecipe) -> str:
     """Equal for recipes with equal counts: they may differ in the engine, except for its precision."""
-    return digest([recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision, recipe.attention])
+    settings = [recipe.model, recipe.latents, recipe.schedule, recipe.engine.precision, recipe.attention]
+    return digest([*settings, recipe.optimizer])
 
 
 def make_job(

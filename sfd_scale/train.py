@@ -16,6 +16,7 @@ from sfd_scale import build, config
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager, power_averages, start_weights
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.engines.optim import learning_rate
 from sfd_scale.engines.replica_check import require_replicas
 from sfd_scale.models import attention
@@ -171,6 +172,9 @@ def _costs(
         kernels = [attention.kernel_name(engine.device, dtype, head_dim) for head_dim in head_dims]
         facts["attention"] = f"{recipe.attention}: {', '.join(dict.fromkeys(kernels))}"
     facts["FLOPs"] = f"{metrics.flops_per_sample / 1e9:,.4g} G per sample, forward and backward"
+    if isinstance(recipe.optimizer, MuonConfig):
+        muon = build.footprint(recipe, activations=False).muon.flops
+        facts["FLOPs"] += f"; {muon / 1e9:,.4g} G of Muon per step, which MFU does not count"
     facts["MFU"] = (
         f"of {metrics.peak_flops / 1e12:,.4g} TFLOP/s per rank"
         if math.isfinite(metrics.peak_flops)

@@ -149,7 +149,7 @@ def check_complete(metadata: Metadata, expected: Mapping[str, tuple[int, ...]]) 
 
 
 def check_same_model(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse the checkpoint of another architecture.
+    """Refuse the checkpoint of another architecture, or of another optimizer.
 
     Raises:
         ValueError: naming the tensors that are missing, unknown or of another shape.
@@ -163,4 +163,5 @@ def check_same_model(stored: Mapping[str, tuple[int, ...]], expected: Mapping[st
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:8])}{more}")
+        other = "optimizer" if all(problem.startswith("optim.") for problem in problems) else "model"
+        raise ValueError(f"the checkpoint is of another {other}: {'; '.join(problems[:8])}{more}")

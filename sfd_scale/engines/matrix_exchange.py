@@ -71,7 +71,9 @@ def assign_owners(matrices: Sequence[Matrix], ranks: int) -> list[int]:
     return owners
 
 
-def plan_transfers(matrices: Sequence[Matrix], held: Sequence[Sequence[Range]]) -> list[Transfer]:
+def plan_transfers(
+    matrices: Sequence[Matrix], held: Sequence[Sequence[Range]], ranks_per_node: int = 1
+) -> list[Transfer]:
     """All transfers, ordered by matrix, start and holder; the same on every rank.
 
     Args:
@@ -98,9 +100,10 @@ def plan_transfers(matrices: Sequence[Matrix], held: Sequence[Sequence[Range]]) 
             if low != covered:
                 break
             covered = high
-            # Replicas have the same bits. The nearest one sends: within a node, where replicas are on several nodes.
-            nearest = min(ranks, key=lambda rank: (abs(rank - owners[index]), rank))
-            transfers += [Transfer(index, low, high, rank, owners[index], rank == nearest) for rank in ranks]
+            owner = owners[index]
+            # Replicas have the same bits. The nearest one sends: the owner itself, or a rank on the owner's node.
+            nearest = min(ranks, key=lambda r: (r // ranks_per_node != owner // ranks_per_node, abs(r - owner), r))
+            transfers += [Transfer(index, low, high, rank, owner, rank == nearest) for rank in ranks]
         if covered != matrix.elements:
             raise RuntimeError(f"{matrix.name}: the ranks hold {sorted(parts)} of the {matrix.elements} elements")
     return transfers
@@ -151,7 +154,8 @@ class MatrixExchange:
 
     def __init__(self, matrices: Sequence[Matrix], ranges: Sequence[Range]) -> None:
         self.matrices, self.ranges = list(matrices), list(ranges)
-        transfers = plan_transfers(self.matrices, distributed.all_gather_object(self.ranges))
+        held, per_node = distributed.all_gather_object(self.ranges), distributed.local_world_size()
+        transfers = plan_transfers(self.matrices, held, per_node)
         owners = assign_owners(self.matrices, distributed.world_size())
         self.owned = [index for index, owner in enumerate(owners) if owner == distributed.rank()]
         rounds = plan_rounds(self.matrices, owners)
@@ -159,6 +163,7 @@ class MatrixExchange:
         for transfer in transfers:
             by_round[rounds[transfer.matrix]].append(transfer)
         self._rounds = [self._of_this_rank(parts) for parts in by_round]
+        self._on_its_way: _Message | None = None  # of the next round; held here alone, so that its memory is freed
 
     def _of_this_rank(self, transfers: list[Transfer]) -> _Round:
         own, ranks = distributed.rank(), distributed.world_size()
@@ -187,34 +192,35 @@ class MatrixExchange:
             results=[piece(t) for t in held], results_sizes=sizes(held, lambda t: t.owner),
         )  # fmt: skip
 
-    def start(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> _Message | None:
-        """Send the first round. Between `start` and `run` the caller can compute something else."""
-        return self._gather(0, tensors, dtype)
-
-    def run(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype, first: _Message | None,
-        compute: Callable[[list[Tensor]], list[Tensor]],
-    ) -> Iterator[tuple[list[Piece], list[Tensor]]]:  # fmt: skip
-        """Apply `compute` to every matrix on its owner.
+    def start(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Send the first round. Between `start` and `run` the caller can compute something else.
 
         Args:
             tensors: (n,) for each range.
-            dtype: of the messages, and of the matrices for `compute`.
-            first: of `start`.
+            dtype: of the messages, and of the matrices that `run` computes.
+        """
+        self._on_its_way = self._gather(0, tensors, dtype)
+
+    def run(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype, compute: Callable[[list[Tensor]], list[Tensor]]
+    ) -> Iterator[tuple[list[Piece], list[Tensor]]]:
+        """Apply `compute` to every matrix on its owner, after `start` with the same tensors.
+
+        Args:
             compute: matrices (rows, columns) → results of the same shapes.
 
         Yields:
             For each round, pieces of this rank's ranges and their results, (n,). All pieces cover all ranges.
         """
-        message = first
         for number, plan in enumerate(self._rounds):
-            assert message is not None
-            received = message.wait()
-            message = self._gather(number + 1, tensors, dtype)
-            matrices = self._assemble(plan, received)
-            results = dict(zip(plan.owned, compute(matrices), strict=True))
+            assert self._on_its_way is not None, "run without start"
+            received = self._on_its_way.wait()
+            self._on_its_way = self._gather(number + 1, tensors, dtype)
+            results = dict(zip(plan.owned, compute(self._assemble(plan, received)), strict=True))
+            del received
             flat = [results[t.matrix].reshape(-1)[t.start : t.stop] for t in plan.returned]
             out = _Message.send(flat, plan.returned_sizes, plan.results_sizes, tensors, dtype).wait()
+            del results, flat
             yield plan.results, list(out.split([p.stop - p.start for p in plan.results]))
 
     def _gather(self, number: int, tensors: Sequence[Tensor], dtype: torch.dtype) -> _Message | None:

@@ -211,14 +211,14 @@ class Muon(torch.optim.AdamW):
         assert closure is None
         every = self.param_groups
         matrices = [group for group in every if group.get("orthogonalized") and group["params"]]
-        started = [(group, call, *self._start(call)) for group in matrices for call in self._calls_of(group)]
+        started = [(group, call, self._start(call)) for group in matrices for call in self._calls_of(group)]
         self.param_groups = [group for group in every if not group.get("orthogonalized")]
         try:
             super().step()  # while the first matrices are on their way
         finally:
             self.param_groups = every
-        for group, call, updates, first in started:
-            self._finish(group, call, updates, first)
+        for group, call, updates in started:
+            self._finish(group, call, updates)
 
     def _calls_of(self, group: dict[str, Any]) -> list[_Call]:
         return [self._calls[number] for number in sorted({self._call_of[id(tensor)] for tensor in group["params"]})]
@@ -227,21 +227,22 @@ class Muon(torch.optim.AdamW):
         device = call.located[0].fragment.param.device if call.located else distributed.device()
         return torch.bfloat16 if device.type == "cuda" and fast_bf16(device) else torch.float32
 
-    def _start(self, call: _Call) -> tuple[list[Tensor], Any]:
-        """Update the momentum and send the first matrices."""
+    def _start(self, call: _Call) -> list[Tensor]:
+        """Update the momentum, and send the first matrices; returns what is to be orthogonalised."""
         grads, momenta = [s.grad() for s in call.located], [s.fragment.exp_avg for s in call.located]
         updates = momenta
         if call.located:
             torch._foreach_lerp_(momenta, grads, 1.0 - self.config.momentum)
             if self.config.nesterov:
                 updates = list(torch._foreach_lerp(grads, momenta, self.config.momentum))
-        return updates, call.exchange.start(updates, self._dtype(call))
+        call.exchange.start(updates, self._dtype(call))
+        return updates
 
-    def _finish(self, group: dict[str, Any], call: _Call, updates: list[Tensor], first: Any) -> None:
+    def _finish(self, group: dict[str, Any], call: _Call, updates: list[Tensor]) -> None:
         params = [item.fragment.param for item in call.located]
         if group["weight_decay"] and params:
             torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-        for pieces, results in call.exchange.run(updates, self._dtype(call), first, self._orthogonalized):
+        for pieces, results in call.exchange.run(updates, self._dtype(call), self._orthogonalized):
             if pieces:
                 targets = [params[piece.of][piece.start : piece.stop] for piece in pieces]
                 torch._foreach_add_(targets, [result.float() for result in results], alpha=-group["lr"])

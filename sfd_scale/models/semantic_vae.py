@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_scale.diffusion.latents import DETERMINISTIC_LOGVAR
+from sfd_scale.models.layers import FusedMatrix
 from sfd_scale.runtime import seeding
 from sfd_scale.runtime.settings import at_least
 
@@ -48,6 +49,10 @@ class TokenBlock(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.fused_weights = {
+            "attn.in_proj_weight": FusedMatrix(3, heads), "attn.out_proj.weight": FusedMatrix(),
+            "mlp.0.weight": FusedMatrix(), "mlp.2.weight": FusedMatrix(),
+        }  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
@@ -74,6 +79,15 @@ class SemanticVAE(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The repeated blocks, for engines. A view: their names are those of encoder and decoder."""
         return nn.ModuleList([layer for side in (self.encoder, self.decoder) for layer in side[1:-2]])
+
+    def hidden_matrices(self) -> dict[str, FusedMatrix]:
+        """The weights of the blocks by name, for optimizers that treat matrices as such; not those of both ends."""
+        return {
+            f"{prefix}.{name}": matrix
+            for prefix, block in self.named_modules()
+            if isinstance(block, TokenBlock)
+            for name, matrix in block.fused_weights.items()
+        }
 
     @property
     def _dtype(self) -> torch.dtype:

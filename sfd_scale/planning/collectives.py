@@ -34,11 +34,11 @@ class Group:
 class Collective:
     """Calls of one kind in a step.
 
-    size: bytes of the whole tensors, in all `calls` together.
+    size: bytes of the whole tensors, in all `calls` together; of an all-to-all, what all ranks together have.
     overlapped: the engine runs it beside the computation of its phase.
     """
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce"]
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
     phase: Phase
     size: float
     calls: int
@@ -47,9 +47,10 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that each rank sends, by a ring: (n - 1)/n of the tensor, twice for an all-reduce."""
+        """Bytes that each rank sends: by a ring (n - 1)/n of the tensor, twice for an all-reduce; in an all-to-all (n -
+        1)/n of its own part."""
         once = (self.group.size - 1) / self.group.size * self.size
-        return 2 * once if self.kind == "all_reduce" else once
+        return {"all_reduce": 2 * once, "all_to_all": once / self.group.size}.get(self.kind, once)
 
 
 def link_bandwidth(group: Group, hardware: Hardware) -> float:
@@ -70,6 +71,8 @@ def seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency) 
     if group.size == 1 or not collective.size:
         return 0.0
     near, far = efficiency.near_latency.value, efficiency.far_latency.value
+    if collective.kind == "all_to_all":
+        return _all_to_all_seconds(collective, hardware, efficiency)
     rounds = 2 if collective.kind == "all_reduce" else 1
     hops = (group.size - group.nodes) * near + (group.nodes * far if group.nodes > 1 else 0.0)
     latency = rounds * hops
@@ -77,4 +80,15 @@ def seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency) 
         tree = 2 * (math.log2(group.nodes) * far + group.per_node * near)
         latency = min(latency, tree)
     transfer = collective.bytes_sent / (link_bandwidth(group, hardware) * efficiency.link.value)
+    return transfer + collective.calls * (latency + efficiency.collective.value)
+
+
+def _all_to_all_seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Every rank sends to each other one directly: within a node by NVLink, to other nodes by its own network card."""
+    group = collective.group
+    inside, outside = group.per_node - 1, group.size - group.per_node
+    each = collective.bytes_sent / (group.size - 1)  # to one rank
+    reached = efficiency.link.value
+    transfer = max(each * inside / (hardware.nvlink * reached), each * outside / (hardware.network * reached))
+    latency = inside * efficiency.near_latency.value + (efficiency.far_latency.value if outside else 0.0)
     return transfer + collective.calls * (latency + efficiency.collective.value)

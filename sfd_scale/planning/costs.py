@@ -13,6 +13,7 @@ from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.planning.collectives import Collective, Group
 from sfd_scale.planning.footprint import BYTES, Footprint
+from sfd_scale.planning.muon_cost import MESSAGE_BYTES, rounds, update_bytes
 from sfd_scale.runtime.batch_split import divisors
 
 # Share of a GPU's memory in which weights may stay whole. The plan is an estimate, and NCCL needs some memory.
@@ -27,8 +28,9 @@ AnyEngineConfig = DeepSpeedConfig | FSDPConfig
 class Memory:
     """Bytes on the fullest rank. `host` is in host memory, everything else on the GPU.
 
-    optimizer: both moments, and the fp32 master weights of an engine that keeps them beside bf16 params.
+    optimizer: the moments, and the fp32 master weights of an engine that keeps them beside bf16 params.
     buffers: communication buckets and gathered weights.
+    update: of Muon, while it updates the weights; no activations are left by then.
     """
 
     params: int
@@ -38,6 +40,7 @@ class Memory:
     buffers: int
     activations: int
     host: int = 0
+    update: int = 0
 
     @property
     def state(self) -> int:
@@ -46,7 +49,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.state + self.activations
+        return self.state + max(self.activations, self.update)
 
 
 def shard_group(engine: AnyEngineConfig, ranks: int, ranks_per_node: int) -> int:
@@ -83,8 +86,24 @@ def memory_per_rank(
     activations = micro_batch * int(getattr(model.activations, engine.activation_checkpointing))
     group = shard_group(engine, ranks, ranks_per_node)
     if isinstance(engine, DeepSpeedConfig):
-        return _deepspeed(model, engine, ranks, grad_accum_steps, activations)
-    return _fsdp(model, engine, group, grad_accum_steps, activations)
+        found = _deepspeed(model, engine, ranks, grad_accum_steps, activations)
+    else:
+        found = _fsdp(model, engine, group, grad_accum_steps, activations)
+    held = _matrix_elements(model, engine, group)
+    # A matrix has no second moment.
+    return dataclasses.replace(
+        found, optimizer=found.optimizer - 4 * held, update=update_bytes(model.muon, ranks, held)
+    )  # fmt: skip
+
+
+def _matrix_elements(model: Footprint, engine: AnyEngineConfig, group: int) -> int:
+    """Elements of Muon's matrices on the fullest rank of `group` ranks that share the optimizer state."""
+    shapes, elements = model.muon.shapes, model.muon.elements
+    if isinstance(engine, FSDPConfig):
+        return sum(math.ceil(rows / group) * columns for rows, columns in shapes)
+    if engine.zero_stage == 3:
+        return sum(math.ceil(rows * columns / group) for rows, columns in shapes)
+    return math.ceil(elements / group)
 
 
 def _deepspeed(
@@ -156,8 +175,24 @@ def collectives(
         return []
     world = Group(ranks, ranks_per_node)
     if isinstance(engine, DeepSpeedConfig):
-        return _deepspeed_collectives(model, engine, world, grad_accum_steps)
-    return _fsdp_collectives(model, engine, world, grad_accum_steps)
+        found = _deepspeed_collectives(model, engine, world, grad_accum_steps)
+    else:
+        found = _fsdp_collectives(model, engine, world, grad_accum_steps)
+    return _muon_collectives(model, shard_group(engine, ranks, ranks_per_node), world) + found
+
+
+def _muon_collectives(model: Footprint, shards: int, world: Group) -> list[Collective]:
+    """Parts of matrices to their owners, while these compute other matrices, and the results to every replica."""
+    if not model.muon.matrices:
+        return []
+    size, calls = MESSAGE_BYTES * model.muon.elements, rounds(model.muon, world.size)
+    # An owner has one of the `shards` parts of its matrices itself. Every part of a result goes to each replica.
+    arriving, leaving = size * (shards - 1) / shards, size / shards * (world.size - 1)
+    others = (world.size - 1) / world.size  # of what a rank has, it sends this share
+    return [
+        Collective("all_to_all", "step", arriving / others, calls, world, True),
+        Collective("all_to_all", "step", leaving / others, calls, world, False),
+    ]
 
 
 def _deepspeed_collectives(

@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfd_scale.engines.block_transforms import KEPT, blocks_of
+from sfd_scale.engines.muon import MuonConfig, matrices_of
+from sfd_scale.planning.muon_cost import NOTHING, Orthogonalization
 from sfd_scale.planning.tracing import FlashAttention, use_bf16_parameters
 
 Precision = Literal["bf16", "fp32"]
@@ -38,6 +40,7 @@ class Footprint:
 
     blocks: shapes of the parameters of each block, in order. outside: of all other parameters.
     block_share: share of the FLOPs inside blocks, which activation checkpointing repeats.
+    muon: the matrices that the optimizer orthogonalises; none with AdamW.
     """
 
     blocks: tuple[tuple[tuple[int, ...], ...], ...]
@@ -45,6 +48,7 @@ class Footprint:
     buffers: int  # bytes
     activations: Activations
     block_share: float
+    muon: Orthogonalization = NOTHING
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -61,14 +65,16 @@ class Footprint:
 
 
 def trace(
-    make: Callable[[], nn.Module], forward: Callable[[nn.Module, int], Any] | None, precision: Precision
-) -> Footprint:
+    make: Callable[[], nn.Module], forward: Callable[[nn.Module, int], Any] | None, precision: Precision,
+    muon: MuonConfig | None = None,
+) -> Footprint:  # fmt: skip
     """The footprint of a model.
 
     Args:
         make: builds the model. It is called on the meta device, where tensors have no storage.
         forward: the model and a number of samples → the inputs of the loss. None leaves activations at 0, and saves the
             one or two seconds of the trace.
+        muon: the optimizer, if it is Muon.
     """
     with torch.device("meta"), FlashAttention():
         model = make()
@@ -76,6 +82,7 @@ def trace(
         inside = tuple(tuple(tuple(p.shape) for p in block.parameters()) for block in blocks)
         taken = {id(p) for block in blocks for p in block.parameters()}
         outside = tuple(tuple(p.shape) for p in model.parameters() if id(p) not in taken)
+        matrices = NOTHING if muon is None else Orthogonalization(tuple(matrices_of(model, muon)), muon.iterations)
         buffers = sum(b.numel() * b.element_size() for b in model.buffers())
         if precision == "bf16":
             use_bf16_parameters(model)
@@ -84,7 +91,7 @@ def trace(
     per_sample = Activations(two.none - one.none, two.selective - one.selective, two.block - one.block)
     weights = sum(math.prod(shape) for block in inside for shape in block)
     share = weights / max(weights + sum(map(math.prod, outside)), 1)
-    return Footprint(inside, outside, buffers, per_sample, share)
+    return Footprint(inside, outside, buffers, per_sample, share, matrices)
 
 
 def _activations(model: nn.Module, forward: Callable[[nn.Module, int], Any], samples: int) -> Activations:

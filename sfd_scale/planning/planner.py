@@ -26,7 +26,7 @@ from sfd_scale.runtime.batch_split import BatchSplit, divisors, split_batch
 
 # Usable share of a GPU's memory. CUDA's context, NCCL's buffers and fragmentation take the rest.
 USABLE = 0.92
-_CHECKPOINT_BYTES = 16  # per parameter: weight, both moments and EMA in fp32
+_CHECKPOINT_BYTES = 16  # per parameter: weight, both moments and EMA in fp32; 4 less for a matrix of Muon
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Plan:
     checkpoint: int
     checkpoints: int
     data: int
-    flops_per_step: float
+    flops_per_step: float  # of the model
+    optimizer_flops: float  # of Muon's orthogonalisation, on all ranks together
     peak_flops: float  # of a rank, in bf16 as in a run's metrics
     time: StepTime | None
     step_seconds: float
@@ -84,6 +85,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
+        """Of the FLOPs of the model. Those of the optimizer and of recomputation do not count; their time does."""
         return self.flops_per_step / (self.split.world_size * self.peak_flops * self.step_seconds)
 
     @property
@@ -165,9 +167,14 @@ def step_of(job: PlannedRun, split: BatchSplit) -> Step:
     return Step(job.footprint, job.work, job.engine, split, job.ranks_per_node, job.num_workers)
 
 
+def checkpoint_bytes(job: PlannedRun) -> int:
+    """Of one checkpoint."""
+    return _CHECKPOINT_BYTES * job.footprint.parameters - 4 * job.footprint.muon.elements
+
+
 def save_seconds(job: PlannedRun, hardware: Hardware, efficiency: Efficiency) -> float:
     """Time that training waits for one checkpoint: the copy to the host, and the write if not in the background."""
-    part = _CHECKPOINT_BYTES * job.footprint.parameters / job.ranks
+    part = checkpoint_bytes(job) / job.ranks
     return part / hardware.pcie + (0.0 if job.background else part / efficiency.disk.value)
 
 
@@ -190,7 +197,7 @@ def plan(job: PlannedRun, hardware: Hardware, efficiency: Efficiency, mfu: float
     job = replace(job, engine=engine)
     time = step_time(step_of(job, split), hardware, efficiency) if mfu is None else None
     step = time.total if time is not None else seconds_at_mfu(job, peak, mfu or 1.0)
-    checkpoint, save = _CHECKPOINT_BYTES * job.footprint.parameters, save_seconds(job, hardware, efficiency)
+    checkpoint, save = checkpoint_bytes(job), save_seconds(job, hardware, efficiency)
     return Plan(
         engine=engine,
         split=split,
@@ -200,6 +207,7 @@ def plan(job: PlannedRun, hardware: Hardware, efficiency: Efficiency, mfu: float
         checkpoints=checkpoint * job.kept_checkpoints,
         data=job.sample_bytes * job.samples,
         flops_per_step=job.global_batch * job.flops_per_sample,
+        optimizer_flops=job.footprint.muon.flops,
         peak_flops=peak,
         time=time,
         step_seconds=step,

@@ -16,7 +16,7 @@ from sfd_scale.planning.planner import Plan
 
 # Colours of Okabe and Ito, distinct with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-_MEMORY = ("params", "gradients", "optimizer", "ema", "buffers", "activations")
+_MEMORY = ("params", "gradients", "optimizer", "ema", "buffers", "activations", "update")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,10 @@ def choices(job: PlannedRun, hardware: Hardware, efficiency: Efficiency) -> list
 
 def _engines_of(job: PlannedRun) -> Iterator[Engine]:
     several, blocks = job.ranks > job.ranks_per_node, job.work.blocks > 0
-    return engines(job.engine, several_nodes=several, has_blocks=blocks)
+    for engine in engines(job.engine, several_nodes=several, has_blocks=blocks):
+        offloads = isinstance(engine.config, DeepSpeedConfig) and engine.config.offload_optimizer
+        if not (offloads and job.footprint.muon.matrices):  # Muon works on the GPU
+            yield engine
 
 
 @dataclass(frozen=True)

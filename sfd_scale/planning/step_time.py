@@ -13,12 +13,16 @@ from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import BYTES, Footprint
 from sfd_scale.planning.hardware import Hardware
 from sfd_scale.planning.kernels import attention_seconds, elementwise_seconds, matmul_seconds
+from sfd_scale.planning.muon_cost import MESSAGE_BYTES, orthogonalization_seconds
 from sfd_scale.planning.work import Operation, Work
 from sfd_scale.runtime.batch_split import BatchSplit
 
 # AdamW reads weight, gradient and both moments and writes three of them; the norm reads the gradient again; EMA reads
 # two numbers and writes one.
 _UPDATE_BYTES = 4 * (4 + 3 + 1 + 3)
+# Muon reads gradient and momentum for the momentum, and again for Nesterov's step, and writes both; a message is
+# written, and its result is read and converted; the update reads the weight and the result and writes the weight.
+_MUON_UPDATE_BYTES = 4 * (3 + 3 + 3 + 1 + 3) + 3 * 4 + 2 * MESSAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,22 +76,24 @@ def step_time(step: Step, hardware: Hardware, efficiency: Efficiency) -> StepTim
 
     The GPU computes while the host launches kernels ahead of it; the slower of them sets the pace. Communication runs
     beside the computation of its phase, if the engine overlaps it. The update, and reading on the main thread, follow.
+    Muon's matrices go to their owners while these compute.
     """
     accumulated = step.split.grad_accum_steps
     forward = _compute(step, False, hardware, efficiency)
     backward = _compute(step, True, hardware, efficiency)
     matmul, attention, elementwise = (accumulated * (a + b) for a, b in zip(forward, backward, strict=True))
     copies = _copy_bytes(step) / (hardware.bandwidth * efficiency.memory.value)
-    windows = {"forward": accumulated * sum(forward), "backward": accumulated * sum(backward)}
+    muon = orthogonalization_seconds(step.model.muon, step.split.world_size, hardware, efficiency)
+    windows = {"forward": accumulated * sum(forward), "backward": accumulated * sum(backward), "step": muon}
     sent = collectives(
         step.model, step.engine, ranks=step.split.world_size, ranks_per_node=step.ranks_per_node,
         grad_accum_steps=accumulated,
     )  # fmt: skip
     exposed = sum(_exposed(sent, phase, windows[phase], hardware, efficiency) for phase in ("forward", "backward"))
-    tail = sum(links.seconds(c, hardware, efficiency) for c in sent if c.phase == "step")
+    tail = _exposed(sent, "step", windows["step"], hardware, efficiency)
     device, host = matmul + attention + elementwise + copies + exposed, _host_seconds(step, efficiency)
     waiting = max(0.0, host - device) if hardware.asynchronous else host
-    optimizer = _update_seconds(step, hardware, efficiency)
+    optimizer = _update_seconds(step, hardware, efficiency) + muon
     before_data = device + waiting + tail + optimizer
     return StepTime(
         matmul=matmul, attention=attention, elementwise=elementwise, copies=copies, optimizer=optimizer,
@@ -205,13 +211,15 @@ def _copy_bytes(step: Step) -> float:
 
 
 def _update_seconds(step: Step, hardware: Hardware, efficiency: Efficiency) -> float:
-    """AdamW and EMA on the part of one rank; with offload, by the CPU and over PCIe."""
+    """AdamW and EMA on the part of one rank; with offload, by the CPU and over PCIe. Muon without its iterations."""
     engine = step.engine
     group = shard_group(engine, step.split.world_size, step.ranks_per_node)
     part = step.model.parameters / group
     on_host = engine.offload_optimizer if isinstance(engine, DeepSpeedConfig) else engine.cpu_offload
     if not on_host:
-        return part * _UPDATE_BYTES / (hardware.bandwidth * efficiency.memory.value)
+        matrices = step.model.muon.elements / group
+        moved = (part - matrices) * _UPDATE_BYTES + matrices * _MUON_UPDATE_BYTES
+        return moved / (hardware.bandwidth * efficiency.memory.value)
     copied = part * (4 + BYTES[engine.precision]) / hardware.pcie  # gradients out, weights back
     return copied + part * _UPDATE_BYTES / efficiency.host_memory.value
 

@@ -42,6 +42,9 @@ def _memory_rows(made: Plan, hardware: Hardware) -> list[tuple[str, str, str]]:
     ]
     rows += [("buffers", f"{memory.buffers / _GIB:.2f} GiB", "computed, not checked on a GPU")]
     rows += [("activations", f"{memory.activations / _GIB:.2f} GiB", "traced on the model, eager")]
+    if memory.update:
+        text = f"{memory.update / _GIB:.2f} GiB, after the activations are freed"
+        rows += [("update by Muon", text, "computed, checked on a CPU")]
     share = memory.total / hardware.memory
     total = f"{memory.total / _GIB:.2f} GiB, {share:.0%} of {hardware.memory / 1e9:.0f} GB"
     rows += [("memory of the fullest rank", total, "")]
@@ -54,6 +57,8 @@ def _size_rows(made: Plan) -> list[tuple[str, str, str]]:
     split, engine = made.split, made.engine
     largest = str(made.largest_micro_batch) if made.largest_micro_batch else "none: not one sample fits"
     rate = made.bytes_sent_per_step / made.step_seconds
+    share = made.optimizer_flops / made.flops_per_step
+    muon = [("FLOPs of Muon per step", f"{made.optimizer_flops:.3g}, {share:.1%} of these; not in the MFU", "counted")]
     return [
         ("micro-batch × accumulation", f"{split.micro_batch} × {split.grad_accum_steps} × {split.world_size} ranks",
          "the recipe"),
@@ -63,6 +68,7 @@ def _size_rows(made: Plan) -> list[tuple[str, str, str]]:
         ("checkpoint", f"{made.checkpoint / 1e9:.1f} GB, kept {made.checkpoints / 1e9:.1f} GB", "computed"),
         ("data", f"{made.data / 1e9:.1f} GB", "computed, or the shards"),
         ("FLOPs per step", f"{made.flops_per_step:.3g}", "counted on the model"),
+        *(muon if made.optimizer_flops else []),
         ("sent per step by each rank", f"{made.bytes_sent_per_step / 1e9:.2f} GB, {rate / 1e9:.0f} GB/s",
          "computed, ring collectives"),
     ]  # fmt: skip

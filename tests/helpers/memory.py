@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sfd_scale.engines import fsdp
 from sfd_scale.engines.ema import EMA, EMAConfig
 from sfd_scale.engines.engine import Engine
+from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.runtime import distributed
@@ -60,10 +65,44 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     }
 
 
-def measure(spec: Spec) -> dict[str, int]:
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made in it take at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.now, self.bytes = dict[int, int](), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.live:
+                    self.live[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.bytes = max(self.bytes, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return output
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def one_step(engine: Engine, mode: Any) -> None:
+    """A step of the engine, whose update runs in `mode`."""
+    t, y = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.long)
+    velocity, _ = engine.model(torch.ones(2, CHANNELS, SIDE, SIDE), t, t, y)
+    engine.backward(velocity.square().mean(), last=True)
+    del velocity
+    with mode:
+        engine.step(1e-4)
+
+
+def measure(spec: Spec, optimizer: AdamWConfig | MuonConfig) -> dict[str, int]:
     """Bytes on this rank: params, optimizer (fp32 master weights, moments), ema, and gradients before the step."""
     before = alive()
-    engine = make_engine(spec, model(), AdamWConfig())
+    engine = make_engine(spec, model(), optimizer)
     whole = alive()
     params = storages(_weights(engine.model))
     masters = storages([t for f in engine.fragments() for t in (f.param, f.exp_avg, f.exp_avg_sq) if t is not None])
@@ -102,9 +141,19 @@ def count() -> int:
     return sum(p.numel() for p in model().parameters())
 
 
-def run(specs: list[Spec]) -> list[dict[str, int]]:
+def run(specs: list[Spec], optimizer: AdamWConfig | MuonConfig) -> list[dict[str, int]]:
     distributed.init()
-    return [measure(spec) for spec in specs]
+    return [measure(spec, optimizer) for spec in specs]
+
+
+def update_peak(spec: Spec) -> int:
+    """Bytes that an update by Muon takes beside the state."""
+    engine = make_engine(spec, model(), MuonConfig())
+    one_step(engine, Peak())
+    peak = Peak()
+    one_step(engine, peak)
+    engine.close()
+    return peak.bytes
 
 
 def under_fake_ranks(world_size: int) -> dict[str, int]:
@@ -112,4 +161,4 @@ def under_fake_ranks(world_size: int) -> dict[str, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     # The fake group returns this rank's values for all ranks, so that the fragments do not cover the parameters.
     fsdp.check_fragments = lambda *arguments: None
-    return measure(Spec("fsdp", {"precision": "bf16"}))
+    return measure(Spec("fsdp", {"precision": "bf16"}), AdamWConfig())

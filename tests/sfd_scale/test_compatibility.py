@@ -15,12 +15,15 @@ import pytest
 import torch
 import yaml
 
-from sfd_scale import runs, train
+from sfd_scale import official, runs, train
+from sfd_scale.checkpoint.official_checkpoint import read_official
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig
 from tests.helpers import small_run
 from tests.helpers.encoded import tokenizer
 
 HALF, ALL = 4, 8
+MUON: dict[str, Any] = {"kind": "muon", "lr": 0.01, "adamw": {"lr": 0.01}}
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,38 @@ def test_a_setting_that_is_no_more_is_named(
         train.train(recipe, run)
     assert train.train(recipe, run, allow_foreign=True)
     assert "goes on under another recipe: recipe.model.gate: None, in the checkpoint 'tanh'" in caplog.text
+
+
+def test_adamw_and_muon_refuse_the_state_of_each_other(data: Path, half: Path, tmp_path: Path) -> None:
+    muon = small_run.recipe(data, steps=2, every=1, optimizer=MUON)
+    train.train(muon, tmp_path / "muon")
+    adamw = replace(muon, optimizer=AdamWConfig(lr=0.01))
+    for recipe, run in ((adamw, tmp_path / "muon"), (small_run.recipe(data, optimizer=MUON), half)):
+        other = {"muon": "adamw", "adamw": "muon"}[recipe.optimizer.kind]
+        with pytest.raises(
+            ValueError, match=rf"optimizer\.kind: .{recipe.optimizer.kind}., in the checkpoint .{other}"
+        ):
+            train.train(recipe, run)
+    # Told to go on, AdamW has no second moments.
+    more = replace(adamw, train=replace(adamw.train, steps=3))
+    with pytest.raises(ValueError, match=r"of another optimizer: optim\.exp_avg_sq\.blocks\.0.* not in the checkpoint"):
+        train.train(more, tmp_path / "muon", allow_foreign=True)
+
+
+def test_muon_starts_from_the_weights_of_adamw(
+    data: Path, half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = {"path": str(half), "weights": "params"}
+    tiny = {**MUON, "lr": 1e-30, "adamw": {"lr": 1e-30}}
+    recipe = small_run.recipe(data, steps=1, every=1, optimizer=tiny, init_from=start)
+    train.train(recipe, tmp_path / "muon")
+    before, after = small_run.weights(half, HALF), small_run.weights(tmp_path / "muon", 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items() if name.startswith("params."))
+    # The file for the official code has weights and EMA, and says that it has no moments.
+    official.export_official(tmp_path / "muon", tmp_path / "out.pt")
+    assert "without opt, as the official code has no Muon; it cannot resume this run" in caplog.text
+    content = read_official(tmp_path / "out.pt", optimizer=True)
+    assert content.model is not None and content.ema is not None and content.opt is None
 
 
 def test_another_recipe_is_refused_and_loaded_when_told(

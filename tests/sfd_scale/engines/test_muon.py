@@ -21,6 +21,7 @@ from sfd_scale.engines.muon import MuonConfig, matrices_of, orthogonalize, updat
 from sfd_scale.engines.optim import AdamWConfig, param_groups
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
 from sfd_scale.runtime import distributed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import CLIP, Spec, TinyModel, batch, distance, make_ema, make_engine, params, relative, train
@@ -245,6 +246,16 @@ def test_a_diffusion_transformer_trains_by_it_under_both_engines(spec: Spec) -> 
     for name in ("blocks.1.attn.proj.weight", "blocks.0.mlp.w3.weight"):
         moved = (after[name] - before[name]).square().mean().sqrt().item() / 1e-3
         assert 0.1 < moved < 0.3, (name, moved)
+
+
+def test_a_semantic_vae_names_the_matrices_of_its_blocks() -> None:
+    model = SemanticVAE(SemanticVAEConfig(input_dim=24, bottleneck_dim=4, hidden_dim=16, heads=2, blocks=2))
+    found = matrices_of(model, MuonConfig(split="heads"))
+    # q, k and v of two heads each; the projection; both layers of the MLP: in two blocks of encoder and decoder.
+    assert len(found) == 2 * 2 * (3 * 2 + 1 + 2)
+    others = {name for name, _ in model.named_parameters()} - {matrix.name for matrix in found}
+    ends = {f"{side}.{layer}.weight" for side in ("encoder", "decoder") for layer in (0, 4)}
+    assert {name for name in others if name.endswith("weight") and "norm" not in name and ".3." not in name} == ends
 
 
 def test_a_model_without_named_matrices_is_refused() -> None:

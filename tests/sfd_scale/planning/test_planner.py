@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from sfd_scale import plan as plans
 from sfd_scale import train
 from sfd_scale.config import load, to_yaml
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.engines.matrix_exchange import Range, plan_rounds, plan_transfers
+from sfd_scale.engines.muon import MuonConfig
+from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models.lightningdit import LightningDiT
-from sfd_scale.planning import planner
-from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, memory_per_rank, shard_group
+from sfd_scale.planning import muon_cost, planner, tables
+from sfd_scale.planning.costs import AnyEngineConfig, bytes_sent_per_step, collectives, memory_per_rank, shard_group
 from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import Activations, Footprint, trace
 from sfd_scale.planning.hardware import GPUS, Hardware
@@ -26,7 +31,7 @@ from sfd_scale.planning.work import Operation, Work
 from sfd_scale.recipe import TrainRecipe
 from tests.helpers import memory
 from tests.helpers.ranks import run_alone, run_ranks
-from tests.helpers.tiny import Spec
+from tests.helpers.tiny import Spec, make_engine
 
 # Small buckets: they are memory too, and the gradients cannot be told from them.
 _DEEPSPEED = {"reduce_bucket_elements": 10_000, "allgather_bucket_elements": 200_000, "persistent_elements": 1000}
@@ -53,13 +58,13 @@ def bare() -> LightningDiT:
     return LightningDiT(memory.CONFIG, in_channels=memory.CHANNELS, input_size=memory.SIDE, two_clocks=True)
 
 
-def footprint(precision: Any = "bf16") -> Footprint:
-    return trace(bare, forward, precision)
+def footprint(precision: Any = "bf16", muon: MuonConfig | None = None) -> Footprint:
+    return trace(bare, forward, precision, muon)
 
 
-def check(spec: Spec, ranks: int, found: list[dict[str, int]]) -> None:
+def check(spec: Spec, ranks: int, found: list[dict[str, int]], muon: MuonConfig | None = None) -> None:
     plan = memory_per_rank(
-        footprint(spec.options["precision"]), config(spec), ranks=ranks, ranks_per_node=ranks, micro_batch=2,
+        footprint(spec.options["precision"], muon), config(spec), ranks=ranks, ranks_per_node=ranks, micro_batch=2,
         grad_accum_steps=1,
     )  # fmt: skip
     for part in ("params", "gradients", "optimizer", "ema"):
@@ -71,9 +76,95 @@ def check(spec: Spec, ranks: int, found: list[dict[str, int]]) -> None:
 def test_the_engines_hold_what_is_planned(ranks: int) -> None:
     hybrid = [Spec("fsdp", {"sharding": "hybrid", "shard_size": 2, "precision": "bf16"})] if ranks == 4 else []
     specs = [*ENGINES, *hybrid]
-    found = run_ranks(memory.run, ranks, specs, timeout=900)
+    found = run_ranks(memory.run, ranks, specs, AdamWConfig(), timeout=900)
     for index, spec in enumerate(specs):
         check(spec, ranks, [rank[index] for rank in found])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_engines_hold_what_is_planned_with_muon(ranks: int) -> None:
+    found = run_ranks(memory.run, ranks, ENGINES, MuonConfig(), timeout=900)
+    for index, spec in enumerate(ENGINES):
+        check(spec, ranks, [rank[index] for rank in found], MuonConfig())
+    model = footprint(muon=MuonConfig())
+    assert 0.8 < model.muon.elements / model.parameters < 1, "most of the weights are matrices"
+
+
+@pytest.fixture
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A few matrices in each round of Muon."""
+    muon_cost.busiest_owner.cache_clear()
+    monkeypatch.setattr(plan_rounds, "__defaults__", (200_000,))
+    yield
+    muon_cost.busiest_owner.cache_clear()
+
+
+def held(spec: Spec, model: Footprint, ranks: int) -> int:
+    """Elements of matrices that a rank updates."""
+    with_muon, without = (
+        memory_per_rank(m, config(spec), ranks=ranks, ranks_per_node=ranks, micro_batch=1, grad_accum_steps=1)
+        for m in (model, replace(model, muon=muon_cost.NOTHING))
+    )
+    return (without.optimizer - with_muon.optimizer) // 4
+
+
+def check_update(spec: Spec, ranks: int, measured: int) -> None:
+    model = footprint("fp32", MuonConfig())
+    planned = muon_cost.update_bytes(model.muon, ranks, held(spec, model, ranks), message=4)
+    assert planned == pytest.approx(measured, rel=0.1), (spec, ranks)
+
+
+ALONE = Spec("fsdp", {"precision": "fp32", "grad_clip": None})
+
+
+def test_an_update_by_muon_takes_the_planned_memory() -> None:
+    check_update(ALONE, 1, memory.update_peak(ALONE))
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_an_update_by_muon_in_several_rounds_takes_the_planned_memory() -> None:
+    assert muon_cost.rounds(footprint(muon=MuonConfig()).muon, 1) > 5
+    check_update(ALONE, 1, memory.update_peak(ALONE))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
+def test_an_update_by_muon_on_two_ranks_takes_the_planned_memory(sharding: str) -> None:
+    spec = Spec("fsdp", {**ALONE.options, "sharding": sharding})
+    check_update(spec, 2, max(run_ranks(memory.update_peak, 2, spec)))
+
+
+@pytest.mark.parametrize("split", ["none", "matrices", "heads"])
+def test_the_flops_of_muon_are_those_that_torch_counts(split: Any) -> None:
+    muon = MuonConfig(split=split, iterations=3)
+    engine, counter = make_engine(ALONE, memory.model(), muon), FlopCounterMode(display=False)
+    memory.one_step(engine, counter)
+    engine.close()
+    assert footprint(muon=muon).muon.flops == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "shards"),
+    [(FSDPConfig(), 4), (FSDPConfig(sharding="hybrid", shard_size=2), 2), (FSDPConfig(sharding="replicate"), 1)],
+)
+def test_the_traffic_of_muon_is_that_of_its_transfers(engine: FSDPConfig, shards: int) -> None:
+    model, ranks = footprint(muon=MuonConfig()), 4
+    weights = {matrix.name: matrix.columns for matrix in model.muon.matrices}
+    held: list[list[Range]] = [[] for _ in range(ranks)]
+    for (rows, columns), name in zip(model.muon.shapes, weights, strict=True):
+        height = math.ceil(rows / shards)
+        for rank in range(ranks):
+            first, last = (min(rows, height * (rank % shards + more)) * columns for more in (0, 1))
+            held[rank].append(Range(name, first, last))
+    transfers = plan_transfers(model.muon.matrices, held, ranks_per_node=2)
+    moved = [t for t in transfers if t.holder != t.owner]
+    gathered, returned = sum(t.elements for t in moved if t.sends), sum(t.elements for t in moved)
+    found = collectives(model, engine, ranks=ranks, ranks_per_node=2, grad_accum_steps=1)
+    sent = sum(c.bytes_sent for c in found if c.kind == "all_to_all")
+    assert sent * ranks == pytest.approx(2 * (gathered + returned), rel=0.05)
+    if engine.sharding == "hybrid":  # with parts from the owner's node alone
+        assert all(t.holder // 2 == t.owner // 2 for t in moved if t.sends)
 
 
 @pytest.mark.full
@@ -150,7 +241,7 @@ def job(engine: AnyEngineConfig, ranks: int = 8, micro_batch: int | None = None)
     )  # fmt: skip
 
 
-H100, SMALL = GPUS["h100"], GPUS["4090"]
+H100, H200, SMALL = GPUS["h100"], GPUS["h200"], GPUS["4090"]
 
 
 def plan(work: planner.PlannedRun, hardware: Hardware = H100, mfu: float | None = None) -> planner.Plan:
@@ -165,6 +256,24 @@ def test_a_stated_mfu_gives_the_time() -> None:
     again = DeepSpeedConfig(zero_stage=1, activation_checkpointing="block")
     assert planner.seconds_at_mfu(job(again), H100.peak_bf16, 0.5) == pytest.approx(made.step_seconds * 4 / 3)
     assert (made.checkpoint, made.checkpoints, made.data) == (16 * P, 48 * P, 5_000_000)
+
+
+def test_muon_takes_less_memory_and_more_time_than_adamw() -> None:
+    adamw, muon = plans.make(["train/sfd_xl", "train/sfd_xl_muon"], [], [8], machine("h200"), samples=1)
+    model = muon.job.footprint
+    assert adamw.job.footprint.muon.matrices == ()
+    assert adamw.plan.memory.optimizer - muon.plan.memory.optimizer == pytest.approx(model.muon.elements * 4 / 8, 0.01)
+    assert adamw.plan.checkpoint - muon.plan.checkpoint == 4 * model.muon.elements
+    # 28 blocks of 11 cut matrices and the alignment head: 11.5% of the model's FLOPs at batch 256, on 8 owners.
+    assert muon.plan.optimizer_flops / muon.plan.flops_per_step == pytest.approx(0.115, rel=0.02)
+    assert adamw.plan.time is not None and muon.plan.time is not None
+    iterations = muon.plan.time.optimizer - adamw.plan.time.optimizer
+    assert iterations > muon.plan.optimizer_flops / 8 / H200.peak_bf16
+    assert iterations < 8 * muon.plan.optimizer_flops / 8 / H200.peak_bf16
+    # MFU has the model's FLOPs alone, so the optimizer's time lowers it.
+    assert muon.plan.mfu / adamw.plan.mfu == pytest.approx(adamw.plan.step_seconds / muon.plan.step_seconds)
+    rows = dict(row[:2] for row in tables.quantities(muon.plan, H200))
+    assert "not in the MFU" in rows["FLOPs of Muon per step"] and "update by Muon" in rows
 
 
 def test_the_time_of_a_plan_is_that_of_its_parts_and_saves() -> None:

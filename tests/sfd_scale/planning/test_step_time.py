@@ -142,6 +142,19 @@ def test_no_rank_sends_faster_than_its_links(kind: Any, ranks: int, stride: int,
     assert larger.bytes_sent > found.bytes_sent and links.seconds(larger, H100, USUAL) > seconds
 
 
+@given(st.integers(1, 9).map(lambda n: 2**n), st.floats(1e3, 1e12), st.integers(1, 100))
+@settings(max_examples=100, deadline=None)
+def test_no_rank_of_an_all_to_all_sends_faster_than_its_links(ranks: int, size: float, calls: int) -> None:
+    found = Collective("all_to_all", "step", size, calls, Group(ranks, 8), False)
+    seconds = links.seconds(found, H100, USUAL)
+    assert found.bytes_sent == pytest.approx(size / ranks * (ranks - 1) / ranks)
+    assert found.bytes_sent / seconds <= H100.nvlink
+    inside = min(ranks, 8)
+    assert found.bytes_sent * (ranks - inside) / max(ranks - 1, 1) / seconds <= H100.network
+    slower = replace(H100, nvlink=H100.nvlink / 2, network=H100.network / 2)
+    assert links.seconds(found, slower, USUAL) > seconds
+
+
 def test_a_ring_of_one_node_sends_at_the_speed_of_nvlink() -> None:
     found = Collective("all_gather", "forward", 8e9, 1, Group(8, 8), True)
     seconds = links.seconds(found, H100, USUAL)
