@@ -129,7 +129,7 @@ def sweep(
     out: Out,
 ) -> None:
     """Generate and score every combination of settings with the same noise and labels. A second start continues."""
-    from eval.sweep import sweep as run
+    from eval.search.sweep import sweep as run
 
     _start_ranks()
     run(recipe, grid, out)

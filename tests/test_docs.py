@@ -21,7 +21,7 @@ import eval.__main__ as harness
 import sfd_scale.__main__ as package
 from benchmarks import plan_pages
 from eval.recipes import load_any
-from eval.sweep import cells
+from eval.search.sweep import cells
 from sfd_scale import config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,9 +21,9 @@ from typing import Any
 
 from eval.recipe import KINDS, EvalRecipe
 from eval.results import read_table
+from eval.search.sweep import sweep
 from eval.study import report as study_report
 from eval.study.recipe import StudyRecipe, SweepConfig
-from eval.sweep import sweep
 from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe

@@ -1,4 +1,4 @@
-"""The samplers of a recipe, from noise to data: fixed-step Runge-Kutta methods and the adaptive dopri5."""
+"""The samplers of a recipe, from noise to data: Runge-Kutta and multistep methods with fixed steps, and dopri5."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.flow_ode import FlowODE, SampleResult
 from sfd_scale.diffusion.guidance import Velocity
 from sfd_scale.diffusion.latents import LatentLayout
+from sfd_scale.diffusion.multistep import MultistepConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 
-SamplerConfig = FixedStepConfig | Dopri5Config
+SamplerConfig = FixedStepConfig | Dopri5Config | MultistepConfig
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.influence import Influence, frechet_influence, inception_influence, share_influence
 from eval.metrics.moments import moments
-from eval.sweep import split_values
+from eval.search.sweep import split_values
 from tests.eval.metrics.test_metrics import class_logits, features
 
 

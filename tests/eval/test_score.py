@@ -28,7 +28,7 @@ from eval.recipe import EvalRecipe
 from eval.reference import check_spatial_order, load_reference
 from eval.results import Results
 from eval.score import default_out, score
-from eval.sweep import cells, varying
+from eval.search.sweep import cells, varying
 from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe

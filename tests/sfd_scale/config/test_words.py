@@ -13,7 +13,7 @@ import eval.__main__
 import sfd_scale.__main__
 from eval.recipe import EvalRecipe
 from eval.recipes import compare, load_any
-from eval.sweep import split_values
+from eval.search.sweep import split_values
 from sfd_scale import config
 from sfd_scale.config import words
 from sfd_scale.launch import commands
