@@ -47,7 +47,8 @@ def licence(name: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier", []) if c.startswith("License :: ")]
-    text = metadata.get("License-Expression") or ", ".join(classifiers) or (metadata.get("License") or "").strip()
+    stated = (metadata.get("License") or "").strip()
+    text = metadata.get("License-Expression") or ", ".join(classifiers) or ("" if stated == "UNKNOWN" else stated)
     if not text:
         text = next((line for line in _licence_file(name) if ALLOWED.search(line)), "")
     return text.strip().splitlines()[0][:80] if text else "not stated"

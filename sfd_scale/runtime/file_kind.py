@@ -37,7 +37,7 @@ _WANTED: dict[Wanted, str] = {
 _ACCEPTED: dict[Wanted, frozenset[str]] = {
     "safetensors": frozenset({"safetensors"}),
     "torch": frozenset({"torch", "zip"}),
-    "weights": frozenset({"safetensors", "torch", "zip"}),
+    "weights": frozenset({"safetensors", "torch", "zip", "old torch"}),
     # Of any framework: torch-fidelity has extractors of several.
     "network": frozenset({"safetensors", "torch", "zip", "old torch", "pickle", "hdf5", "unknown"}),
     "npz": frozenset({"npz", "zip"}),

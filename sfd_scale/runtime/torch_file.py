@@ -93,7 +93,7 @@ class LazyTensor:
     stride: tuple[int, ...]
 
 
-class _Unpickler(SafeUnpickler):
+class TensorUnpickler(SafeUnpickler):
     """An unpickler without access to code: a pickle gets functions and classes only from `find_class`."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -111,7 +111,9 @@ class _Unpickler(SafeUnpickler):
         return type(name.rpartition(".")[2] or "Inert", (Inert,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Storage:
-        kind, dtype, key, _, count = pid
+        kind, dtype, key, _, count = pid[:5]
+        if pid[5:] not in ((), (None,)):  # before PyTorch 0.4, a storage could be a view of another
+            raise pickle.UnpicklingError(f"a view of a storage: {pid[5:]}")
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"unknown kind of storage: {kind} {dtype}")
         if type(count) is not int or count < 0:
@@ -149,7 +151,7 @@ class TorchFile:
             if any(info.compress_type != zipfile.ZIP_STORED for info in self._zip.infolist()):
                 raise ValueError("its records are compressed, but torch.save does not compress")
             order = self._zip.read(f"{self._root}byteorder") if f"{self._root}byteorder" in names else b"little"
-            self.content: Any = _Unpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
+            self.content: Any = TensorUnpickler(io.BytesIO(self._zip.read(f"{self._root}data.pkl"))).load()
         except zipfile.BadZipFile as error:
             raise ValueError(file_error(path, "torch", error)) from error
         except StopIteration:
@@ -185,16 +187,20 @@ class TorchFile:
         except RecursionError as error:
             raise ValueError(f"{self.path} is damaged: an object in it contains itself") from error
 
+    def read_storage(self, storage: Storage) -> bytearray:
+        """The bytes of a storage. Errors are those of `zipfile`, and ValueError for a record of another size."""
+        # Check the size first: a damaged file may give any size.
+        size = storage.count * storage.dtype.itemsize
+        info = self._zip.getinfo(f"{self._root}data/{storage.key}")
+        if info.file_size < size:
+            raise ValueError(f"it has {info.file_size} bytes, expected {size}")
+        return bytearray(self._zip.read(info))
+
     def _tensor(self, lazy: LazyTensor, storages: dict[Storage, Tensor]) -> Tensor:
         storage = lazy.storage
         if storage not in storages:
-            # Check the size first: a damaged file may give any size.
-            size = storage.count * storage.dtype.itemsize
             try:
-                info = self._zip.getinfo(f"{self._root}data/{storage.key}")
-                if info.file_size < size:
-                    raise ValueError(f"it has {info.file_size} bytes, expected {size}")
-                data = bytearray(self._zip.read(info))
+                data = self.read_storage(storage)
             except (KeyError, ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{self.path} is truncated or damaged at tensor {storage.key}: {error}") from error
             whole = torch.frombuffer(data, dtype=storage.dtype, count=storage.count) if storage.count else None

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
+from sfd_scale.runtime.old_torch_file import OldTorchFile
 from sfd_scale.runtime.torch_file import LazyTensor, TorchFile
 
 State = dict[str, Tensor]
@@ -83,9 +84,10 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> State:
     Raises:
         ValueError: names the file, if it cannot be read or holds no state dict.
     """
-    if require_kind(path, "weights") == "safetensors":
+    kind = require_kind(path, "weights")
+    if kind == "safetensors":
         return {name: value for name, value in read_safetensors(path).items() if name.startswith(prefixes)}
-    file = TorchFile(path)
+    file = OldTorchFile(path) if kind == "old torch" else TorchFile(path)
     candidates = [file.content]
     if isinstance(file.content, dict):
         candidates += [file.content[name] for name in _WEIGHTS if name in file.content]

@@ -13,10 +13,17 @@ from sfd_scale.tokenizers.pca import FeaturePCA, FeaturePCAConfig
 from sfd_scale.tokenizers.protocols import Precision, SemanticCodec, TextureCodec, VisionEncoder
 from sfd_scale.tokenizers.semantic_codec import SemanticVAECodec, SemanticVAECodecConfig
 from sfd_scale.tokenizers.texture_vae import AutoencoderKLCodec, AutoencoderKLConfig
-from sfd_scale.tokenizers.vision_encoder import ConvNetEncoder, ConvNetEncoderConfig, DINOv2, DINOv2Config
+from sfd_scale.tokenizers.vision_encoder import (
+    ConvNetEncoder,
+    ConvNetEncoderConfig,
+    DINOv2,
+    DINOv2Config,
+    TimmEncoder,
+    TimmEncoderConfig,
+)
 
 TextureConfig = AutoencoderKLConfig | PatchPCAConfig
-VisionConfig = DINOv2Config | ConvNetEncoderConfig
+VisionConfig = DINOv2Config | TimmEncoderConfig | ConvNetEncoderConfig
 SemanticConfig = SemanticVAECodecConfig | FeaturePCAConfig
 
 
@@ -40,7 +47,14 @@ def make_texture(config: TextureConfig, device: torch.device) -> TextureCodec:
 
 
 def make_vision(config: VisionConfig, device: torch.device) -> VisionEncoder:
-    encoder = DINOv2.load(config) if isinstance(config, DINOv2Config) else ConvNetEncoder.load(config)
+    encoder: VisionEncoder
+    match config:
+        case DINOv2Config():
+            encoder = DINOv2.load(config)
+        case TimmEncoderConfig():
+            encoder = TimmEncoder.load(config)
+        case ConvNetEncoderConfig():
+            encoder = ConvNetEncoder.load(config)
     return encoder.to(device)
 
 

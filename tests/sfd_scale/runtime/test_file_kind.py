@@ -115,7 +115,7 @@ def _folder_with(name: str, read: Callable[[Path], object]) -> Callable[[Path], 
 READERS: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "statistics of FID": (read_statistics, {"npz", "zip", "torch"}),
     "images to score": (NpzImages, {"npz", "zip", "torch"}),
-    "weights": (read_weights, {"safetensors", "torch", "zip", "npz"}),
+    "weights": (read_weights, {"safetensors", "torch", "zip", "npz", "old torch"}),
     "official checkpoint": (read_official, {"torch", "zip", "npz"}),
     "exported weights": (load_weights, {"safetensors"}),
     "note of an export": (export.read_note, {"safetensors"}),
