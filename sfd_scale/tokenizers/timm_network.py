@@ -133,8 +133,8 @@ def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[f
     return scaled if scaled.shape[2:] == (size, size) else functional.interpolate(scaled, size=size, mode="bicubic")
 
 
-class _Found(Exception):  # noqa: N818 - it ends a forward pass and reports no error
-    """The output of the block that was asked for."""
+class _Found(Exception):
+    """Ends a forward pass with the output of the block that was asked for. It reports no error."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
