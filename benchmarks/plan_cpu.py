@@ -80,7 +80,7 @@ def _real_step(recipe: TrainRecipe, micro_batch: int) -> Callable[[], object]:
     )
     assert isinstance(recipe.objective, SemanticFirstConfig) and isinstance(recipe.model, LightningDiTConfig)
     conditioning = recipe.model.conditioning
-    objective = SemanticFirstObjective(recipe.objective, layout, recipe.schedule, conditioning, recipe.seed)
+    objective = SemanticFirstObjective(recipe.objective, layout, recipe.schedule, conditioning, recipe.seeds.noise)
     ema, steps = EMA(engine.fragments(), recipe.ema), itertools.count()
 
     def step() -> None:

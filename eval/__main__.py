@@ -143,7 +143,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
 ) -> None:
     """Show whether two results differ: the difference of each score, with a bootstrap interval."""
-    from eval.compare import compare as run
+    from eval.comparison.compare import compare as run
 
     _start_ranks()  # ranks share the nearest-neighbour search
     run(a, b, rounds=rounds, out=out)

@@ -272,6 +272,33 @@ def study(
 
 
 @app.command()
+def replicate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: the recipe's own and the next ones.")] = 3,
+    vary: Annotated[str, typer.Option(help="The parts of the seed that vary: init, data, noise.")] = "init,data,noise",
+    evaluate: Annotated[str | None, typer.Option(help="An evaluation recipe: scores every checkpoint.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Parallel processes; they share the CPU cores.")] = 1,
+) -> None:
+    """Train a recipe with several seeds: RUN.seed0, RUN.seed1, ... The same command resumes."""
+    loaded = load_recipe(recipe, _train_recipe, overrides)
+    from eval.comparison import replicate as module
+    from eval.recipe import EvalRecipe
+    from eval.work.processes import run_in_parallel
+
+    todo = module.replicates(loaded, seeds, module.parse_vary(vary))
+    evaluation = None if evaluate is None else config.load(evaluate, EvalRecipe)
+    if jobs > 1:
+        options = ["--seeds", str(seeds), "--vary", vary, *(["--evaluate", evaluate] if evaluate else [])]
+        command = [sys.executable, "-m", "sfd_scale", "replicate", recipe, *(overrides or ()), *options]
+        if code := run_in_parallel(command, jobs):
+            sys.exit(code)
+    elif not module.replicate(todo, evaluation, source=recipe):
+        sys.exit(REQUEUE_EXIT_CODE)
+    typer.echo("\n".join(str(each.run) for each in todo))
+
+
+@app.command()
 def plan(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE... [KEY=VALUE...]", help="Recipes and overrides.")],
     gpus: Annotated[list[str], typer.Option(help="Numbers of GPUs, such as 8,16; can be repeated.")],

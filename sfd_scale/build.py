@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def make_model(recipe: TrainRecipe) -> nn.Module:
-    """The model with its initial fp32 weights, drawn from the recipe's seed."""
+    """The model with its initial fp32 weights, drawn from the recipe's seed.init."""
     model: Any = recipe.task.make_model()
-    model.init_weights(recipe.seed)
+    model.init_weights(recipe.seeds.init)
     return model
 
 

@@ -23,6 +23,7 @@ from sfd_scale.engines.muon import MuonConfig
 from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.runtime.profiling import ProfileConfig
+from sfd_scale.runtime.seeds import Seeds
 from sfd_scale.runtime.settings import NoEffectOnResults, at_least
 from sfd_scale.tasks import ModelConfig, ObjectiveConfig, task_of
 from sfd_scale.tasks.task import Task
@@ -57,7 +58,7 @@ class TrainRecipe:
     data: DataConfig
     train: TrainerConfig
     published: NoEffectOnResults[str | None] = None  # the published score of this run, with its source
-    seed: int = 0
+    seed: int | Seeds = 0  # one number is the seed of all three parts
     run: NoEffectOnResults[Path] = Path("runs/train")
     latents: LatentLayout = field(default_factory=LatentLayout)
     schedule: SemanticFirstSchedule = field(default_factory=SemanticFirstSchedule)
@@ -76,7 +77,13 @@ class TrainRecipe:
     tensorboard: NoEffectOnResults[bool] = False  # event files beside metrics.jsonl; needs the extra of that name
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", self.seeds.shortest)
         self.task.check()
+
+    @property
+    def seeds(self) -> Seeds:
+        """The seeds of initial weights, data and noise."""
+        return Seeds.of(self.seed)
 
     @property
     def task(self) -> Task:

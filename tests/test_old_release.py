@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval import generate, score
-from eval.compare import compare
+from eval.comparison.compare import compare
 from eval.pages.run_metrics import read_metrics
 from eval.recipe import EvalRecipe
 from eval.report import report

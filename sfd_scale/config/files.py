@@ -25,6 +25,7 @@ from sfd_scale.config.renamed import new_recipe, with_current_keys
 from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.file_kind import require_kind
 from sfd_scale.runtime.run_paths import RECIPE
+from sfd_scale.runtime.seeds import with_parts
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel holds the recipes in the package, a checkout beside it.
@@ -222,10 +223,11 @@ def merge(base: Tree, top: Tree) -> Tree:
     """`base` with the values of `top`; neither is changed. Mappings are merged, and lists are replaced.
 
     A mapping of another `kind` replaces the old mapping: the keys of the old kind do not apply to it.
+    One part of a seed, such as `seed.init`, leaves the other parts at the number that was the seed of all.
     """
     merged = dict(base)
     for key, above in top.items():
-        below = base.get(key)
+        below = with_parts(base.get(key)) if key == "seed" and isinstance(above, dict) else base.get(key)
         if isinstance(below, dict) and isinstance(above, dict) and not _another_kind(below, above):
             merged[key] = merge(below, above)
         else:

@@ -98,13 +98,15 @@ def _check_kind(cls: type[Any], data: Any, source: str) -> None:
 
 
 def _command(overrides: Sequence[str]) -> files.Tree:
+    tree: files.Tree = {}
     with files.errors_in(_COMMAND_LINE):
-        tree = OmegaConf.create({})
         for key, value in map(parse_override, overrides):
-            OmegaConf.update(tree, key, value)
-        plain = OmegaConf.to_container(tree)
-    assert isinstance(plain, dict)
-    return dict(plain)
+            one = OmegaConf.create({})
+            OmegaConf.update(one, key, value)
+            plain = OmegaConf.to_container(one)
+            assert isinstance(plain, dict)
+            tree = files.merge(tree, {str(name): item for name, item in plain.items()})
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)

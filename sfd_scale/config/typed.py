@@ -110,6 +110,9 @@ class _Reader:
                     return self.value(option, value, key)
             raise self.fail(key, f"{value!r}; allowed: {' or '.join(map(_describe, rest))}")
         classes = by_kind(rest)
+        plain = [option for option in rest if dataclasses.is_dataclass(option)]
+        if len(plain) == 1 and not classes:  # such as int | Seeds
+            return self.dataclass(plain[0], value, key)
         value = {"kind": implied, **value} if (implied := implied_kind(key, kinds_of_class(self.root))) else value
         if "kind" not in value:
             given = ", ".join(map(str, value)) or "nothing"

@@ -44,7 +44,7 @@ class ClassifierTask:
         return loader
 
     def make_objective(self, loader: Loader, device: torch.device) -> ClassificationObjective:
-        return ClassificationObjective(self.loss, self.recipe.seed)
+        return ClassificationObjective(self.loss, self.recipe.seeds.noise)
 
     def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
         side = self.model.image_size

@@ -83,7 +83,7 @@ class DiffusionTask:
         assert isinstance(loader, LatentLoader)
         recipe = self.recipe
         return SemanticFirstObjective(
-            self.loss, recipe.latents, recipe.schedule, self.model.conditioning, recipe.seed,
+            self.loss, recipe.latents, recipe.schedule, self.model.conditioning, recipe.seeds.noise,
             self.alignment_targets(loader, device),
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ class SemanticVAETask:
 
     def make_objective(self, loader: Loader, device: torch.device) -> SemanticVAEObjective:
         vision = None if isinstance(loader, FeatureLoader) else make_features(self.recipe.tokenizer, device)
-        return SemanticVAEObjective(self.loss, vision, self.model.bottleneck_dim, self.recipe.seed)
+        return SemanticVAEObjective(self.loss, vision, self.model.bottleneck_dim, self.recipe.seeds.noise)
 
     def example_inputs(self, samples: int) -> tuple[Tensor, ...]:
         tokens = self.recipe.latents.size**2  # the grid of features is that of the latents

@@ -65,7 +65,7 @@ class Task(Protocol):
 
 def open_loader(kind: type[L], recipe: TrainRecipe, split: BatchSplit, data: DataConfig | None = None) -> L:
     """The loader of this rank; `data` replaces the recipe's."""
-    return kind(recipe.data if data is None else data, seed=recipe.seed, split=split, rank=distributed.rank())
+    return kind(recipe.data if data is None else data, seed=recipe.seeds.data, split=split, rank=distributed.rank())
 
 
 def check_classes(loader: Loader, num_classes: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.compare import difference, resampled_means
+from eval.comparison.compare import difference, resampled_means
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.influence import Influence, frechet_influence, inception_influence, share_influence
