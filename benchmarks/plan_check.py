@@ -126,7 +126,7 @@ def report(results: Sequence[Result]) -> str:
 
 def cpu_report(found: Quickstart, machine: str) -> str:
     return (
-        f"**A real step here.** The quickstart's step (`quickstart/sfd`, ZeRO-1, bf16, micro-batch "
+        f"**A real step here.** A step of the quickstart's model (`quickstart/sfd`, ZeRO-1, bf16, micro-batch "
         f"{found.micro_batch}) took {1000 * found.measured:.0f} ms, predicted {1000 * found.predicted:.0f} ms: error "
         f"{found.error:+.0%}. The CPU's constants were fitted to {found.fitted} steps of other sizes. {machine}."
     )

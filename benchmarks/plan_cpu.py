@@ -60,6 +60,7 @@ def quickstart_check(repeats: int = 15) -> Quickstart:
 
 def _recipe(depth: int, width: int, heads: int, micro_batch: int) -> TrainRecipe:
     overrides = [f"model.depth={depth}", f"model.width={width}", f"model.heads={heads}"]
+    overrides += ["engine.precision=bf16", "latents.texture_channels=32"]
     return config.load("quickstart/sfd", TrainRecipe, [*overrides, f"train.global_batch={micro_batch}"])
 
 

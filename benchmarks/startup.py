@@ -68,7 +68,14 @@ def prepare(folder: Path) -> Path:
 def ours(data: Path, run: Path) -> Stamps:
     """Seconds from the command to the end of each part, on rank 0."""
     command = [str(ROOT / "launchers" / "deepspeed.sh"), "--module", "benchmarks.startup_rank", "train"]
-    command += ["quickstart/sfd", f"data.path={data}", "train.steps=1", "--run", str(run)]
+    command += [
+        "quickstart/sfd",
+        f"data.path={data}",
+        f"latents.texture_channels={TEXTURE}",
+        "train.steps=1",
+        "--run",
+        str(run),
+    ]
     return run_with_stamps(command, run, OURS, {"DS_ACCELERATOR": "cpu", "RANKS": str(RANKS)})
 
 

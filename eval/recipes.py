@@ -55,10 +55,10 @@ def summary_table(words: Sequence[str] = ()) -> Table:
     names = ("recipe", "kind", "model", "engine", "global batch", "published")
     table = Table(*(Column(name, no_wrap=True) for name in names), box=None, pad_edge=False)
     for name in config.recipe_names():
-        kind = config.kind_of(name)
-        if kind is None:
+        recipe = config.load_unless_part(name, KINDS)
+        if recipe is None:
             continue
-        row = _row(name, config.load(name, KINDS[kind]))
+        row = _row(name, recipe)
         if all(word.lower() in " ".join(row).lower() for word in words):
             table.add_row(*row)
     if not table.rows:

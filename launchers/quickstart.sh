@@ -16,35 +16,25 @@ wait_all() { for pid in "${pids[@]}"; do wait "$pid"; done; pids=(); }
 parallel sfd encode quickstart/images
 parallel sfd encode quickstart/reference
 wait_all
-# The vision encoder, whose features are the semantics; and another classifier, whose features compute the scores.
-# These small models use one process each; the diffusion model below uses two ranks of the deepspeed launcher.
-parallel sfd train quickstart/vision
-parallel sfd train quickstart/classifier
+# Small networks, one process each. The vision encoder's features are the semantics, which a semantic VAE compresses.
+# The texture VAE compresses the pixels. The features of another classifier compute the scores.
+trained() {
+  for name in "$@"; do
+    sfd train "quickstart/$name"
+    sfd export "$RUN/$name" --out "$RUN/$name.safetensors"
+  done
+}
+parallel trained vision semvae
+parallel trained texture
+parallel trained classifier
 wait_all
-parallel sfd export "$RUN/vision" --out "$RUN/vision.safetensors"
-parallel sfd export "$RUN/classifier" --out "$RUN/classifier.safetensors"
-wait_all
-# Tokenizers: a semantic VAE of the encoder's features, and a closed-form texture codec.
-parallel sfd train quickstart/semvae
-parallel sfd fit quickstart/texture
-wait_all
-step sfd export "$RUN/semvae" --out "$RUN/semvae.safetensors"
 # Composite latents.
 step sfd encode quickstart/latents
-# Semantic-first diffusion: two ranks, ZeRO-1, bf16.
+# Semantic-first diffusion: two ranks, ZeRO-1.
 ranks train quickstart/sfd
-parallel sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
-parallel sfd export "$RUN/sfd" --initial --out "$RUN/sfd_untrained.safetensors"
-wait_all
-# Generate on two ranks and score. In parallel: the same recipe with the untrained weights, in one process.
-ranks --module eval generate quickstart/eval "checkpoint=$RUN/sfd.safetensors" --out "$RUN/samples_sfd"
-untrained() {
-  python -m eval generate quickstart/eval "checkpoint=$RUN/sfd_untrained.safetensors" --out "$RUN/samples_sfd_untrained"
-  python -m eval score quickstart/eval --samples "$RUN/samples_sfd_untrained"
-}
-parallel untrained
-parallel python -m eval score quickstart/eval --samples "$RUN/samples_sfd"
-wait_all
-step python -m eval report --result "$RUN/samples_sfd/results.json" --result "$RUN/samples_sfd_untrained/results.json" \
-  --run "$RUN/sfd" --out "$RUN/report"
+step sfd export "$RUN/sfd" --out "$RUN/sfd.safetensors"
+# Generate on two ranks, score, and write the pages.
+ranks --module eval generate quickstart/eval --out "$RUN/samples_sfd"
+step python -m eval score quickstart/eval --samples "$RUN/samples_sfd"
+step python -m eval report --result "$RUN/samples_sfd/results.json" --run "$RUN/sfd" --out "$RUN/report"
 printf '\nDone in %d s. Open %s\n' $((SECONDS - started)) "$RUN/report/index.html"

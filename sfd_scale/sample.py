@@ -190,14 +190,14 @@ class Pipeline:
         Raises:
             ValueError: for a class that the model lacks, or guidance that it does not support.
         """
-        chosen = self._labels(labels, count)
-        config = _guidance(guidance, self.guide is not None)
+        chosen = self.labels(labels, count)
+        config = self.guidance_of(guidance)
         solution: SamplerConfig
         solution = Dopri5Config() if solver == "dopri5" else FixedStepConfig(kind=solver, num_steps=steps)
         batch = min(batch, len(chosen))
         images = []
         with bf16_matmul_on_cpu(self.device), _bar(len(chosen), show_progress) as bar:
-            sampler = self._sampler(config, solution, seed, batch)
+            sampler = self.sampler(config, solution, seed, batch)
             for start in range(0, len(chosen), batch):
                 part = self.loaded.conditioning.given(chosen[start : start + batch])
                 images.append(sampler.images(range(start, start + len(part)), part).images.cpu())
@@ -209,7 +209,8 @@ class Pipeline:
 
         return Output([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn], chosen, seed)
 
-    def _labels(self, labels: Sequence[int] | int | None, count: int | None) -> Tensor:
+    def labels(self, labels: Sequence[int] | int | None, count: int | None) -> Tensor:
+        """The label of each image, as in a call: (count,) int64."""
         conditioning = self.loaded.conditioning
         if labels is None:
             return conditioning.in_turn(min(self.num_classes, 16) if count is None else count)
@@ -219,7 +220,18 @@ class Pipeline:
         conditioning.check(chosen, "labels")
         return chosen
 
-    def _sampler(self, guidance: GuidanceConfig, solver: SamplerConfig, seed: int, batch: int) -> Sampler:
+    def guidance_of(self, scale: float | tuple[float, float] | GuidanceConfig) -> GuidanceConfig:
+        """The settings of a scale: AutoGuidance with a guidance model, otherwise classifier-free guidance."""
+        if not isinstance(scale, int | float | tuple):
+            return scale
+        texture, semantic = scale if isinstance(scale, tuple) else (scale, scale)
+        if texture == 1 and semantic == 1:
+            return NoGuidance()
+        kind = ClassifierFreeGuidance if self.guide is None else AutoGuidance
+        return kind(scale_texture=float(texture), scale_semantic=float(semantic))
+
+    def sampler(self, guidance: GuidanceConfig, solver: SamplerConfig, seed: int, batch: int) -> Sampler:
+        """The sampler of this model, for batches of `batch` images."""
         loaded = self.loaded
         guide = self.guide.model if self.guide is not None and not isinstance(guidance, NoGuidance) else None
         conditioning = loaded.conditioning if loaded.null_trained else None
@@ -330,16 +342,6 @@ def _weights_of(source: str | Path) -> Path:
         raise ValueError(f"{source}: no such file or folder here, and not on the Hugging Face hub: {error}") from error
 
 
-def _guidance(scale: float | tuple[float, float] | GuidanceConfig, has_guide: bool) -> GuidanceConfig:
-    if not isinstance(scale, int | float | tuple):
-        return scale
-    texture, semantic = scale if isinstance(scale, tuple) else (scale, scale)
-    if texture == 1 and semantic == 1:
-        return NoGuidance()
-    kind = AutoGuidance if has_guide else ClassifierFreeGuidance
-    return kind(scale_texture=float(texture), scale_semantic=float(semantic))
-
-
 @contextmanager
 def _bar(total: int, shown: bool) -> Iterator[ProgressBar]:
     if shown:
@@ -357,7 +359,7 @@ def sample_grid(
     label: int | None,
     steps: int,
     seed: int,
-    guidance: float = 1.0,
+    guidance: float | tuple[float, float] = 1.0,
     guide: Path | None = None,
     solver: FixedStepMethod | Literal["dopri5"] = "euler",
     columns: int | None = None,

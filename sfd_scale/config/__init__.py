@@ -6,7 +6,7 @@ the standard library alone; this package needs OmegaConf and PyYAML.
 """
 
 from sfd_scale.config.files import CHECKOUT, RECIPE_ROOT, ConfigError, find_recipe, read_mapping, recipe_names
-from sfd_scale.config.loader import Lineage, kind_of, lineage, load, load_by_kind, tree
+from sfd_scale.config.loader import Lineage, kind_of, lineage, load, load_by_kind, load_unless_part, tree
 from sfd_scale.config.plain import (
     differences,
     digest,
@@ -36,6 +36,7 @@ __all__ = [
     "lineage",
     "load",
     "load_by_kind",
+    "load_unless_part",
     "override",
     "read_mapping",
     "recipe_names",

@@ -11,6 +11,7 @@ from sfd_scale.config.plain import flatten
 _MOST_CHARACTERS = 1 << 20
 _NESTED = re.compile(r"\$\{[^}]*\$\{")
 _WORD = re.compile(r"[\w.-]+")
+_RELATIVE = re.compile(r"\$\{\s*\.")
 
 
 def check_interpolations(tree: Mapping[str, Any]) -> None:
@@ -51,3 +52,19 @@ def _named_by(word: str, keys: dict[str, str]) -> list[str]:
         for key in keys
         if key == word or key.endswith(f".{word}") or key.startswith(f"{word}.") or f".{word}." in key
     ]
+
+
+def sections_to_resolve(tree: Mapping[str, Any]) -> list[str]:
+    """The top-level keys whose values contain an interpolation, and those that such a value may name.
+
+    OmegaConf takes a millisecond for each hundred values, so it gets these keys alone. A relative name such as
+    `${.name}` can stand for any key.
+    """
+    texts = {key: str(value) for key, value in tree.items()}
+    found = [key for key, text in texts.items() if "${" in text]
+    if any(_RELATIVE.search(texts[key]) for key in found):
+        return list(tree)
+    for key in found:  # grows while it is read
+        words = {word.partition(".")[0] for word in _WORD.findall(texts[key])}
+        found += [other for other in texts if str(other) in words and other not in found]
+    return found

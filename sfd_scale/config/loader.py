@@ -5,6 +5,7 @@ OmegaConf reads files and overrides and resolves `${...}`; files.py merges them;
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sfd_scale.config import files
 from sfd_scale.config.files import ConfigError
-from sfd_scale.config.interpolations import check_interpolations
+from sfd_scale.config.interpolations import check_interpolations, sections_to_resolve
 from sfd_scale.config.plain import flatten, kinds_of_class, to_dict, type_hints
 from sfd_scale.config.typed import typed
 from sfd_scale.config.words import has_key, parse_override
@@ -29,10 +30,7 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     Raises:
         ConfigError: starting with the dotted key, and naming the value, what is allowed, and the file.
     """
-    for override in overrides:
-        if not has_key(override):
-            raise ConfigError(f"{override}: an override has the form dotted.key=value")
-    path, merged, origin = _merged(source, overrides)
+    path, merged, origin = _merged_checked(source, overrides)
     data = _resolved(path, merged)
     _check_kind(cls, data, str(source))
     return typed(cls, data, origin, str(path))
@@ -44,10 +42,23 @@ def load_by_kind(source: str | Path, kinds: Mapping[str, type], overrides: Seque
     Raises:
         ConfigError: see `load`; or naming the kinds, if the file is a part that other recipes extend.
     """
-    kind = kind_of(source, overrides)
+    found = load_unless_part(source, kinds, overrides)
+    if found is None:
+        raise ConfigError(f"kind: None in {source}; allowed: {', '.join(kinds)}")
+    return found
+
+
+def load_unless_part(source: str | Path, kinds: Mapping[str, type], overrides: Sequence[str] = ()) -> Any | None:
+    """As `load_by_kind`; None for a part that other recipes extend."""
+    path, merged, origin = _merged_checked(source, overrides)
+    kind = merged.get("kind")
+    if kind is None:
+        return None
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"kind: {kind!r} in {source}; allowed: {', '.join(kinds)}")
-    return load(source, kinds[kind], overrides)
+    data = _resolved(path, merged)
+    _check_kind(kinds[kind], data, str(source))
+    return typed(kinds[kind], data, origin, str(path))
 
 
 def kind_of(source: str | Path, overrides: Sequence[str] = ()) -> str | None:
@@ -61,6 +72,14 @@ def tree(source: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe with its parents and overrides as plain data, unchecked and without defaults: for launchers."""
     path, merged, _ = _merged(source, [o for o in overrides if has_key(o)])
     return {str(key): value for key, value in _resolved(path, merged).items()}
+
+
+def _merged_checked(source: str | Path, overrides: Sequence[str]) -> tuple[Path, files.Tree, dict[str, str]]:
+    """As `_merged`, but an override without a key is an error."""
+    for override in overrides:
+        if not has_key(override):
+            raise ConfigError(f"{override}: an override has the form dotted.key=value")
+    return _merged(source, overrides)
 
 
 def _merged(source: str | Path, overrides: Sequence[str]) -> tuple[Path, files.Tree, dict[str, str]]:
@@ -80,9 +99,10 @@ def _resolved(path: Path, merged: files.Tree) -> files.Tree:
     """The tree with the values of its interpolations (`${...}`)."""
     with files.errors_in(path):
         check_interpolations(merged)
-        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        needed = {key: merged[key] for key in sections_to_resolve(merged)}
+        plain = OmegaConf.to_container(OmegaConf.create(needed), resolve=True)
     assert isinstance(plain, dict)
-    return dict(plain)
+    return {key: plain[key] if key in plain else copy.deepcopy(value) for key, value in merged.items()}
 
 
 def _check_kind(cls: type[Any], data: Any, source: str) -> None:

@@ -89,11 +89,11 @@ def _with_small(folder: Path, images: Path, classes: int, count: int, size: int)
     """Tokenizers that need no pretrained weights, as in the quickstart."""
     runs = f"runs/{folder.name}"
     grid = _GRID if size > 32 else 4
-    patch = size // grid
-    widths = [32, 64, 96, 128][: patch.bit_length() - 1]
+    halvings = (size // grid).bit_length() - 1  # from a pixel to a latent position
+    widths = [32, 64, 96, 128][:halvings]
     vision = {"kind": "convnet", "weights": f"{runs}/vision.safetensors", "image_size": size}
     tokenizer = {
-        "texture": {"kind": "patch_pca", "weights": f"{runs}/texture.safetensors"},
+        "texture": {"kind": "small_vae", "weights": f"{runs}/texture.safetensors"},
         "vision": vision,
         "semantic": {"kind": "semantic_vae", "weights": f"{runs}/semvae.safetensors", "heads": 4},
     }
@@ -116,8 +116,11 @@ def _with_small(folder: Path, images: Path, classes: int, count: int, size: int)
             "train": {"global_batch": batch},
         },
         "texture": {
-            "extends": "quickstart/texture", "source": source, "codec": {"patch": patch},
-            "out": f"{runs}/texture.safetensors",
+            "extends": "quickstart/texture", "run": f"{runs}/texture", "data": {"path": f"{runs}/images"},
+            "model": {
+                "widths": [64, 128, 192][: halvings - 1], "blocks": 2, "latent_channels": 32, "image_size": size,
+            },
+            "train": {"steps": 4000, "global_batch": min(16, batch)},
         },
         "latents": {
             "extends": "quickstart/latents", "tokenizer": tokenizer, "latents": latents, "source": source,
@@ -161,15 +164,14 @@ def _commands(folder: Path, recipes: dict[str, dict[str, object]]) -> list[str]:
     """The commands of a project, in order."""
     runs = f"runs/{folder.name}"
     encode = [f"sfd encode {folder}/images"] if "images" in recipes else []
-    trained = [name for name in ("vision", "classifier", "semvae") if name in recipes]
+    trained = [name for name in ("vision", "classifier", "semvae", "texture") if name in recipes]
     tokenizers = [
         line
         for name in trained
         for line in (f"sfd train {folder}/{name}", f"sfd export {runs}/{name} --out {runs}/{name}.safetensors")
     ]
-    fit = [f"sfd fit {folder}/texture"] if "texture" in recipes else []
     return [
-        *encode, *tokenizers, *fit, f"sfd encode {folder}/latents", f"sfd train {folder}/train",
+        *encode, *tokenizers, f"sfd encode {folder}/latents", f"sfd train {folder}/train",
         f"sfd export {runs}/train --out {runs}/train.safetensors",
         f"sfd sample {runs}/train.safetensors --out {folder}/samples.png --guidance 1.5",
         f"sfd eval generate {folder}/eval --out {runs}/samples",

@@ -110,6 +110,8 @@ _TITLES = {
     "special": "a device, pipe or socket",
     **{name: f"a {name}-compressed file" for name in ("gzip", "bzip2", "xz", "zstd", "7z", "rar")},
 }
+# Control characters that no text has: all but tab, line ends, form feed and escape.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 _AGAIN = "download or copy it again"
 _ADVICE = {
     "lfs": "fetch the file itself with `git lfs pull`",
@@ -229,8 +231,7 @@ def _text(head: bytes) -> str | None:
             text = head[:end].decode("utf-8")
         except UnicodeDecodeError:
             continue
-        control = any(ord(sign) < 32 and sign not in "\t\r\n\f\x1b" for sign in text)
-        return None if control else text
+        return None if _CONTROL.search(text) else text
     return None
 
 

@@ -9,16 +9,19 @@ from sfd_scale.tasks.classifier import ClassifierTask
 from sfd_scale.tasks.diffusion import DiffusionModelConfig, DiffusionTask
 from sfd_scale.tasks.semantic_vae import SemanticVAETask
 from sfd_scale.tasks.task import Task
+from sfd_scale.tasks.texture_vae import TextureVAETask
 from sfd_scale.toy.convnet import SmallConvNetConfig
+from sfd_scale.toy.small_vae import SmallVAEConfig
 from sfd_scale.training.classification import ClassificationConfig
 from sfd_scale.training.semantic_first import SemanticFirstConfig
 from sfd_scale.training.semantic_vae import SemanticVAELossConfig
+from sfd_scale.training.texture_vae import TextureVAELossConfig
 
 if TYPE_CHECKING:
     from sfd_scale.recipe import TrainRecipe
 
-ModelConfig = DiffusionModelConfig | SemanticVAEConfig | SmallConvNetConfig
-ObjectiveConfig = SemanticFirstConfig | SemanticVAELossConfig | ClassificationConfig
+ModelConfig = DiffusionModelConfig | SemanticVAEConfig | SmallConvNetConfig | SmallVAEConfig
+ObjectiveConfig = SemanticFirstConfig | SemanticVAELossConfig | ClassificationConfig | TextureVAELossConfig
 
 
 def task_of(recipe: TrainRecipe) -> Task:
@@ -42,6 +45,10 @@ def task_of(recipe: TrainRecipe) -> Task:
             if isinstance(model, SmallConvNetConfig):
                 return ClassifierTask(recipe, model, loss)
             allowed = SmallConvNetConfig
+        case TextureVAELossConfig() as loss:
+            if isinstance(model, SmallVAEConfig):
+                return TextureVAETask(recipe, model, loss)
+            allowed = SmallVAEConfig
     kinds = " or ".join(repr(option.kind) for option in get_args(allowed) or (allowed,))
     raise ValueError(
         f"model.kind: {model.kind!r} with objective.kind {recipe.objective.kind!r}; that objective trains {kinds}"

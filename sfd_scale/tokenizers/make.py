@@ -12,6 +12,7 @@ from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAConfig
 from sfd_scale.tokenizers.pca import FeaturePCA, FeaturePCAConfig
 from sfd_scale.tokenizers.protocols import Precision, SemanticCodec, TextureCodec, VisionEncoder
 from sfd_scale.tokenizers.semantic_codec import SemanticVAECodec, SemanticVAECodecConfig
+from sfd_scale.tokenizers.small_vae import SmallVAECodec, SmallVAECodecConfig
 from sfd_scale.tokenizers.texture_vae import AutoencoderKLCodec, AutoencoderKLConfig
 from sfd_scale.tokenizers.vision_encoder import (
     ConvNetEncoder,
@@ -22,7 +23,7 @@ from sfd_scale.tokenizers.vision_encoder import (
     TimmEncoderConfig,
 )
 
-TextureConfig = AutoencoderKLConfig | PatchPCAConfig
+TextureConfig = AutoencoderKLConfig | PatchPCAConfig | SmallVAECodecConfig
 VisionConfig = DINOv2Config | TimmEncoderConfig | ConvNetEncoderConfig
 SemanticConfig = SemanticVAECodecConfig | FeaturePCAConfig
 
@@ -42,8 +43,13 @@ class CompositeConfig:
 
 
 def make_texture(config: TextureConfig, device: torch.device) -> TextureCodec:
-    codec = PatchPCA.load(config) if isinstance(config, PatchPCAConfig) else AutoencoderKLCodec.load(config)
-    return codec.to(device)
+    match config:
+        case PatchPCAConfig():
+            return PatchPCA.load(config).to(device)
+        case SmallVAECodecConfig():
+            return SmallVAECodec.load(config).to(device)
+        case AutoencoderKLConfig():
+            return AutoencoderKLCodec.load(config).to(device)
 
 
 def make_vision(config: VisionConfig, device: torch.device) -> VisionEncoder:

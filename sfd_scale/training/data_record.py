@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sfd_scale.recipe import TrainRecipe
     from sfd_scale.tasks.task import Loader
 
-MAX_CODEC_BYTES = 1 << 20  # a larger texture codec, such as SD-VAE, is not copied
+MAX_CODEC_BYTES = 4 << 20  # a larger texture codec, such as SD-VAE, is not copied
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def test_all_recipes_are_valid_and_have_the_classes(
     assert found["eval"].checkpoint == Path("runs/mine/train.safetensors")
     assert found["train"].train.global_batch <= 30
     if codec == "small":
-        assert found["vision"].model.grid == found["train"].latents.size == size // found["texture"].codec.patch
+        assert found["vision"].model.grid == found["train"].latents.size == found["texture"].model.grid
+        assert found["train"].latents.texture_channels == found["texture"].model.latent_channels
         assert (
             found["images"].source.size == size and found["semvae"].model.input_dim == found["vision"].model.widths[-1]
         )

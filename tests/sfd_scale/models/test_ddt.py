@@ -185,8 +185,8 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 STEPS = 4
 ENGINES = {
-    "zero1": ["engine.zero_stage=1"],
-    "zero3": ["engine.zero_stage=3", "engine.persistent_elements=100"],
+    "zero1": ["engine.zero_stage=1", "engine.precision=bf16"],
+    "zero3": ["engine.zero_stage=3", "engine.precision=bf16", "engine.persistent_elements=100"],
     "fsdp": ["engine.kind=fsdp", "engine.precision=bf16", "engine.grad_clip=1.0"],
 }
 
@@ -195,7 +195,8 @@ def settings(folder: Path, steps: int, *more: str) -> list[str]:
     """Overrides of quickstart/sfd_ddt: tiny data, and few steps under a constant learning rate."""
     return [
         f"data.path={folder / 'data'}", "latents.texture_channels=6", "latents.semantic_channels=3", "latents.size=8",
-        "model.alignment.dim=6", f"tokenizer.texture.weights={folder / 'codec.safetensors'}", "lr.kind=constant",
+        "model.alignment.dim=6", "lr.kind=constant",
+        f"tokenizer.texture={{kind: patch_pca, weights: {folder / 'codec.safetensors'}}}",
         "train.global_batch=8", "train.log_every=1", f"train.steps={steps}", "checkpoint.every=2",
         "checkpoint.keep_last=5", "wandb.mode=disabled", *more,
     ]  # fmt: skip

@@ -414,9 +414,9 @@ def test_the_table_of_a_recipe_has_a_line_for_every_number_of_gpus() -> None:
 @pytest.mark.parametrize(
     ("recipe", "sample_bytes"),
     [
-        ("quickstart/sfd", (32 + 16) * 4 * 4 * 2 + 96 * 4 * 4 * 2),  # latents and alignment features, one flip
-        ("quickstart/semvae", 3 * 32 * 32),  # images
-        ("quickstart/vision", 3 * 32 * 32),
+        ("quickstart/sfd", (16 + 16) * 4 * 4 * 2 + 96 * 4 * 4 * 2),  # latents and alignment features, one flip
+        ("quickstart/semvae", 3 * 64 * 64),  # images
+        ("quickstart/vision", 3 * 64 * 64),
         ("train/semvae_ch16", 3 * 256 * 256),
     ],
 )
