@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to test the benchmark; writes nothing")
     chosen = parser.parse_args()
     size = Size(shards=12, per_shard=8, steps=3) if chosen.quick else Size()
-    results = measure(size, (2,))
+    results = measure(size, (2,) if chosen.quick else (2, 4))
     shares = node_share(nodes=2, shards=64, global_batch=64) if chosen.quick else node_share()
     print(
         "part of the data that a node reads in two epochs:", {name: round(share, 3) for name, share in shares.items()}

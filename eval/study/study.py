@@ -28,6 +28,7 @@ from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.chunks import Claims
+from sfd_scale.runtime.limits import STEP
 from sfd_scale.runtime.files import read_json, write_atomically
 from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
@@ -249,9 +250,13 @@ def _preparation(recipe: EncodeRecipe | FitRecipe | TrainRecipe) -> Callable[[],
 
 
 def run(study: Study, only: Sequence[str] = ()) -> bool:
-    """Do the missing steps one by one. Other processes may do the same. Returns False if asked to stop."""
+    """Do the missing steps one by one. Other processes may do the same. Returns False if asked to stop.
+
+    Raises:
+        TimeoutError: if another process does not finish its step within SFD_STEP_TIMEOUT.
+    """
     todo = study.select(only)
-    with Claims(study.recipe.out / "claims") as claims:
+    with Claims(study.recipe.out / "claims", STEP) as claims:
         while missing := study.missing(todo):
             open_needs = {step.key for step in missing}
             ready = (step for step in missing if not step.needs & open_needs)

@@ -6,13 +6,14 @@ last one, and waits for no other until none is left. The claims of a job that di
 
     claims/
         5.claim         symbolic link to the job that works on chunk 5
-        0f3a2b…         the job: a file that its rank 0 keeps locked until it ends
+        0f3a2b…         the job: a file that its rank 0 keeps locked until it ends; names its host and process
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -22,10 +23,12 @@ from types import TracebackType
 from typing import Self
 
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.limits import WORK, limit_s
 from sfd_scale.runtime.locks import try_lock
 
 logger = logging.getLogger(__name__)
 POLL_S = 2.0  # between looks at the work of other jobs
+SAY_AGAIN_S = 300.0  # between messages about the same wait
 
 
 class Claims:
@@ -36,11 +39,14 @@ class Claims:
 
     Args:
         folder: for the claims. It is removed when no job has claims in it.
+        limit: the name of the limit (runtime/limits.py) of a wait in which no other job takes or frees a claim.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.job = folder, ""
+    def __init__(self, folder: Path, limit: str = WORK) -> None:
+        self.folder, self.job, self.limit = folder, "", limit
         self._descriptor: int | None = None
+        self._seen: tuple[frozenset[str], float] | None = None  # the claims at the last change, and its time
+        self._said = -SAY_AGAIN_S
 
     def __enter__(self) -> Self:
         if distributed.is_main():
@@ -69,6 +75,7 @@ class Claims:
             with suppress(FileNotFoundError):  # another job has just removed the folder or the file: again
                 descriptor = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o666)
                 if try_lock(descriptor, self.folder):
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                     with suppress(FileNotFoundError):
                         os.rename(unnamed, self.folder / job)
                         return job, descriptor
@@ -100,6 +107,7 @@ class Claims:
 
         Raises:
             ValueError: on all ranks, if chunks that this job claimed are still missing.
+            TimeoutError: on all ranks, if another job does not finish its chunks.
         """
 
         def missing() -> list[int]:
@@ -111,13 +119,18 @@ class Claims:
             yield todo, (chunk for chunk in todo if self.take(chunk) and not is_whole(chunk))
             distributed.barrier()
             lost: list[int] = []
+            late: TimeoutError | None = None
             if distributed.is_main():
                 todo = missing()
                 lost = [chunk for chunk in todo if _target(self._link(chunk)) == self.job]
                 if todo and not lost:
-                    logger.info("%s: another job works on %d chunks; waiting for it", self.folder.parent, len(todo))
-                    self.wait()
-            todo, lost = distributed.broadcast_object((todo, lost))
+                    try:
+                        self.wait()
+                    except TimeoutError as error:
+                        late = error
+            todo, lost, late = distributed.broadcast_object((todo, lost, late))
+            if late is not None:
+                raise late
             if lost:
                 raise ValueError(
                     f"{self.folder.parent}: {len(lost)} of {count} chunks are missing; give the command again"
@@ -126,9 +139,42 @@ class Claims:
     # ------------------------------------------------------------------------------------------- other jobs
 
     def wait(self) -> None:
-        """Give other jobs time for their chunks, and free the claims of those that died."""
+        """Give other jobs time for their chunks, and free the claims of those that died.
+
+        Raises:
+            TimeoutError: if the claims have not changed for the limit. It names the jobs that hold them.
+        """
+        claims, now = frozenset(os.listdir(self.folder)), time.monotonic()
+        if self._seen is None or self._seen[0] != claims:
+            self._seen = (claims, now)
+        limit = limit_s(self.limit)
+        if now - self._seen[1] > limit:
+            raise TimeoutError(
+                f"{self.folder.parent}: {self._holders()}, without progress for {limit} s; look at its log, end "
+                f"it and give the command again, or raise {self.limit}"
+            )
+        if now - self._said >= SAY_AGAIN_S:
+            self._said = now
+            logger.info("%s: %s; waiting, without progress at most %d s", self.folder.parent, self._holders(), limit)
         time.sleep(POLL_S)
         self.free_abandoned()
+
+    def _holders(self) -> str:
+        """The other jobs, with their claims."""
+        held: dict[str, list[str]] = {}
+        for link in sorted(self.folder.glob("*.claim")):
+            job = _target(link)
+            if job is not None and job != self.job:
+                held.setdefault(job, []).append(link.name.removesuffix(".claim"))
+        if not held:
+            return "another job has just ended"
+        return "; ".join(f"{self._name(job)} works on {_listed(chunks)}" for job, chunks in held.items())
+
+    def _name(self, job: str) -> str:
+        try:
+            return (self.folder / job).read_text(encoding="utf-8", errors="replace") or "another job"
+        except OSError:
+            return "another job"
 
     def remove_abandoned(self) -> None:
         """Remove the folder if no living job has claims in it."""
@@ -158,6 +204,10 @@ class Claims:
 
     def _link(self, chunk: int | str) -> Path:
         return self.folder / f"{chunk}.claim"
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    return ", ".join([*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])])
 
 
 def _target(link: Path) -> str | None:

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from sfd_scale.runtime import distributed, environment
 from sfd_scale.runtime.files import read_json, read_json_lines, write_atomically, write_json
+from sfd_scale.runtime.limits import within
 from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.runtime.settings import at_least
 
 logger = logging.getLogger(__name__)
+SERVICE, SERVICE_WAIT_S = "wandb-core", 15.0  # W&B's process; how much longer than W&B's own limit it is waited for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +28,16 @@ class WandbConfig:
 
     mode, project, entity: null takes WANDB_MODE (or WANDB_DISABLED), WANDB_PROJECT and WANDB_ENTITY of the environment.
         Without them the mode is offline and the project sfd-scale.
+    finish_timeout_s: how long the end of a run waits for W&B. `wandb sync` sends later what it has not sent.
     """
 
     mode: Literal["online", "offline", "disabled"] | None = None
     project: str | None = None
     entity: str | None = None
+    finish_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
+        at_least(self, finish_timeout_s=1)
         # Here and not in the writer: recipe.yaml, exports and `sfd show` have the values that are used.
         for name, value in _wandb_environment().items():
             if getattr(self, name) is None:
@@ -78,6 +86,7 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8") if distributed.is_main() else None
         self.wandb_id: str | None = None
         self._wandb: Any = None
+        self._finish_timeout_s = wandb.finish_timeout_s
         self._board: Any = None
         if self._file is not None and wandb.mode != "disabled":
             self._wandb = open_wandb(run, wandb, config)
@@ -123,7 +132,7 @@ class MetricsWriter:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            finish_wandb(self._wandb, self._finish_timeout_s)
         if self._board is not None:
             self._board.close()
 
@@ -134,14 +143,17 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
 
     # W&B reads its variables itself, and a variable that the user has set wins over a value that no recipe sets.
     ours = {"WANDB_DIR": ("dir", str(folder.path)), "WANDB_NAME": ("name", folder.path.name)}
-    quiet = {"WANDB_SILENT": ("silent", True), "WANDB_CONSOLE": ("console", "off")}
+    own = {
+        "WANDB_SILENT": ("silent", True), "WANDB_CONSOLE": ("console", "off"),
+        "WANDB_FINISH_TIMEOUT": ("finish_timeout", settings.finish_timeout_s),
+    }  # fmt: skip
     known = folder.wandb_id_file.read_text(encoding="utf-8").strip() if folder.wandb_id_file.exists() else None
 
     def start(mode: Literal["online", "offline", "disabled"] | None) -> Any:
         resume = {"WANDB_RESUME": ("resume", "allow")} if mode == "online" else {}
         return wandb.init(
             project=settings.project, entity=settings.entity, mode=mode, id=known, **_unless_set(ours | resume),
-            config=None if config is None else dict(config), settings=wandb.Settings(**_unless_set(quiet)),
+            config=None if config is None else dict(config), settings=wandb.Settings(**_unless_set(own)),
         )  # fmt: skip
 
     try:
@@ -221,7 +233,19 @@ def log_scores(folder: RunPaths, settings: WandbConfig) -> None:
     for number, pending in enumerate(scores.pending(), start=max(step + 1, run.step)):
         run.log(pending.values, step=number)
         scores.mark_logged(pending)
-    run.finish()
+    finish_wandb(run, settings.finish_timeout_s)
+
+
+def finish_wandb(run: Any, timeout_s: float) -> None:
+    """End a W&B run. W&B gives up after `timeout_s` by itself; its process is killed if it does not answer then."""
+    late = f"W&B's process {SERVICE} does not answer"
+    try:
+        within(timeout_s + SERVICE_WAIT_S, run.finish, late)
+    except TimeoutError as error:
+        logger.warning("%s, and is killed; `wandb sync` sends what it has recorded", error)
+        for child in psutil.Process().children(recursive=True):
+            if child.name().startswith(SERVICE):
+                child.kill()
 
 
 def _event_writer(folder: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 from sfd_scale.runtime import chunks, distributed
 from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.files import write_atomically
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import RankError, run_ranks
 
 COUNT = 12
 
@@ -92,6 +94,49 @@ def test_a_job_leaves_the_chunks_of_another_one_until_that_dies(
     monkeypatch.setattr(Claims, "wait", killed_at_the_second)
     done = work(tmp_path)
     assert done == [*(chunk for chunk in range(COUNT) if chunk not in (0, 5)), 0, 5] and waits == 2
+
+
+def test_a_job_that_hangs_ends_the_wait_of_the_others_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "POLL_S", 0.1)
+    monkeypatch.setenv("SFD_WORK_TIMEOUT", "1")
+    job = holder_of(tmp_path, 0, 5)
+    job.send_signal(signal.SIGSTOP)
+    try:
+        named = rf"process {job.pid} on {socket.gethostname()} works on 0, 5, without progress for 1 s"
+        with pytest.raises(TimeoutError, match=rf"{tmp_path}: {named}.* raise SFD_WORK_TIMEOUT"):
+            work(tmp_path)
+        assert missing(tmp_path) == [0, 5]
+    finally:
+        job.kill()
+        job.wait()
+    assert work(tmp_path) == [0, 5]
+
+
+def test_a_job_that_goes_on_is_waited_for_longer_than_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "POLL_S", 0.1)
+    monkeypatch.setenv("SFD_WORK_TIMEOUT", "1")
+    steps = "for n in range(4): claims.take(n); print(n, flush=True); time.sleep(0.7)"
+    job = in_another_process(tmp_path, steps)
+    assert job.stdout is not None and job.stdout.readline() == b"0\n"
+    with Claims(tmp_path / "claims") as claims:
+        while not claims.take(3):
+            claims.wait()
+    job.wait()
+
+
+def test_all_ranks_end_a_wait_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFD_WORK_TIMEOUT", "1")
+    job = holder_of(tmp_path, 0)
+    try:
+        with pytest.raises(RankError, match=rf"TimeoutError: .*process {job.pid} .* works on 0"):
+            run_ranks(work, 2, tmp_path)
+    finally:
+        job.kill()
+        job.wait()
 
 
 def test_two_jobs_share_the_chunks_of_a_folder(tmp_path: Path) -> None:

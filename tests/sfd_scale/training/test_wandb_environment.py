@@ -1,6 +1,10 @@
 """W&B's own variables: they win over defaults and lose to a value of the recipe or the command line."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +130,33 @@ def test_a_setting_that_wandb_refuses_is_a_sentence(monkeypatch: pytest.MonkeyPa
     finally:
         monkeypatch.undo()
         wandb.teardown()
+
+
+def test_a_wandb_process_that_hangs_does_not_hold_the_end_of_a_run(tmp_path: Path) -> None:
+    """W&B's own process is stopped. The run ends after the limit, and the exit of Python does not wait either."""
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.training import metrics_writer
+metrics_writer.SERVICE_WAIT_S = 0.5
+run = RunPaths(Path(sys.argv[1]))
+writer = metrics_writer.MetricsWriter(run, metrics_writer.WandbConfig(mode="offline", finish_timeout_s=1), {})
+writer.write(1, {"loss": 1.0})
+(service,) = [p for p in psutil.Process().children(recursive=True) if p.name().startswith(metrics_writer.SERVICE)]
+service.send_signal(signal.SIGSTOP)
+began = time.monotonic()
+writer.close()
+print(time.monotonic() - began)
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[3], capture_output=True, text=True,
+        timeout=90, env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 1.4 < float(done.stdout) < 10
+    assert "wandb-core does not answer (after 2 s), and is killed" in done.stderr
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+    assert time.monotonic() - began < 60
