@@ -20,6 +20,7 @@ from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.leftovers import make_way, remove
+from sfd_scale.runtime.limits import WATCH, limit_s
 from sfd_scale.runtime.run_paths import RESULTS, EvaluationPaths
 from sfd_scale.training.metrics_writer import log_scores
 
@@ -39,10 +40,12 @@ def watch(
 
     Raises:
         ValueError: if `folder` is not a run folder, or `out` has results of other settings.
+        TimeoutError: if the run saves no checkpoint for SFD_WATCH_TIMEOUT.
     """
     run = RunFolder(folder)
     training, scores = run.recipe, run.evaluations if out is None else EvaluationPaths(out)
     _check_recipe(recipe, scores)
+    limit, idle_since = limit_s(WATCH), time.monotonic()
     while True:
         saved = distributed.broadcast_object(saved_steps(run) if distributed.is_main() else None)
         todo = distributed.broadcast_object([step for step in saved if _scored(scores, step) != saved[step]])
@@ -54,9 +57,13 @@ def watch(
         if distributed.is_main() and not run.in_use:
             log_scores(run, training.wandb)
         if todo:
+            idle_since = time.monotonic()
             continue
         if once or (saved and max(saved) >= training.train.steps):
             return
+        if distributed.any_rank(time.monotonic() - idle_since > limit)[0]:
+            state = "a process trains in it" if run.in_use else "no process trains in it; start the training again"
+            raise TimeoutError(f"{folder}: no new checkpoint for {limit} s, and {state}, or raise {WATCH}")
         time.sleep(interval)
 
 

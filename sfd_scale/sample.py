@@ -37,6 +37,7 @@ from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, carried_codec, read_n
 from sfd_scale.models import attention
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.limits import download
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 from sfd_scale.runtime.progress import ProgressBar, progress
 from sfd_scale.tasks import diffusion_task
@@ -336,8 +337,11 @@ def _weights_of(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    def get() -> str:
+        return snapshot_download(str(source), allow_patterns=["*.safetensors", "*.yaml", "*.json"])
+
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.yaml", "*.json"])) / WEIGHTS
+        return Path(download(f"{source}", get)) / WEIGHTS
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{source}: no such file or folder here, and not on the Hugging Face hub: {error}") from error
 

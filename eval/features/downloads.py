@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import pickle
+import time
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import torch
 from torch import Tensor
 
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.file_kind import require_kind
-from sfd_scale.runtime.files import file_sha256
+from sfd_scale.runtime.files import atomically, file_sha256
+from sfd_scale.runtime.limits import DOWNLOAD, limit_s
 
 logger = logging.getLogger(__name__)
+SILENCE_S = 60.0  # of a server, before its connection is cut
+_PIECE = 1 << 20  # bytes
 
 
 def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
@@ -53,13 +59,25 @@ def fetch(path: Path | None, url: str | None, sha256: str | None) -> Path:
 
 
 def _download(url: str, path: Path, sha256: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     logger.info("downloading %s to %s", url, path)
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:
+        with atomically(path) as temporary:
+            _read(url, temporary, sha256, limit_s(DOWNLOAD))
+    except (OSError, ValueError) as error:
         # All ranks, this one too, then find no file, and the error says what to do.
         logger.warning("the download of %s failed: %s", url, error)
+
+
+def _read(url: str, target: Path, sha256: str, limit: float) -> None:
+    digest, end = hashlib.sha256(), time.monotonic() + limit
+    with urlopen(url, timeout=SILENCE_S) as answer, target.open("wb") as file:
+        while piece := answer.read1(_PIECE):
+            digest.update(piece)
+            file.write(piece)
+            if time.monotonic() > end:
+                raise TimeoutError(f"only {file.tell()} bytes came in {limit:.0f} s; or raise {DOWNLOAD}")
+    if digest.hexdigest() != sha256:
+        raise ValueError(f"its SHA-256 is {digest.hexdigest()}, expected {sha256}")
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

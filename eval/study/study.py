@@ -28,8 +28,8 @@ from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.chunks import Claims
-from sfd_scale.runtime.limits import STEP
 from sfd_scale.runtime.files import read_json, write_atomically
+from sfd_scale.runtime.limits import STEP
 from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
 logger = logging.getLogger(__name__)

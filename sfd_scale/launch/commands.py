@@ -28,6 +28,7 @@ from sfd_scale.runtime.environment import (
     ACCELERATORS,
     choice,
     flag,
+    is_mig,
     on_cpu,
     text,
     visible_devices,
@@ -89,6 +90,15 @@ class RankCommand:
         if isinstance(output, str):
             return Path(output).absolute() / LOGS
         return Path("runs/logs").absolute() / "-".join(self.arguments[:2]).replace("/", "-")
+
+    def check_devices(self, ranks: int, environment: Mapping[str, str]) -> None:
+        """Raises ValueError for a training on several MIG instances of this host: NCCL does not connect them."""
+        visible = [] if on_cpu(environment) else (visible_devices(environment) or [])[:ranks]
+        if self.arguments[0] == "train" and len(visible) > 1 and any(map(is_mig, visible)):
+            raise ValueError(
+                f"CUDA_VISIBLE_DEVICES: {environment['CUDA_VISIBLE_DEVICES']!r}; allowed for a training: whole GPUs, "
+                "or one MIG instance with RANKS=1, because NCCL does not connect MIG instances"
+            )
 
     def option(self, name: str) -> str | None:
         """The value of an option: `--name value` or `--name=value`."""
@@ -168,6 +178,7 @@ def _deepspeed_one_host(run: RankCommand, environment: dict[str, str]) -> Launch
     given = on_cpu(environment) or text("RANKS", environment) is not None
     ranks = positive(environment, "RANKS", 1) if given else _gpus(environment)
     run.check_world_size(ranks)
+    run.check_devices(ranks, environment)
     command = _deepspeed_launch(environment, run, {"localhost": _slots(environment, ranks, f"RANKS={ranks}")})
     return Launch(command=command, environment=environment, world_size=ranks)
 
@@ -247,6 +258,7 @@ def _deepspeed_no_ssh(run: RankCommand, environment: dict[str, str], hosts: Sequ
         )
     slots: dict[str, list[int | str]] = {host.name: list(range(host.slots)) for host in hosts}
     own = hosts[node]
+    run.check_devices(own.slots, environment)
     slots[own.name] = _slots(environment, own.slots, f"slots={own.slots} in the hostfile")
     command = _deepspeed_launch(environment, run, slots, ["--node_rank", str(node), "--master_addr", address])
     world_size = sum(host.slots for host in hosts)
@@ -294,6 +306,7 @@ def _gpus(environment: Mapping[str, str]) -> int:
 def _torchrun(run: RankCommand, environment: dict[str, str]) -> Launch:
     ranks = whole_number("RANKS", environment, least=1)
     ranks = _gpus(environment) if ranks is None else ranks
+    run.check_devices(ranks, environment)
     rendezvous, node = choice("RENDEZVOUS", ("static", "c10d"), environment) or "static", None
     if rendezvous == "static":
         nodes = positive(environment, "NODES", 1)

@@ -41,9 +41,11 @@ def init(timeout_s: float = 600.0) -> None:
     network.set_interfaces(variables)
     backend, own = "gloo", None
     if torch.cuda.is_available():
-        # Without the device, NCCL guesses it from the rank, and connects at the first collective instead of here.
-        backend, own = "cpu:gloo,cuda:nccl", device()
-        torch.cuda.set_device(own)
+        # Without the device, NCCL guesses it from the rank, and connects at the first collective instead of here. It
+        # cannot connect MIG instances; the evaluation, which has no collectives of GPU tensors, does not need that.
+        backend = "cpu:gloo,cuda:nccl"
+        own = None if any(map(environment.is_mig, environment.visible_devices() or [])) else device()
+        torch.cuda.set_device(device())
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=own)
 
 

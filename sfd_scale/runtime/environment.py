@@ -109,6 +109,11 @@ def visible_devices(environment: Mapping[str, str] | None = None) -> list[str] |
     return entries
 
 
+def is_mig(device: str) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES names a MIG instance."""
+    return device.upper().startswith("MIG")
+
+
 def on_cpu(environment: Mapping[str, str] | None = None) -> bool:
     """Whether DS_ACCELERATOR asks for the CPU."""
     return text("DS_ACCELERATOR", environment) == "cpu"
@@ -230,5 +235,5 @@ def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
 def see_own_device() -> None:
     """Let a rank of several see its own MIG instance alone: CUDA shows a process only the first one of the list."""
     seen, place = visible_devices() or [], whole_number("LOCAL_RANK") or 0
-    if place < len(seen) and len(seen) > 1 and seen[place].upper().startswith("MIG"):
+    if place < len(seen) and len(seen) > 1 and is_mig(seen[place]):
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[place]

@@ -9,9 +9,11 @@ from typing import TypeVar
 from sfd_scale.runtime import environment
 
 T = TypeVar("T")
-# Of a chunk or a step of a study that another job works on; of a download by a library.
-WORK, STEP, DOWNLOAD = "SFD_WORK_TIMEOUT", "SFD_STEP_TIMEOUT", "SFD_DOWNLOAD_TIMEOUT"
-DEFAULTS = {WORK: 3600, STEP: 86_400, DOWNLOAD: 3600}
+WORK = "SFD_WORK_TIMEOUT"  # of a chunk that another job works on
+STEP = "SFD_STEP_TIMEOUT"  # of a step of a study that another process works on
+WATCH = "SFD_WATCH_TIMEOUT"  # of the next checkpoint of a run; a scheduler may start it again days later
+DOWNLOAD = "SFD_DOWNLOAD_TIMEOUT"
+DEFAULTS = {WORK: 3600, STEP: 86_400, WATCH: 604_800, DOWNLOAD: 3600}
 
 
 def limit_s(name: str) -> int:

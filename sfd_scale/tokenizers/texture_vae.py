@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from sfd_scale.runtime.limits import download
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.runtime.weight_files import read_weights
 from sfd_scale.tokenizers.protocols import Frozen, Posterior, fingerprint, from_uint8, to_uint8
@@ -103,11 +104,17 @@ def _from_hub(name: str) -> Path:
     import huggingface_hub
 
     owner, repository, *file = name.split("/")
-    try:
+
+    def get() -> str:
         if file:
-            return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", "/".join(file)))
+            return huggingface_hub.hf_hub_download(f"{owner}/{repository}", "/".join(file))
         wanted = ["config.json", "diffusion_pytorch_model.safetensors"]
-        return Path(huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=wanted))
+        return huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=wanted)
+
+    try:
+        return Path(download(f"hub: {name}", get))
+    except TimeoutError as error:
+        raise ValueError(str(error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"hub: {name} cannot be downloaded ({error}); set weights to a local copy") from error
 

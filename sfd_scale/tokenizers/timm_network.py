@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sfd_scale.runtime.limits import download
 from sfd_scale.runtime.weight_files import State, read_weights
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ def load_network(
     """
     options: dict[str, Any] = {} if head else {"num_classes": 0}
     try:
-        network = _create(model, weights is None, input_size, options)
+        if weights is None:
+            network = download(model, lambda: _create(model, True, input_size, options))
+        else:
+            network = _create(model, False, input_size, options)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ValueError(f"model: {model}: {error}; to load no weights from the hub, set {key}") from error
     if weights is not None:

@@ -112,3 +112,15 @@ def test_every_checkpoint_is_evaluated_once(tmp_path: Path) -> None:
         watch(other, tmp_path / "run", tmp_path / "run" / "evaluations", once=True)
     # The weights are in the run; the evaluation keeps no copies.
     assert not list((tmp_path / "run" / "evaluations").rglob("model.safetensors"))
+
+
+def test_a_run_that_saves_nothing_more_is_not_watched_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFD_WATCH_TIMEOUT", "1")
+    for name, text in (("train", TRAIN), ("eval", EVAL)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(folder=tmp_path))
+    recipe = config.load(tmp_path / "train.yaml", TrainRecipe)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(config.to_yaml(recipe))
+    with pytest.raises(TimeoutError, match=rf"{run}: no new checkpoint for 1 s, and no process trains in it; start"):
+        watch(config.load(tmp_path / "eval.yaml", EvalRecipe), run, interval=0.1)

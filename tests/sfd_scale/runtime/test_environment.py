@@ -100,11 +100,15 @@ def test_other_entries_are_refused(given: str) -> None:
 NAMES = ["GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-11111111-aaaa-bbbb-cccc-222222222222", "MIG-GPU-1/7/0"]
 
 
-def launch(tmp_path: Path, **variables: str) -> commands.Launch:
-    work = commands.RankCommand("eval", ("generate", "quickstart/eval", "--out", str(tmp_path)))
-    return commands.make_launch(
-        "deepspeed", work, {"PATH": os.environ["PATH"], "LOG_FOLDER": str(tmp_path), **variables}
-    )
+GENERATE = ("generate", "quickstart/eval")
+TRAIN = ("train", "quickstart/sfd")
+
+
+def launch(
+    tmp_path: Path, words: tuple[str, ...] = GENERATE, launcher: str = "deepspeed", **variables: str
+) -> commands.Launch:
+    work = commands.RankCommand("eval", (*words, "--out", str(tmp_path)))
+    return commands.make_launch(launcher, work, {"PATH": os.environ["PATH"], "LOG_FOLDER": str(tmp_path), **variables})
 
 
 def slots(made: commands.Launch) -> dict[str, list[int | str]]:
@@ -143,6 +147,20 @@ def test_hidden_gpus_stay_hidden_from_the_ranks(tmp_path: Path) -> None:
         assert slots(made) == {"localhost": [0, 1]} and made.environment["DS_ACCELERATOR"] == "cpu"
         with pytest.raises(ValueError, match="RANKS: not set, and CUDA_VISIBLE_DEVICES hides all GPUs"):
             launch(tmp_path, CUDA_VISIBLE_DEVICES=hidden)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_training_on_several_mig_instances_is_refused(tmp_path: Path, launcher: str) -> None:
+    """NCCL does not connect the instances of a GPU (NVIDIA/nccl#1716)."""
+    said = r"allowed for a training: whole GPUs, or one MIG instance with RANKS=1, because NCCL does not connect MIG"
+    for visible in (NAMES[1:], NAMES[:2], [NAMES[1].lower(), "0"]):
+        with pytest.raises(ValueError, match=said):
+            launch(tmp_path, TRAIN, launcher, CUDA_VISIBLE_DEVICES=",".join(visible))
+        assert launch(tmp_path, GENERATE, launcher, CUDA_VISIBLE_DEVICES=",".join(visible)).world_size == 2
+    one = launch(tmp_path, TRAIN, launcher, CUDA_VISIBLE_DEVICES=",".join(NAMES[1:]), RANKS="1")
+    assert one.world_size == 1
+    assert launch(tmp_path, TRAIN, launcher, CUDA_VISIBLE_DEVICES="GPU-1,GPU-2").world_size == 2
+    assert launch(tmp_path, TRAIN, launcher, CUDA_VISIBLE_DEVICES="MIG-1,MIG-2", DS_ACCELERATOR="cpu", RANKS="2")
 
 
 def test_a_rank_sees_its_own_mig_instance(monkeypatch: pytest.MonkeyPatch) -> None:
