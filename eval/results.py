@@ -88,6 +88,10 @@ class Results:
         data: dict[str, Any] = {"format": FORMAT, **config.to_dict(self)}
         if self.run.reference_grid is None:
             del data["run"]["reference_grid"]
+        # What an earlier release did not know is written only where it has a value.
+        data["scores"] = self.scores.as_json()
+        for name in self.scores.settings_left_out():
+            del data["metrics"][name]
         return data
 
     # -------------------------------------------------------------------------------------------- the samples
@@ -153,7 +157,8 @@ class ScoreRow:
     def as_json(self) -> dict[str, Any]:
         """The plain data of the line; the scores stand beside the other values."""
         data = config.to_dict(self)
-        return {"step": data.pop("step"), **data.pop("scores"), **data}
+        del data["scores"]
+        return {"step": data.pop("step"), **self.scores.as_json(), **data}
 
 
 def read_table(path: Path) -> list[ScoreRow]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from eval.features.extract import read_rows
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.config import MetricsConfig
+from eval.metrics.density_coverage import density_coverage
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.kernel_distance import kernel_distance
 from eval.metrics.moments import FeatureMoments, MomentSums, moments
+from eval.metrics.monge_inception import monge_inception_distance
 from eval.metrics.reference import Reference
 from eval.work.chunks import ChunkFolder
 from sfd_scale.runtime import distributed
@@ -116,3 +118,25 @@ def kernel(inputs: ScoreInputs) -> Task | None:
         return {"kid_mean": found.mean, "kid_std": found.std}
 
     return task
+
+
+def monge(inputs: ScoreInputs) -> Task | None:
+    """MIND, of pooled features (arXiv 2605.06797)."""
+    reference, settings = inputs.reference.features, inputs.settings
+    if reference is None or not settings.mind_projections:
+        return None
+
+    def task() -> dict[str, float]:
+        assert reference is not None
+        pool, real = inputs.rows("pool"), reference.to(inputs.device)
+        return {"mind": monge_inception_distance(pool, real, settings.mind_samples, settings.mind_projections)}
+
+    return task
+
+
+def density(inputs: ScoreInputs) -> Task | None:
+    """Density and coverage, of pooled features (arXiv 2002.09797). All ranks compute their share of the rows here."""
+    reference, k = inputs.reference.features, inputs.settings.density_neighbours
+    if reference is None or not k or len(reference) <= k:
+        return None
+    return density_coverage(inputs.rows("pool"), reference.to(inputs.device), k)._asdict

@@ -16,6 +16,7 @@ from torch import Tensor
 from eval.features.extract import FeatureSet
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.config import MetricsConfig
+from eval.metrics.density_coverage import covered_images, density_of_samples
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.moments import BLOCK, FeatureMoments, moments
@@ -114,6 +115,23 @@ def recall(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -
     if reference.features is None:
         return None
     return share_influence(_inside(reference.features, samples.pool, settings), of_reference=True)
+
+
+def density(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence | None:
+    """Of density (arXiv 2002.09797, Eq. 4), a mean over samples. All ranks have to call this."""
+    real, k = reference.features, settings.density_neighbours
+    if real is None or not k or len(real) <= k:
+        return None
+    values = density_of_samples(samples.pool, real, neighbours.radii(real, k), k)
+    return Influence(values.mean().item(), values - values.mean())
+
+
+def coverage(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence | None:
+    """Of coverage (arXiv 2002.09797, Eq. 5), a share of the reference images. All ranks have to call this."""
+    real, k = reference.features, settings.density_neighbours
+    if real is None or not k or len(real) <= k:
+        return None
+    return share_influence(covered_images(samples.pool, real, neighbours.radii(real, k)), of_reference=True)
 
 
 def _inside(rows: Tensor, centres: Tensor, settings: MetricsConfig) -> Tensor:

@@ -67,7 +67,7 @@ def radii(rows: Tensor, k: int, distances: Distances = "float32", done: Callable
             best = both.topk(min(k + 1, both.shape[1]), dim=1, largest=False).values
         return best.amax(1)
 
-    return _over_ranks(rows, block, done)
+    return over_ranks(rows, block, done)
 
 
 def within(
@@ -90,7 +90,7 @@ def within(
             found |= (between(part, others) <= reach).any(1)
         return found
 
-    return _over_ranks(rows, block, done)
+    return over_ranks(rows, block, done)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ _BETWEEN: dict[Distances, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _over_ranks(rows: Tensor, block: Callable[[Tensor], Tensor], done: Callable[[], None] | None) -> Tensor:
+def over_ranks(rows: Tensor, block: Callable[[Tensor], Tensor], done: Callable[[], None] | None = None) -> Tensor:
     """Apply `block` to fixed blocks of rows, each on one rank. All ranks get the results in order."""
     parts = rows.split(ROWS)
     mine: dict[int, Tensor] = {}

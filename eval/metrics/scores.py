@@ -31,6 +31,8 @@ class Score:
     in_curves: whether it is drawn over the steps of a training.
     compute: how it is computed, with the other scores that come of the same computation; None: it is one of those.
     influence: how much each image moves it, for the intervals of `eval compare`; None: it is not compared.
+    settings: fields of MetricsConfig that files of the first release lack, as they lack the score. A file leaves them
+        out if the score is missing.
     key: in results.json, results.jsonl and W&B; the name of the field.
     """
 
@@ -43,6 +45,7 @@ class Score:
     in_curves: bool = True
     compute: Prepare | None = None
     influence: InfluenceOf | None = None
+    settings: tuple[str, ...] = ()
     key: str = ""
 
     @property
@@ -55,6 +58,10 @@ class Score:
         if not present:
             return None
         return min(present) if self.better == "lower" else max(present)
+
+
+_MIND = ("mind_samples", "mind_projections")
+_DENSITY = ("density_neighbours",)
 
 
 def _shown(score: Score) -> Any:
@@ -93,10 +100,29 @@ class Scores:
         )
     )  # fmt: skip
     kid_std: float | None = None
+    mind: float | None = _shown(Score(title="MIND", better="lower", form=".2f", compute=compute.monge, settings=_MIND))
+    density: float | None = _shown(
+        Score(
+            title="Density", better="higher", form=".3f", compute=compute.density, influence=influence.density,
+            settings=_DENSITY, in_curves=False,
+        )
+    )  # fmt: skip
+    coverage: float | None = _shown(
+        Score(title="Coverage", better="higher", form=".3f", influence=influence.coverage, settings=_DENSITY)
+    )
 
     def by_key(self) -> dict[str, float | None]:
         """Every value by its key, in order."""
         return {value.name: getattr(self, value.name) for value in dataclasses.fields(self)}
+
+    def as_json(self) -> dict[str, float | None]:
+        """The values as files hold them."""
+        later = {score.key for score in SCORES if score.settings}
+        return {key: value for key, value in self.by_key().items() if value is not None or key not in later}
+
+    def settings_left_out(self) -> set[str]:
+        """The fields of MetricsConfig that belong to missing scores, and that files leave out with them."""
+        return {name for score in SCORES if self.of(score) is None for name in score.settings}
 
     def of(self, score: Score) -> float | None:
         """The value of a score, in its own unit: without the factor."""

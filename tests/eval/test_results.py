@@ -100,7 +100,7 @@ def test_a_damaged_line_of_the_table_is_named(tmp_path: Path) -> None:
 
 def test_the_best_value_follows_the_direction_of_the_score() -> None:
     best = {score.key: score.best([2.0, None, 1.0, 3.0]) for score in SCORES}
-    lower, higher = ("fid", "sfid", "kid_mean"), ("is_mean", "precision", "recall")
+    lower, higher = ("fid", "sfid", "kid_mean", "mind"), ("is_mean", "precision", "recall", "density", "coverage")
     assert best == dict.fromkeys(lower, 1.0) | dict.fromkeys(higher, 3.0)
     assert SCORES[0].best([None]) is None
 
@@ -110,8 +110,9 @@ def test_scores_are_shown_in_their_unit_with_their_deviation() -> None:
     shown = {score.title: scores.text(score) for score in SCORES}
     assert shown == {
         "FID": "4.57", "sFID": "–", "IS": "8.12 ± 0.25", "Precision": "–", "Recall": "–", "KID·10³": "12.30",
+        "MIND": "–", "Density": "–", "Coverage": "–",
     }  # fmt: skip
-    assert [scores.text(score, ".4g") for score in SCORES] == ["4.567", "–", "8.125", "–", "–", "12.3"]
+    assert [scores.text(score, ".4g") for score in SCORES] == ["4.567", "–", "8.125", "–", "–", "12.3", "–", "–", "–"]
 
 
 def test_the_table_names_scores_of_results_alone() -> None:

@@ -95,7 +95,7 @@ def recipe(folder: Path, **changes: Any) -> EvalRecipe:
         "batch": 8,
         "extractor_batch": 16,
         "cache": folder / "cache",
-        "metrics": MetricsConfig(is_split=20, kid_subsets=3, kid_size=20, reference_images=40),
+        "metrics": MetricsConfig(is_split=20, kid_subsets=3, kid_size=20, reference_images=40, mind_projections=50),
         "outputs": OutputsConfig(grid=2, grid_classes=3),
     }
     return EvalRecipe(**settings | changes)

@@ -11,22 +11,27 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from prdc import compute_prdc
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from eval.metrics import density_coverage as density_coverage_module
 from eval.metrics import frechet, influence
 from eval.metrics import inception_score as inception_score_module
 from eval.metrics import kernel_distance as kernel_distance_module
 from eval.metrics import moments as moments_module
+from eval.metrics import monge_inception as monge_inception_module
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.config import MetricsConfig
+from eval.metrics.density_coverage import density_coverage
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.kernel_distance import kernel_distance
 from eval.metrics.moments import FeatureMoments, MomentSums, moments
+from eval.metrics.monge_inception import directions, monge_inception_distance
 from eval.metrics.precision_recall import half_distances, precision_recall, squared_distances
 from eval.metrics.sample_warnings import sample_warnings
 from sfd_scale.diffusion.conditioning import ClassLabels
@@ -286,6 +291,62 @@ def test_kernel_distance_equals_torch_fidelity() -> None:
     assert again == kernel_distance(samples, reference, subsets=5, size=50) and again.std > 0
 
 
+# ------------------------------------------------------------------------------------------------- density, MIND
+
+
+def test_density_and_coverage_equal_the_official_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, reference = features(700, 32, 0, shift=0.3), features(400, 32, 1)
+    found = density_coverage(samples, reference, k=5)
+    theirs = compute_prdc(reference.numpy(), samples.numpy(), nearest_k=5)
+    assert 0.2 < found.coverage < 0.98 and found.density > 0.2
+    assert found == pytest.approx((theirs["density"], theirs["coverage"]), abs=1e-6)
+    same = precision_recall(samples, reference, k=5)
+    assert same == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert density_coverage(samples, reference, k=3) != found
+    monkeypatch.setattr(neighbours, "ROWS", 64)
+    monkeypatch.setattr(density_coverage_module, "COLUMNS", 50)
+    assert density_coverage(samples, reference, k=5) == found
+    # The real images themselves: each ball holds its centre and k − 1 neighbours, and by rounding some k-th ones.
+    assert density_coverage(reference, reference, k=5) == (pytest.approx(1.0, abs=0.01), 1.0)
+    with pytest.raises(ValueError, match="more than 5 reference images"):
+        density_coverage(samples, reference[:5], k=5)
+
+
+def mind_by_numpy(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any]) -> float:
+    """One direction at a time, with the quantiles of both sets."""
+    squared = [np.mean((np.sort(x @ u) - np.sort(y @ u)) ** 2) for u in drawn]
+    return float(3 * x.shape[1] * np.mean(squared))
+
+
+def test_mind_is_the_sliced_wasserstein_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, reference = features(300, 32, 0, shift=0.2), features(300, 32, 1)
+    found = monge_inception_distance(samples, reference, projections=64)
+    expected = mind_by_numpy(samples.double().numpy(), reference.double().numpy(), directions(64, 32).numpy())
+    assert found == pytest.approx(expected, rel=1e-12) and found > 0.1
+    monkeypatch.setattr(monge_inception_module, "DIRECTIONS", 7)
+    assert monge_inception_distance(samples, reference, projections=64) == pytest.approx(found, rel=1e-12)
+    assert monge_inception_distance(samples, samples.flip(0), projections=64) == 0  # the order of rows does not matter
+
+
+def test_mind_in_closed_form() -> None:
+    # A shift by s moves each projection by u·s: α · E (u·s)² = 3 · |s|².
+    rows, shift = features(200, 16, 0).double(), torch.linspace(-1, 1, 16).double()
+    found = monge_inception_distance(rows, rows + shift, projections=40_000)
+    assert found == pytest.approx(3 * shift.square().sum().item(), rel=0.02)
+    # A scale s: 3 · (s − 1)² · the mean of |x|², for rows with W₂ between x and s·x.
+    assert monge_inception_distance(rows, 1.5 * rows, projections=40_000) == pytest.approx(
+        3 * 0.25 * rows.square().sum(1).mean().item(), rel=0.02
+    )
+
+
+def test_mind_takes_the_same_number_of_rows_of_both_sets() -> None:
+    samples, reference = features(500, 16, 0, shift=0.1), features(300, 16, 1)
+    same = [monge_inception_distance(samples, reference, count=count, projections=32) for count in (300, 5000)]
+    assert same[0] == same[1] != monge_inception_distance(samples, reference, count=200, projections=32)
+    with pytest.raises(ValueError, match="16 and 8 features"):
+        monge_inception_distance(samples, reference[:, :8])
+
+
 # ------------------------------------------------------------------------------------------------- the rest
 
 
@@ -295,7 +356,10 @@ def test_few_samples_are_warned_about() -> None:
     assert not sample_warnings(50_000, 2048, 5000, ClassLabels(1000).balanced(0, 50_000))
 
 
-@pytest.mark.parametrize("field", ["is_split", "neighbours", "reference_images", "kid_subsets", "kid_size"])
+@pytest.mark.parametrize(
+    "field",
+    ["is_split", "neighbours", "reference_images", "kid_subsets", "kid_size", "mind_samples", "mind_projections"],
+)
 def test_config_refuses_nonsense(field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: -1"):
         MetricsConfig(**{field: -1})
@@ -304,9 +368,20 @@ def test_config_refuses_nonsense(field: str) -> None:
 def test_every_metric_cites_its_source() -> None:
     public = [
         function
-        for module in (frechet, inception_score_module, influence, kernel_distance_module, moments_module, neighbours)
+        for module in (
+            frechet,
+            inception_score_module,
+            influence,
+            kernel_distance_module,
+            moments_module,
+            neighbours,
+            density_coverage_module,
+            monge_inception_module,
+        )  # fmt: skip
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     ]
     unsourced = {function.__name__ for function in public if "arXiv" not in (function.__doc__ or "")}
-    assert len(public) > 12 and unsourced == {"squared_distances", "half_distances"}  # plain arithmetic, and ADM's
+    assert len(public) > 12 and unsourced == {
+        "squared_distances", "half_distances", "over_ranks",  # plain arithmetic, ADM's, and no score
+    }  # fmt: skip
