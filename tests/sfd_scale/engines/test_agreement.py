@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.agreement import Cell, broken, errors, matrix, measure, read, reference, run_cells
+from tests.helpers.agreement import OPTIMIZERS, Cell, broken, errors, matrix, measure, read, reference, run_cells
 from tests.helpers.ranks import run_ranks
 
 STEPS = 6
@@ -18,7 +18,7 @@ SOME = [
 
 @pytest.mark.full
 def test_engines_agree_on_a_run_of_the_real_model(tmp_path: Path) -> None:
-    plain = reference(STEPS)
+    plain = {"adamw": reference(STEPS)}
     run_ranks(run_cells, 2, str(tmp_path), SOME, STEPS, timeout=900)
     found = read(str(tmp_path))
     assert list(found) == SOME and broken(found, plain) == []
@@ -26,10 +26,11 @@ def test_engines_agree_on_a_run_of_the_real_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_whole_matrix(tmp_path: Path) -> None:
-    groups = matrix()
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_whole_matrix(optimizer: str, tmp_path: Path) -> None:
+    groups = matrix(optimizer)
     measure(str(tmp_path), groups)
-    found, plain = read(str(tmp_path)), reference()
+    found, plain = read(str(tmp_path)), reference(optimizer=optimizer)
     assert set(found) == {cell for group in groups for cell in group}
-    assert broken(found, plain) == []
+    assert broken(found, {optimizer: plain}) == []
     assert plain[-1] < 0.92 * plain[0]
