@@ -2,7 +2,7 @@
 
 The constants of the model are fitted to one half of the public measurements (`--fit` repeats it); the other half is
 held out. `--cpu` times steps of small models on this machine, fits the CPU's constants to some, and predicts the
-quickstart's step. `--page` writes the tables into docs/scale.md.
+quickstart's step. `--page` writes the tables into docs/scale.md; without `--cpu` its real step stays there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from sfd_scale.planning.step_time import Step, StepTime, forward_seconds, step_t
 from sfd_scale.planning.work import Work, trace_work
 from sfd_scale.runtime.batch_split import BatchSplit
 
+REAL_STEP = "**A real step here.**"
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
 START, END = "<!-- plan_check: start -->", "<!-- plan_check: end -->"
 TARGET_MEDIAN, TARGET_WORST = 0.25, 0.50
@@ -126,14 +127,18 @@ def report(results: Sequence[Result]) -> str:
 
 def cpu_report(found: Quickstart, machine: str) -> str:
     return (
-        f"**A real step here.** A step of the quickstart's model (`quickstart/sfd`, ZeRO-1, bf16, micro-batch "
+        f"{REAL_STEP} A step of the quickstart's model (`quickstart/sfd`, ZeRO-1, bf16, micro-batch "
         f"{found.micro_batch}) took {1000 * found.measured:.0f} ms, predicted {1000 * found.predicted:.0f} ms: error "
         f"{found.error:+.0%}. The CPU's constants were fitted to {found.fitted} steps of other sizes. {machine}."
     )
 
 
 def insert(page: str, text: str) -> str:
+    """The page with a new text between its marks. A measured step stays, unless the text has another one."""
     start, end = page.index(START) + len(START), page.index(END)
+    old = page[start:end]
+    if REAL_STEP in old and REAL_STEP not in text:
+        text = f"{text}\n\n{old[old.index(REAL_STEP) :].strip()}"
     return f"{page[:start]}\n{text}\n{page[end:]}"
 
 

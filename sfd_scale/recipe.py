@@ -19,7 +19,7 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.ema import EMAConfig
 from sfd_scale.engines.fsdp import FSDPConfig
-from sfd_scale.engines.muon import MuonConfig
+from sfd_scale.engines.muon import MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, ScheduleConfig
 from sfd_scale.models.attention import AttentionBackend
 from sfd_scale.runtime.profiling import ProfileConfig
@@ -79,6 +79,10 @@ class TrainRecipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", self.seeds.shortest)
         self.task.check()
+        if isinstance(self.engine, DeepSpeedConfig):
+            refuse_offload(self.optimizer, "offload_optimizer", self.engine.offload_optimizer)
+        else:
+            refuse_offload(self.optimizer, "cpu_offload", self.engine.cpu_offload)
 
     @property
     def seeds(self) -> Seeds:

@@ -41,7 +41,10 @@ def curves(found: dict[Cell, dict[str, Any]], errors: dict[Cell, float], precisi
         for engine in ENGINES
         if (engine, precision) != ("ZeRO-0", "bf16")
     ]
-    return [f"Curves in {precision} ({len(worst)}): {largest(worst)}, bound {BOUNDS[precision]:.0e}.", table(head, rows)]
+    return [
+        f"Curves in {precision} ({len(worst)}): {largest(worst)}, bound {BOUNDS[precision]:.0e}.",
+        table(head, rows),
+    ]
 
 
 def curves_with_muon(found: dict[Cell, dict[str, Any]], errors: dict[Cell, float]) -> list[str]:

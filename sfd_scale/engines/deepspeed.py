@@ -29,7 +29,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
-from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig
+from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 from sfd_scale.engines.replica_check import Replicas
 from sfd_scale.runtime import distributed, environment
@@ -167,8 +167,7 @@ class DeepSpeedEngine:
     """One model under ZeRO with torch's AdamW, or DeepSpeed's CPU Adam when the optimizer is offloaded."""
 
     def __init__(self, model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig) -> None:
-        if config.offload_optimizer and isinstance(optimizer, MuonConfig):
-            raise ValueError("engine.offload_optimizer: true; allowed with optimizer.kind adamw: Muon works on the GPU")
+        refuse_offload(optimizer, "offload_optimizer", config.offload_optimizer)
         ensure_group()
         check_same_weights(model)
         use_own_builds()

@@ -25,7 +25,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
-from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig
+from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
 from sfd_scale.engines.replica_check import Replicas
 from sfd_scale.runtime import distributed
@@ -85,8 +85,7 @@ class FSDPEngine:
     """One model under FSDP2 with torch's AdamW on its shards."""
 
     def __init__(self, model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> None:
-        if config.cpu_offload and isinstance(optimizer, MuonConfig):
-            raise ValueError("engine.cpu_offload: true; allowed with optimizer.kind adamw: Muon works on the GPU")
+        refuse_offload(optimizer, "cpu_offload", config.cpu_offload)
         ensure_group()
         check_same_weights(model)
         self.config, self.device, self.optimizer_steps = config, distributed.device(), 0

@@ -84,6 +84,12 @@ class MuonConfig:
         )
 
 
+def refuse_offload(optimizer: AdamWConfig | MuonConfig, key: str, offloaded: bool) -> None:
+    """Raises ValueError where an engine's setting `key` moves the state of Muon to the host."""
+    if offloaded and isinstance(optimizer, MuonConfig):
+        raise ValueError(f"engine.{key}: true; allowed with optimizer.kind adamw: Muon works on the GPU")
+
+
 class HiddenMatrices(Protocol):
     """A model that says which of its parameters are matrices of hidden layers."""
 

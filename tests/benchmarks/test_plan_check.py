@@ -43,6 +43,14 @@ def test_the_constants_are_the_best_fit() -> None:
     assert a100 == next(case.hardware.tensor_share for case in CASES if "A100" in case.gpu)
 
 
+def test_a_measured_step_stays_on_the_page_until_another_is_measured() -> None:
+    step = f"{plan_check.REAL_STEP} 340 ms."
+    page = f"before\n{plan_check.START}\nold tables\n\n{step}\n{plan_check.END}\nafter\n"
+    again = plan_check.insert(page, "new tables")
+    assert again == page.replace("old", "new")
+    assert plan_check.insert(again, f"tables\n\n{plan_check.REAL_STEP} 2 ms.").count(plan_check.REAL_STEP) == 1
+
+
 def test_a_slower_gpu_is_predicted_slower() -> None:
     case = QUICK[0]
     slow = replace(case, hardware=replace(case.hardware, peak_bf16=case.hardware.peak_bf16 / 2))

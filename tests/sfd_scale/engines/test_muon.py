@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfd_scale.checkpoint import CheckpointConfig, CheckpointManager
+from sfd_scale.config import load
 from sfd_scale.engines import muon
 from sfd_scale.engines.fsdp import FSDPEngine
 from sfd_scale.engines.matrix_exchange import Matrix, Range, assign_owners, plan_rounds, plan_transfers
@@ -22,6 +23,7 @@ from sfd_scale.engines.optim import AdamWConfig, param_groups
 from sfd_scale.models.alignment import AlignmentConfig
 from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
+from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import CLIP, Spec, TinyModel, batch, distance, make_ema, make_engine, params, relative, train
@@ -269,8 +271,15 @@ def test_a_model_without_named_matrices_is_refused() -> None:
     ids=["fsdp", "deepspeed"],
 )
 def test_offload_is_refused_by_its_key(spec: Spec) -> None:
-    with pytest.raises(ValueError, match=r"engine\.\w+: true; allowed with optimizer\.kind adamw"):
+    refused = r"engine\.\w+: true; allowed with optimizer\.kind adamw"
+    with pytest.raises(ValueError, match=refused):
         make_engine(spec, optimizer=MUON)
+    with pytest.raises(ValueError, match=refused):  # before any data is read
+        load(
+            "train/sfd_xl_muon",
+            TrainRecipe,
+            [f"engine.{key}={value}" for key, value in {"kind": spec.kind, **spec.options}.items()],
+        )
 
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))

@@ -168,8 +168,9 @@ def test_the_traffic_of_muon_is_that_of_its_transfers(engine: FSDPConfig, shards
 
 
 @pytest.mark.full
-def test_fsdp_on_64_ranks_holds_what_is_planned() -> None:
-    check(Spec("fsdp", {"precision": "bf16"}), 64, [run_alone(memory.under_fake_ranks, 64, timeout=600)])
+@pytest.mark.parametrize("ranks", [64, 512])
+def test_fsdp_on_many_ranks_holds_what_is_planned(ranks: int) -> None:
+    check(Spec("fsdp", {"precision": "bf16"}), ranks, [run_alone(memory.under_fake_ranks, ranks, timeout=600)])
 
 
 def test_activations_are_those_that_autograd_saves_on_the_real_model() -> None:
