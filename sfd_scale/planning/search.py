@@ -47,6 +47,8 @@ def engines(recipe: AnyEngineConfig, *, several_nodes: bool, has_blocks: bool) -
     kinds += [(DeepSpeedConfig, {"kind": "deepspeed", "zero_stage": stage}) for stage in stages]
     if recipe.precision == "bf16":
         kinds.append((DeepSpeedConfig, {"kind": "deepspeed", "zero_stage": 3, "offload_optimizer": True}))
+        # Without overlap there is one reduction bucket, in place of two.
+        kinds += [(DeepSpeedConfig, {"kind": "deepspeed", "zero_stage": n, "overlap_comm": False}) for n in (2, 3)]
     for config, settings in kinds:
         for mode in get_args(Checkpointing) if has_blocks else ("none",):
             for compiled in (True, False) if has_blocks else (False,):

@@ -37,6 +37,7 @@ def test_the_best_settings_are_no_slower_than_any_other() -> None:
     assert all(choice.plan.fits for choice in found)
     engines = {(type(c.job.engine).__name__, c.job.engine.activation_checkpointing) for c in found}
     assert len(engines) == 6
+    assert {c.job.engine.overlaps for c in found if isinstance(c.job.engine, DeepSpeedConfig)} == {True, False}
     usual = plan(replace(job(8), engine=DeepSpeedConfig(zero_stage=2)), H200.hardware, H200.efficiency)
     assert found[0].plan.step_seconds < usual.step_seconds
 
