@@ -21,6 +21,7 @@ from benchmarks.harness import Figure, Options
 from benchmarks.train_step import our_model
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.engines.muon import Muon, MuonConfig, orthogonalize, update_scale
+from sfd_scale.runtime import distributed
 
 MUON = MuonConfig(momentum=0.95)
 MUON_DEPTH = 2
@@ -61,7 +62,9 @@ def _rank(rank: int, ranks: int, folder: str, repeats: int, depth: int) -> None:
     for parameter in engine.model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     replicated = _replicated(engine.optimizer, dict(engine.model.named_parameters()))
-    seconds = harness.race({"ours": engine.optimizer.step, "peer": replicated}, repeats, synchronize=dist.barrier)
+    seconds = harness.race(
+        {"ours": engine.optimizer.step, "peer": replicated}, repeats, synchronize=distributed.barrier
+    )
     if rank == 0:
         torch.save(seconds, Path(folder, "seconds.pt"))
     dist.barrier()
@@ -79,6 +82,7 @@ def _replicated(optimizer: Muon, parameters: dict[str, torch.nn.Parameter]) -> C
     def step() -> None:
         for name, count in cuts.items():
             parameter, momentum = parameters[name], optimizer.state[parameters[name]]["exp_avg"]
+            assert parameter.grad is not None
             momentum.lerp_(parameter.grad, 1 - MUON.momentum)
             update = torch.lerp(parameter.grad, momentum, MUON.momentum)
             assert isinstance(update, DTensor) and isinstance(parameter, DTensor)
