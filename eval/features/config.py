@@ -68,6 +68,25 @@ class DINOv2ExtractorConfig:
             raise ValueError("weights: null; allowed: an official file of DINOv2, or its url and sha256")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimmExtractorConfig:
+    """A network of timm: pooled features, and logits if it has a classifier. No spatial features.
+
+    model, weights, mean, std: as for `tokenizer.vision.kind: timm`. Weights have to be given.
+    block: a module whose output, averaged over its positions, gives the pooled features, without logits; null for the
+        input of the classifier. A block with fewer channels needs fewer samples.
+    input_size: the side to which images are resized, bicubic without anti-aliasing.
+    """
+
+    model: str
+    weights: Path
+    block: str | None = None
+    input_size: int = 224
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    kind: Literal["timm"] = "timm"
+
+
 def _check_url(url: str | None, sha256: str | None) -> None:
     if url is not None and sha256 is None:
         raise ValueError(f"sha256: null, with the url {url}; allowed: the SHA-256 of that file")
@@ -81,4 +100,4 @@ class ConvNetConfig:
     kind: Literal["convnet"] = "convnet"
 
 
-ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2ExtractorConfig
+ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2ExtractorConfig | TimmExtractorConfig

@@ -10,10 +10,12 @@ from eval.features.config import (
     ExtractorConfig,
     InceptionConfig,
     RegisteredConfig,
+    TimmExtractorConfig,
 )
 from eval.features.downloads import fetch, load_state
 from eval.features.extractor import Extractor, LazyExtractor
 from sfd_scale.runtime.files import file_sha256
+from sfd_scale.tokenizers.timm_network import weights_path
 
 
 def make_extractor(config: ExtractorConfig, device: torch.device) -> LazyExtractor:
@@ -30,6 +32,9 @@ def fingerprint(config: ExtractorConfig) -> str:
             return f"sfd-convnet:{file_sha256(config.weights)}"
         case DINOv2ExtractorConfig():
             return f"dinov2:{config.model}:{_weights_hash(config)}"
+        case TimmExtractorConfig():
+            settings = f"{config.block}:{config.input_size}:{config.mean}:{config.std}"
+            return f"timm:{config.model}:{settings}:{file_sha256(weights_path(config.weights))}"
         case RegisteredConfig():
             code = [] if config.module is None else [config.module]
             weights = _weights_hash(config)
@@ -62,6 +67,10 @@ def build_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
 
             state = load_state(fetch(config.weights, config.url, config.sha256))
             return DINOv2Features(config, state, device, fingerprint(config))
+        case TimmExtractorConfig():
+            from eval.features.timm_features import TimmFeatures
+
+            return TimmFeatures(config, device, fingerprint(config))
         case RegisteredConfig():
             from eval.features.registered import RegisteredFeatures
 

@@ -1,4 +1,4 @@
-"""Image sources: class folders, tar files, Parquet files, MDS shards, and the toy digits and scenes.
+"""Image sources: class folders, tar files, Parquet files, MDS shards, and the toy digits, scenes and things.
 
 A source is a sequence of ((3, H, W) uint8, class index).
 """
@@ -21,6 +21,7 @@ from sfd_scale.data.tars import TarConfig, TarImages
 from sfd_scale.runtime.settings import at_least
 from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
 from sfd_scale.toy.scenes import SceneSplit, scene_image
+from sfd_scale.toy.things import CLASSES, ThingSplit, thing_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,20 @@ class ScenesConfig:
     kind: Literal["scenes"] = "scenes"
     split: SceneSplit = "train"
     num_images: int = 50_000
+    size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, num_images=1, size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThingsConfig:
+    """Drawings of things on crops of photographs (sfd_scale.toy.things)."""
+
+    kind: Literal["things"] = "things"
+    split: ThingSplit = "train"
+    num_images: int = 10_000
     size: int = 64
     seed: int = 0
 
@@ -76,7 +91,8 @@ class MDSConfig:
     kind: Literal["mds"] = "mds"
 
 
-SourceConfig = DigitsConfig | ScenesConfig | FolderConfig | TarConfig | ParquetConfig | MDSConfig
+ToyConfig = DigitsConfig | ScenesConfig | ThingsConfig
+SourceConfig = DigitsConfig | ScenesConfig | ThingsConfig | FolderConfig | TarConfig | ParquetConfig | MDSConfig
 
 
 class Source(Protocol):
@@ -92,22 +108,25 @@ class Source(Protocol):
 
 
 class ToyImages:
-    """The generated images of DigitsConfig or ScenesConfig."""
+    """The generated images of DigitsConfig, ScenesConfig or ThingsConfig."""
 
-    num_classes = NUM_CLASSES
-    classes: tuple[str, ...] = ()
-
-    def __init__(self, config: DigitsConfig | ScenesConfig) -> None:
+    def __init__(self, config: ToyConfig) -> None:
         self.config, self.size = config, config.size
+        self.classes: tuple[str, ...] = CLASSES if isinstance(config, ThingsConfig) else ()
+        self.num_classes = len(self.classes) or NUM_CLASSES
 
     def __len__(self) -> int:
         return self.config.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         config = self.config
-        if isinstance(config, DigitsConfig):
-            return digit_image(config.seed, config.split, index, config.size)
-        return scene_image(config.seed, config.split, index, config.size)
+        match config:
+            case DigitsConfig():
+                return digit_image(config.seed, config.split, index, config.size)
+            case ScenesConfig():
+                return scene_image(config.seed, config.split, index, config.size)
+            case ThingsConfig():
+                return thing_image(config.seed, config.split, index, config.size)
 
 
 class ImageFolder:
@@ -168,7 +187,7 @@ class MDSImages:
 
 def make_source(config: SourceConfig) -> Source:
     match config:
-        case DigitsConfig() | ScenesConfig():
+        case DigitsConfig() | ScenesConfig() | ThingsConfig():
             return ToyImages(config)
         case FolderConfig():
             return ImageFolder(config)
