@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from eval.metrics.scores import SCORES, Score
 from eval.pages import figures
 from eval.results import ScoreRow
 from eval.study.recipe import StudyRecipe
+from eval.study.semantics import Knowledge
 from sfd_scale.runtime.files import write_atomically
 
 FID = SCORES[0]
@@ -117,11 +118,58 @@ def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def write(recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str]) -> Path:
-    """Write report.md and its figures. Tables have the scores of the last step that any cell has reached."""
+def _knowledge(known: Knowledge) -> list[str]:
+    lines = ["## What the semantics know", "", "| of pictures that are held out | |", "|---|---|"]
+    lines += [
+        f"| accuracy of a linear probe of the class, from pooled semantics | {known.class_accuracy:.3f} |",
+        f"| variance of texture that the class explains | {known.by_label:.1%} |",
+        f"| variance that remains and semantics explain | {known.by_semantics:.1%} |",
+    ]
+    return [*lines, ""]
+
+
+def _lead_losses(examined: Mapping[str, Any], out: Path) -> list[str]:
+    """A figure and tables of `lead.examine`, by cell."""
+    curves = {
+        f"{cell}, {name}": [(time, [value]) for time, value in points]
+        for cell, found in examined.items()
+        for name, points in found["losses"].items()
+    }
+    write_atomically(out / "lead_losses.png", figures.spread_curves(curves, "loss of texture", "texture's clock"))
+    kinds = ("own", "oracle", "pictures")
+    lines = ["## Losses of texture, and an oracle", "", "![loss of texture](lead_losses.png)", ""]
+    lines += [f"| cell | semantics of | {' | '.join(f'{time:g}' for time in lead_times(examined))} |"]
+    lines += [f"|{'---|' * (2 + len(lead_times(examined)))}"]
+    for cell, found in examined.items():
+        for name, points in found["losses"].items():
+            lines.append(f"| {cell} | {name} | {' | '.join(f'{value:.3f}' for _, value in points)} |")
+    lines += ["", f"| cell | FID, {' | FID, '.join(kinds)} |", f"|{'---|' * (1 + len(kinds))}"]
+    for cell, found in examined.items():
+        shown = (f"{found['fid'][kind]:.4g}" if kind in found["fid"] else "–" for kind in kinds)
+        lines.append(f"| {cell} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def lead_times(examined: Mapping[str, Any]) -> list[float]:
+    """The texture times of the losses."""
+    return [time for time, _ in next(iter(examined.values()))["losses"]["own"]]
+
+
+def write(
+    recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str], known: Knowledge | None = None,
+    examined: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write report.md and its figures. Tables have the scores of the last step that any cell has reached.
+
+    Args:
+        known: what the semantics know.
+        examined: the results of `lead.examine`, by cell.
+    """
     out, text = recipe.out / "report", [f"# Study {recipe.name}", ""]
     if missing:
         text += [f"Not done: {', '.join(missing)}.", ""]
+    if known is not None:
+        text += _knowledge(known)
     if curves := convergence(rows, recipe.convergence):
         png = figures.spread_curves(curves, "FID over training", "step")
         write_atomically(out / "convergence.png", png)
@@ -135,6 +183,8 @@ def write(recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str]) -> P
         text += ["## Ablation", "", *_table(rows, recipe.ablation), ""]
     if recipe.generality:
         text += ["## Other methods", "", *_pairs(rows, recipe.generality), ""]
+    if examined:
+        text += _lead_losses(examined, out)
     for name in recipe.sweeps:
         if (file := recipe.out / "sweeps" / name / "sweep.md").is_file():
             text += [f"## Sweep: {name}", "", file.read_text(encoding="utf-8").strip(), ""]

@@ -22,8 +22,9 @@ from typing import Any
 from eval.recipe import KINDS, EvalRecipe
 from eval.results import read_table
 from eval.search.sweep import sweep
+from eval.study import lead, semantics
 from eval.study import report as study_report
-from eval.study.recipe import StudyRecipe, SweepConfig
+from eval.study.recipe import LeadConfig, StudyRecipe, SweepConfig
 from eval.watch import watch
 from sfd_scale import config, encode, export, train
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
@@ -75,10 +76,21 @@ class Study:
             key = f"cells/{settings.cell}/seed{recipe.seeds[0]}"
             work, folder = self._sweep_work(name, settings), recipe.out / "sweeps" / name
             self._add(f"sweeps/{name}", [self.evaluation, settings], (folder,), work, frozenset({key}))
+        if recipe.lead_losses is not None:
+            moved = _moved(config.to_dict(recipe.lead_losses), str(recipe.root), str(recipe.out))
+            losses = config.from_dict(LeadConfig, moved, "lead_losses")
+            for name in losses.cells:
+                file, key = self.lead_file(name), f"cells/{name}/seed{recipe.seeds[0]}"
+                step_work = self._lead_work(name, losses, file)
+                self._add(f"lead/{name}", [self.evaluation, losses], (file,), step_work, frozenset({key}))
 
     def folder(self, name: str, seed: int) -> Path:
         """The run folder of a cell."""
         return self.recipe.out / "cells" / name / f"seed{seed}"
+
+    def lead_file(self, name: str) -> Path:
+        """The file of `lead.examine` for a cell of the first seed."""
+        return self.recipe.out / "lead" / f"{name}.json"
 
     def cell(self, name: str, seed: int) -> TrainRecipe:
         """The training recipe of a cell."""
@@ -124,6 +136,14 @@ class Study:
             resolved = out / "eval.yaml"
             write_atomically(resolved, config.to_yaml(self.evaluation))
             sweep(str(resolved), words, out)
+            return True
+
+        return work
+
+    def _lead_work(self, name: str, losses: LeadConfig, file: Path) -> Callable[[], bool]:
+        def work() -> bool:
+            weights = export.export(self.folder(name, self.recipe.seeds[0]), file.with_suffix(".safetensors"))
+            write_atomically(file, f"{json.dumps(lead.examine(weights, losses, self.evaluation))}\n")
             return True
 
         return work
@@ -308,7 +328,27 @@ def report(study: Study) -> list[str]:
     """Write results.jsonl, and figures and tables into report/. Returns the cells that are not completed."""
     recipe = study.recipe
     rows, missing = results(study)
+    examined = {
+        name: read_json(study.lead_file(name))
+        for name in (recipe.lead_losses.cells if recipe.lead_losses is not None else ())
+        if study.lead_file(name).is_file()
+    }
     lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
     write_atomically(recipe.out / RESULTS_TABLE, lines)
-    study_report.write(recipe, rows, missing)
+    study_report.write(recipe, rows, missing, knowledge(study), examined)
     return missing
+
+
+def knowledge(study: Study) -> semantics.Knowledge | None:
+    """What the semantics of the study's latents know, measured once; None without such latents."""
+    if study.recipe.semantics is None:
+        return None
+    cell = study.cell(study.recipe.semantics, study.recipe.seeds[0])
+    file = study.recipe.out / "semantics.json"
+    if file.is_file():
+        return semantics.Knowledge(**read_json(file))
+    if not (cell.data.path / "manifest.json").is_file():
+        return None
+    found = semantics.measure(*semantics.read_latents(cell.data.path), cell.latents)
+    write_atomically(file, f"{json.dumps(dataclasses.asdict(found))}\n")
+    return found

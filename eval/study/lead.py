@@ -1,0 +1,154 @@
+"""Where a lead of semantics gains or loses: losses of texture by what is known of the semantics, and an oracle.
+
+N pictures · C channels · h, w grid.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.features.make import make_extractor
+from eval.generate import load_model
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.moments import moments
+from eval.recipe import EvalRecipe
+from eval.reference import load_reference
+from eval.study.recipe import LeadConfig
+from eval.study.semantics import read_latents
+from sfd_scale.diffusion import losses, path
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
+from sfd_scale.diffusion.latents import LatentLayout
+from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
+from sfd_scale.runtime import seeding
+
+logger = logging.getLogger(__name__)
+TIMES = tuple(n / 10 for n in range(1, 10))
+
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(x, t_texture, t_semantic, y) → velocity, projected features."""
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """latents (N, C, h, w), normalised; labels (N,); noise (N, C, h, w)."""
+
+    latents: Tensor
+    labels: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, labels: Tensor, seed: int = 0) -> Pictures:
+        """Pictures with noise of their own: that of picture i depends on (seed, i)."""
+        keys = [(index,) for index in range(len(labels))]
+        return cls(latents, labels, seeding.normal(seed, "lead_noise", keys, latents.shape[1:]))
+
+    def first(self, count: int) -> Pictures:
+        return Pictures(self.latents[:count], self.labels[:count], self.noise[:count])
+
+    def with_semantics_of_others(self, layout: LatentLayout) -> Pictures:
+        """The same textures and noise, each with the semantics of the next picture of its class."""
+        texture, semantic = layout.split(self.latents)
+        other = torch.arange(len(self.labels))
+        for label in self.labels.unique():
+            own = (self.labels == label).nonzero().flatten()
+            other[own] = own.roll(1)
+        return Pictures(layout.join(texture, semantic[other]), self.labels, self.noise)
+
+
+@torch.no_grad()
+def texture_loss(
+    model: Model, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, time: float,
+    shown: Pictures | None = None,
+) -> float:  # fmt: skip
+    """The mean square error of the texture velocity when the texture's clock is at `time`.
+
+    The semantic clock is at its place on the schedule.
+
+    Args:
+        shown: the semantics that the model sees; by default those of the pictures.
+    """
+    shown = pictures if shown is None else shown
+    g = torch.tensor(schedule.inverse_clock(time)[1])
+    total = 0.0
+    for rows in torch.arange(len(pictures.labels)).split(BATCH):
+        clocks = Clocks(*(clock.expand(len(rows)) for clock in schedule.clocks(g)))
+        times = layout.per_channel(*clocks, like=pictures.latents)
+        x = path.interpolate(shown.noise[rows], shown.latents[rows], times)
+        predicted = model(x, clocks.texture, clocks.semantic, pictures.labels[rows])[0]
+        target = path.velocity(pictures.noise[rows], pictures.latents[rows])
+        parts = (layout.split(values)[0] for values in (predicted.float(), target))
+        total += float(losses.velocity_loss(*parts).sum())
+    return total / len(pictures.labels)
+
+
+@torch.no_grad()
+def sample_textures(
+    model: Model, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, steps: int, *, true: bool
+) -> Tensor:
+    """Latents (N, C, h, w) by Euler steps from the noise of the pictures, for their labels.
+
+    Args:
+        true: the oracle. The model sees the semantics of the pictures on their path at every step, in place of its own.
+    """
+    out = []
+    times = schedule.grid(steps)
+    for rows in torch.arange(len(pictures.labels)).split(BATCH):
+        x = noise = pictures.noise[rows]
+        for g, after in zip(times[:-1], times[1:], strict=True):
+            clocks = Clocks(*(clock.expand(len(rows)) for clock in schedule.clocks(g)))
+            if true:
+                on_path = path.interpolate(
+                    noise, pictures.latents[rows], layout.per_channel(*clocks, like=pictures.latents)
+                )
+                x = layout.join(layout.split(x)[0], layout.split(on_path)[1])
+            mask = layout.per_channel(*schedule.active_mask(g.expand(len(rows))), like=x)
+            x = x + (after - g) * mask * model(x, *clocks, pictures.labels[rows])[0].float()
+        out.append(x)
+    return torch.cat(out)
+
+
+def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict[str, Any]:
+    """The losses of texture by its clock, and FID with the model's own and with true semantics.
+
+    losses: by texture time, with the `own` semantics of a picture and with those of `another` picture of its class.
+    fid: `own`, ordinary sampling; `oracle`, with true semantics; `pictures`, of the encoded pictures themselves.
+        All have the same noise and labels. Without semantic channels there is neither `another` nor `oracle`.
+
+    Raises:
+        ValueError: if the sampler of the evaluation does not have fixed steps.
+    """
+    sampler = evaluation.sampler
+    if not isinstance(sampler, FixedStepConfig):
+        raise ValueError(f"evaluation: sampler.kind: {sampler.kind}; allowed: euler")
+    device = torch.device("cpu")
+    loaded = load_model(weights, "fp32", False, device)
+    layout, schedule, model = loaded.layout, loaded.schedule, loaded.model
+    latents, labels = read_latents(settings.latents, max(settings.loss_pictures, settings.sampled_pictures))
+    all_pictures = Pictures.of(loaded.stats.normalize(latents[:, : layout.channels]).float(), labels)
+    pictures = all_pictures.first(settings.loss_pictures)
+    found: dict[str, Any] = {"delta_t": schedule.delta_t, "losses": {}, "fid": {}}
+    kinds = {"own": pictures}
+    if layout.semantic_channels:
+        kinds["another"] = pictures.with_semantics_of_others(layout)
+    for name, shown in kinds.items():
+        found["losses"][name] = [(time, texture_loss(model, pictures, layout, schedule, time, shown)) for time in TIMES]
+    extractor = make_extractor(evaluation.extractor, device)
+    reference = load_reference(evaluation, extractor)
+    pictures = all_pictures.first(settings.sampled_pictures)
+    samples = {"pictures": pictures.latents}
+    for name in ("own", "oracle") if layout.semantic_channels else ("own",):
+        samples[name] = sample_textures(model, pictures, layout, schedule, sampler.num_steps, true=name == "oracle")
+    for name, drawn in samples.items():
+        images = loaded.decode(loaded.stats.denormalize(drawn))
+        features = torch.cat([extractor.get()(batch).pool for batch in images.split(BATCH)])
+        found["fid"][name] = frechet_distance(moments(features), reference.pool)
+        logger.info("%s: FID %s %.3f", weights, name, found["fid"][name])
+    return found
