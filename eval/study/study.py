@@ -328,15 +328,23 @@ def report(study: Study) -> list[str]:
     """Write results.jsonl, and figures and tables into report/. Returns the cells that are not completed."""
     recipe = study.recipe
     rows, missing = results(study)
-    examined = {
-        name: read_json(study.lead_file(name))
-        for name in (recipe.lead_losses.cells if recipe.lead_losses is not None else ())
-        if study.lead_file(name).is_file()
-    }
     lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
     write_atomically(recipe.out / RESULTS_TABLE, lines)
-    study_report.write(recipe, rows, missing, knowledge(study), examined)
+    study_report.write(recipe, rows, missing, knowledge(study), _examined(study))
     return missing
+
+
+def _examined(study: Study) -> dict[str, Any]:
+    """The results of `lead.examine` that are done with the settings of now, by cell."""
+    found = {}
+    for key, step in study.steps.items():
+        kind, name = key.split("/")[:2]
+        try:
+            if kind == "lead" and study.done(step):
+                found[name] = read_json(step.outputs[0])
+        except ValueError:
+            logger.warning("%s was made with other settings: the report leaves it out", key)
+    return found
 
 
 def knowledge(study: Study) -> semantics.Knowledge | None:

@@ -193,10 +193,12 @@ prepare:
   classifier_images: study/classifier_images source.num_images=32
   vision: study/vision model.widths=[8,8,8] train.steps=2 train.global_batch=8
   classifier: study/classifier model.widths=[8,8,8] train.steps=2 train.global_batch=8
+  reference_latents: study/latents_texture source.path=runs/study/reference out=runs/study/reference_latents
 cell_settings: model.depth=2 model.width=16 model.heads=2 train.steps=4 train.global_batch=8 checkpoint.every=2
 evaluation: study/eval num_samples=20 batch=10 sampler.num_steps=2
 seeds: [0]
 sweeps: {{autoguidance: {{cell: dit, guide_step: 2, grid: "guidance.kind=autoguidance guidance.scale_texture=1.5,2"}}}}
+lead_losses: {{cells: [lightningdit], latents: runs/study/reference_latents, loss_pictures: 8, sampled_pictures: 12}}
 """
 KILLED = """
 import os, signal, sys
@@ -250,6 +252,9 @@ def test_a_grid_that_was_killed_ends_with_the_results_of_one_that_was_not(
     assert [row.as_json() | {"id": None} for row in study.results(done)[0]] == known
     assert study.run(done, ["dit/seed0"]) and time.monotonic() - started < 120
     assert study.report(done) == missing and (out / "report/convergence.png").is_file()
+    losses = json.loads((out / "lead/lightningdit.json").read_text())
+    assert len(losses["losses"]["own"]) == 9 and losses["fid"].keys() == {"own", "pictures"}
+    assert "| lightningdit | own |" in (out / "report/report.md").read_text()
     with pytest.raises(ValueError, match="cells/dit/seed0 was made with other settings"):
         other = file.read_text().replace("train.steps=4", "train.steps=6")
         file.write_text(other)
@@ -280,7 +285,7 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
     assert first.startswith("prepare/classifier was made with other settings")
     assert first.endswith(f"{tmp_path}/out/classifier.safetensors {tmp_path}/out/classifier")
     # The score of every cell, and the sweep of one.
-    assert len(rest) == 13 + 1 + 1  # `interval` of study/grid too
+    assert len(rest) == 13 + 1 + 1 + 1  # `interval` of study/grid too, and the losses of one cell
     assert all("was made from another" in line for line in rest)
     # A report says so of these, and does not fail for a cell that nobody asked for.
     assert study.report(other) == [f"{key.removeprefix('cells/')} (made with other settings)" for key in other.steps
