@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.table import Table
@@ -25,6 +25,7 @@ Guide = Annotated[
     typer.Option(help="The guidance model (AutoGuidance), a file of `sfd export`; by default the recipe's."),
 ]
 Out = Annotated[Path, typer.Option(help="Where to write.")]
+Number = TypeVar("Number", int, float)
 
 
 def _load(
@@ -47,6 +48,14 @@ def _start_ranks() -> bool:
 
     distributed.init(TIMEOUT_S)
     return distributed.is_main()
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """Numbers between commas."""
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}: {text}; allowed: numbers between commas") from error
 
 
 @app.command()
@@ -133,6 +142,24 @@ def sweep(
 
     _start_ranks()
     run(recipe, grid, out)
+
+
+@app.command()
+def solvers(
+    recipe: Recipe,
+    out: Out,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    guide: Guide = None,
+    budgets: Annotated[str, typer.Option(help="Evaluations per image, such as 8,12,20,40.")] = "8,12,20,40",
+    tolerance: Annotated[float, typer.Option(help="How much worse FID may be: 0.01 is 1%.")] = 0.01,
+) -> None:
+    """Draw the same images with every solver: error and FID over evaluations, and the cheapest good one."""
+    loaded = _load(recipe, overrides, checkpoint, guide)
+    from eval.search.solvers import solvers as run
+
+    _start_ranks()
+    run(loaded, out, budgets=_numbers("--budgets", budgets, int), tolerance=tolerance)
 
 
 @app.command()

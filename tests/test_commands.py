@@ -22,9 +22,10 @@ MODULES = {
     "sfd_scale.hub": ("sfd", "export"),
     "sfd_scale.official": ("sfd", "import"),
     "eval.run_report": ("sfd", "report"),
+    **{f"eval.search.{name}": ("python -m eval", name) for name in ("sweep", "solvers")},
     **{
         f"eval.{name}": ("python -m eval", name)
-        for name in ("generate", "score", "reference", "report", "sweep", "compare", "watch")
+        for name in ("generate", "score", "reference", "report", "compare", "watch")
     },
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]

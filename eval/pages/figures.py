@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -92,6 +93,45 @@ def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: 
             axes.plot([x] * len(values), values, "o", markersize=3, color=colour)
     axes.set_xlabel(xlabel, fontsize=8, color="#404550")
     _legend(figure, list(curves))
+    return _png(figure)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (cost, value), and by how much each value may be off: (below, above), as signed numbers."""
+
+    points: list[tuple[float, float]]
+    spans: list[tuple[float, float]] | None = None
+
+
+def cost_curves(curves: Mapping[str, Mapping[str, Curve]], xlabel: str, goal: tuple[float, float]) -> bytes:
+    """Values over a cost on two logarithmic axes, one panel per quantity, one colour per method.
+
+    Args:
+        curves: by panel, by method.
+        goal: of the last panel: the value to reach and the tolerance, drawn as a band.
+    """
+    figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
+    for index, (title, methods) in enumerate(curves.items()):
+        axes = _axes(figure, title, (1, len(curves), index + 1))
+        for number, curve in enumerate(methods.values()):
+            xs, ys = zip(*sorted(curve.points), strict=True)
+            style = ("-", "--", ":")[number // len(COLOURS) % 3]
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(xs, ys, style, marker="o", markersize=3, color=colour, linewidth=1.2)
+            if curve.spans is not None:
+                for (x, y), (low, high) in zip(curve.points, curve.spans, strict=True):
+                    axes.plot([x, x], [y + low, y + high], color=colour, linewidth=0.8)
+        if index == len(curves) - 1:
+            axes.axhspan(goal[0] - goal[1], goal[0] + goal[1], color=_GREY, alpha=0.2, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(xlabel, fontsize=8, color="#404550")
+    lines = [
+        Line2D([], [], color=COLOURS[n % len(COLOURS)], linestyle=("-", "--", ":")[n // len(COLOURS) % 3], label=name)
+        for n, name in enumerate(next(iter(curves.values())))
+    ]
+    figure.legend(handles=lines, loc="outside lower left", ncols=5, fontsize=8, frameon=False)
     return _png(figure)
 
 

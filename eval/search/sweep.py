@@ -6,15 +6,17 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from eval import generate
 from eval.features.extractor import LazyExtractor
 from eval.features.make import make_extractor
+from eval.generate import LoadModel, PreparedGeneration, load_model
 from eval.metrics.reference import Reference
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe, LabelFile
@@ -98,33 +100,57 @@ def split_values(text: str) -> list[str]:
     return parts
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the cells of a search share: the features and the reference of their scores, and the models in memory."""
+
+    device: torch.device
+    extractor: LazyExtractor
+    reference: Reference
+    load: LoadModel
+
+    @classmethod
+    def of(cls, recipe: EvalRecipe, extractor: LazyExtractor | None = None) -> Shared:
+        """Of the cells of a recipe. Computes the reference. All ranks have to call this."""
+        device = distributed.device()
+        extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
+        return cls(device, extractor, load_reference(recipe, extractor), functools.lru_cache(MODELS)(load_model))
+
+    def prepare(self, recipe: EvalRecipe) -> PreparedGeneration:
+        """The models of a recipe, which stay in memory for the next cell."""
+        return generate.prepare(recipe, self.device, self.extractor, self.load)
+
+
+def scored(todo: Sequence[Cell], out: Path, shared: Shared) -> Iterator[Row]:
+    """Generate and score each cell, in its own folder below `out`. A second start continues."""
+    folders = [out / "cells" / cell.name for cell in todo]
+    for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
+        if distributed.is_main():
+            logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
+        results = distributed.broadcast_object(_done(cell.recipe, folder, shared.extractor, shared.reference))
+        if results is None:
+            # `batch: auto` finds the batch of the first cell; all others take it.
+            own = generate.with_recorded_batch(cell.recipe, folder, *folders)
+            generate.generate(own, folder, shared.prepare(own))
+            results = score(cell.recipe, folder, folder / RESULTS, shared.extractor, shared.reference)
+        yield Row(cell.settings, results.scores, results.nfe, str(folder))
+
+
 def sweep(recipe: str, grid: Sequence[str], out: Path, extractor: LazyExtractor | None = None) -> list[Row]:
     """Generate and score every cell; sweep.json and sweep.md are written after each. A second start continues.
 
     Raises:
         ValueError: if the extractor, the reference or the metrics vary, so that scores cannot be compared.
     """
-    device, todo = distributed.device(), cells(recipe, grid)
+    todo = cells(recipe, grid)
     for name in varying(todo, _COMMON):
         raise ValueError(f"{name}: varies; the scores of a sweep have to share it; allowed: one sweep per value")
-    extractor = make_extractor(todo[0].recipe.extractor, device) if extractor is None else extractor
-    load = functools.lru_cache(MODELS)(generate.load_model)
-    reference = load_reference(todo[0].recipe, extractor)
-    folders = [out / "cells" / cell.name for cell in todo]
     note = ""
     if unpaired := varying(todo, PAIRING):
         note = f"The cells do not share noise and labels, because these settings vary: {', '.join(unpaired)}."
     rows: list[Row] = []
-    for number, (cell, folder) in enumerate(zip(todo, folders, strict=True), start=1):
-        if distributed.is_main():
-            logger.info("cell %d of %d: %s", number, len(todo), _words(cell.settings))
-        results = distributed.broadcast_object(_done(cell.recipe, folder, extractor, reference))
-        if results is None:
-            # `batch: auto` finds the batch of the first cell; all others take it.
-            own = generate.with_recorded_batch(cell.recipe, folder, *folders)
-            generate.generate(own, folder, generate.prepare(own, device, extractor, load))
-            results = score(cell.recipe, folder, folder / RESULTS, extractor, reference)
-        rows.append(Row(cell.settings, results.scores, results.nfe, str(folder)))
+    for row in scored(todo, out, Shared.of(todo[0].recipe, extractor)):
+        rows.append(row)
         if distributed.is_main():
             _write(rows, len(todo), note, out)
     if distributed.is_main():
@@ -161,10 +187,14 @@ def varying(todo: Sequence[Cell], names: Sequence[str]) -> list[str]:
 
 def _write(rows: list[Row], total: int, note: str, out: Path) -> None:
     write_json(out / "sweep.json", {"cells": total, "note": note, "done": config.to_dict(rows)})
-    heads = _heads(rows)
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    write_atomically(out / "sweep.md", ("\n".join([*lines, "", note] if note else lines) + "\n"))
+    table = markdown(_heads(rows), [_cells(row) for row in rows])
+    write_atomically(out / "sweep.md", f"{table}\n{note}\n" if note else table)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def _show(rows: list[Row], note: str) -> None:

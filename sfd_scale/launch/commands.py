@@ -85,7 +85,7 @@ class RankCommand:
                 output = self.option("--run") or self.tree().get("run")
             case "watch" if self.option("--out") is None and (run := self.option("--run")) is not None:
                 output = str(RunPaths(Path(run)).evaluations.path)  # the run folder has the logs of the training
-            case "generate" | "sweep" | "watch":
+            case "generate" | "sweep" | "solvers" | "guide" | "watch":
                 output = self.option("--out")
         if isinstance(output, str):
             return Path(output).absolute() / LOGS

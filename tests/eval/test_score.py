@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from typer.testing import CliRunner
 
 from eval import generate
@@ -29,26 +28,13 @@ from eval.reference import check_spatial_order, load_reference
 from eval.results import Results
 from eval.score import default_out, score
 from eval.search.sweep import cells, varying
-from sfd_scale import checkpoint, config, export
+from sfd_scale import checkpoint, export
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import seeding
 from sfd_scale.sample import check_guidance_model, load_for_sampling
-from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAConfig, PatchPCAFitConfig
-from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 from tests.helpers import eval_tiny
+from tests.helpers.eval_export import pixels, write_eval_recipe, write_export, write_npz
 from tests.helpers.eval_tiny import CPU, TinyExtractor
-
-
-def pixels(count: int, seed: int) -> Tensor:
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
-    large = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear") + 0.05 * seed
-    return (255 * large.clamp(0, 1)).to(torch.uint8)
-
-
-def write_npz(path: Path, images: Tensor, **extra: Any) -> Path:
-    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **extra)
-    return path
 
 
 @pytest.fixture
@@ -277,60 +263,12 @@ def test_npz_round_trip(tmp_path: Path) -> None:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """A file as `sfd export` writes it, of an untrained model over a texture codec fitted to a few images."""
-    images = [pixels(40, seed).repeat(1, 1, 2, 2) for seed in range(2)]
-    codec = PatchPCA.fit(images, PatchPCAFitConfig(channels=12, patch=4))
-    codec.save(tmp_path / "texture.safetensors")
-    text = f"""
-kind: train
-name: tiny
-latents: {{texture_channels: 12, semantic_channels: 4, size: 8}}
-model: {{kind: lightningdit, size: null, depth: 1, width: 32, heads: 2, num_classes: 5, alignment: null}}
-objective: {{kind: semantic_first, alignment_weight: 0.0}}
-data: {{path: {tmp_path}}}
-train: {{steps: 1, global_batch: 2}}
-tokenizer: {{texture: {{kind: patch_pca, weights: {tmp_path / "texture.safetensors"}}}}}
-"""
-    (tmp_path / "train.yaml").write_text(text)
-    recipe = config.load(tmp_path / "train.yaml", TrainRecipe)
-    stats = LatentStats(torch.zeros(16).double(), torch.full((16,), 0.5).double())
-    note = {
-        "recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": 0,
-        "stats": {"mean": stats.mean.tolist(), "std": stats.std.tolist()}, "stats_hash": stats.hash,
-        "tokenizers": {"texture": PatchPCA.load(PatchPCAConfig(weights=tmp_path / "texture.safetensors")).fingerprint},
-    }  # fmt: skip
-    out = tmp_path / "model.safetensors"
-    model = export.make_model(recipe)
-    with torch.no_grad():
-        # Untrained it has a velocity of zero, with any guidance and any number of steps.
-        for name, weight in model.named_parameters():
-            if "adaLN" in name or name.startswith("final_layer.linear"):
-                weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
-    checkpoint.save_weights(model.state_dict(), out, {export.EXPORT_KEY: json.dumps(note)})
-    return out
+    return write_export(tmp_path)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, exported: Path) -> Path:
-    """An evaluation of that model by a classifier's features."""
-    net = SmallConvNet(SmallConvNetConfig(num_classes=5, image_size=32))
-    net.init_weights(0)
-    checkpoint.save_weights(net.state_dict(), tmp_path / "classifier.safetensors", {})
-    write_npz(tmp_path / "reference.npz", pixels(60, 0).repeat(1, 1, 2, 2))
-    (tmp_path / "eval.yaml").write_text(f"""
-kind: eval
-name: tiny
-checkpoint: {exported}
-num_samples: 24
-batch: 8
-sampler: {{kind: euler, num_steps: 2}}
-guidance: {{kind: cfg, scale_texture: 1.5}}
-extractor: {{kind: convnet, weights: {tmp_path / "classifier.safetensors"}}}
-reference: {{kind: npz, path: {tmp_path / "reference.npz"}}}
-cache: {tmp_path / "cache"}
-metrics: {{is_split: 12, kid_subsets: 2, kid_size: 20}}
-""")
-    return tmp_path / "eval.yaml"
+    return write_eval_recipe(tmp_path, exported)
 
 
 def run(*words: Any) -> Any:
