@@ -66,43 +66,62 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch; for semantic VAEs."""
+    """Features (N, D, H, W) in 16 bits, labels (N,) int64, keys as in LatentBatch; for semantic VAEs.
+
+    noise: the noise of the posterior (N, T, c), if it was drawn ahead; or None.
+    """
 
     features: Tensor
     labels: Tensor
     keys: Tensor
+    noise: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
 
     def to(self, device: torch.device) -> FeatureBatch:
-        features, labels = (part.to(device, non_blocking=True) for part in (self.features, self.labels))
-        return FeatureBatch(features, labels, self.keys)
+        return self._moved(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> FeatureBatch:
         """See LatentBatch.pin_memory."""
-        return FeatureBatch(self.features.pin_memory(), self.labels.pin_memory(), self.keys)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> FeatureBatch:
+        noise = None if self.noise is None else move(self.noise)
+        return FeatureBatch(move(self.features), move(self.labels), self.keys, noise)
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch; for models that train on pixels."""
+    """Images (N, 3, H, W) uint8, labels (N,) int64, keys as in LatentBatch; for models that train on pixels.
+
+    noise: as in FeatureBatch.
+    augmented: whether the random changes of the objective were made to the images and labels.
+    """
 
     images: Tensor
     labels: Tensor
     keys: Tensor
+    noise: Tensor | None = None
+    augmented: bool = False
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
     def slice(self, start: int, stop: int) -> ImageBatch:
         """Samples start to stop - 1, as views."""
-        return ImageBatch(self.images[start:stop], self.labels[start:stop], self.keys[start:stop])
+        noise = None if self.noise is None else self.noise[start:stop]
+        return ImageBatch(
+            self.images[start:stop], self.labels[start:stop], self.keys[start:stop], noise, self.augmented
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> ImageBatch:
-        images, labels = (part.to(device, non_blocking=True) for part in (self.images, self.labels))
-        return ImageBatch(images, labels, self.keys)
+        return self._moved(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> ImageBatch:
         """See LatentBatch.pin_memory."""
-        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), self.keys)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> ImageBatch:
+        noise = None if self.noise is None else move(self.noise)
+        return ImageBatch(move(self.images), move(self.labels), self.keys, noise, self.augmented)

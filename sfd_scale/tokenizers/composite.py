@@ -42,6 +42,11 @@ class FeatureTokenizer:
         """Identity of the vision encoder, for the manifest."""
         return {} if self.vision is None else {"vision": self.vision.fingerprint}
 
+    def grid(self, image_size: int) -> int:
+        """Height and width of the feature grid of square images of `image_size`."""
+        assert self.vision is not None
+        return self.vision.grid(image_size)
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 → (N, D, h, w) float32."""

@@ -5,6 +5,7 @@ N batch · H, W image · K classes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,16 +51,22 @@ class ClassificationObjective:
         self.config, self.seed = config, seed
 
     def __call__(self, model: Callable[..., Any], batch: ImageBatch, /) -> LossTerms:
-        images, labels = self.augment(batch), batch.labels
-        if self.config.pretext == "rotation":
-            images, labels = self.rotate(images, batch.keys)
-        logits = model(images).logits.float()
-        total = functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        batch = batch if batch.augmented else self._augmented(batch)
+        logits = model(batch.images).logits.float()
+        total = functional.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
+        accuracy = (logits.detach().argmax(1) == batch.labels).float().mean()
         return LossTerms(total, {"loss": total.detach()}, measures={"accuracy": accuracy})
 
     def prepare(self, batch: ImageBatch, /) -> ImageBatch:
-        return batch
+        """Change the images of a batch at random before its step; page-locked where there is a GPU."""
+        batch = self._augmented(batch)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _augmented(self, batch: ImageBatch) -> ImageBatch:
+        images, labels = self.augment(batch), batch.labels
+        if self.config.pretext == "rotation":
+            images, labels = self.rotate(images, batch.keys)
+        return dataclasses.replace(batch, images=images, labels=labels, augmented=True)
 
     def rotate(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Square images, each turned counterclockwise by quarter turns of its own draw, and these (N,) in 0 .. 3."""

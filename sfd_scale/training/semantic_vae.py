@@ -5,6 +5,7 @@ N batch · T tokens · D feature channels · c latent channels · H, W image or 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -39,6 +40,8 @@ class SemanticVAELossConfig:
 class FeatureEncoder(Protocol):
     """A frozen vision encoder (sfd_scale.tokenizers.vision_encoder)."""
 
+    def grid(self, image_size: int) -> int: ...
+
     def features(self, images: Tensor) -> Tensor: ...
 
 
@@ -57,13 +60,23 @@ class SemanticVAEObjective:
 
     def __call__(self, model: Callable[..., Any], batch: ImageBatch | FeatureBatch, /) -> LossTerms:
         tokens = self.grid(batch).flatten(2).transpose(1, 2).float()  # (N, T, D)
-        shape = (tokens.shape[1], self.latent_channels)
-        noise = seeding.normal(self.seed, "posterior", sample_keys(batch.keys), shape, tokens.device)
-        reconstruction, mean, logvar = model(tokens, noise)
+        noise = self._noise(batch) if batch.noise is None else batch.noise
+        reconstruction, mean, logvar = model(tokens, noise.to(tokens.device, non_blocking=True))
         return self.loss(reconstruction.float(), tokens, mean.float(), logvar.float())
 
     def prepare(self, batch: ImageBatch | FeatureBatch, /) -> ImageBatch | FeatureBatch:
-        return batch
+        """Draw the noise of a batch before its step; page-locked where there is a GPU."""
+        noise = self._noise(batch)
+        return dataclasses.replace(batch, noise=noise.pin_memory() if torch.cuda.is_available() else noise)
+
+    def _noise(self, batch: ImageBatch | FeatureBatch) -> Tensor:
+        """The noise of the posterior: (N, T, c), from each sample's own generator."""
+        if isinstance(batch, FeatureBatch):
+            tokens = batch.features.shape[2:].numel()
+        else:
+            assert self.vision_encoder is not None
+            tokens = self.vision_encoder.grid(batch.images.shape[2]) ** 2
+        return seeding.normal(self.seed, "posterior", sample_keys(batch.keys), (tokens, self.latent_channels))
 
     @torch.no_grad()
     def grid(self, batch: ImageBatch | FeatureBatch) -> Tensor:

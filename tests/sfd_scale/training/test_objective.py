@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfd_scale.data.batches import ImageBatch, LatentBatch
+from sfd_scale.data.batches import FeatureBatch, ImageBatch, LatentBatch
 from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models.semantic_vae import SemanticVAE, SemanticVAEConfig
+from sfd_scale.runtime import seeding
 from sfd_scale.training.classification import ClassificationConfig, ClassificationObjective
 from sfd_scale.training.objective import LossTerms
 from sfd_scale.training.semantic_first import FlowDraw, SemanticFirstConfig, SemanticFirstObjective
@@ -203,8 +205,14 @@ def test_golden_vae_losses() -> None:
 class Grid:
     """A vision encoder: the image itself, in three channels."""
 
+    def grid(self, image_size: int) -> int:
+        return image_size
+
     def features(self, images: Tensor) -> Tensor:
         return images.float()
+
+
+KEYS = [(0, 0), (0, 1), (0, 2)]
 
 
 def images(count: int, size: int = 2) -> ImageBatch:
@@ -232,6 +240,27 @@ def test_the_vae_sees_tokens_and_noise_of_its_samples() -> None:
     assert result.terms["mse"].item() == pytest.approx(1) and result.terms["kl"].item() == pytest.approx(4 * 2)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_noise_of_the_vae_is_drawn_ahead_with_the_same_values(stored: bool) -> None:
+    batch: Any = images(3)
+    if stored:
+        batch = FeatureBatch(batch.images.half(), batch.labels, batch.keys)
+    vae = SemanticVAEObjective(SemanticVAELossConfig(), None if stored else Grid(), latent_channels=2, seed=4)
+    seen: list[Tensor] = []
+
+    def model(tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(noise)
+        return tokens, torch.zeros_like(noise), torch.zeros_like(noise)
+
+    ahead = vae.prepare(batch)
+    assert ahead.noise is not None and torch.equal(ahead.noise, seeding.normal(4, "posterior", KEYS, (4, 2)))
+    for each in (batch, ahead):
+        vae(model, each.to(torch.device("cpu")))
+    assert torch.equal(*seen) and torch.equal(seen[0], ahead.noise)
+    vae(model, dataclasses.replace(ahead, noise=ahead.noise + 1))
+    assert torch.equal(seen[2], ahead.noise + 1), "what was drawn ahead is used"
+
+
 def test_the_vae_compares_over_tokens_or_over_features() -> None:
     """A reconstruction that scales each feature channel differently keeps its direction over the tokens only."""
     scale = torch.tensor([1.0, 3.0, 9.0])
@@ -255,6 +284,21 @@ def test_classification_is_smoothed_cross_entropy() -> None:
     targets = torch.full((3, 3), 0.1) + 0.7 * torch.eye(3)
     assert result.total.item() == pytest.approx(-(targets * log_p).sum(1).mean().item(), rel=1e-5)
     assert result.measures["accuracy"].item() == pytest.approx(2 / 3)
+
+
+def test_images_are_changed_ahead_with_the_same_values() -> None:
+    settings = ClassificationConfig(translate=1, pretext="rotation")
+    classify, seen = ClassificationObjective(settings, seed=3), list[Tensor]()
+
+    def model(pixels: Tensor) -> SimpleNamespace:
+        seen.append(pixels)
+        return SimpleNamespace(logits=torch.eye(4)[pixels.flatten(1).float().sum(1).long() % 4])
+
+    batch = images(12, size=4)
+    ahead = classify.prepare(batch)
+    assert ahead.augmented and not torch.equal(ahead.images, batch.images) and ahead.labels.unique().numel() > 1
+    results = [classify(model, each).total for each in (batch, ahead, ahead.slice(0, 12))]
+    assert torch.equal(seen[0], seen[1]) and results[0] == results[1] == results[2]
 
 
 def test_translation_moves_whole_images_by_their_own_draw() -> None:
