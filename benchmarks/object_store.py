@@ -34,10 +34,14 @@ _ERRORS = {
 
 @dataclass
 class Traffic:
-    """The requests that the proxy answered. Counted by object name."""
+    """The requests that the proxy answered, counted by object name; and the bytes sent.
+
+    by_client: bytes sent to each client, by its AWS_SDK_UA_APP_ID.
+    """
 
     requests: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
+    by_client: dict[str, int] = field(default_factory=dict)
     times: list[tuple[float, str]] = field(default_factory=list)
 
 
@@ -87,10 +91,11 @@ def credentials() -> dict[str, str]:
     return {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
 
 
-def variables(address: str) -> dict[str, str]:
-    """Environment variables for a process that reads from the proxy."""
+def variables(address: str, client: str = "reader") -> dict[str, str]:
+    """Environment variables for a process that reads from the proxy, which counts its bytes under `client`."""
     return {
-        "S3_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_SDK_UA_APP_ID": client, "S3_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }  # fmt: skip
@@ -139,6 +144,8 @@ def serve(store: ObjectStore, client: socket.socket, server: tuple[str, int]) ->
         found = re.match(rb"(\w+) /(\S*)", request)
         assert found is not None
         name = found[2].split(b"?")[0].decode().rpartition("/")[2]
+        client_id = re.search(rb"\bapp/(\S+)", request)
+        reader_name = "" if client_id is None else client_id[1].decode()
         with store.lock:
             number = store.traffic.requests.get(name, 0)
             store.traffic.requests[name] = number + 1
@@ -164,7 +171,9 @@ def serve(store: ObjectStore, client: socket.socket, server: tuple[str, int]) ->
         for start in range(0, len(body), step):
             piece = body[start : start + step]
             client.sendall(piece)
-            store.traffic.bytes += len(piece)
+            with store.lock:
+                store.traffic.bytes += len(piece)
+                store.traffic.by_client[reader_name] = store.traffic.by_client.get(reader_name, 0) + len(piece)
             store.pace(len(piece), sent, start + len(piece))
             if fault == "trickle":
                 time.sleep(0.05)

@@ -6,6 +6,8 @@
 The server (moto) stands behind a proxy that adds 40 ms to a request and limits the bandwidth of a connection and of
 all connections together. Each reader starts with an empty cache. A step of computation follows each batch, so what is
 read during the step costs nothing. The wait of a step is the time until its batch is there.
+
+Then several nodes read an epoch, one process each, with a cache of its own. The proxy counts the bytes of each node.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "remote.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "remote-wait.png"
 SHAPE = (48, 16, 16)
 BATCH, STEP_S = 32, 0.64
+ANSWER_S = 400.0  # for all steps of a reader
+GLOBAL_BATCH = 256  # of several nodes
 OURS = "sfd-scale, 0 workers"
 
 
@@ -67,7 +71,7 @@ def serve(pipe: Any, folder: Path, size: Size) -> None:
         remote = store.upload(folder, "shards")
         pipe.send((store.address, remote))
         while pipe.recv():
-            pipe.send((store.traffic.requests, store.traffic.bytes))
+            pipe.send((store.traffic.requests, store.traffic.bytes, store.traffic.by_client))
             store.traffic = Traffic()
 
 
@@ -122,35 +126,79 @@ def consume(pipe: Any, address: str, remote: str, cache: Path, workers: int | No
     pipe.send(waits)
 
 
-def measure(size: Size, workers: tuple[int, ...]) -> dict[str, Any]:
+class Server:
+    """The process of the server, with the shards of a folder."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, folder, size), daemon=True)
+        self.process.start()
+        self.address, self.remote = self._pipe.recv()
+
+    def traffic(self) -> tuple[dict[str, int], int, dict[str, int]]:
+        """Requests by object, bytes, and bytes by client, since the last call."""
+        self._pipe.send(True)
+        answer: tuple[dict[str, int], int, dict[str, int]] = self._pipe.recv()
+        return answer
+
+
+def measure(server: Server, root: Path, size: Size, workers: tuple[int, ...]) -> dict[str, Any]:
+    """The waits of each reader, and what it read."""
     context = multiprocessing.get_context("spawn")
     readers = {OURS: None, **{f"StreamingDataset py1e, {count} workers": count for count in workers}}
     results = {}
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root, "shards")
-        write_shards(folder, size)
-        pipe, other = context.Pipe()
-        server = context.Process(target=serve, args=(other, folder, size), daemon=True)
-        server.start()
-        address, remote = pipe.recv()
-        for number, (name, count) in enumerate(readers.items()):
-            pipe.send(True)
-            pipe.recv()  # begins to count anew
-            answer, end = context.Pipe()
-            reader = context.Process(
-                target=consume, args=(end, address, remote, Path(root, f"cache{number}"), count, size)
-            )
-            reader.start()
-            waits = answer.recv() if answer.poll(200) else None
-            reader.join(20)
-            reader.kill()
-            pipe.send(True)
-            requests, sent = pipe.recv()
-            shards = sum(n for file, n in requests.items() if file.endswith(".mds"))
-            results[name] = {"waits": waits, "gets": shards, "bytes": sent}
-            print(name, "no answer in 200 s" if waits is None else summary(waits), f"{shards} GETs", flush=True)
-        server.kill()
+    for number, (name, count) in enumerate(readers.items()):
+        server.traffic()
+        answer, end = context.Pipe()
+        reader = context.Process(
+            target=consume, args=(end, server.address, server.remote, root / f"cache{number}", count, size)
+        )
+        reader.start()
+        waits = answer.recv() if answer.poll(ANSWER_S) else None
+        reader.join(20)
+        reader.kill()
+        requests, sent, _ = server.traffic()
+        shards = sum(n for file, n in requests.items() if file.endswith(".mds"))
+        results[name] = {"waits": waits, "gets": shards, "bytes": sent}
+        print(name, f"no answer in {ANSWER_S:.0f} s" if waits is None else summary(waits), f"{shards} GETs", flush=True)
     return results
+
+
+def read_epoch(address: str, remote: str, cache: Path, node: int, nodes: int, global_batch: int) -> None:
+    """The process of a node: reads its samples of one epoch. One rank stands for the ranks of the node."""
+    environment.set_variables(variables(address, f"node{node}"))
+    from sfd_scale.data.dataloader import DataConfig, LatentLoader
+    from sfd_scale.runtime.batch_split import BatchSplit
+
+    config = DataConfig(path=cache, remote=remote)
+    loader = LatentLoader(config, seed=0, split=BatchSplit(global_batch // nodes, 1, nodes), rank=node)
+    batches = loader.batches(0)
+    for _ in range(loader.steps_per_epoch):
+        next(batches)
+    loader.close()
+
+
+def nodes_read(server: Server, root: Path, nodes: int, global_batch: int) -> dict[str, Any]:
+    """Bytes that each of several nodes reads in an epoch, and the largest times nodes / bytes of the data."""
+    context = multiprocessing.get_context("spawn")
+    server.traffic()
+    readers = [
+        context.Process(
+            target=read_epoch,
+            args=(server.address, server.remote, root / f"node{node}of{nodes}", node, nodes, global_batch),
+        )
+        for node in range(nodes)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+        assert reader.exitcode == 0
+    _, _, read = server.traffic()
+    whole = sum(file.stat().st_size for file in (root / "shards").glob("*.mds"))
+    found = [read[f"node{node}"] for node in range(nodes)]
+    return {"bytes": found, "largest_times_nodes": max(found) * nodes / whole}
 
 
 def summary(waits: list[float]) -> str:
@@ -203,9 +251,19 @@ def picture(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to test the benchmark; writes nothing")
+    parser.add_argument("--nodes", action="store_true", help="only the bytes of several nodes; keeps the other results")
     chosen = parser.parse_args()
     size = Size(shards=12, per_shard=8, steps=3) if chosen.quick else Size()
-    results = measure(size, (2,) if chosen.quick else (2, 4))
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        write_shards(root / "shards", size)
+        server = Server(root / "shards", size)
+        counts = (2,) if chosen.quick else (4, 8)
+        nodes = {n: nodes_read(server, root, n, 32 if chosen.quick else GLOBAL_BATCH) for n in counts}
+        for count, found in nodes.items():
+            print(f"{count} nodes: a node reads at most {found['largest_times_nodes']:.3f}/{count} of the data")
+        results = {} if chosen.nodes else measure(server, root, size, (2,) if chosen.quick else (2, 4))
+        server.process.kill()
     shares = node_share(nodes=2, shards=64, global_batch=64) if chosen.quick else node_share()
     print(
         "part of the data that a node reads in two epochs:", {name: round(share, 3) for name, share in shares.items()}
@@ -213,8 +271,11 @@ def main() -> None:
     if not chosen.quick:
         machine = f"{platform.machine()}, {multiprocessing.cpu_count()} cores"
         note = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "readers": results, "node_share": shares}
+        if chosen.nodes:
+            note = json.loads(RESULTS.read_text(encoding="utf-8"))
+        note["nodes"] = nodes
         RESULTS.write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-        picture(results, PICTURE)
+        picture(note["readers"], PICTURE)
 
 
 if __name__ == "__main__":

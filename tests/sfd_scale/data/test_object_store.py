@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.object_store import ObjectStore, Traffic, object_store, variables
+from benchmarks.remote import Size, write_shards
 from sfd_scale.data.dataloader import DataConfig, LatentLoader
 from sfd_scale.data.download import FetchError, FetchLimits
 from sfd_scale.data.shards import check_data, open_shards
 from sfd_scale.runtime.batch_split import BatchSplit
+from tests.helpers import small_run
 from tests.helpers.encoded import encode_digits
 
 COUNT = 44
@@ -175,6 +180,96 @@ def test_a_cache_limit_below_the_shards_in_use_is_refused_with_the_size(
     with pytest.raises(ValueError, match=r"data\.cache_limit: \d+ bytes .*allowed: \d+ bytes and up .*in use"):
         loader(int(4.5 * size))
     assert len(next(loader(6 * size).batches(0))) == 8
+
+
+@pytest.fixture(scope="module")
+def many_shards(server: tuple[ObjectStore, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """64 shards of 4 samples."""
+    folder = tmp_path_factory.mktemp("many")
+    write_shards(folder, Size(shards=64, per_shard=4))
+    return folder, server[0].upload(folder, "many")
+
+
+def smallest_limit(config: DataConfig, split: BatchSplit) -> int:
+    """The smallest allowed cache limit, as the error message says it."""
+    with pytest.raises(ValueError, match=r"allowed: \d+ bytes and up") as refused:
+        LatentLoader(dataclasses.replace(config, cache_limit="900kb"), seed=5, split=split, rank=0)
+    found = re.search(r"allowed: (\d+) bytes", str(refused.value))
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("order", ["blocks", "window"])
+def test_within_the_smallest_cache_limit_no_shard_is_fetched_twice_in_an_epoch(
+    remote: tuple[ObjectStore, str], many_shards: tuple[Path, str], tmp_path: Path, order: Any
+) -> None:
+    """Two epochs. The blocks of an epoch follow one another in a cache that does not hold all shards."""
+    (store, _), (folder, address) = remote, many_shards
+    config = DataConfig(path=tmp_path, remote=address, order=order, shuffle_block=32, lanes=4)
+    split, size = BatchSplit(4, 1, 1), max(file.stat().st_size for file in folder.glob("*.mds"))
+    limit = smallest_limit(config, split)
+    assert limit < 0.6 * 64 * size, "the cache holds a part of the data only"
+    config = dataclasses.replace(config, cache_limit=str(limit))
+    loader = LatentLoader(config, seed=5, split=split, rank=0)
+    largest, counts = 0, []
+    for step, _ in zip(range(2 * loader.steps_per_epoch), loader.batches(0), strict=False):
+        held = sum(file.stat().st_size for file in [*tmp_path.glob("*.mds"), *tmp_path.glob(".incoming/*.mds")])
+        largest = max(largest, held)
+        if step in (loader.steps_per_epoch - 1, 2 * loader.steps_per_epoch - 1):
+            counts.append({name: n for name, n in store.traffic.requests.items() if name.endswith(".mds")})
+    loader.close()
+    assert largest <= limit
+    assert len(counts[0]) == 64 and set(counts[1].values()) <= {1, 2}
+    ahead = sum(n > 1 for n in counts[0].values())  # in this epoch for the next one
+    assert max(counts[0].values()) <= 2 and ahead <= limit / 4 / size + 1
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_a_node_reads_its_own_part_of_the_data(
+    remote: tuple[ObjectStore, str], many_shards: tuple[Path, str], tmp_path: Path, nodes: int
+) -> None:
+    """Two epochs of each node, with a cache of its own. A shard on the border of two parts is read by both."""
+    (store, _), (folder, address) = remote, many_shards
+    whole, read = sum(file.stat().st_size for file in folder.glob("*.mds")), []
+    for node in range(nodes):
+        store.traffic = Traffic()
+        config = DataConfig(path=tmp_path / str(node), remote=address, order="window", shuffle_block=64, lanes=8)
+        loader = LatentLoader(config, seed=5, split=BatchSplit(16 // nodes, 1, nodes), rank=node)
+        for _ in zip(range(2 * loader.steps_per_epoch), loader.batches(0), strict=False):
+            pass
+        loader.close()
+        read.append(store.traffic.bytes)
+    assert max(read) <= 1.1 / nodes * whole
+    assert sum(read) > 0.95 * whole
+
+
+CAUSES = [
+    ("denied", r"no permission to read s3://data/digits/\S+ \(403 AccessDenied\); check the credentials"),
+    ("expired", r"the credentials for s3://data/digits/\S+ have expired \(ExpiredToken\); renew them"),
+    ("missing", r"s3://data/digits/\S+ does not exist \(NoSuchKey\); upload a complete encoded folder"),
+    ("error-500", r"s3://data/digits/\S+ could not be read \(500 InternalError\)"),
+    ("wrong", r"the SHA-256 of s3://data/digits/\S+ does not match index\.json"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [CAUSES[0], *(pytest.param(*case, marks=pytest.mark.full) for case in CAUSES[1:])]
+)
+def test_a_training_whose_store_fails_ends_with_one_sentence_and_exit_code_2(
+    remote: tuple[ObjectStore, str], data: Path, tmp_path: Path, fault: str, said: str
+) -> None:
+    store, address = remote
+    store.fault = lambda name, number: fault if name.endswith(".mds") else None
+    recipe = small_run.write_recipe(tmp_path / "recipe.yaml", tmp_path / "cache")
+    command = [sys.executable, "-m", "sfd_scale", "train", str(recipe), "--run", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, f"data.remote={address}"], cwd=ROOT, capture_output=True, text=True, timeout=150,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(rf"^error: data\.remote: {said}", line) and "Traceback" not in done.stderr
+    assert not list((tmp_path / "cache").glob("*.mds")) and not list((tmp_path / "cache" / ".incoming").iterdir())
 
 
 READ_ALL = """
