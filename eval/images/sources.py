@@ -23,7 +23,8 @@ from sfd_scale.data.sources import FolderConfig, ImageFolder, MDSConfig, Source,
 from sfd_scale.data.sources import SourceConfig as LibrarySource
 from sfd_scale.data.tars import TarImages
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.file_kind import require_kind
+from sfd_scale.runtime.errors import reason
+from sfd_scale.runtime.file_kind import file_error, require_kind
 from sfd_scale.runtime.files import file_sha256, write_atomically
 from sfd_scale.runtime.progress import MB, progress
 
@@ -228,7 +229,7 @@ def _files_hash(path: Path, files: list[Path], cache: Path | None) -> str:
         try:
             status = file.stat()
         except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from error
+            raise ValueError(file_error(file, "image", reason(error))) from error
         place = os.fsencode(file) + b"\0" + os.fsencode(file.resolve())
         listing.update(place + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         sizes.append(status.st_size)

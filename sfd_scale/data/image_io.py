@@ -17,7 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from sfd_scale.data.image_metadata import without_metadata
-from sfd_scale.runtime.file_kind import HEAD_BYTES, bytes_error
+from sfd_scale.runtime.errors import reason
+from sfd_scale.runtime.file_kind import HEAD_BYTES, bytes_error, file_error
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ def read_rgb(file: Path | BinaryIO, upright: bool = True, name: str | None = Non
     except DECODE_ERRORS as error:
         try:
             data = _bytes_of(file)
-        except OSError:
-            raise UnreadableImage(f"{name}: {error}") from error
+        except OSError as unread:
+            raise UnreadableImage(_unread(file, unread) if isinstance(file, Path) else f"{name}: {error}") from error
         if problem := bytes_error(name, data[:HEAD_BYTES], "image"):
             raise UnreadableImage(problem) from error
         try:
@@ -92,6 +93,14 @@ def read_rgb(file: Path | BinaryIO, upright: bool = True, name: str | None = Non
             raise UnreadableImage(f"{name}: {error}") from error
         logger.info("%s: damaged metadata ignored: %s", name, error)
         return image
+
+
+def _unread(file: Path, error: OSError) -> str:
+    """A sentence about a file whose bytes cannot be read, such as a link to a missing file."""
+    try:
+        return file_error(file, "image", reason(error))
+    except ValueError as found:
+        return str(found)
 
 
 def _bytes_of(file: Path | BinaryIO) -> bytes:

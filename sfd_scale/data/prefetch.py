@@ -20,6 +20,7 @@ from sfd_scale.runtime.batch_split import BatchSplit
 
 logger = logging.getLogger(__name__)
 KEEP_STEPS = 16  # for which a shard stays after its last use: other ranks of the node may be some steps behind
+_MEASURED_EPOCHS = 2  # in which the shards in use at the same time are counted; the epochs differ by a few shards
 THREADS, THREADS_PER_NODE = 8, 64
 _RETRY_S = 0.2  # until a shard that another process downloads is looked at again
 
@@ -73,17 +74,23 @@ class ShardSchedule:
                     yield step, self.names[number]
 
     def next_use(self, name: str) -> float:
-        """The data step in which this node needs a shard next; math.inf if that is not in this epoch or the next."""
+        """The data step in which this node needs a shard next; math.inf if that is not in this epoch or the next.
+
+        After its last use in an epoch a shard stays for ranks that are behind. Its step is then invented: it is deleted
+        before shards that this rank needs soon, and the longer ago its last use, the earlier.
+        """
         epoch, step = divmod(self.step, self.order.steps_per_epoch)
         number, base = self._numbers[name], epoch * self.order.steps_per_epoch
         uses = self._epoch_uses(epoch)
-        if step <= uses.last[number] + KEEP_STEPS:
+        if step <= (last := float(uses.last[number])):
             return base + max(step, float(uses.first[number]))
+        if 0 <= last and step <= last + KEEP_STEPS:
+            return base + step + KEEP_STEPS + (step - last)
         return base + self.order.steps_per_epoch + float(self._epoch_uses(epoch + 1).first[number])
 
     def bytes_in_use(self) -> int:
-        """The largest size of the shards that this node needs at the same time, in the first epoch."""
-        return self._epoch_uses(0).most_bytes(self.sizes, KEEP_STEPS)
+        """The largest size of the shards that this node needs at the same time, in the first epochs."""
+        return max(self._epoch_uses(epoch).most_bytes(self.sizes, KEEP_STEPS) for epoch in range(_MEASURED_EPOCHS))
 
     def _epoch_uses(self, epoch: int) -> ShardUses:
         with self._lock:

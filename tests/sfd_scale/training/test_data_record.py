@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval import generate, run_report
+from eval.images import npz
+from eval.recipe import EvalRecipe
+from eval.score import score
 from sfd_scale import config, export
-from sfd_scale.checkpoint import load_weights
+from sfd_scale.checkpoint import load_weights, save_weights
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.sample import load_for_sampling, sample_grid
+from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 from sfd_scale.train import train
 from tests.helpers import small_run
-from tests.helpers.encoded import tokenizer
+from tests.helpers.encoded import digits, tokenizer
 
 CPU = torch.device("cpu")
 
@@ -63,6 +68,39 @@ def test_an_export_alone_is_sampled_to_the_same_images(trained: Path, place: Pat
     shutil.rmtree(place / "run")
     sample_grid(out, place / "grid.png", count=4, label=None, steps=2, seed=0)
     assert (place / "grid.png").read_bytes() == (trained / "before.png").read_bytes()
+
+
+EVAL = """
+kind: eval
+num_samples: 12
+batch: 6
+sampler: {{kind: euler, num_steps: 2}}
+extractor: {{kind: convnet, weights: {folder}/classifier.safetensors}}
+reference: {{kind: npz, path: {folder}/reference.npz}}
+cache: {folder}/cache
+metrics: {{kid_subsets: 0, is_split: 6, reference_images: 12}}
+"""
+
+
+def test_a_run_is_reported_generated_and_scored_without_its_data(place: Path) -> None:
+    page = run_report.write([place / "run"], place / "report")
+    assert "velocity_texture" in page.read_text() and "Traceback" not in page.read_text()
+    net = SmallConvNet(SmallConvNetConfig())
+    net.init_weights(0)
+    save_weights(net.state_dict(), place / "classifier.safetensors", {})
+    images = torch.stack([digits(12)[i][0] for i in range(12)])
+    npz.write_images(place / "reference.npz", [images], 12, (32, 32), torch.zeros(12, dtype=torch.int64))
+    (place / "eval.yaml").write_text(EVAL.format(folder=place))
+    out = export.export(place / "run", place / "out.safetensors")
+    recipe = config.load(place / "eval.yaml", EvalRecipe, [f"checkpoint={out}"])
+    generate.generate(recipe, place / "samples", generate.prepare(recipe, CPU))
+    before = score(recipe, place / "samples", place / "before.json").scores
+    for name in ("run", "alone"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    out.unlink()
+    shutil.move(place / "samples", place / "elsewhere")
+    again = config.load(place / "eval.yaml", EvalRecipe)
+    assert score(again, place / "elsewhere", place / "again.json").scores == before
 
 
 def test_what_is_really_needed_is_named(trained: Path, place: Path) -> None:
