@@ -84,7 +84,7 @@ class ShardSchedule:
         uses = self._epoch_uses(epoch)
         if step <= (last := float(uses.last[number])):
             return base + max(step, float(uses.first[number]))
-        if 0 <= last and step <= last + KEEP_STEPS:
+        if last >= 0 and step <= last + KEEP_STEPS:
             return base + step + KEEP_STEPS + (step - last)
         return base + self.order.steps_per_epoch + float(self._epoch_uses(epoch + 1).first[number])
 

@@ -131,6 +131,10 @@ class Supervisor:
             time.sleep(0.2)
             if self.check is not None and self.check.failed:
                 self._kill(process)
+            if self._launcher_is_idle():
+                process.kill()  # DeepSpeed's launcher looks at its ranks once a second, and takes a second to end
+                process.wait()
+                return 0  # the code of the launch follows from the ranks
             now = time.monotonic()
             if self.stopping and not forwarded:
                 forwarded = True
@@ -150,6 +154,15 @@ class Supervisor:
             if now - killed_at > KILL_WAIT_S:
                 process.kill()
         return code
+
+    def _launcher_is_idle(self) -> bool:
+        """Whether DeepSpeed's launcher of one host has no ranks left, and all of them have ended well."""
+        launch = self.launch
+        if launch.hosts or launch.srun or launch.node is not None or self._ignores_stop_signals:
+            return False
+        ranks = self._ranks()
+        ended = len(ranks) == launch.world_size and all(rank.state in ("done", "stopped") for rank in ranks)
+        return ended and not launch.signal_ranks(0)
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         """Kill the launcher, which might start more ranks, and then the ranks."""

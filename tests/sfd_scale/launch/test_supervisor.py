@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -99,6 +100,56 @@ def test_a_stop_request_reaches_every_rank_and_the_code_asks_for_a_requeue(
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert agent.find_ranks(made.launch_id) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("code", "ended"), [(0, 0), (75, 75)])
+def test_a_launcher_that_is_slow_to_end_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, ended: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = launch(tmp_path, f"import sys\nsys.exit({code})")
+    (tmp_path / "launcher.py").write_text(LAUNCHER.replace("while any", "time.sleep(60)\nwhile any"))
+    started = time.monotonic()
+    assert Supervisor(made).run() == ended
+    assert time.monotonic() - started < 30
+
+
+def test_a_launcher_whose_rank_has_failed_is_left_to_end_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kills the other ranks, and its code tells a user's error from a failure."""
+    monkeypatch.chdir(tmp_path)
+    made = launch(tmp_path, "import os, sys\nsys.exit(2 * int(os.environ['RANK']))")
+    assert Supervisor(made).run() == 2
+
+
+LEAVES = """
+import atexit, os, sys, time
+kept = os.dup(2)  # as DeepSpeed does
+class Slow:
+    def __del__(self):
+        time.sleep(30)  # the teardown of modules
+atexit.register(lambda: print("an exit function", flush=True))
+slow = Slow()
+sys.modules["slow"] = slow
+print("last words", file=sys.stderr)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 75, 3])
+def test_a_rank_leaves_without_the_teardown_of_its_modules(tmp_path: Path, code: int) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    variables = {status.LAUNCH_ID: "x", status.LOG_FOLDER: str(tmp_path), status.SHUTDOWN_TIMEOUT: "5"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "PYTHONPATH": str(tmp_path)}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, agent.RANK_FILE, "leaves", str(code)], env={**os.environ, **variables, **alone},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert time.monotonic() - started < 25 and done.returncode == code
+    assert ("an exit function" in done.stdout) == (code != 3), "a rank that failed ends at once"
+    assert "last words" in done.stderr and "last words" in (tmp_path / "rank-0.log").read_text()
 
 
 @pytest.mark.parametrize("how", ["second signal", "timeout"])
