@@ -37,14 +37,14 @@ supply: .venv/.installed
 bench: .venv/.ops
 	$(BIN)/python -m benchmarks
 
-# For a GPU machine: uses the active python, which needs torch and numpy. `make gpu-bench DEVICE=cpu QUICK=1` runs the
-# same code with small sizes on a CPU.
+# For a GPU machine (docs/gpu.md): uses the active python, which needs torch and numpy. gpu-check runs the comparisons
+# with a known answer, gpu-bench everything, in order. DEVICE=cpu tries the code on a CPU.
 DEVICE ?= cuda
 gpu-check:
-	python -m benchmarks.gpu check --device $(DEVICE)
+	python -m benchmarks.gpu --checks --device $(DEVICE)
 
 gpu-bench:
-	python -m benchmarks.gpu bench --device $(DEVICE) $(if $(QUICK),--quick)
+	python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick)
 
 faults: .venv/.ops
 	$(BIN)/python -m tests.faults

@@ -48,7 +48,7 @@ def main() -> int:
     started = time.monotonic()
     new, failed = measure(arguments.names or SUITE, chosen)
     figures = [figure for section in new for figure in harness.figures_of(section)]
-    print(f"\n## Targets\n\n{harness.markdown([figure for figure in figures if figure.target is not None])}")
+    print(f"\n## Targets\n\n{machines(new)}\n\n{harness.markdown([f for f in figures if f.target is not None])}")
     print(f"\n{time.monotonic() - started:.0f} s in total")
     if not chosen.quick:
         harness.merge(results, new, SUITE)
@@ -80,13 +80,26 @@ def page(sections: Sequence[Mapping[str, Any]]) -> str:
     with_target = [
         figure for section in sections for figure in harness.figures_of(section) if figure.target is not None
     ]
-    parts = [f"**Targets.**\n\n{harness.markdown(with_target)}"]
+    where = textwrap.fill(f"**Targets.** {machines(sections)}", 100, break_long_words=False, break_on_hyphens=False)
+    parts = [f"{where}\n\n{harness.markdown(with_target)}"]
     for section in sections:
         others = [figure for figure in harness.figures_of(section) if figure.target is None]
         about = f"`{section['command']}`, {section['date']}, {section['seconds']:.0f} s: {_machine(section)}."
         about = textwrap.fill(about, 100, break_long_words=False, break_on_hyphens=False)
         parts.append(f"{about}\n\n{harness.markdown(others)}" if others else about)
     return "\n\n".join(parts)
+
+
+def machines(sections: Sequence[Mapping[str, Any]]) -> str:
+    """The machines of results, each with the benchmarks that ran there."""
+    names: dict[str, list[str]] = {}
+    for section in sections:
+        machine = section["machine"]
+        name = f"{machine['cpu']}, {machine['cores']} cores ({machine['instructions']}), {section['date']}"
+        names.setdefault(name, []).append(section["benchmark"])
+    if len(names) == 1:
+        return f"Machine: {next(iter(names))}."
+    return " ".join(f"{', '.join(benchmarks)}: {name}." for name, benchmarks in names.items())
 
 
 def _machine(section: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from benchmarks import harness, official
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, SEMANTIC, SIDE, TEXTURE, Peer, PeerTraining, Precision
 from sfd_scale.data.batches import LatentBatch
+from sfd_scale.data.waiting import READ_LIMIT_S, PatientBatches
 from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
@@ -34,6 +35,7 @@ from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, measured_flops
 from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
 
 CPU = torch.device("cpu")
+READ_AHEAD = 4  # micro-batches, as in the trainer, which a machine with torch alone cannot import
 LAYOUT = LatentLayout(texture_channels=TEXTURE, semantic_channels=SEMANTIC, size=SIDE)
 
 
@@ -74,8 +76,14 @@ def randomize(*models: nn.Module) -> None:
             parameter.data.normal_(offset, std, generator=generator)
 
 
-def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> Callable[[], object]:
-    """A function that does one step of the trainer (draws, loss, backward, optimizer, EMA) and returns the loss."""
+def our_step(
+    size: str, count: int, settings: FSDPConfig, depth: int | None, *, read_ahead: bool = False
+) -> Callable[[], object]:
+    """A function that does one step of the trainer (draws, loss, backward, optimizer, EMA) and returns the loss.
+
+    Args:
+        read_ahead: a thread makes the draws before the step, as in the trainer. Without it they are a part of the step.
+    """
     with distributed.device():
         model = our_model(size, depth)
     randomize(model)
@@ -83,12 +91,15 @@ def our_step(size: str, count: int, settings: FSDPConfig, depth: int | None) -> 
     schedule = SemanticFirstSchedule(delta_t=DELTA_T)
     objective = SemanticFirstObjective(SemanticFirstConfig(), LAYOUT, schedule, ClassLabels(NULL_LABEL), seed=0)
     # On the device before the first step, as the peer's is: the trainer copies batches beside the step.
-    batch = batch_of(count).to(engine.device)
+    batches: Iterator[LatentBatch] = itertools.repeat(batch_of(count).to(engine.device))
+    if read_ahead:
+        drawn = map(objective.prepare, batches)
+        batches = PatientBatches(drawn, ahead=READ_AHEAD, limit_s=READ_LIMIT_S, advice="a draw takes too long")
     ema, steps = EMA(engine.fragments(), EMAConfig()), itertools.count()
 
     def step() -> Tensor:
         with bf16_matmul_on_cpu(engine.device):
-            losses = objective(engine.model, batch)
+            losses = objective(engine.model, next(batches).to(engine.device))
             engine.backward(losses.total, last=True)
             engine.step(1e-4)
             ema.update(next(steps))

@@ -7,8 +7,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sfd_scale import config
-
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -96,6 +94,8 @@ def read_gpu_spec(path: Path) -> Hardware:
     Raises:
         ValueError: for a missing file, a missing or unknown field, or a value that is no number.
     """
+    from sfd_scale import config  # here: benchmarks/gpu plans memory on machines without its packages
+
     known = {field.name: field for field in fields(Hardware)}
     required = [name for name, field in known.items() if field.default is MISSING]
     try:

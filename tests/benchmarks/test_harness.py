@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,50 @@ def test_the_ratio_is_the_median_of_the_rounds() -> None:
     # Round by round 2, 1 and 3; the ratio of the median times would be 1.
     assert (figure.ratio, figure.low, figure.high) == (2.0, 1.5, 2.5)
     assert (figure.ours, figure.peer, figure.met) == (4.0, 4.0, False)
+
+
+# One round of ours was interrupted, and two of the peer's: the paired ratio is 1, that of the medians 2.
+UNSETTLED = {"ours": [1.0, 1.0, 1.0, 2.0, 2.0], "peer": [1.0, 1.0, 2.0, 2.0, 2.0]}
+
+
+def test_a_row_says_where_its_two_ratios_disagree_by_more_than_their_spread() -> None:
+    figure = harness.compare("step", UNSETTLED, against="it", work=8, unit="samples/s", target=1.0)
+    assert (figure.ratio, figure.low, figure.high, figure.medians) == (1.0, 1.0, 1.0, 2.0)
+    assert harness.row(figure)[-1] == "met; unsettled: the medians' ratio is 2.00"
+    # A spread as wide as the difference explains it, and so does a difference of less than 2%.
+    assert harness.compare("step", SECONDS, against="it", work=8, unit="samples/s").medians is None
+    near = {"ours": [1.0, 1.0, 1.0, 1.01, 1.01], "peer": [1.0, 1.0, 1.01, 1.01, 1.01]}
+    assert harness.compare("step", near, against="it", work=8, unit="samples/s").medians is None
+
+
+def made_up(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> dict[str, Callable[[], object]]:
+    """Contenders whose calls take the given times by the clock of the harness."""
+    now, left = [0.0], {name: iter(times) for name, times in seconds.items()}
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def pass_time(name: str) -> None:
+        now[0] += next(left[name])
+
+    return {name: functools.partial(pass_time, name) for name in seconds}
+
+
+def test_rounds_whose_ratios_disagree_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = [1.0] * 10
+    settled = {name: times + calm for name, times in UNSETTLED.items()}
+    seconds = harness.race(made_up(monkeypatch, settled), repeats=5, warmup=0)
+    assert len(seconds["ours"]) == 10  # the second rounds were calm
+    assert harness.compare("step", seconds, against="it", work=8, unit="1/s").medians is None
+    never = {name: times * (1 + harness.EXTENSIONS) for name, times in UNSETTLED.items()}
+    seconds = harness.race(made_up(monkeypatch, never), repeats=5, warmup=0)
+    assert len(seconds["ours"]) == 5 * (1 + harness.EXTENSIONS)
+    assert harness.compare("step", seconds, against="it", work=8, unit="1/s").medians == 2.0
+    agreeing = {"ours": [1.0] * 5, "peer": [2.0] * 5}
+    assert len(harness.race(made_up(monkeypatch, agreeing), repeats=5, warmup=0)["peer"]) == 5
+
+
+def test_a_value_that_is_unknown_is_an_empty_cell(tmp_path: Path) -> None:
+    figure = harness.measured("rate", ours=2.0, peer=math.nan, against="it", unit="1/s", better="higher")
+    assert harness.row(figure) == ("rate", "it", "1/s", "2", "", "", "", "", "")
 
 
 def test_values_are_better_lower_or_higher() -> None:
@@ -55,10 +102,21 @@ def test_the_page_has_the_targets_first_and_says_where_each_figure_is_from(tmp_p
     blocks = [block.replace("\n", " ") if block[0] != "|" else block for block in suite.page([section]).split("\n\n")]
     lines = "\n".join(blocks).splitlines()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    # The table of targets names its machine, and so does each table below it.
+    assert lines[0].startswith("**Targets.** Machine: ") and section["machine"]["cpu"] in lines[0]
     assert ["step", "it", "samples/s", "4", "4", "2.00", "1.50 to 2.50", "2.5", "not met"] in table
     assert table.index(["memory", "it", "GiB", "2", "3", "1.50", "1.50 to 1.50", "", ""]) > 2
     source = next(line for line in lines if line.startswith("`python -m benchmarks.step`"))
     assert section["date"] in source and section["machine"]["cpu"] in source and "2 threads" in source
+
+
+def test_targets_of_several_machines_name_each_of_them() -> None:
+    def section(name: str, cpu: str) -> dict[str, object]:
+        machine = {"cpu": cpu, "cores": 2, "instructions": "AVX2"}
+        return {"benchmark": name, "machine": machine, "date": "2026-01-01"}
+
+    text = suite.machines([section("loader", "A"), section("metrics", "A"), section("startup", "B")])
+    assert text == "loader, metrics: A, 2 cores (AVX2), 2026-01-01. startup: B, 2 cores (AVX2), 2026-01-01."
 
 
 def _allocate(count: int) -> None:

@@ -1,0 +1,88 @@
+"""Part 4: training throughput of the large size, beside the official arithmetic, by micro-batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks import harness
+from benchmarks.gpu.report import Part
+from benchmarks.gpu.workload import Rate, Workload, figure, measure, on
+from benchmarks.peer import Peer, PeerTraining
+from benchmarks.train_step import batch_of, model_flops, our_step
+from sfd_scale.engines.block_transforms import float8_missing
+from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.models import attention
+from sfd_scale.runtime.device import peak_flops
+
+TARGET_MICRO_BATCH, TARGET_MFU = 64, 0.50
+
+
+def run(part: Part, chosen: Workload) -> None:
+    attention.activate("auto", chosen.device)
+    first = chosen.micro_batches[0]
+    peers: dict[int, Rate | None] = {}
+    for count in chosen.micro_batches:
+        peers[count] = _settings(part, chosen, count, "activation checkpointing none", chosen.engine(compile=True))
+        if peers[count] is None:
+            peers[count] = peers.get(first)
+    for label, settings in _others(part, chosen):
+        _settings(part, chosen, first, label, settings, peers[first])
+
+
+def _others(part: Part, chosen: Workload) -> Iterator[tuple[str, FSDPConfig]]:
+    base = chosen.engine(compile=True)
+    reason = float8_missing(chosen.device)
+    if reason is None:
+        yield "float8", dataclasses.replace(base, float8=True)
+    else:
+        part.leave_out("float8", reason)
+    for mode in ("selective", "block"):
+        yield f"activation checkpointing {mode}", dataclasses.replace(base, activation_checkpointing=mode)  # type: ignore[arg-type]
+    yield "eager", dataclasses.replace(base, compile=False)
+
+
+def _settings(
+    part: Part, chosen: Workload, count: int, label: str, settings: FSDPConfig, peer: Rate | None = None
+) -> Rate | None:
+    """The figure of one setting; returns the peer's rate at this micro-batch, measured if it is not given."""
+    what = f"{chosen.name} {chosen.precision} training, micro-batch {count}, {label}"
+    make = functools.partial(our_step, chosen.size, count, settings, chosen.depth, read_ahead=True)
+    rate = part.run(what, lambda: measure(chosen, count, make))
+    if rate is None:
+        return peer
+    mfu = utilisation(chosen, rate)
+    if settings == chosen.engine(compile=True) and count == TARGET_MICRO_BATCH and math.isfinite(mfu):
+        part.figure(target(chosen, mfu))
+    if peer is None:
+        other = functools.partial(_peer, chosen, count)
+        peer = part.run(f"{what}: official arithmetic", lambda: measure(chosen, count, other))
+    part.figure(figure(what, rate, peer, "samples/s", f", MFU {mfu:.1%}" if math.isfinite(mfu) else ""))
+    return peer
+
+
+def target(chosen: Workload, mfu: float) -> harness.Figure:
+    what = f"{chosen.name} MFU of training at micro-batch {TARGET_MICRO_BATCH}"
+    return harness.measured(
+        what, ours=mfu, peer=TARGET_MFU, against="target", unit="of dense bf16", better="higher", target=1.0
+    )
+
+
+def utilisation(chosen: Workload, rate: Rate) -> float:
+    """Model FLOP utilisation (MFU), of dense bf16; NaN if the device's peak is unknown."""
+    peak = peak_flops(chosen.device)
+    return rate.value * model_flops(chosen.size, chosen.depth) / peak if math.isfinite(peak) else math.nan
+
+
+def _peer(chosen: Workload, count: int) -> Callable[[], object]:
+    """The official arithmetic, with its batch on the device and its draws made there."""
+    model = on(chosen.device, lambda: Peer(chosen.size, depth=chosen.depth, compiled=True))
+    batch = batch_of(count).to(chosen.device)
+    training = PeerTraining(model, chosen.precision)
+    features = batch.features
+    assert isinstance(features, torch.Tensor)
+    return lambda: training.step(batch.latents, features, batch.labels)
