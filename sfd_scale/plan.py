@@ -26,7 +26,7 @@ from sfd_scale.planning.evaluation_cost import EvaluationCost, evaluation_costs
 from sfd_scale.planning.evaluation_cost import rows as evaluation_rows
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
-from sfd_scale.planning.measured import BenchFigure, Throughput, read_throughput
+from sfd_scale.planning.measured import BenchFigure, BenchResults, Throughput, read_throughput
 from sfd_scale.planning.plot import Drawn, draw
 from sfd_scale.planning.step_time import Step
 from sfd_scale.planning.work import Work, trace_work
@@ -170,10 +170,23 @@ def calibrated(path: Path, machine: Machine, flops_per_sample: float) -> Calibra
             return Calibrated(machine, mfu=mfu, note=f"MFU of {path.name}")
         steps = [_measured_run(run, rate, machine)]
     else:
-        steps = [_measured_figure(figure) for figure in found]
+        machine = _with_sustained_rates(machine, found, path)
+        steps = [_measured_figure(figure) for figure in found.figures]
     fitted = calibrate(steps, machine.hardware, machine.efficiency, str(path))
     machine = replace(machine, hardware=fitted.hardware, efficiency=fitted.efficiency)
     return Calibrated(machine, note=fitted.describe())
+
+
+def _with_sustained_rates(machine: Machine, found: BenchResults, path: Path) -> Machine:
+    """The calibration starts from the measured rates of a large matmul and of a copy, where the file has them."""
+    hardware, efficiency = machine.hardware, machine.efficiency
+    if found.matmul_flops is not None:
+        hardware = replace(hardware, tensor_share=min(found.matmul_flops / hardware.peak_bf16, 1.0))
+    if found.copy_bytes is not None:
+        share = min(found.copy_bytes / hardware.bandwidth, 1.0)
+        memory = replace(efficiency.memory, value=share, source="measured here", reference=str(path))
+        efficiency = replace(efficiency, memory=memory)
+    return replace(machine, hardware=hardware, efficiency=efficiency)
 
 
 def _measured_run(run: RunFolder, rate: float, machine: Machine) -> MeasuredStep:

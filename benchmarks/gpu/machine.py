@@ -12,17 +12,17 @@ import torch
 from benchmarks import harness
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.workload import Workload
+from sfd_scale.planning.measured import SUSTAINED_COPY, SUSTAINED_MATMUL
 from sfd_scale.runtime.device import peak_flops, synchronize
 
-GEMM, COPY = "sustained bf16 matmul, FLOP/s", "copy within the GPU's memory, bytes/s"
 TO_DEVICE = "copy from pinned memory to the GPU, bytes/s"
 
 
 def run(part: Part, chosen: Workload) -> None:
     part.fact("versions", harness.versions())
     part.run("driver", lambda: part.fact("driver", driver(chosen.device)))
-    part.run(GEMM, lambda: _matmul(part, chosen.device))
-    part.run(COPY, lambda: _copy(part, chosen.device))
+    part.run(SUSTAINED_MATMUL, lambda: _matmul(part, chosen.device))
+    part.run(SUSTAINED_COPY, lambda: _copy(part, chosen.device))
     if chosen.device.type == "cuda":
         part.run(TO_DEVICE, lambda: _to_device(part, chosen.device))
 
@@ -63,7 +63,11 @@ def _matmul(part: Part, device: torch.device) -> None:
     out = torch.empty_like(left)
     rate = 2 * size**3 / seconds_per_call(lambda: torch.mm(left, right, out=out), device, 20)
     share = rate / peak_flops(device)
-    part.fact(GEMM, rate, f"{rate / 1e12:.4g} TFLOP/s for {size}³" + (f", {share:.1%} of the peak" if share else ""))
+    part.fact(
+        SUSTAINED_MATMUL,
+        rate,
+        f"{rate / 1e12:.4g} TFLOP/s for {size}³" + (f", {share:.1%} of the peak" if share else ""),
+    )
 
 
 def _copy(part: Part, device: torch.device) -> None:
@@ -71,7 +75,7 @@ def _copy(part: Part, device: torch.device) -> None:
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     rate = moved / seconds_per_call(lambda: target.copy_(source), device, 5)
-    part.fact(COPY, rate, f"{rate / 1e9:.4g} GB/s, read and written")
+    part.fact(SUSTAINED_COPY, rate, f"{rate / 1e9:.4g} GB/s, read and written")
 
 
 def _to_device(part: Part, device: torch.device) -> None:

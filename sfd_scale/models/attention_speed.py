@@ -2,7 +2,7 @@
 
 attention_speed.json holds both. "assumed": the order for each major compute capability, from the kernels' publications.
 `sdpa` stands for PyTorch's choice, cuDNN's kernel on Hopper and Blackwell. "measured": milliseconds of
-forward and backward by GPU, head dimension and kernel. `python -m benchmarks.gpu_attention` writes them.
+forward and backward by GPU, head dimension and kernel. `python -m benchmarks.gpu attention` writes them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,20 @@ class BenchFigure:
     samples_per_s: float
 
 
-def read_throughput(path: Path) -> Throughput | list[BenchFigure]:
+@dataclass(frozen=True)
+class BenchResults:
+    """Results of gpu-bench. matmul_flops: of a large bf16 matmul, FLOP/s. copy_bytes: of a copy, bytes/s."""
+
+    figures: list[BenchFigure]
+    matmul_flops: float | None
+    copy_bytes: float | None
+
+
+# The names of these two in the results.
+SUSTAINED_MATMUL, SUSTAINED_COPY = "sustained bf16 matmul, FLOP/s", "copy within the GPU's memory, bytes/s"
+
+
+def read_throughput(path: Path) -> Throughput | BenchResults:
     """The measurements in a file.
 
     Args:
@@ -50,7 +63,9 @@ def read_throughput(path: Path) -> Throughput | list[BenchFigure]:
         raise ValueError(f"--measured: {path} holds a {type(data).__name__}; allowed: a JSON object")
     try:
         if "figures" in data:
-            return bench_figures(data["figures"], path)
+            facts = data.get("parts", {}).get("machine", {}).get("facts", {})
+            sustained = (facts.get(name) for name in (SUSTAINED_MATMUL, SUSTAINED_COPY))
+            return BenchResults(bench_figures(data["figures"], path), *sustained)
         found = _of_json(data) if rows is None else _of_metrics(rows)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"--measured: {path}: its values are not those of a run or of `make gpu-bench`") from error

@@ -18,13 +18,14 @@ from torch.nn import functional
 
 from benchmarks import harness
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import attention, equality, machine, ranks, report, step_profile, training, workload
+from benchmarks.gpu import attention, equality, ranks, report, step_profile, training, workload
 from benchmarks.gpu.report import Part
 from benchmarks.train_step import our_step
+from sfd_scale import plan
 from sfd_scale.engines import block_transforms
 from sfd_scale.engines.block_transforms import use_float8
 from sfd_scale.engines.fsdp import FSDPConfig
-from sfd_scale.planning.measured import read_throughput
+from sfd_scale.planning.measured import SUSTAINED_COPY, SUSTAINED_MATMUL, BenchResults, read_throughput
 
 CPU = torch.device("cpu")
 QUICK = workload.workload(CPU, quick=True)
@@ -227,10 +228,16 @@ def test_the_planner_reads_the_file(tmp_path: Path) -> None:
     what = f"{chosen.name} {chosen.precision} training, micro-batch 64, activation checkpointing none"
     part.figure(workload.figure(what, rate, None, "samples/s", ", MFU 42.0%"))
     device = Part("machine", 100, path)
-    device.fact(machine.GEMM, 7.9e14)
-    device.fact(machine.COPY, 4.3e12)
+    device.fact(SUSTAINED_MATMUL, 7.9e14)
+    device.fact(SUSTAINED_COPY, 4.3e12)
     found = read_throughput(path)
-    assert isinstance(found, list) and [(f.size, f.micro_batch, f.samples_per_s) for f in found] == [("XXL", 64, 300.0)]
+    assert isinstance(found, BenchResults) and (found.matmul_flops, found.copy_bytes) == (7.9e14, 4.3e12)
+    assert [(f.size, f.micro_batch, f.samples_per_s) for f in found.figures] == [("XXL", 64, 300.0)]
+    usual = plan.make_machine("h200", None, 8, None)
+    known = plan._with_sustained_rates(usual, found, path)
+    assert known.hardware.tensor_share == pytest.approx(7.9e14 / usual.hardware.peak_bf16)
+    assert known.efficiency.memory.value == pytest.approx(4.3e12 / usual.hardware.bandwidth)
+    assert known.efficiency.memory.source == "measured here"
     assert part.figures[0].met is False and training.target(chosen, 0.51).met
 
 
