@@ -7,7 +7,8 @@
 #   FLASH_ATTN_CUDA_ARCHS   GPUs to build for, as in "80;90;100"; by default those of this machine, or these three
 #   MAX_JOBS                compilers at once, each with about 5 GB of memory
 #   launchers/flash_attention.sh --fetch FOLDER     only fetch the source and change it
-#   launchers/flash_attention.sh --syntax FOLDER    check flash_api.cpp of that folder against PyTorch; needs no nvcc
+#   launchers/flash_attention.sh --syntax FOLDER    check flash_api.cpp of that folder against PyTorch; needs no nvcc,
+#       but the headers of CUDA: of a toolkit, or of the package nvidia-cuda-crt (its folder include in CPATH)
 #   launchers/flash_attention.sh --kernels FOLDER NAME...    compile these of its kernels for H100; needs nvcc and no GPU
 set -euo pipefail
 version=2.8.3.post2

@@ -37,21 +37,28 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
+def install_cuda(folder: Path, *names: str) -> Path:
+    """Install packages of the CUDA release of the locked PyTorch; returns their folder."""
+    cuda = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
+    assert cuda is not None
+    packages = [f"{name}=={cuda[1]}.*" for name in names]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", folder, *packages], check=True)
+    return folder / "nvidia/cu13"
+
+
 @pytest.mark.full
-def test_its_binding_is_right_for_the_locked_torch_by_the_changed_flag(source: Path) -> None:
+def test_its_binding_is_right_for_the_locked_torch_by_the_changed_flag(source: Path, tmp_path: Path) -> None:
     assert "-std=c++17" not in (source / "setup.py").read_text()
-    done = run("--syntax", source, timeout=900)
+    # PyTorch's own packages have the headers of the runtime, but not those of its host compiler.
+    headers = install_cuda(tmp_path, "nvidia-cuda-crt") / "include"
+    done = run("--syntax", source, timeout=900, CPATH=str(headers))
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.full
 def test_a_forward_and_a_backward_kernel_compile_for_hopper(source: Path, tmp_path: Path) -> None:
-    cuda = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)", (ROOT / "requirements.lock").read_text(), re.M)
-    assert cuda is not None
-    packages = [f"{name}=={cuda[1]}.*" for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")]
-    packages += [f"{name}=={cuda[1]}.*" for name in ("nvidia-cuda-runtime", "nvidia-cuda-cccl")]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path, *packages], check=True)
-    nvcc = tmp_path / "nvidia/cu13/bin/nvcc"
+    names = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+    nvcc = install_cuda(tmp_path, *names) / "bin/nvcc"
     done = run("--kernels", source, *KERNELS, timeout=3600, NVCC=str(nvcc))
     assert done.returncode == 0, done.stderr[-2000:]
     for name in KERNELS:

@@ -41,13 +41,13 @@ class Timed:
 
 def run(part: Part, chosen: Workload) -> None:
     device = chosen.device
-    batch, repeats = (32, 20) if device.type == "cuda" else (1, 1)
+    batch = 32 if device.type == "cuda" else 1
     found: list[Timed] = []
     for shape in SHAPES:
         for backend in get_args(AttentionBackend):
             if backend != "auto":
                 what = f"attention {backend}, ({batch}, {', '.join(map(str, shape))})"
-                work = functools.partial(_one, part, what, backend, device, (batch, *shape), repeats)
+                work = functools.partial(_one, part, what, backend, chosen, (batch, *shape))
                 timed = part.run(what, work)
                 found += [] if timed is None else [timed]
     attention.activate("auto", device)
@@ -66,36 +66,36 @@ def record(gpu: str, found: list[Timed]) -> None:
 
 
 def _one(
-    part: Part, what: str, backend: AttentionBackend, device: torch.device, shape: tuple[int, int, int, int],
-    repeats: int,
-) -> Timed | None:  # fmt: skip
-    head_dim = shape[-1]
+    part: Part, what: str, backend: AttentionBackend, chosen: Workload, shape: tuple[int, int, int, int]
+) -> Timed | None:
+    device, head_dim = chosen.device, shape[-1]
+    dtype, repeats = (torch.bfloat16, 20) if chosen.precision == "bf16" else (torch.float32, 1)
     try:
         attention.activate(backend, device, (head_dim,))
     except ValueError as refused:
         part.leave_out(what, str(refused))
         return None
-    error = attention_error(device, head_dim)
-    kernel = attention.kernel_name(device, torch.bfloat16, head_dim)
+    error = attention_error(device, head_dim, dtype)
+    kernel = attention.kernel_name(device, dtype, head_dim)
     kernel += "".join(f"; {name}" for name in _gpu_kernels(device, shape))
-    timed = Timed(backend, head_dim, kernel, error, statistics.median(_times(device, shape, repeats)))
+    timed = Timed(backend, head_dim, kernel, error, statistics.median(_times(device, shape, dtype, repeats)))
     part.check(what, error, TOLERANCE)
     part.fact(f"{what}, forward and backward, ms", timed.milliseconds, f"{timed.milliseconds:.3f} by {kernel}")
     return timed
 
 
-def _inputs(device: torch.device, shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
-    return [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+def _inputs(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
 def _step(inputs: list[torch.Tensor], upstream: torch.Tensor) -> None:
     torch.autograd.grad(attention.attend(inputs[0], inputs[1], inputs[2]), inputs, upstream)
 
 
-def _times(device: torch.device, shape: tuple[int, int, int, int], repeats: int) -> list[float]:
+def _times(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int) -> list[float]:
     """Milliseconds of forward and backward: of the device alone on a GPU, whose host launches them in advance."""
-    inputs = _inputs(device, shape)
-    upstream, times = torch.randn(shape, device=device, dtype=torch.bfloat16), []
+    inputs = _inputs(device, shape, dtype)
+    upstream, times = torch.randn(shape, device=device, dtype=dtype), []
     with bf16_matmul_on_cpu(device):
         for number in range(repeats + 3):
             if device.type == "cuda":
@@ -118,7 +118,7 @@ def _gpu_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> Iter
     """The names of the GPU's kernels in forward and backward."""
     if device.type != "cuda":
         return
-    inputs, upstream = _inputs(device, shape), torch.randn(shape, device=device, dtype=torch.bfloat16)
+    inputs, upstream = _inputs(device, shape, torch.bfloat16), torch.randn(shape, device=device, dtype=torch.bfloat16)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         _step(inputs, upstream)
         torch.cuda.synchronize(device)
@@ -128,10 +128,10 @@ def _gpu_kernels(device: torch.device, shape: tuple[int, int, int, int]) -> Iter
             yield name[:80]
 
 
-def attention_error(device: torch.device, head_dim: int) -> float:
-    """Largest error of output and gradients of bf16 attention, each relative to the largest value."""
+def attention_error(device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Largest error of output and gradients of attention, each relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).bfloat16().to(device) for _ in range(4))
+    q, k, v, upstream = (torch.randn(2, 256, 4, head_dim, generator=generator).to(device, dtype) for _ in range(4))
     mine = [t.clone().requires_grad_() for t in (q, k, v)]
     with bf16_matmul_on_cpu(device):
         out = attention.attend(mine[0], mine[1], mine[2])

@@ -23,15 +23,18 @@ TARGET_MICRO_BATCH, TARGET_MFU = 64, 0.50
 
 
 def run(part: Part, chosen: Workload) -> None:
+    """Ours at every micro-batch first. The same figures come again when their peers are measured."""
     attention.activate("auto", chosen.device)
-    first = chosen.micro_batches[0]
+    label, settings = "activation checkpointing none", chosen.engine(compile=True)
+    rates = {count: _ours(part, chosen, count, label, settings) for count in chosen.micro_batches}
     peers: dict[int, Rate | None] = {}
     for count in chosen.micro_batches:
-        peers[count] = _settings(part, chosen, count, "activation checkpointing none", chosen.engine(compile=True))
-        if peers[count] is None:
-            peers[count] = peers.get(first)
+        other, what = functools.partial(_peer, chosen, count), _name(chosen, count, "official arithmetic")
+        peers[count] = part.run(what, functools.partial(measure, chosen, count, other))
+        _figure(part, chosen, _name(chosen, count, label), rates[count], peers[count])
+    first = chosen.micro_batches[0]
     for label, settings in _others(part, chosen):
-        _settings(part, chosen, first, label, settings, peers[first])
+        _ours(part, chosen, first, label, settings, peers[first])
 
 
 def _others(part: Part, chosen: Workload) -> Iterator[tuple[str, FSDPConfig]]:
@@ -46,23 +49,29 @@ def _others(part: Part, chosen: Workload) -> Iterator[tuple[str, FSDPConfig]]:
     yield "eager", dataclasses.replace(base, compile=False)
 
 
-def _settings(
+def _name(chosen: Workload, count: int, label: str) -> str:
+    """As `sfd plan --measured` reads it."""
+    return f"{chosen.name} {chosen.precision} training, micro-batch {count}, {label}"
+
+
+def _ours(
     part: Part, chosen: Workload, count: int, label: str, settings: FSDPConfig, peer: Rate | None = None
 ) -> Rate | None:
-    """The figure of one setting; returns the peer's rate at this micro-batch, measured if it is not given."""
-    what = f"{chosen.name} {chosen.precision} training, micro-batch {count}, {label}"
     make = functools.partial(our_step, chosen.size, count, settings, chosen.depth, read_ahead=True)
-    rate = part.run(what, lambda: measure(chosen, count, make))
-    if rate is None:
-        return peer
-    mfu = utilisation(chosen, rate)
-    if settings == chosen.engine(compile=True) and count == TARGET_MICRO_BATCH and math.isfinite(mfu):
-        part.figure(target(chosen, mfu))
-    if peer is None:
-        other = functools.partial(_peer, chosen, count)
-        peer = part.run(f"{what}: official arithmetic", lambda: measure(chosen, count, other))
-    part.figure(figure(what, rate, peer, "samples/s", f", MFU {mfu:.1%}" if math.isfinite(mfu) else ""))
-    return peer
+    rate = part.run(_name(chosen, count, label), lambda: measure(chosen, count, make))
+    _figure(part, chosen, _name(chosen, count, label), rate, peer)
+    if rate is not None and count == TARGET_MICRO_BATCH and settings == chosen.engine(compile=True):
+        mfu = utilisation(chosen, rate)
+        if math.isfinite(mfu):
+            part.figure(target(chosen, mfu))
+    return rate
+
+
+def _figure(part: Part, chosen: Workload, what: str, rate: Rate | None, peer: Rate | None) -> None:
+    if rate is not None:
+        mfu = utilisation(chosen, rate)
+        note = f", MFU {mfu:.1%}" if math.isfinite(mfu) else ""
+        part.figure(figure(what, rate, peer, "samples/s", note))
 
 
 def target(chosen: Workload, mfu: float) -> harness.Figure:

@@ -87,10 +87,10 @@ def test_every_attention_kernel_is_timed_and_one_that_fails_ends_no_other(monkey
     monkeypatch.setattr(attention.attention_speed, "record", lambda *given: recorded.append(given))
     right = attention.attention_error
 
-    def broken(device: torch.device, head_dim: int) -> float:
+    def broken(device: torch.device, head_dim: int, dtype: torch.dtype) -> float:
         if head_dim == 64:
             raise RuntimeError("Triton Error")
-        return right(device, head_dim)
+        return right(device, head_dim, dtype)
 
     monkeypatch.setattr(attention, "attention_error", broken)
     part = Part("attention", 100)
@@ -117,12 +117,16 @@ def test_what_fails_ends_nothing_else_and_every_result_is_in_the_file_at_once(tm
     part.run("first", broken)
     part.run("second", too_large)
     part.figure(harness.measured("third", ours=2.0, peer=math.nan, against="it", unit="1/s", better="higher"))
+    part.figure(harness.measured("third", ours=2.0, peer=1.0, against="it", unit="1/s", better="higher"))
+    part.figure(harness.measured("rate", ours=2.0, peer=math.nan, against="it", unit="1/s", better="higher"))
     part.check("fourth", math.nan, 1.0)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
     written = content["parts"]["training"]
     assert written["ended"] is None and written["failed"] == ["fourth", "first"]  # no memory is no failure
     assert [entry["reason"] for entry in written["left_out"]] == ["failed: RuntimeError: Triton Error", "out of memory"]
-    assert content["figures"][0]["peer"] is None and math.isnan(harness.figures_of(content)[0].peer)
+    # A figure whose peer is measured later stands there once.
+    assert [(row["what"], row["peer"]) for row in content["figures"]] == [("third", 1.0), ("rate", None)]
+    assert math.isnan(harness.figures_of(content)[1].peer)
     # Another part, and the same one again: each replaces itself alone.
     Part("sampling", 1, path).finish()
     again = Part("training", 1, path)
