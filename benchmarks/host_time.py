@@ -1,0 +1,102 @@
+"""The host's time of a training step at depth 24, by engine, beside another checkout of this project.
+
+    python -m benchmarks.host_time --beside PATH [NAME ...]
+
+On a GPU the host launches kernels and runs the hooks of the engine; at small micro-batches it sets the pace. Here the
+model is so narrow that a step on the CPU is little else. The figure is CPU time per step, of one thread. Both checkouts
+take turns in processes of their own, so that both see the same load. Without --beside only this checkout is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.harness import Figure
+
+ROOT = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("host_time_worker.py")
+NAMES = (
+    "fsdp compiled", "zero1 compiled", "fsdp compiled, whole weights", "fsdp eager", "zero2 compiled",
+    "no engine, compiled",
+)  # fmt: skip
+STEPS = 10  # of a turn
+
+
+class Worker:
+    """A process with one engine of one checkout."""
+
+    def __init__(self, checkout: Path, name: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        # -P: the modules beside the script would hide packages of the same names.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), name], env=environment, cwd=self._folder.name, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._wait_for("ready")
+
+    def _wait_for(self, word: str | None = None) -> str:
+        """The next line of the answer; the libraries print lines of their own before `word`."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if word is None or line.strip() == word:
+                return line.strip()
+        raise RuntimeError(f"the worker ended with {self._process.wait()}")
+
+    def seconds(self) -> float:
+        """CPU seconds of a step."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{STEPS}\n")
+        self._process.stdin.flush()
+        return float(self._wait_for()) / STEPS
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+def measure(name: str, beside: Path | None, repeats: int) -> Figure:
+    """The figure of one engine: this checkout, and the other one as its peer."""
+    workers = {"ours": Worker(ROOT, name)} | ({} if beside is None else {"peer": Worker(beside, name)})
+    seconds: dict[str, list[float]] = {side: [] for side in workers}
+    try:
+        for number in range(repeats):
+            for side in workers if number % 2 == 0 else reversed(workers):
+                seconds[side].append(1000 * workers[side].seconds())
+    finally:
+        for worker in workers.values():
+            worker.close()
+    seconds.setdefault("peer", [float("nan")] * repeats)
+    against = "nothing" if beside is None else "the other checkout"
+    return harness.compare(f"host time of a step, {name}", seconds, against=against, work=None, unit="ms")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(NAMES)}; default: all")
+    parser.add_argument("--beside", type=Path, help="another checkout")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(NAMES)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}; allowed: {'; '.join(NAMES)}")
+    machine = harness.machine()
+    print(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}, {harness.versions()}")
+    figures = []
+    for name in options.names or NAMES:
+        figures.append(measure(name, options.beside, options.repeats))
+        print("  ".join(harness.row(figures[-1])), flush=True)
+    print(harness.markdown(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The worker of benchmarks/host_time: makes an engine of the checkout in PYTHONPATH, and steps it on request.
+
+It prints `ready`. Then each line of its input is a number of steps, and its answer the CPU seconds that they took.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sfd_scale.engines.block_transforms import prepare_blocks
+from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
+from sfd_scale.engines.ema import EMA, EMAConfig
+from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
+from sfd_scale.engines.optim import AdamWConfig
+from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
+
+# As deep as XXL, and so narrow that the arithmetic takes no time. Four tokens.
+DEPTH, WIDTH, HEADS, CHANNELS, SIDE = 24, 64, 2, 8, 2
+SETTINGS: dict[str, dict[str, Any]] = {
+    "fsdp compiled": {"compile": True, "reshard_after_forward": True},
+    "fsdp compiled, whole weights": {"compile": True, "reshard_after_forward": False},
+    "fsdp eager": {"reshard_after_forward": True},
+    "zero1 compiled": {"compile": True, "zero_stage": 1},
+    "zero2 compiled": {"compile": True, "zero_stage": 2},
+}
+
+
+def make_step(name: str) -> Callable[[], None]:
+    """One optimizer step on one rank in bf16: forward, backward, norm, AdamW, EMA."""
+    config = LightningDiTConfig(depth=DEPTH, width=WIDTH, heads=HEADS)
+    model = LightningDiT(config, in_channels=CHANNELS, input_size=SIDE, two_clocks=True)
+    model.init_weights(0)
+    inputs = (torch.randn(1, CHANNELS, SIDE, SIDE), torch.tensor([0.2]), torch.tensor([0.4]), torch.tensor([1]))
+    if name == "no engine, compiled":
+        return _plain(model, inputs)
+    settings = SETTINGS[name]
+    engine: Any
+    if name.startswith("fsdp"):
+        engine = make_fsdp(model, AdamWConfig(), FSDPConfig(**settings))
+    else:
+        engine = make_deepspeed(model, AdamWConfig(), DeepSpeedConfig(**settings))
+    ema = EMA(engine.fragments(), EMAConfig())
+
+    def step() -> None:
+        engine.backward(engine.model(*inputs)[0].square().mean(), True)
+        engine.step(1e-4)
+        ema.update(0)
+
+    return step
+
+
+def _plain(model: LightningDiT, inputs: tuple[torch.Tensor, ...]) -> Callable[[], None]:
+    prepare_blocks(model, "none", compiled=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        model(*inputs)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    step = make_step(sys.argv[1])
+    for _ in range(5):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        started = time.process_time()
+        for _ in range(int(line)):
+            step()
+        print(time.process_time() - started, flush=True)
+
+
+if __name__ == "__main__":
+    main()
