@@ -198,13 +198,15 @@ def _resume(part: Part, chosen: Workload, ranks: int) -> None:
     """A run that SIGUSR1 stops and the same command resumes, beside one that was not stopped."""
     steps = 12
     with shards.shards(chosen) as folder:
+        launch = [sys.executable, "-m", "sfd_scale.launch", "torchrun", "train", "train/sfd_xxl_fsdp"]
         commands = {
-            name: torchrun(
-                ranks, "sfd_scale", "train", "train/sfd_xxl_fsdp", *shards.overrides(chosen, folder, name, steps),
-                f"train.global_batch={ranks * chosen.micro_batches[0]}", "train.log_every=1",
-            )
+            name: [
+                *launch, *shards.overrides(chosen, folder, name, steps), "train.log_every=1",
+                f"train.global_batch={ranks * chosen.micro_batches[0]}",
+            ]
             for name in ("whole", "stopped")
         }  # fmt: skip
+        os.environ["RANKS"] = str(ranks)
         subprocess.run(commands["whole"], check=True, capture_output=True, timeout=part.budget_s)
         code = _stop(commands["stopped"], folder / "stopped" / "metrics.jsonl", part.budget_s)
         part.check("exit code after SIGUSR1 beside the requeue code", abs(code - REQUEUE_EXIT_CODE), 0)
@@ -218,13 +220,13 @@ def _resume(part: Part, chosen: Workload, ranks: int) -> None:
 
 
 def _stop(command: list[str], metrics: Path, limit_s: float) -> int:
-    """Start a run, send SIGUSR1 to its ranks after some steps, and return its exit code."""
+    """Start a run, send SIGUSR1 to its launcher after some steps, and return its exit code."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     until = time.monotonic() + limit_s
     try:
         while process.poll() is None and time.monotonic() < until:
             if metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") >= 3:
-                os.killpg(process.pid, signal.SIGUSR1)
+                process.send_signal(signal.SIGUSR1)
                 break
             time.sleep(0.05)
         return process.wait(max(1.0, until - time.monotonic()))
