@@ -19,6 +19,7 @@ from sfd_scale.runtime.files import write_atomically, write_json
 from sfd_scale.runtime.run_paths import RunPaths
 
 logger = logging.getLogger(__name__)
+PROGRESS = ("lr", "grad_norm", "samples_per_s", "accuracy")  # metrics that are drawn beside the losses
 HTML, MARKDOWN, JSON = "index.html", "report.md", "report.json"
 
 
@@ -132,15 +133,12 @@ def _curves(runs: Sequence[Path]) -> list[Picture]:
         if not loss_names(rows):
             logger.warning("%s: no losses were logged yet", run)
             continue
-        for what, draw, wide in (
-            ("losses", figures.loss_curves, True),
-            ("progress", figures.progress_curves, True),
-            ("loss by time", figures.clock_curve, False),
-        ):
-            data = draw(rows)
-            if data is not None:
-                file = f"figures/{label.replace('/', '-')}-{what.replace(' ', '-')}.png"
-                found.append(Picture(f"{label}: {what}", data, wide, file))
+        progress = [name for name in PROGRESS if any(name in row for row in rows)]
+        drawn = {name: figures.panel({"": rows}, name) for name in [*loss_names(rows), *progress]}
+        clock = figures.clock_curve(rows)
+        for what, data in {**drawn, **({} if clock is None else {"loss by time": clock})}.items():
+            file = f"figures/{label.replace('/', '-')}-{what.replace('/', '-').replace(' ', '-')}.png"
+            found.append(Picture(f"{label}: {what}", data, file))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
 from sfd_scale.runtime.files import read_json, read_text, write_json
-from sfd_scale.runtime.run_paths import RESULTS
+from sfd_scale.runtime.run_paths import RESULTS, RunPaths
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 # Image i of two sets has the same noise and label if these settings agree.
 PAIRING = ("seed", "labels", "num_samples")
@@ -129,11 +131,40 @@ class Results:
             parts.append(f"{guidance['kind']} {guidance['scale_texture']:g}/{guidance['scale_semantic']:g}")
         return ", ".join(parts)
 
+    @property
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the file of the weights that drew the samples; None for given images."""
+        return str(self.samples["checkpoint"]["sha256"]) if self.generated else None
+
     def paired_with(self, other: Results) -> bool:
         """Whether image i of both has the same noise and label."""
         if not (self.generated and other.generated):
             return False
         return all(self.samples[key] == other.samples[key] for key in PAIRING)
+
+
+def results_of_run(run: Path, recipe_digest: str) -> list[tuple[Path, Results]]:
+    """All results whose samples were drawn from weights of a run, by steps.
+
+    They are those of `eval watch` inside the run, and those of `eval score` in the folders beside the run.
+
+    Args:
+        recipe_digest: of the run's recipe, as its exported files record it.
+
+    Raises:
+        ValueError: see `Results.read`, for results inside the run. A damaged file beside it is left out with a warning.
+    """
+    found = [(file, Results.read(file)) for file in RunPaths(run).evaluations.results_files()]
+    found = [(file, result) for file, result in found if result.generated]
+    for file in sorted(run.resolve().parent.glob(f"*/{RESULTS}")):
+        try:
+            result = Results.read(file)
+        except ValueError as error:
+            logger.warning("%s; it is left out", error)
+            continue
+        if result.generated and result.samples["checkpoint"].get("recipe_digest") == recipe_digest:
+            found.append((file, result))
+    return sorted(found, key=lambda pair: pair[1].step)
 
 
 @dataclass(frozen=True, kw_only=True)

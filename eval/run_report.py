@@ -15,7 +15,7 @@ from eval.pages import figures, html
 from eval.pages.html import Picture, find_picture, path_labels, settings_as_text
 from eval.pages.run_metrics import Row, loss_names, read_metrics
 from eval.pages.score_table import ScoreTableRow, score_table
-from eval.results import Results
+from eval.results import Results, results_of_run
 from sfd_scale import config
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.files import read_json, write_atomically
@@ -75,11 +75,17 @@ def read_run(path: Path, label: str) -> Run:
     rows = read_metrics(path)
     if not rows:
         raise ValueError(f"{path}: nothing was logged yet")
-    run = RunPaths(path)
-    found = [(file, Results.read(file)) for file in run.evaluations.results_files()]
-    found = [(file, result) for file, result in found if result.generated]
-    recipe = config.tree(run.recipe_file)
-    return Run(path, label, rows, sorted(found, key=lambda pair: pair[1].step), recipe)
+    file = RunPaths(path).recipe_file
+    return Run(path, label, rows, results_of_run(path, _digest(file)), config.tree(file))
+
+
+def _digest(recipe: Path) -> str:
+    """The digest that exported files of the run record; empty for a recipe that this release does not read."""
+    try:
+        return config.digest(config.load(recipe, TrainRecipe))
+    except ValueError as error:
+        logger.warning("%s: %s; results beside the run are not looked for", recipe, error)
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -90,23 +96,19 @@ def _sections(runs: Sequence[Run]) -> list[tuple[str, list[Picture]]]:
     every = [row for run in runs for row in run.rows]
     health = [name for name in HEALTH if any(isinstance(row.get(name), int | float) for row in every)]
     sections = [
-        ("Losses", [_picture("the total and every term", figures.panels(rows, loss_names(every)))]),
-        ("Throughput and health", [_picture("by step", figures.panels(rows, health))]),
+        ("Losses", [Picture(name, figures.panel(rows, name)) for name in loss_names(every)]),
+        ("Throughput and health", [Picture(name, figures.panel(rows, name)) for name in health]),
     ]
     clock = figures.clock_curves(rows)
     if clock is not None:
-        sections.append(("Loss by clock", [_picture("early and late in training", clock, wide=False)]))
+        sections.append(("Loss by clock", [Picture("early and late in training", clock)]))
     scored = {run.label: run.scores for run in runs}  # all runs, so that each has one colour in all figures
     if any(scored.values()):
         every = [row for rows in scored.values() for row in rows]
         drawn = [score for score in SCORES if score.in_curves and any(row[score.key] is not None for row in every)]
-        titles = {score.key: score.title for score in drawn}
-        sections.append(("Scores over steps", [_picture("of the checkpoints", figures.score_curves(scored, titles))]))
+        curves = [Picture(score.title, figures.score_curve(scored, score.key, score.title)) for score in drawn]
+        sections.append(("Scores over steps", curves))
     return sections
-
-
-def _picture(title: str, data: bytes, *, wide: bool = True) -> Picture:
-    return Picture(title, data, wide)
 
 
 def _grids(run: Run) -> list[Picture]:

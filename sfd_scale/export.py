@@ -13,11 +13,10 @@ from typing import Any, Literal
 from sfd_scale import checkpoint as checkpoints
 from sfd_scale import config
 from sfd_scale.build import make_model
-from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.weight_files import safetensors_metadata
-from sfd_scale.training.data_record import codec_of, read_record, small_codec
+from sfd_scale.training.data_record import DataRecord, codec_of, read_record, small_codec
 
 logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
@@ -57,16 +56,15 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
         raise ValueError(f"--step: {choice.step}, but {source} is one checkpoint; give the run folder")
     recipe = run.recipe
     record = read_record(run, recipe)
-    stats, tokenizers = (None, None) if record is None else (record.stats, record.tokenizers)
     codec = None if record is None else codec_of(run, recipe)
     if choice.initial:
-        note = note_of(recipe, 0, stats, tokenizers, codec)
+        note = note_of(recipe, 0, record, codec)
         initial = {name: value.detach() for name, value in make_model(recipe).named_parameters()}
         return checkpoints.save_weights(initial, out, {EXPORT_KEY: json.dumps(note)})
     if choice.ema_length is not None:
         at = choice.step if checkpoint is None else checkpoint.step
         tensors, step, error = checkpoints.reconstruct(run, choice.ema_length, at)
-        note = note_of(recipe, step, stats, tokenizers, codec)
+        note = note_of(recipe, step, record, codec)
         note |= {"ema_length": choice.ema_length, "ema_fit_error": error}
         level = logging.WARNING if error > 0.05 else logging.INFO
         logger.log(
@@ -76,7 +74,7 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
         return checkpoints.save_weights(tensors, out, {EXPORT_KEY: json.dumps(note), "weights": choice.weights})
     checkpoint = run.checkpoint(choice.step) if checkpoint is None else checkpoint
     state = checkpoint.state
-    note = note_of(recipe, state["step"], stats, tokenizers, codec)
+    note = note_of(recipe, state["step"], record, codec)
     note |= {"loss_by_clock": state.get("loss_by_clock"), "weights": choice.weights}
     path = checkpoints.export_weights(checkpoint, out, choice.weights, {EXPORT_KEY: json.dumps(note)})
     logger.info("%s: %s weights of %s", path, choice.weights, checkpoint.path)
@@ -84,21 +82,22 @@ def export(source: Path, out: Path, choice: WeightsChoice | None = None) -> Path
 
 
 def note_of(
-    recipe: TrainRecipe, step: int, stats: LatentStats | None = None, tokenizers: dict[str, str] | None = None,
-    codec: bytes | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The note of an exported file: recipe, step, and for sampling the latent statistics and tokenizers.
+    recipe: TrainRecipe, step: int, record: DataRecord | None = None, codec: bytes | None = None
+) -> dict[str, Any]:
+    """The note of an exported file: recipe, step, and for sampling what is known of the data.
 
     Args:
+        record: of the training data; None for a run that has no latents.
         codec: the file of a small texture codec; by default the one that the recipe names. With it the exported file
             alone is enough.
     """
     note = {"recipe": config.to_dict(recipe), "recipe_digest": config.digest(recipe), "step": step}
-    if stats is not None:
-        note["stats"] = {"mean": stats.mean.tolist(), "std": stats.std.tolist()}
-        note["stats_hash"], note["tokenizers"] = stats.hash, tokenizers
+    if record is not None:
+        note["stats"] = {"mean": record.stats.mean.tolist(), "std": record.stats.std.tolist()}
+        note["stats_hash"], note["tokenizers"] = record.stats.hash, record.tokenizers
+        note |= {"classes": list(record.classes)} if record.classes else {}
     codec = small_codec(recipe) if codec is None else codec
-    if stats is not None and codec is not None:
+    if record is not None and codec is not None:
         note["texture_codec"] = base64.b64encode(codec).decode()
     return note
 

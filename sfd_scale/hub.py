@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
@@ -12,13 +13,13 @@ import torch
 import yaml
 
 from eval.metrics.scores import SCORES, Score
-from eval.results import Results
+from eval.results import Results, results_of_run
 from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.export import WEIGHTS, WeightsChoice
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
-from sfd_scale.runtime.files import write_atomically, write_json
+from sfd_scale.runtime.files import sha256, write_atomically, write_json
 from sfd_scale.runtime.leftovers import is_temporary, make_way
 from sfd_scale.runtime.run_paths import RECIPE, RESULTS
 from sfd_scale.tasks import diffusion_task
@@ -26,6 +27,7 @@ from sfd_scale.tokenizers.make import make_texture
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
+_CLASSES = 100  # names in the card
 _DIFFUSERS = ("pipeline.py", "model_index.json")
 _PAPER = "Semantics Lead the Way: Harmonizing Semantic and Texture Modeling with Asynchronous Latent Diffusion"
 _PAPER_URL = "https://arxiv.org/abs/2512.04926"
@@ -60,11 +62,12 @@ With diffusers, which gives the same images:
     images = pipe(labels=[0, 1, 2], guidance=1.5, steps=50, seed=0).images"""
 
 
-def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None) -> Path:
+def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None, licence: str | None = None) -> Path:
     """Export the weights of a run into `folder`, with everything that others need to draw images from them.
 
     Args:
         source, choice: see `export.export`.
+        licence: of the weights, as the hub names it, such as "apache-2.0".
 
     Raises:
         ValueError: see `export.export`; or if `folder` holds files other than those of an earlier call.
@@ -91,36 +94,42 @@ def write_folder(source: Path, folder: Path, choice: WeightsChoice | None = None
     write_json(folder / "model_index.json", {"_class_name": "SFDPipeline", "_diffusers_version": "0.35.0"})
     # The hub counts downloads by the requests for this file.
     write_json(folder / "config.json", _config(recipe, note))
-    # `python -m eval watch` scores the EMA weights. Its scores do not belong to other weights of the step.
-    plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
-    results = _results(source, note["step"]) if plain else None
+    results = _results(source, note, weights)
     if results is not None:
         shutil.copyfile(results, folder / RESULTS)
         if (grid := results.with_name("grid.png")).is_file():
             shutil.copyfile(grid, folder / "samples.png")
-    write_atomically(folder / CARD, _card(recipe, note, folder))
+    write_atomically(folder / CARD, _card(recipe, note, folder, licence))
     logger.info("%s: ready for `hf upload`", folder)
     return folder
 
 
 def _config(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, Any]:
     model = config.to_dict(recipe.model)
-    return {"library_name": "sfd-scale", "model_type": recipe.model.kind, **model, "step": note["step"]}
+    classes = {"id2label": dict(enumerate(note["classes"]))} if "classes" in note else {}
+    return {"library_name": "sfd-scale", "model_type": recipe.model.kind, **model, "step": note["step"], **classes}
 
 
-def _results(source: Path, step: int) -> Path | None:
-    """The results.json that `python -m eval watch` wrote for the step."""
+def _results(source: Path, note: Mapping[str, Any], weights: Path) -> Path | None:
+    """The results.json of the weights: of `eval watch` for the step, or of `eval score` for a file with these bytes."""
     run, _ = open_run(source)
-    file = run.evaluations.step(step) / RESULTS
-    return file if file.is_file() else None
+    watched = run.evaluations.step(note["step"]) / RESULTS
+    # `eval watch` scores the EMA weights. Its scores do not belong to other weights of the step.
+    plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
+    if plain and watched.is_file():
+        return watched
+    own_hash = sha256(weights)
+    found = [
+        file for file, result in results_of_run(run.path, note["recipe_digest"]) if result.weights_hash == own_hash
+    ]
+    return found[0] if found else None
 
 
-def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
+def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path, licence: str | None) -> str:
     results = Results.read(folder) if (folder / RESULTS).is_file() else None
     head: dict[str, Any] = {
         "library_name": "sfd-scale",
-        "license": "other",
-        "license_name": "not-stated",
+        **({"license": "other", "license_name": "not-stated"} if licence is None else {"license": licence}),
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "flow-matching", "semantic-first-diffusion", "class-conditional", recipe.model.kind],
     }
@@ -133,15 +142,15 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
         f"([{_PAPER}]({_PAPER_URL}), arXiv 2512.04926), trained with sfd-scale.",
         "![samples](samples.png)" if (folder / "samples.png").is_file() else "",
         _USE,
-        _table("## Model and training", _training(recipe, note)),
+        _table("## Model and training", _training(recipe, note, folder)),
+        _classes(note),
         "" if results is None else _table("## Scores", _scored(results)),
         "## Files\n\n"
         f"`{WEIGHTS}` holds the weights in float32, under the names of the official code. Its metadata holds the "
         f"recipe, the latent statistics and the fingerprints of the tokenizers. `{RECIPE}`, `stats.safetensors` (mean "
         "and std, float64) and `config.json` repeat them as plain files."
         + (f" `{export.TEXTURE}` is the texture codec." if (folder / export.TEXTURE).is_file() else ""),
-        "## Licence\n\nThe code of sfd-scale has the licence Apache-2.0. The licence of these weights is not stated. "
-        "It depends on the training data and on the pretrained tokenizers.",
+        _licence(licence),
         "## Limits\n\nThe model draws the classes and the kind of images that it was trained on, with their biases. "
         "Scores are comparable only for the same extractor, reference, sampler and number of samples.",
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
@@ -149,11 +158,29 @@ def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
+def _licence(licence: str | None) -> str:
+    own = "not stated. It depends on the training data and on the pretrained tokenizers"
+    return (
+        "## Licence\n\nThe code of sfd-scale has the licence Apache-2.0. The licence of these weights is "
+        f"{own if licence is None else licence}."
+    )
+
+
+def _classes(note: Mapping[str, Any]) -> str:
+    """The class names, if the data had them. `config.json` lists all of many."""
+    names = note.get("classes", [])
+    if not names:
+        return ""
+    shown = ", ".join(f"{index} {name}" if name != str(index) else name for index, name in enumerate(names[:_CLASSES]))
+    more = f", and {len(names) - _CLASSES} more in `config.json`" if len(names) > _CLASSES else ""
+    return f"## Classes\n\nLabels: {shown}{more}."
+
+
+def _training(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path) -> dict[str, str]:
     step = int(note["step"])
     rows = {
         **{name.capitalize(): fact for name, fact in recipe.task.summary().items()},
-        **_resolution(recipe),
+        **_resolution(recipe, folder),
         "Training": f"{step:,} steps of {recipe.train.global_batch}, {step * recipe.train.global_batch:,} samples",
         "Optimizer": recipe.optimizer.description,
         "Weights": _weights(recipe, note),
@@ -165,9 +192,11 @@ def _training(recipe: TrainRecipe, note: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _resolution(recipe: TrainRecipe) -> dict[str, str]:
-    """The size of the images, where the texture codec of the recipe can be read here."""
+def _resolution(recipe: TrainRecipe, folder: Path) -> dict[str, str]:
+    """The size of the images, where the texture codec is in the folder or can be read here."""
     texture = recipe.tokenizer.texture
+    if texture is not None and (own := folder / export.TEXTURE).is_file():
+        texture = dataclasses.replace(texture, weights=own)
     if texture is None or (texture.weights is not None and not texture.weights.is_file()):
         return {}
     side = recipe.latents.size * make_texture(texture, torch.device("cpu")).downsample

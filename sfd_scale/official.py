@@ -43,6 +43,7 @@ from sfd_scale.runtime.weight_files import State
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tasks.diffusion import DiffusionTask
 from sfd_scale.tokenizers.make import make_texture
+from sfd_scale.training.data_record import DataRecord
 from sfd_scale.training.divergence import DivergenceWatch
 
 logger = logging.getLogger(__name__)
@@ -92,14 +93,15 @@ def import_weights(
         recipe = _without_head(recipe)
     parameters = _fitted(content, state, recipe, file)
     found = _stats(stats, recipe)
-    tokenizers = None
+    record = None
     if found is None:
         logger.warning("%s: no latent statistics (--stats), so images cannot be drawn from it", out)
     else:
         if recipe.tokenizer.texture is None:
             raise ValueError("tokenizer.texture: null; name the codec that decodes the latents of the file")
-        tokenizers = {"texture": make_texture(recipe.tokenizer.texture, torch.device("cpu")).fingerprint}
-    note = export.note_of(recipe, _step_of(file), found, tokenizers)
+        codec = make_texture(recipe.tokenizer.texture, torch.device("cpu"))
+        record = DataRecord(found, {"texture": codec.fingerprint})
+    note = export.note_of(recipe, _step_of(file), record)
     origin = {"imported_from": file.name, "imported_sha256": sha256(file), "weights": weights}
     path = checkpoint.save_weights(parameters, out, {export.EXPORT_KEY: json.dumps(note), **origin})
     logger.info("%s: %s weights of %s", path, weights, file)

@@ -14,63 +14,43 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from eval.pages.run_metrics import Row, loss_names
+from eval.pages.run_metrics import Row
 
 # Colours of Okabe and Ito: they are distinct with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#8a8f98"
 
 
-def loss_curves(rows: list[Row]) -> bytes:
-    """The total loss and its terms over steps, one panel each."""
-    return panels({"": rows}, loss_names(rows))
-
-
-def progress_curves(rows: list[Row]) -> bytes:
-    """Learning rate, gradient norm, throughput and accuracy over steps; a metric that was not logged is left out."""
-    names = ("lr", "grad_norm", "samples_per_s", "accuracy")
-    return panels({"": rows}, [name for name in names if any(name in row for row in rows)])
-
-
-def panels(runs: Mapping[str, list[Row]], names: Sequence[str]) -> bytes:
-    """One panel per metric, over steps. Each run has a colour; its values are drawn raw and smoothed."""
-    columns = min(4, max(1, len(names)))
-    lines = max(1, -(-len(names) // columns))
-    figure = Figure(figsize=(2.9 * columns, 2.2 * lines), layout="constrained")
-    for index, name in enumerate(names):
-        axes = _axes(figure, name.removeprefix("loss/").replace("_", " "), (lines, columns, index + 1))
-        shown: list[float] = []
-        for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
-            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-            steps, values = [p[0] for p in points], [float(p[1]) for p in points]
-            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
-            # The first losses are far above the rest and would flatten the curve.
-            shown += values[len(values) // 20 :] if len(values) > 20 else values
-        finite = sorted(value for value in shown if math.isfinite(value))
-        if len(finite) > 20 and name not in ("lr", "samples_per_s"):
-            low, high = finite[0], finite[int(0.99 * (len(finite) - 1))]
-            margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-            axes.set_ylim(low - margin, high + margin)
-        if index >= len(names) - columns:
-            axes.set_xlabel("step", fontsize=8, color="#404550")
+def panel(runs: Mapping[str, list[Row]], name: str) -> bytes:
+    """A metric over steps. Each run has a colour; its values are drawn raw and smoothed."""
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+    axes = _axes(figure, name.removeprefix("loss/").replace("_", " "), (1, 1, 1))
+    shown: list[float] = []
+    for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        steps, values = [p[0] for p in points], [float(p[1]) for p in points]
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(values), color=colour, linewidth=1.6)
+        # The first losses are far above the rest and would flatten the curve.
+        shown += values[len(values) // 20 :] if len(values) > 20 else values
+    finite = sorted(value for value in shown if math.isfinite(value))
+    if len(finite) > 20 and name not in ("lr", "samples_per_s"):
+        low, high = finite[0], finite[int(0.99 * (len(finite) - 1))]
+        margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_xlabel("step", fontsize=8, color="#404550")
     _legend(figure, list(runs))
     return _png(figure)
 
 
-def score_curves(runs: Mapping[str, list[Row]], titles: Mapping[str, str]) -> bytes:
-    """One panel per score, over the steps of the checkpoints.
-
-    Args:
-        titles: of the scores to draw, by key.
-    """
-    figure = Figure(figsize=(2.9 * len(titles), 2.2), layout="constrained")
-    for index, (name, title) in enumerate(titles.items()):
-        axes = _axes(figure, title, (1, len(titles), index + 1))
-        for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, color=colour)
-        axes.set_xlabel("step", fontsize=8, color="#404550")
+def score_curve(runs: Mapping[str, list[Row]], key: str, title: str) -> bytes:
+    """A score over the steps of the checkpoints."""
+    figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+    axes = _axes(figure, title, (1, 1, 1))
+    for colour, rows in zip(itertools.cycle(COLOURS), runs.values(), strict=False):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=3, color=colour)
+    axes.set_xlabel("step", fontsize=8, color="#404550")
     _legend(figure, list(runs))
     return _png(figure)
 

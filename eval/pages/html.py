@@ -21,12 +21,10 @@ class Picture:
     """A PNG that the page contains.
 
     file: its path beside the page, if it is written there too.
-    wide: as wide as the page.
     """
 
     title: str
     data: bytes
-    wide: bool = False
     file: str = ""
 
     @property

@@ -22,6 +22,9 @@ def export(
     hub_folder: Annotated[
         Path | None, typer.Option(help="Instead of --out: a folder for the Hugging Face hub, with a model card.")
     ] = None,
+    license: Annotated[  # noqa: A002
+        str | None, typer.Option(help="With --hub-folder: the licence of the weights, such as apache-2.0.")
+    ] = None,
     weights: Annotated[Literal["ema", "params"], typer.Option(help="ema or params.")] = "ema",
     step: Annotated[int | None, typer.Option(help="The step of the checkpoint; default: the newest.")] = None,
     initial: Annotated[bool, typer.Option("--initial", help="Export the initial weights, before training.")] = False,
@@ -42,7 +45,7 @@ def export(
     if (out is None) == (hub_folder is None):
         raise ValueError("--out: a file to write, or --hub-folder in its place; give one of the two")
     if hub_folder is not None:
-        hub.write_folder(run, hub_folder, choice)
+        hub.write_folder(run, hub_folder, choice, license)
     elif out is not None and out.suffix == ".pt":
         if weights != "ema" or initial or ema_length is not None:
             raise ValueError("--weights, --initial, --ema-length: not for .pt, which holds what the run has")

@@ -44,7 +44,8 @@ def over_time(
     """Draw a PNG with two rows per image: its semantic and its texture latents at `columns` global times.
 
     The latents are the states of Euler's method, with their noise. Texture is decoded to pixels. Semantics are the
-    first three principal components of the finished latents, as red, green and blue.
+    first three principal components of the finished latents, as red, green and blue. The number in a tile is the cosine
+    similarity to the finished latents of that part.
 
     Raises:
         ValueError: for a model without semantic channels, or fewer steps than columns.
@@ -61,9 +62,11 @@ def over_time(
         images = [pipeline.loaded.decode(sampler.stats.denormalize(state.x)).cpu() for state in chosen]
     colours = semantic_colours([state.x.cpu() for state in chosen], layout)
     rows = [[maps[number] for maps in part] for number in range(len(labels)) for part in (colours, images)]
+    similar = similarities(chosen, layout)
+    marks = [[f"{value:.2f}" for value in part[number]] for number in range(len(labels)) for part in similar]
     heads = [f"semantics {state.semantic:.2f}\ntexture {state.texture:.2f}" for state in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(rows, heads, ["semantics", "texture"] * len(labels)).save(out)
+    _sheet(rows, marks, heads, ["semantics", "texture"] * len(labels)).save(out)
     logger.info(
         "%s: %d images at %d global times, 0 to %g; the semantics lead by delta_t %g", out, len(labels), columns,
         schedule.end, schedule.delta_t,
@@ -81,6 +84,17 @@ def states(sampler: Sampler, labels: Tensor) -> list[State]:
 
     drawn = dataclasses.replace(sampler, velocity=recorded).draw(range(len(labels)), labels)
     return [*found, State(sampler.stats.normalize(drawn.latents), 1.0, 1.0)]
+
+
+def similarities(found: Sequence[State], layout: LatentLayout) -> tuple[list[list[float]], list[list[float]]]:
+    """Cosine similarity of each state to the last, for semantics and for texture: N lists of K numbers each."""
+    parts = [layout.split(state.x.float().cpu()) for state in found]  # (texture, semantic)
+    values = [
+        [torch.cosine_similarity(part[index].flatten(1), parts[-1][index].flatten(1)) for part in parts]
+        for index in (1, 0)
+    ]
+    semantic, texture = (torch.stack(columns, 1).tolist() for columns in values)
+    return semantic, texture
 
 
 def semantic_colours(latents: Sequence[Tensor], layout: LatentLayout) -> list[Tensor]:
@@ -101,18 +115,23 @@ def semantic_colours(latents: Sequence[Tensor], layout: LatentLayout) -> list[Te
     return found
 
 
-def _sheet(rows: Sequence[Sequence[Tensor]], heads: Sequence[str], names: Sequence[str]) -> Image.Image:
-    """Tiles (3, H, W) uint8 with a text above each column and left of each row; a larger gap after two rows."""
+def _sheet(
+    rows: Sequence[Sequence[Tensor]], marks: Sequence[Sequence[str]], heads: Sequence[str], names: Sequence[str]
+) -> Image.Image:
+    """Tiles (3, H, W) uint8. Texts are in each, above each column and left of each row. Two rows belong together."""
     top, step = 3 * _GAP + 44, _TILE + _GAP
     height = top + len(rows) * step + (len(rows) // 2) * 2 * _GAP
     sheet = Image.new("RGB", (_MARGIN + len(heads) * step, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    small = ImageFont.load_default(14)
     for column, text in enumerate(heads):
         draw.multiline_text((_MARGIN + column * step, _GAP), text, fill=_SOFT, font=font, spacing=6)
     for number, (row, name) in enumerate(zip(rows, names, strict=True)):
         y = top + number * step + (number // 2) * 2 * _GAP
         draw.text((_GAP, y + _TILE // 2 - 8), name, fill=_INK, font=font)
         for column, tile in enumerate(row):
-            image = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy())
-            sheet.paste(image.resize((_TILE, _TILE), Image.Resampling.NEAREST), (_MARGIN + column * step, y))
+            image, x = Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), _MARGIN + column * step
+            sheet.paste(image.resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
+            draw.rectangle((x, y + _TILE - 19, x + 35, y + _TILE - 1), fill="white")
+            draw.text((x + 3, y + _TILE - 18), marks[number][column], fill=_SOFT, font=small)
     return sheet

@@ -112,8 +112,10 @@ class ToyImages:
 
     def __init__(self, config: ToyConfig) -> None:
         self.config, self.size = config, config.size
-        self.classes: tuple[str, ...] = CLASSES if isinstance(config, ThingsConfig) else ()
-        self.num_classes = len(self.classes) or NUM_CLASSES
+        self.classes: tuple[str, ...] = (
+            CLASSES if isinstance(config, ThingsConfig) else tuple(map(str, range(NUM_CLASSES)))
+        )
+        self.num_classes = len(self.classes)
 
     def __len__(self) -> int:
         return self.config.num_images
@@ -168,13 +170,11 @@ class ImageFolder:
 class MDSImages:
     """The images of MDSConfig."""
 
-    classes: tuple[str, ...] = ()
-
     def __init__(self, config: MDSConfig) -> None:
         manifest = Manifest.read(config.path)
         if "image" not in manifest.columns:
             raise ValueError(f"source.path: {config.path} has no images; encode it with store.image=true")
-        self.num_classes, self.size = manifest.num_classes, manifest.image_size
+        self.num_classes, self.classes, self.size = manifest.num_classes, manifest.classes, manifest.image_size
         self._samples = open_shards(config.path)
 
     def __len__(self) -> int:

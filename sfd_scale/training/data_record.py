@@ -22,10 +22,11 @@ MAX_CODEC_BYTES = 4 << 20  # a larger texture codec, such as SD-VAE, is not copi
 
 @dataclass(frozen=True)
 class DataRecord:
-    """The latent statistics and the fingerprints of the tokenizers of the training data."""
+    """The latent statistics of the training data, the fingerprints of its tokenizers, and its class names if known."""
 
     stats: LatentStats
     tokenizers: dict[str, str]
+    classes: tuple[str, ...] = ()
 
 
 def write_record(run: RunPaths, recipe: TrainRecipe, loader: Loader) -> None:
@@ -33,7 +34,9 @@ def write_record(run: RunPaths, recipe: TrainRecipe, loader: Loader) -> None:
     if not distributed.is_main() or not isinstance(loader, LatentLoader):
         return
     stats = {"mean": loader.stats.mean.tolist(), "std": loader.stats.std.tolist()}
-    write_json(run.data_file, {"tokenizers": loader.manifest.tokenizers, "stats": stats})
+    manifest = loader.manifest
+    data = {"tokenizers": manifest.tokenizers, "stats": stats}
+    write_json(run.data_file, {**data, **({"classes": manifest.classes} if manifest.classes else {})})
     codec = small_codec(recipe)
     if codec is not None:
         write_atomically(run.texture_file, codec)
@@ -49,7 +52,8 @@ def read_record(run: RunPaths, recipe: TrainRecipe) -> DataRecord | None:
         found = read_json(run.data_file)
         try:
             mean, std = (torch.tensor(found["stats"][key], dtype=torch.float64) for key in ("mean", "std"))
-            return DataRecord(LatentStats(mean, std), dict(found["tokenizers"]))
+            classes = tuple(map(str, found.get("classes", ())))
+            return DataRecord(LatentStats(mean, std), dict(found["tokenizers"]), classes)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{run.data_file}: damaged ({error!r}); start the run once more to write it anew"
@@ -62,7 +66,9 @@ def read_record(run: RunPaths, recipe: TrainRecipe) -> DataRecord | None:
             f"the latent statistics: {error}. Put the data back, or start the run once more with data.path=… of the "
             "same data"
         ) from error
-    return None if loader is None else DataRecord(loader.stats, loader.manifest.tokenizers)
+    if loader is None:
+        return None
+    return DataRecord(loader.stats, loader.manifest.tokenizers, loader.manifest.classes)
 
 
 def codec_of(run: RunPaths, recipe: TrainRecipe) -> bytes | None:
