@@ -27,8 +27,9 @@ types: .venv/.installed
 layers: .venv/.installed
 	$(BIN)/lint-imports
 
+REPOSITORY_URL ?= $(shell git remote get-url origin 2>/dev/null | grep '^http' | sed 's/\.git$$//')
 docs: .venv/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	REPOSITORY_URL="$(REPOSITORY_URL)" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 supply: .venv/.installed
 	$(BIN)/python .ci/supply_chain.py

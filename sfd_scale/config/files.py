@@ -241,6 +241,20 @@ def _another_kind(below: Tree, above: Tree) -> bool:
     return "kind" in below and "kind" in above and below["kind"] != above["kind"]
 
 
+def dropped(base: Tree, top: Tree, prefix: str = "") -> Tree:
+    """The values of `base` that `merge` drops because `top` has another kind, by dotted keys."""
+    found: Tree = {}
+    for key, above in top.items():
+        below = base.get(key)
+        if not isinstance(below, dict) or not isinstance(above, dict):
+            continue
+        if _another_kind(below, above):
+            found |= {f"{prefix}{key}.{name}": value for name, value in below.items() if name not in above}
+        else:
+            found |= dropped(below, above, f"{prefix}{key}.")
+    return found
+
+
 def leaves(tree: Tree, prefix: str = "") -> Iterable[str]:
     """The dotted keys of all values in a tree."""
     for key, value in tree.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from sfd_scale.config.plain import flatten, kinds_of_class, to_dict, type_hints
 from sfd_scale.config.typed import typed
 from sfd_scale.config.words import has_key, parse_override
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _COMMAND_LINE = "the command line"
 
@@ -33,7 +35,10 @@ def load(source: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     path, merged, origin = _merged_checked(source, overrides)
     data = _resolved(path, merged)
     _check_kind(cls, data, str(source))
-    return typed(cls, data, origin, str(path))
+    found = typed(cls, data, origin, str(path))
+    if overrides:
+        _warn_about_dropped(path, overrides, found)
+    return found
 
 
 def load_by_kind(source: str | Path, kinds: Mapping[str, type], overrides: Sequence[str] = ()) -> Any:
@@ -115,6 +120,18 @@ def _check_kind(cls: type[Any], data: Any, source: str) -> None:
         raise ConfigError(f"kind: none in {source}, a part that other recipes extend; allowed here: {wanted}")
     if isinstance(kind, str) and kind not in kinds:
         raise ConfigError(f"kind: {kind} in {source}; allowed here: {wanted}")
+
+
+def _warn_about_dropped(path: Path, overrides: Sequence[str], recipe: Any) -> None:
+    """Name the settings of the file that another `kind` on the command line set back to their defaults."""
+    own, _ = files.merged(files.read_file(path))
+    now = flatten(to_dict(recipe))
+    for key, value in files.dropped(own, _command(overrides)).items():
+        if key in now and now[key] != value:
+            logger.warning(
+                "%s: %s in %s does not apply to another kind; it is %s now. To keep it, add %s=%s",
+                key, value, path.name, now[key], key, value,
+            )  # fmt: skip
 
 
 def _command(overrides: Sequence[str]) -> files.Tree:

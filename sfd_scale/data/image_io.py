@@ -32,6 +32,7 @@ DECODE_ERRORS = (
 # Larger pictures are not made whole on the way to a crop: 16 Mi pixels of 4 bytes.
 MAX_RESIZED_PIXELS = 1 << 24
 MAX_IMAGE_BYTES = 1 << 30  # of an image file; Pillow's limit of pixels allows 0.7 GB in BMP
+_UPSCALING = 2.0  # above it, an image is visibly blurred
 _WEIGHT_BITS = 22  # of Pillow's weights, as whole numbers
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -213,3 +214,16 @@ def _weighted(weights: npt.NDArray[np.int64], pixels: npt.NDArray[np.int64]) -> 
     """Weighted sums along the first axis, rounded to 8 bits as in Pillow."""
     summed = np.tensordot(weights, pixels, 1) + (1 << (_WEIGHT_BITS - 1))
     return np.clip(summed >> _WEIGHT_BITS, 0, 255)
+
+
+def warn_about_upscaling(example: Path, size: int) -> None:
+    """Log a warning if an image has to be enlarged more than two times. A damaged one is named when it is read."""
+    try:
+        with Image.open(example, formats=FORMATS) as image:
+            side = min(image.size)
+    except DECODE_ERRORS:
+        return
+    if size > _UPSCALING * side:
+        logger.warning(
+            "%s has %d pixels; at %d pixels it is enlarged %.1f times and blurred", example, side, size, size / side
+        )

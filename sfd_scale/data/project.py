@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from PIL import Image
 
 from sfd_scale.data.image_files import SUFFIXES
+from sfd_scale.data.image_io import warn_about_upscaling
 from sfd_scale.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,6 @@ PRETRAINED = Path("weights/sdvae_f16d32.safetensors")
 _SEMVAE = Path("weights/semvae_ch16.pt")
 _GRID = 8  # of the latents of the small codec
 _SIZES = (32, 64, 128)  # of its images
-_UPSCALING = 2.0  # above it, the images are blurred
 
 
 def init(name: str, images: Path, size: int | None = None, codec: Codec = "auto") -> tuple[Path, list[str]]:
@@ -46,7 +45,7 @@ def init(name: str, images: Path, size: int | None = None, codec: Codec = "auto"
     allowed = (256,) if codec == "sfd" else _SIZES
     if size not in allowed:
         raise ValueError(f"--size: {size}; allowed with the codec {codec}: {', '.join(map(str, allowed))}")
-    _warn_about_upscaling(example, size)
+    warn_about_upscaling(example, size)
     make = _with_pretrained if codec == "sfd" else _with_small
     recipes = make(folder, images.resolve(), len(classes), count, size)
     for recipe, settings in recipes.items():
@@ -74,15 +73,6 @@ def _classes(images: Path) -> tuple[list[str], int, Path]:
         reason = f"{', '.join(empty[:3])} holds no images" if empty else f"{len(classes)} folders in it"
         raise ValueError(f"--images: {images}: {reason}; allowed: two or more folders, one per class{hint}")
     return [path.name for path in classes], sum(map(len, found.values())), next(iter(found.values()))[0]
-
-
-def _warn_about_upscaling(example: Path, size: int) -> None:
-    with Image.open(example) as image:
-        side = min(image.size)
-    if size > _UPSCALING * side:
-        logger.warning(
-            "%s has %d pixels; at %d pixels it is enlarged %.1f times and blurred", example, side, size, size / side
-        )
 
 
 def _with_small(folder: Path, images: Path, classes: int, count: int, size: int) -> dict[str, dict[str, object]]:

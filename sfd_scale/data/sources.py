@@ -5,6 +5,8 @@ A source is a sequence of ((3, H, W) uint8, class index).
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfd_scale.data.image_files import IMAGES, class_folders, list_files
-from sfd_scale.data.image_io import read_image
+from sfd_scale.data.image_io import read_image, warn_about_upscaling
 from sfd_scale.data.manifest import Manifest
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.shards import open_shards
@@ -22,6 +24,8 @@ from sfd_scale.runtime.settings import at_least
 from sfd_scale.toy.digits import NUM_CLASSES, Split, digit_image
 from sfd_scale.toy.scenes import SceneSplit, scene_image
 from sfd_scale.toy.things import CLASSES, ThingSplit, thing_image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,8 @@ class ImageFolder:
                 raise ValueError(f"source.path: the class folder {folder} has no image ({IMAGES})")
             self.files += [(path, label) for path in listing.files]
         others.warn(config.path, IMAGES)
+        _warn_one_level_too_high(config.path, classes, self.files)
+        warn_about_upscaling(self.files[0][0], config.size)
         self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
         self.classes = tuple(folder.name for folder in classes)
 
@@ -165,6 +171,19 @@ class ImageFolder:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         return read_image(path, self.size, self.upright), label
+
+
+def _warn_one_level_too_high(root: Path, classes: Sequence[Path], files: Sequence[tuple[Path, int]]) -> None:
+    """Warn if no image lies in a class folder itself, and the folders inside look like the classes."""
+    if any(path.parent == classes[label] for path, label in files):
+        return
+    inside = {path.parent for path, _ in files}
+    if len(inside) > len(classes):
+        logger.warning(
+            "source.path: %s: its folders, such as %s, hold no images themselves, but %d folders inside them do; the "
+            "classes are %s. If the inner folders are the classes, give the folder that holds them", root,
+            classes[0].name, len(inside), ", ".join(folder.name for folder in classes[:5]),
+        )  # fmt: skip
 
 
 class MDSImages:

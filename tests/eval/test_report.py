@@ -69,8 +69,8 @@ def test_report_has_every_score_and_file(tmp_path: Path) -> None:
     assert "sfd, step 1,000" in page and "sfd, untrained" in page
     assert "8.12 ± 0.25" in page and "12.30" in page  # IS, KID in thousandths
     assert "euler 30, NFE 30, cfg 1.5/1.25" in page
-    # Self-contained: 2 sample grids, the real images once, 3 figures of the run, nothing loaded from elsewhere.
-    assert page.count("data:image/png;base64,") == 6 and "http" not in page.replace("http-equiv", "")
+    # Self-contained: 2 sample grids, the real images once, 7 figures of the run, nothing loaded from elsewhere.
+    assert page.count("data:image/png;base64,") == 10 and "http" not in page.replace("http-equiv", "")
     assert "differ in more" not in page
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| sfd, step 1,000 | **4.57** | – | **8.12 ± 0.25** |" in text and "A & B" in text

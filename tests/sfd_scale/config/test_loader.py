@@ -1,6 +1,7 @@
 """Recipes: extends, overrides, typed values, and errors that name key, value, what is allowed and the file."""
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ import pytest
 from eval.recipe import EvalRecipe
 from sfd_scale import config
 from sfd_scale.config.renamed import RENAMED_KEYS, with_current_keys
-from sfd_scale.recipe import TrainRecipe
+from sfd_scale.recipe import EncodeRecipe, TrainRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,3 +281,14 @@ def test_keys_move_between_mappings(
     before = copy.deepcopy(old)
     assert with_current_keys(old, ["train"]) == new and old == before
     assert with_current_keys(old, ["encode"]) == old
+
+
+def test_settings_that_another_kind_drops_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    words = ["source.kind=folder", "source.path=pictures"]
+    with caplog.at_level(logging.WARNING):
+        assert config.load("quickstart/images", EncodeRecipe, words).source.size == 256
+        assert "source.size: 64 in images.yaml does not apply to another kind; it is 256 now" in caplog.text
+        caplog.clear()
+        config.load("quickstart/images", EncodeRecipe, [*words, "source.size=64"])
+        config.load("quickstart/images", EncodeRecipe, ["source.num_images=5"])
+    assert not caplog.records

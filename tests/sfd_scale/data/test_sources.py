@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import tarfile
 from pathlib import Path
 
@@ -208,3 +209,16 @@ def test_shards_without_images_are_refused(tmp_path: Path) -> None:
     encode_digits(tmp_path, 8)
     with pytest.raises(ValueError, match=r"has no images.*store\.image=true"):
         make_source(MDSConfig(path=tmp_path))
+
+
+def test_a_folder_one_level_too_high_and_enlarged_images_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "all/train" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 30), (number, 0, 0)).save(tmp_path / "all/train" / name / "1.png")
+    with caplog.at_level(logging.WARNING):
+        assert ImageFolder(FolderConfig(path=tmp_path / "all/train", size=32)).num_classes == 2
+        assert not caplog.records
+        assert ImageFolder(FolderConfig(path=tmp_path / "all", size=100)).num_classes == 1
+    assert "2 folders inside them do; the classes are train" in caplog.text and "enlarged 5.0 times" in caplog.text
