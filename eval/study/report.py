@@ -120,8 +120,12 @@ def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def _knowledge(known: Knowledge) -> list[str]:
     lines = ["## What the semantics know", "", "| of pictures that are held out | |", "|---|---|"]
+    if known.features_accuracy is not None:
+        lines.append(
+            f"| accuracy of a linear probe of the class, from pooled features | {known.features_accuracy:.3f} |"
+        )
     lines += [
-        f"| accuracy of a linear probe of the class, from pooled semantics | {known.class_accuracy:.3f} |",
+        f"| the same, from pooled semantic latents | {known.class_accuracy:.3f} |",
         f"| variance of texture that the class explains | {known.by_label:.1%} |",
         f"| variance that remains and semantics explain | {known.by_semantics:.1%} |",
     ]

@@ -24,18 +24,23 @@ _PENALTY = 1e-2  # of the squared weights of the probe
 class Knowledge:
     """All values are of held-out pictures.
 
-    class_accuracy: of a linear probe of the class from pooled semantics.
+    features_accuracy: of a linear probe of the class from the pooled features of the vision encoder; None without them.
+    class_accuracy: of a linear probe from pooled semantic latents.
     by_label: share of the variance of texture latents that the means of the classes explain, at each position.
     by_semantics: share of the variance that remains then, explained by a linear map of the semantics around a position.
     """
 
+    features_accuracy: float | None
     class_accuracy: float
     by_label: float
     by_semantics: float
 
 
-def measure(latents: Tensor, labels: Tensor, layout: LatentLayout) -> Knowledge:
+def measure(latents: Tensor, labels: Tensor, layout: LatentLayout, pooled: Tensor | None = None) -> Knowledge:
     """Knowledge of composite latents (N, C, h, w), not normalised, with labels (N,).
+
+    Args:
+        pooled: (N, D) features of the vision encoder.
 
     Raises:
         ValueError: if a class has no picture in either part.
@@ -53,8 +58,14 @@ def measure(latents: Tensor, labels: Tensor, layout: LatentLayout) -> Knowledge:
     around = functional.unfold(semantic, 3, padding=1)  # (N, 9·C, h·w)
     predicted = _ridge(_rows(around), _rows(rest.flatten(2)), (~held_out).repeat_interleave(around.shape[2]))
     error = (_rows(rest.flatten(2)) - predicted)[held_out.repeat_interleave(around.shape[2])].square().sum()
+    probes = [
+        None if values is None else _probe(_standardised(values, (0,), ~held_out), labels, held_out)
+        for values in (pooled, semantic.mean((2, 3)))
+    ]
+    assert probes[1] is not None
     return Knowledge(
-        class_accuracy=_probe(_standardised(semantic.mean((2, 3)), (0,), ~held_out), labels, held_out),
+        features_accuracy=probes[0],
+        class_accuracy=probes[1],
         by_label=float(1 - left / spread),
         by_semantics=float(1 - error / left),
     )
@@ -103,3 +114,13 @@ def read_latents(folder: Path, count: int | None = None) -> tuple[Tensor, Tensor
     rows = range(reader.num_samples if count is None else min(count, reader.num_samples))
     latents, labels = reader.gather(rows, [["latents"] * len(rows), ["label"] * len(rows)])
     return torch.from_numpy(latents).float(), torch.from_numpy(labels)
+
+
+def read_pooled_features(folder: Path) -> Tensor | None:
+    """Pooled features of a folder of `sfd encode`, (N, D) float32; None if it stores none."""
+    reader = MDSReader(folder)
+    if not reader.num_samples or "features" not in reader.shards[0].columns:
+        return None
+    rows = torch.arange(reader.num_samples).split(500)
+    parts = (reader.gather(part.tolist(), [["features"] * len(part)])[0] for part in rows)
+    return torch.cat([torch.from_numpy(part).float().mean((2, 3)) for part in parts])

@@ -352,11 +352,13 @@ def knowledge(study: Study) -> semantics.Knowledge | None:
     if study.recipe.semantics is None:
         return None
     cell = study.cell(study.recipe.semantics, study.recipe.seeds[0])
-    file = study.recipe.out / "semantics.json"
+    file = study.recipe.out / "knowledge.json"
     if file.is_file():
         return semantics.Knowledge(**read_json(file))
     if not (cell.data.path / "manifest.json").is_file():
         return None
-    found = semantics.measure(*semantics.read_latents(cell.data.path), cell.latents)
+    folder = cell.data.path
+    latents, labels = semantics.read_latents(folder)
+    found = semantics.measure(latents, labels, cell.latents, semantics.read_pooled_features(folder))
     write_atomically(file, f"{json.dumps(dataclasses.asdict(found))}\n")
     return found

@@ -31,7 +31,9 @@ def test_shares_of_the_variance_are_those_of_the_construction() -> None:
     assert known.by_label == pytest.approx(0.25, abs=0.02)
     # The class moves the semantics, but not what remains of texture: that costs a little of one third.
     assert 0.27 < known.by_semantics < 1 / 3 + 0.02
-    assert known.class_accuracy > 0.85
+    assert known.class_accuracy > 0.85 and known.features_accuracy is None
+    told = semantics.measure(torch.cat([texture, semantic], 1), labels, LAYOUT, torch.eye(4)[labels])
+    assert told.features_accuracy == 1 and told.class_accuracy == known.class_accuracy
     blind = semantics.measure(torch.cat([texture, drawn(count, 3, 4, 4, seed=5)], 1), labels, LAYOUT)
     assert abs(blind.by_semantics) < 0.01 and blind.class_accuracy < 0.33
     with pytest.raises(ValueError, match="3 pictures of 4 classes"):
