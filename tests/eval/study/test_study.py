@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.features.config import RegisteredConfig
+from eval.features.config import RegisteredConfig, TimmExtractorConfig
 from eval.metrics.scores import Scores
 from eval.results import ScoreRow
 from eval.study import report as study_report
@@ -26,8 +26,10 @@ from eval.study.recipe import StudyRecipe
 from eval.work.processes import run_in_parallel
 from sfd_scale import config
 from sfd_scale.data.batches import ImageBatch
-from sfd_scale.recipe import FitRecipe, TrainRecipe
+from sfd_scale.data.sources import ThingsConfig
+from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.tokenizers.pca import CovarianceAccumulator
+from sfd_scale.tokenizers.vision_encoder import TimmEncoderConfig
 from sfd_scale.toy import scenes
 from sfd_scale.toy.scenes import SceneSplit, scene_digits, scene_image
 from sfd_scale.training.classification import ClassificationConfig, ClassificationObjective
@@ -177,6 +179,20 @@ def test_baselines_have_as_many_parameters_steps_and_the_same_optimizer() -> Non
         assert len({config.digest(getattr(recipe, part)) for recipe in recipes}) == 1, part
     tokens = {(r.latents.size // r.model.patch_size) ** 2 for r in recipes}  # type: ignore[union-attr]
     assert tokens == {64}
+
+
+def test_the_judge_of_the_things_sees_other_pictures_than_the_models_and_is_another_network_than_the_teacher() -> None:
+    made = study.Study(config.load("study/things/small", StudyRecipe))
+    images, reference = (config.load(f"study/things/{name}", EncodeRecipe).source for name in ("images", "reference"))
+    assert isinstance(images, ThingsConfig) and isinstance(reference, ThingsConfig)
+    assert (images.split, images.num_images) == ("train", 4000)
+    assert (reference.split, reference.num_images) == ("reference", 2000)
+    vision = made.cell("sfd", 0).tokenizer.vision
+    assert isinstance(vision, TimmEncoderConfig) and isinstance(made.evaluation.extractor, TimmExtractorConfig)
+    assert (vision.model, made.evaluation.extractor.model) == ("tf_efficientnet_lite0", "tf_efficientnet_lite1")
+    # Nothing that the former study learnt on its scenes is used.
+    needed = {step.key for step in made.select([])}
+    assert not needed & {"prepare/vision", "prepare/classifier", "prepare/classifier_images"}
 
 
 # ------------------------------------------------------------------------------------------------- a grid
