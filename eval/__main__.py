@@ -164,16 +164,45 @@ def solvers(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="A results.json, or its folder.")],
-    b: Annotated[Path, typer.Argument(help="Another results.json or folder.")],
+    results: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A [...] [against] B [...]",
+            help="A results.json, its folder, an evaluated run, or a pattern; several on each side of `against`.",
+        ),
+    ],
     rounds: Annotated[int, typer.Option(min=1, help="Bootstrap rounds.")] = 2000,
+    replicates: Annotated[
+        list[str] | None,
+        typer.Option(help="Trainings of one recipe with several seeds, by whose spread one training each is judged."),
+    ] = None,
+    gap: Annotated[
+        float | None, typer.Option(help="In percent of A: how many seeds would find it. Default: the difference.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write.")] = None,
 ) -> None:
-    """Show whether two results differ: the difference of each score, with a bootstrap interval."""
+    """Show whether two results or groups of trainings differ: the difference of each score, with an interval."""
     from eval.comparison.compare import compare as run
+    from eval.comparison.groups import split_sides
 
     _start_ranks()  # ranks share the nearest-neighbour search
-    run(a, b, rounds=rounds, out=out)
+    a, b = split_sides(results)
+    run(a, b, rounds=rounds, replicates=replicates or (), gap=None if gap is None else gap / 100, out=out)
+
+
+@app.command()
+def verify(
+    result: Annotated[Path, typer.Argument(help="A results.json, or its folder.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="The weights; default: the recorded path.")] = None,
+    guide: Annotated[Path | None, typer.Option(help="The guidance model, where the result has one.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="The file of labels, where the result has one.")] = None,
+) -> None:
+    """Draw a few images of a result again, and say whether they are the same. Ends with 1 if they are not."""
+    from eval.comparison.verify import verify as run
+
+    _start_ranks()
+    if not run(result, checkpoint=checkpoint, guide=guide, labels=labels).same:
+        raise typer.Exit(1)
 
 
 @app.command()

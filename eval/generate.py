@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from eval.features.extract import extract_padded
 from eval.features.extractor import LazyExtractor
 from eval.features.make import make_extractor
 from eval.images import outputs
+from eval.images.proof import proof_tensors, proven_rows
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
 from eval.speed import slow_settings
 from eval.work import chunks
@@ -29,7 +30,7 @@ from sfd_scale import config
 from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import FlowModel, GuidanceConfig, NoGuidance, guided, guides, interval_discontinuities
-from sfd_scale.diffusion.sampler import Sampler
+from sfd_scale.diffusion.sampler import Sampler, noise_of
 from sfd_scale.diffusion.samplers import SamplerConfig
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.models import attention
@@ -308,6 +309,9 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
                 wanted = [row - rows.start for row in rows if row in kept]
                 tensors = {**extract_padded(extractor, images, batch), "nfe": drawn.nfe, "images": images[wanted]}
                 tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+                proven = proven_rows(rows, recipe.num_samples)
+                pixels = images[[row - rows.start for row in proven]].cpu()
+                tensors |= proof_tensors(proven, noise_of(recipe.seed, proven, sampler.layout), pixels)
             return {**tensors, "labels": labels, "image_numbers": torch.tensor(wanted).long() + rows.start}
 
         numbers = {"NFE": drawn.nfe.double().mean().item()}
@@ -318,16 +322,22 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
         return lambda: tensors, numbers
 
     started = time.monotonic()
-    # These are settings of the process: they hold for both threads.
-    exact = strict_float32(device) if recipe.precision == "fp32" else deterministic_cudnn()
-    tf32 = allow_tf32() if recipe.precision == "tf32" else nullcontext()
-    with exact, tf32, bf16_matmul_on_cpu(device):
+    with arithmetic(recipe.precision, device):
         made = chunks.run(folder, produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, all_labels)
         _log_speed(made, time.monotonic() - started, out)
     distributed.barrier()
     return folder
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """How matrix products are computed while images are drawn. Settings of the process: they hold for all threads."""
+    exact = strict_float32(device) if precision == "fp32" else deterministic_cudnn()
+    tf32 = allow_tf32() if precision == "tf32" else nullcontext()
+    with exact, tf32, bf16_matmul_on_cpu(device):
+        yield
 
 
 def _log_speed(made: int, seconds: float, out: Path) -> None:

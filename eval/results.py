@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.images.proof import ImageProof
 from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import Scores
 from sfd_scale import config
@@ -50,6 +51,7 @@ class Results:
     samples: the config.json of their folder of features, unchanged. Its keys depend on `kind`, generated or extracted.
     reference: what determines the reference, and the numbers of its images.
     recipe_digest: hash of the evaluation recipe.
+    proof: a few images as hashes, for `eval verify`; left out of the file if there are none.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Results:
     recipe_digest: str
     versions: dict[str, str | int | None]
     run: ScoringRun
+    proof: tuple[ImageProof, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Results:
@@ -94,6 +97,8 @@ class Results:
         data["scores"] = self.scores.as_json()
         for name in self.scores.settings_left_out():
             del data["metrics"][name]
+        if not self.proof:
+            del data["proof"]
         return data
 
     # -------------------------------------------------------------------------------------------- the samples

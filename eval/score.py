@@ -19,6 +19,7 @@ from eval.features.make import make_extractor
 from eval.generate import CHECKPOINT_FILE
 from eval.images import outputs
 from eval.images.npz import STATISTICS, keys
+from eval.images.proof import read_proofs
 from eval.images.sources import NpzSource, open_images, source_for
 from eval.metrics.compute import ScoreInputs
 from eval.metrics.config import MetricsConfig
@@ -270,6 +271,7 @@ def _results(
             "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         },
         run=run,
+        proof=read_proofs(folder),
     )
 
 

@@ -271,8 +271,10 @@ def test_scores_are_read_compared_and_reported(old: Path, expected: dict[str, An
     close(Results.read(Path("results")).scores.by_key(), expected["scores"], rel=1e-12)
     evaluated = [Path("run/evaluations", f"step-{step:08d}") for step in (2, 4)]
     # The watch and the export drew with the same weights.
-    assert all(d.difference == 0 for d in compare(Path("results"), evaluated[1], rounds=50))
-    assert any(d.difference != 0 for d in compare(Path("results"), evaluated[0], rounds=50, out=Path("compared.json")))
+    same = compare(["results"], [str(evaluated[1])], rounds=50)
+    assert all(found.difference == 0 for found in same.differences)
+    other = compare(["results"], [str(evaluated[0])], rounds=50, out=Path("compared.json"))
+    assert any(found.difference != 0 for found in other.differences)
     results = [Path("results/results.json"), *(folder / "results.json" for folder in evaluated)]
     page = report(results, Path("report"), runs=[Path("run"), Path("run_zero1")])
     assert f"{expected['scores']['fid']:.2f}" in page.read_text(encoding="utf-8")
