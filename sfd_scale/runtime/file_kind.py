@@ -179,6 +179,9 @@ def kind_of_bytes(head: bytes) -> str:
     """The kind of a file by its first `HEAD_BYTES` bytes; `unknown` for any other."""
     if not head:
         return "empty"
+    # First: the length of its header can have the bytes of another magic number, such as 640 those of a pickle.
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_SAFETENSORS_HEADER:
+        return "safetensors"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -192,8 +195,6 @@ def kind_of_bytes(head: bytes) -> str:
         return "tar"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
-    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= MAX_SAFETENSORS_HEADER:
-        return "safetensors"
     if not head.strip(b"\0"):
         return "zeros"
     return _kind_of_text(head)

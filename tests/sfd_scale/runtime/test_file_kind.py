@@ -148,6 +148,17 @@ WORDS = {
 }
 
 
+def test_no_length_of_a_header_hides_a_safetensors_file() -> None:
+    """The first bytes are the length of the header: 640 has those of a pickle."""
+    for length in (0x0280, 0x0380, 0x0480, 0x0580):
+        padded = next(
+            data
+            for count in range(length)
+            if int.from_bytes((data := save({"x": torch.zeros(1)}, {"note": "a" * count}))[:8], "little") >= length
+        )
+        assert int.from_bytes(padded[:8], "little") == length and kind_of_bytes(padded[:600]) == "safetensors"
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_says_what_lies_in_the_place_of_its_file(reader: str, tmp_path: Path) -> None:
     read, own = READERS[reader]
