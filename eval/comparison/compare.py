@@ -109,7 +109,8 @@ def compare_groups(
     matched = groups.in_order_of_seeds(a, b)
     left, right = (a, b) if matched is None else matched
     one_each = len(a) == len(b) == 1
-    if one_each and a[0].weights is not None and a[0].weights == b[0].weights:
+    models = {groups.weights_of(replicate.results) for replicate in (*a, *b)}
+    if one_each and len(models) == 1 and None not in models:
         basis = "one model: the intervals are of sampling"
         found = [_of_sampling(key, a[0], b[0], rounds) for key in keys]
     elif one_each:

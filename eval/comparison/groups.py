@@ -36,11 +36,6 @@ class Replicate:
     seeds: Seeds | None
     influences: Mapping[str, Influence]  # by the key of the score
 
-    @property
-    def weights(self) -> str | None:
-        """The hash of the model that drew the samples; None for given images."""
-        return str(self.results.samples["checkpoint"]["sha256"]) if self.results.generated else None
-
     def same_images(self, other: Replicate) -> bool:
         """Whether image i of both has the same noise and label."""
         return self is other or self.results.paired_with(other.results)
@@ -99,19 +94,24 @@ def read_group(words: Sequence[str], first: Results | None = None) -> list[Repli
     Raises:
         ValueError: for results that are not comparable, or two of one model.
     """
-    files = list(dict.fromkeys(file for word in words for file in results_files(word)))
-    group: list[Replicate] = []
+    found = {file: Results.read(file) for word in words for file in results_files(word)}
+    by_model: dict[str, Path] = {}
+    for file, results in found.items():
+        check_comparable(next(iter(found.values())) if first is None else first, results)
+        model = weights_of(results) or results.id
+        if model in by_model:
+            raise ValueError(f"{file}: the same model as {by_model[model]}; allowed: each training once per group")
+        by_model[model] = file
     references: dict[Path, Reference] = {}
-    for file in files:
-        results = Results.read(file)
-        first = results if first is None else first
-        check_comparable(first, results)
-        group.append(Replicate(file, results, seeds_of(file, results), _influences(file, results, references)))
-    for number, one in enumerate(group):
-        for other in group[:number]:
-            if one.results.id == other.results.id or (one.weights is not None and one.weights == other.weights):
-                raise ValueError(f"{one.path}: the same model as {other.path}; allowed: each training once per group")
-    return group
+    return [
+        Replicate(file, results, seeds_of(file, results), _influences(file, results, references))
+        for file, results in found.items()
+    ]
+
+
+def weights_of(results: Results) -> str | None:
+    """The hash of the model that drew the samples; None for given images."""
+    return str(results.samples["checkpoint"]["sha256"]) if results.generated else None
 
 
 def check_comparable(a: Results, b: Results) -> None:

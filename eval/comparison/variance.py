@@ -55,7 +55,7 @@ def sampling_gram(moves: Sequence[Tensor], same_images: Callable[[int, int], boo
 def residual_sampling(gram: Tensor) -> float:
     """The variance that sampling adds to each of n replicates, beside what they share: gram (n, n), n of at least 2."""
     count = len(gram)
-    return float((gram.trace() - gram.sum() / count) / (count - 1))
+    return max(0.0, float((gram.trace() - gram.sum() / count) / (count - 1)))
 
 
 def shared_sampling(gram: Tensor, first: int) -> float:

@@ -22,12 +22,13 @@ from sfd_scale.recipe import TrainRecipe
 from tests.eval.test_watch import prepare
 from tests.helpers.ranks import run_alone
 
+LONGER = ["wandb.mode=disabled", "optimizer.lr=0.02", "train.steps=8", "checkpoint.every=8"]
 Change = Callable[[dict[str, Any]], None]
 
 
 def evaluated_run(folder: Path) -> None:
     prepare(folder)
-    recipe = config.load(folder / "train.yaml", TrainRecipe, ["wandb.mode=disabled", f"run={folder}/run"])
+    recipe = config.load(folder / "train.yaml", TrainRecipe, [*LONGER, f"run={folder}/run"])
     assert train.train(recipe, folder / "run")
     watch(config.load(folder / "eval.yaml", EvalRecipe), folder / "run", once=True)
 
@@ -40,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def card(run: Path) -> Path:
-    return run / "evaluations" / "step-00000002" / "results.json"
+    return run / "evaluations" / "step-00000008" / "results.json"
 
 
 def changed(run: Path, change: Change) -> Path:
@@ -94,7 +95,7 @@ def test_other_arithmetic_is_the_same_within_the_tolerance(run: Path) -> None:
     found = verify(changed(run, as_on_other_hardware))
     assert found.same and not all(image.bits for image in found.images)
     assert "the same within the tolerance: 8 of 8" in found.sentence and "made on NVIDIA H200" in found.sentence
-    assert 0 < max(image.distance for image in found.images) < TOLERANCE / 2
+    assert max(image.distance for image in found.images) < TOLERANCE / 2
 
 
 def test_refusals_say_what_to_do(run: Path) -> None:
