@@ -1,12 +1,11 @@
-"""Sampling with LightningDiT-S/1, batch 4: ours and the official arithmetic, and solvers vs. the official default.
+"""Sampling with LightningDiT-S/1, batch 4: ours and the official arithmetic, with equal Euler steps.
 
-Official sampling always runs in float32. Ours runs in bf16 if the machine is fast at it. The weights are random: that
-is enough to compare the errors of solvers, but samples are no images.
+Official sampling always runs in float32. Ours runs in bf16 if the machine is fast at it. The weights are random, so
+that samples are no images. `sfd eval solvers` compares solvers on a trained model.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from benchmarks import peer as baseline
 from benchmarks.harness import Figure, Options
 from benchmarks.peer import DELTA_T, NULL_LABEL, Peer
 from benchmarks.train_step import CPU, LAYOUT, our_model, randomize
-from sfd_scale.diffusion.adaptive import Dopri5Config, Tolerance, integrate
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import AutoGuidance, NoGuidance, Velocity, guided
 from sfd_scale.diffusion.samplers import SamplerConfig, sample
@@ -31,17 +29,6 @@ from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 SCHEDULE = SemanticFirstSchedule(delta_t=DELTA_T)
 GUIDANCE = AutoGuidance(scale_texture=1.5, scale_semantic=1.5)
 GUIDE_DEPTH = 6
-SOLVERS: dict[str, SamplerConfig] = {
-    "Euler, 50 steps": FixedStepConfig(num_steps=50),
-    "Euler (jump), 20 steps": FixedStepConfig(num_steps=20, jump=True),
-    "Euler (jump), 50 steps": FixedStepConfig(num_steps=50, jump=True),
-    "Heun (jump), 6 steps": FixedStepConfig(kind="heun2", num_steps=6, jump=True),
-    "Heun (jump), 10 steps": FixedStepConfig(kind="heun2", num_steps=10, jump=True),
-    "Heun (jump), 20 steps": FixedStepConfig(kind="heun2", num_steps=20, jump=True),
-    "RK4 (jump), 5 steps": FixedStepConfig(kind="rk4", num_steps=5, jump=True),
-    "dopri5 (jump)": Dopri5Config(jump=True),
-    "dopri5 (jump), rtol 1e-2": Dopri5Config(jump=True, rtol=1e-2, atol=1e-5),
-}
 
 
 @dataclass(frozen=True)
@@ -78,22 +65,8 @@ def our_sampling(velocity: Velocity, noise: Tensor, labels: Tensor, config: Samp
     return run
 
 
-def their_default(models: Models, noise: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The official default: dopri5 with one error norm over the batch and without `jump`; returns (x, evaluations)."""
-
-    @torch.no_grad()
-    def run() -> tuple[Tensor, Tensor]:
-        field = baseline.field(models.theirs, labels)
-        tolerance = Tolerance(1e-3, 1e-6, per_sample=False)
-        return integrate(
-            lambda x, g, y: field(g[0], x), noise, labels, SCHEDULE.end, [], tolerance, stop_at_end=False
-        )  # fmt: skip
-
-    return run
-
-
 def run(options: Options) -> list[Figure]:
-    """Sampling throughput with equal Euler steps, without guidance and with AutoGuidance; then solvers vs. dopri5."""
+    """Sampling throughput with equal Euler steps, without guidance and with AutoGuidance."""
     depth, batch, steps = (1, 2, 2) if options.quick else (None, 4, 4)
     repeats = options.repeats or (1 if options.quick else 5)
     models = make_models(depth, compiled=not options.quick)
@@ -127,59 +100,7 @@ def run(options: Options) -> list[Figure]:
             )  # fmt: skip
             for side, label in against.items()
         ]
-    return figures + _solvers(models, noise[:2], labels[:2], min(repeats, 2))
-
-
-def _solvers(models: Models, noise: Tensor, labels: Tensor, repeats: int) -> list[Figure]:
-    """The speed of each solver vs. the official default. The names give evaluations and error of both.
-
-    The target is for the fastest solver whose error is no larger than the default's.
-    """
-    velocity = guided(models.ours, NoGuidance(), LAYOUT)
-    with torch.no_grad():
-        exact = guided(models.theirs, NoGuidance(), LAYOUT)
-        fine = sample(exact, noise, labels, SCHEDULE, LAYOUT, FixedStepConfig(kind="rk4", num_steps=24, jump=True)).x
-    default = their_default(models, noise, labels)
-    last: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def solver(name: str) -> Callable[[], object]:
-        def run() -> None:
-            with bf16_matmul_on_cpu(CPU):
-                result = sample(velocity, noise, labels, SCHEDULE, LAYOUT, SOLVERS[name])
-            last[name] = (result.x, result.nfe.double().mean())
-
-        return run
-
-    def peer() -> None:
-        x, evaluations = default()
-        last["peer"] = (x, evaluations.double().max())
-
-    # Compile for this batch size. The reference solution has compiled the baseline.
-    our_sampling(velocity, noise, labels, FixedStepConfig(num_steps=2))()
-    seconds = harness.race({"peer": peer} | {name: solver(name) for name in SOLVERS}, repeats, warmup=0)
-    errors = {name: _error(x, fine) for name, (x, _) in last.items()}
-    notes = {
-        name: f"{evaluations:.0f} evaluations, error {errors[name]:.1e}" for name, (_, evaluations) in last.items()
-    }
-    as_good = [name for name in SOLVERS if errors[name] <= errors["peer"]]
-    fastest = min(as_good, key=lambda name: statistics.median(seconds[name]), default=None)
-    return [
-        harness.compare(
-            f"{name}: {notes[name]}",
-            seconds,
-            ours=name,
-            against=f"official dopri5: {notes['peer']}",
-            work=len(noise),
-            unit="images/s",
-            target=4.0 if name == fastest else None,
-        )  # fmt: skip
-        for name in SOLVERS
-    ]
-
-
-def _error(x: Tensor, fine: Tensor) -> float:
-    """Distance from the reference solution, relative to its norm."""
-    return float((x - fine).norm() / fine.norm())
+    return figures
 
 
 if __name__ == "__main__":

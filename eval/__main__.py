@@ -163,6 +163,30 @@ def solvers(
 
 
 @app.command()
+def guide(
+    recipe: Recipe,
+    out: Out,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    guide: Guide = None,
+    scales: Annotated[str, typer.Option(help="Scales to try for each part; 1 leaves it unguided.")] = "1,1.25,1.5,2",
+    edges: Annotated[str, typer.Option(help="Times of a part's clock where an interval may begin or end.")] = "0.2,0.4",
+    few: Annotated[int, typer.Option(help="Samples of each setting in the search.")] = 1000,
+    confirm: Annotated[int, typer.Option(help="The best settings to confirm with the recipe's samples.")] = 3,
+    by: Annotated[str, typer.Option(help="The score that decides.")] = "fid",
+) -> None:
+    """Search scales and intervals of the recipe's guidance, cheap first; confirm the best with fresh noise."""
+    loaded = _load(recipe, overrides, checkpoint, guide)
+    from eval.search.guide import guide as run
+
+    _start_ranks()
+    run(
+        loaded, out, scales=_numbers("--scales", scales, float), edges=_numbers("--edges", edges, float), few=few,
+        confirm=confirm, by=by,
+    )  # fmt: skip
+
+
+@app.command()
 def compare(
     results: Annotated[
         list[str],

@@ -169,7 +169,9 @@ def make_sampler(recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, devic
         sizes = (recipe.batch, 2 * recipe.batch)  # CFG asks for both velocities at once
         model, worse = GraphedModel(model, sizes), None if worse is None else GraphedModel(worse, sizes)
     conditioning = loaded.conditioning if loaded.null_trained else None
-    velocity = guided(model, recipe.guidance, loaded.layout, guide=worse, conditioning=conditioning)
+    velocity = guided(
+        model, recipe.guidance, loaded.layout, guide=worse, conditioning=conditioning, internal=loaded.internal
+    )
     return Sampler(
         velocity=velocity,
         layout=loaded.layout,

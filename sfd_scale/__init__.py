@@ -14,7 +14,7 @@ from sfd_scale.runtime import environment
 environment.prepare()  # before a library reads a variable or looks for a GPU
 
 if TYPE_CHECKING:
-    from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, NoGuidance
+    from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, InternalGuidance, NoGuidance
     from sfd_scale.recipe import TrainRecipe
     from sfd_scale.sample import Output, Pipeline, SFDModel, load
 
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoGuidance",
     "ClassifierFreeGuidance",
+    "InternalGuidance",
     "NoGuidance",
     "Output",
     "Pipeline",
@@ -33,6 +34,7 @@ __all__ = [
 _HOME = {
     "AutoGuidance": "diffusion.guidance",
     "ClassifierFreeGuidance": "diffusion.guidance",
+    "InternalGuidance": "diffusion.guidance",
     "NoGuidance": "diffusion.guidance",
     "Output": "sample",
     "Pipeline": "sample",

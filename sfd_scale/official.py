@@ -201,6 +201,11 @@ def _lightningdit(recipe: TrainRecipe) -> tuple[DiffusionTask, LightningDiTConfi
     task = diffusion_task(recipe)
     if not isinstance(task.model, LightningDiTConfig):
         raise ValueError(f"model.kind: {task.model.kind!r}; allowed: 'lightningdit', the model of the official code")
+    if task.model.internal_depth is not None:
+        raise ValueError(
+            f"model.internal_depth: {task.model.internal_depth}; allowed: null, because the official model has no "
+            "internal layer"
+        )
     return task, task.model
 
 

@@ -60,6 +60,7 @@ class Loaded:
     conditioning: Conditioning
     null_trained: bool  # whether training dropped conditions; classifier-free guidance needs it
     provenance: dict[str, Any]
+    internal: bool = False  # whether the model has an internal layer; Internal Guidance needs it
 
 
 def load_for_sampling(path: Path, device: torch.device) -> Loaded:
@@ -105,6 +106,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         model.to(device).eval(), recipe.latents, recipe.schedule, stats, decode, task.model.conditioning,
         task.loss.label_dropout > 0,
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
+        task.model.internal_depth is not None,
     )  # fmt: skip
 
 
@@ -237,7 +239,9 @@ class Pipeline:
         guide = self.guide.model if self.guide is not None and not isinstance(guidance, NoGuidance) else None
         conditioning = loaded.conditioning if loaded.null_trained else None
         return Sampler(
-            velocity=guided(loaded.model, guidance, loaded.layout, guide=guide, conditioning=conditioning),
+            velocity=guided(
+                loaded.model, guidance, loaded.layout, guide=guide, conditioning=conditioning, internal=loaded.internal
+            ),
             layout=loaded.layout, schedule=loaded.schedule, config=solver, stats=loaded.stats, decode=loaded.decode,
             seed=seed, batch=batch, device=self.device,
             discontinuities=interval_discontinuities(guidance, loaded.schedule),

@@ -22,7 +22,7 @@ MODULES = {
     "sfd_scale.hub": ("sfd", "export"),
     "sfd_scale.official": ("sfd", "import"),
     "eval.run_report": ("sfd", "report"),
-    **{f"eval.search.{name}": ("python -m eval", name) for name in ("sweep", "solvers")},
+    **{f"eval.search.{name}": ("python -m eval", name) for name in ("sweep", "solvers", "guide")},
     **{
         f"eval.{name}": ("python -m eval", name)
         for name in ("generate", "score", "reference", "report", "compare", "watch")

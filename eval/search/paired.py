@@ -39,12 +39,13 @@ def influence_of(score: Score, folder: Path, reference: Reference, settings: Met
     return score.influence(read_features(open_features(folder)), reference, settings)
 
 
-def luck_of_the_best(influences: Sequence[Influence], rounds: int = ROUNDS) -> float:
+def luck_of_the_best(influences: Sequence[Influence], rounds: int = ROUNDS, *, lower_is_better: bool = True) -> float:
     """How much better the best of K equally good cells looks, on average, by the choice of its images alone.
 
     The bootstrap draws the same images for all cells (Efron 1979, Ann. Statist. 7, Sec. 2), so errors that cells share
-    drop out where they do not favour any of them. In each round the cell with the lowest error looks best. The mean of
-    these errors is below 0; its size is returned. It is the bias of a chosen minimum (Cawley and Talbot 2010, JMLR 11).
+    drop out: they favour no cell. In each round one cell looks best. Its distance from the mean of the cells, averaged
+    over the rounds, is the bias of a choice by the same data (Cawley and Talbot 2010, JMLR 11).
     """
     moves = torch.stack([resampled_means(cell.per_image, "search", rounds) for cell in influences], 1)  # (R, K)
-    return -moves.amin(1).mean().item()
+    ahead = moves.mean(1, keepdim=True) - moves
+    return (ahead if lower_is_better else -ahead).amax(1).mean().item()

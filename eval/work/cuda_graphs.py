@@ -5,13 +5,13 @@ N batch · C channels · H, W latent grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sfd_scale.diffusion.guidance import FlowModel
+from sfd_scale.diffusion.guidance import FlowModel, FlowOutput
 
 WARMUP = 3  # as in PyTorch's documentation of CUDA graphs
 
@@ -26,7 +26,7 @@ def check_graphs(device: torch.device) -> None:
 class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    output: FlowOutput
 
 
 class GraphedModel:
@@ -41,18 +41,18 @@ class GraphedModel:
         self._graphs: dict[int, _Graph] = {}
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /) -> tuple[Tensor, None]:
-        """(N, C, H, W), times and labels (N,) → velocity (N, C, H, W); no alignment projection."""
+    def __call__(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /) -> FlowOutput:
+        """(N, C, H, W), times and labels (N,) → the model's output, without the alignment projection."""
         inputs = (x, t_texture, t_semantic, y)
         if len(x) not in self.sizes:
-            return self.model(*inputs)[0], None
+            return _velocities(self.model(*inputs))
         if len(x) not in self._graphs:
             self._graphs[len(x)] = self._capture(inputs)
         captured = self._graphs[len(x)]
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         captured.graph.replay()
-        return captured.output.clone(), None
+        return _map(captured.output, Tensor.clone)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph:
         own = tuple(tensor.clone() for tensor in inputs)
@@ -65,5 +65,13 @@ class GraphedModel:
         graph = torch.cuda.CUDAGraph()
         # Another thread decodes and extracts features meanwhile. Its calls must not invalidate the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.model(*own)[0]
+            output = _velocities(self.model(*own))
         return _Graph(graph, own, output)
+
+
+def _velocities(output: FlowOutput) -> FlowOutput:
+    return (output[0], None, output[2]) if len(output) == 3 else (output[0], None)
+
+
+def _map(output: FlowOutput, each: Callable[[Tensor], Tensor]) -> FlowOutput:
+    return (each(output[0]), None, each(output[2])) if len(output) == 3 else (each(output[0]), None)

@@ -1,13 +1,14 @@
-"""Classifier-free guidance and AutoGuidance: `guided` turns models into one velocity function.
+"""Classifier-free guidance, AutoGuidance and Internal Guidance: `guided` turns models into one velocity function.
 
-Both extrapolate from a worse velocity through a better one, with one scale for texture and one for semantics. With an
-interval (arXiv 2404.07724), a part is guided only from `interval_start` of its own clock on.
+All extrapolate from a worse velocity through a better one, with one scale for texture and one for semantics. With an
+interval (arXiv 2404.07724), a part is guided only within a range of its own clock.
 
 N batch · C channels · H, W latent grid.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -26,12 +27,14 @@ Velocity = Callable[[Tensor, Clocks, Tensor], Tensor]
 IntervalMode = Literal["none", "both", "texture", "semantic"]
 
 
-class FlowModel(Protocol):
-    """A model that predicts the velocity, such as LightningDiT. The second output is not used."""
+FlowOutput = tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]
+"""Velocity (N, C, H, W), alignment projection, and the internal velocity (N, C, H, W) of models that have one."""
 
-    def __call__(
-        self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /
-    ) -> tuple[Tensor, Tensor | None]: ...
+
+class FlowModel(Protocol):
+    """A model that predicts the velocity, such as LightningDiT. Guidance does not use the alignment projection."""
+
+    def __call__(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor, /) -> FlowOutput: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,11 @@ class _Scales:
                 "interval_mode both, texture or semantic"
             )
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The times of a part's own clock between which guidance acts on it."""
+        return self.interval_start, math.inf
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFreeGuidance(_Scales):
@@ -77,7 +85,34 @@ class AutoGuidance(_Scales):
     kind: Literal["autoguidance"] = "autoguidance"
 
 
-GuidanceConfig = NoGuidance | ClassifierFreeGuidance | AutoGuidance
+@dataclass(frozen=True, kw_only=True)
+class InternalGuidance(_Scales):
+    """The worse velocity is the model's own, read at a shallower depth: Internal Guidance (arXiv 2512.24176).
+
+    It costs no evaluation, and no second model. The model needs `internal_depth`. RAEv2 (arXiv 2605.18324) has the same
+    idea with the alignment head of its latents. `interval_end` ends the guidance of the parts that `interval_mode`
+    names: the paper guides at high and middle noise.
+    """
+
+    kind: Literal["internal"] = "internal"
+    interval_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.interval_start < self.interval_end <= 1:
+            raise ValueError(f"interval_end: {self.interval_end}; allowed: above interval_start, up to 1")
+        if self.interval_end < 1 and self.interval_mode == "none":
+            raise ValueError(
+                f"interval_end: {self.interval_end} has no effect with interval_mode none; allowed: 1, or "
+                "interval_mode both, texture or semantic"
+            )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.interval_start, math.inf if self.interval_end == 1 else self.interval_end
+
+
+GuidanceConfig = NoGuidance | ClassifierFreeGuidance | AutoGuidance | InternalGuidance
 
 
 def guided(
@@ -87,6 +122,7 @@ def guided(
     *,
     guide: FlowModel | None = None,
     conditioning: Conditioning | None = None,
+    internal: bool = False,
 ) -> Velocity:
     """The guided velocity function of `model` (arXiv 2512.04926).
 
@@ -95,6 +131,7 @@ def guided(
     Args:
         guide: the guidance model; only for AutoGuidance, which needs it.
         conditioning: of a model trained with dropped conditions; CFG needs it.
+        internal: whether the model gives an internal velocity; Internal Guidance needs it.
 
     Raises:
         ValueError: if the guidance model or the null label is missing, or the guidance model would be ignored.
@@ -115,15 +152,25 @@ def guided(
         case AutoGuidance():
             assert guide is not None
             return _autoguidance(model, config, layout, guide)
+        case InternalGuidance():
+            if not internal:
+                raise ValueError(
+                    "guidance: kind internal needs a model with an internal layer; allowed: a model trained with "
+                    "model.internal_depth, or another kind"
+                )
+            return _internal(model, config, layout)
 
 
 def interval_discontinuities(config: GuidanceConfig, schedule: SemanticFirstSchedule) -> tuple[float, ...]:
-    """Global times at which guidance starts: the velocity is discontinuous there (arXiv 2404.07724)."""
-    if isinstance(config, NoGuidance) or config.interval_start == 0:
+    """Global times at which guidance starts or ends: the velocity is discontinuous there (arXiv 2404.07724)."""
+    if isinstance(config, NoGuidance):
         return ()
-    semantic, texture = schedule.inverse_clock(config.interval_start)
     return tuple(
-        time for part, time in (("semantic", semantic), ("texture", texture)) if config.interval_mode in (part, "both")
+        time
+        for end in config.interval
+        if 0 < end < math.inf
+        for part, time in zip(("semantic", "texture"), schedule.inverse_clock(end), strict=True)
+        if config.interval_mode in (part, "both")
     )
 
 
@@ -169,6 +216,17 @@ def _autoguidance(model: FlowModel, config: AutoGuidance, layout: LatentLayout, 
     return velocity
 
 
+def _internal(model: FlowModel, config: InternalGuidance, layout: LatentLayout) -> Velocity:
+    def velocity(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+        acts, rows = _acting(config, t)
+        output = model(x, t.texture, t.semantic, y)
+        assert len(output) == 3
+        good, bad = output[0].to(x.dtype), output[2].to(x.dtype)
+        return _combine(good, bad if rows is None else bad[rows], rows, acts, config, layout)
+
+    return velocity
+
+
 def _and_rows(values: Tensor, rows: Tensor | None) -> Tensor:
     """All values, followed by the values of `rows` again (of all samples if None)."""
     return torch.cat([values, values if rows is None else values[rows]])
@@ -185,7 +243,8 @@ def _acting(config: _Scales, t: Clocks) -> tuple[Clocks, Tensor | None]:
     def acts(part: str, time: Tensor, scale: float) -> Tensor:
         if scale == 1:
             return torch.zeros_like(time, dtype=torch.bool)
-        return time >= config.interval_start if bounded[part] else torch.ones_like(time, dtype=torch.bool)
+        start, end = config.interval
+        return (time >= start) & (time < end) if bounded[part] else torch.ones_like(time, dtype=torch.bool)
 
     both = Clocks(acts("texture", t.texture, config.scale_texture), acts("semantic", t.semantic, config.scale_semantic))
     scales = (("texture", config.scale_texture), ("semantic", config.scale_semantic))

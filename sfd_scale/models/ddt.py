@@ -55,6 +55,10 @@ class DDTConfig:
         )  # fmt: skip
 
     @property
+    def internal_depth(self) -> None:
+        """No internal layer: Internal Guidance is an option of LightningDiT."""
+
+    @property
     def head(self) -> LightningDiTConfig:
         return LightningDiTConfig(
             depth=self.head_depth, width=self.head_width, heads=self.head_heads, patch_size=self.patch_size

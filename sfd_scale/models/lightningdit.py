@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sfd_scale.diffusion.conditioning import ClassLabels, Conditioning
+from sfd_scale.diffusion.guidance import FlowOutput
 from sfd_scale.models.alignment import AlignmentConfig, alignment_head
 from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
@@ -58,7 +59,11 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LightningDiTConfig:
-    """A named `size`, or depth, width and heads. Channels, grid and clocks come with the recipe's latents."""
+    """A named `size`, or depth, width and heads. Channels, grid and clocks come with the recipe's latents.
+
+    internal_depth: a second output layer reads a velocity from the tokens after this many blocks, for Internal Guidance
+        (arXiv 2512.24176); null: none.
+    """
 
     kind: Literal["lightningdit"] = "lightningdit"
     size: Literal["S", "B", "L", "XL", "XXL", "1p6B"] | None = None
@@ -76,6 +81,7 @@ class LightningDiTConfig:
     qk_norm: bool = True
     shift: bool = True  # adaLN shifts beside its scales and gates
     learn_sigma: bool = False  # twice the output channels; the second half is not used
+    internal_depth: int | None = None
 
     def __post_init__(self) -> None:
         explicit = (self.depth, self.width, self.heads)
@@ -97,6 +103,8 @@ class LightningDiTConfig:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio}; allowed: above 0, for one hidden feature and up")
         if self.alignment is not None and not 1 <= self.alignment.depth <= depth:
             raise ValueError(f"alignment.depth: {self.alignment.depth}; allowed: 1 to the model's depth {depth}")
+        if self.internal_depth is not None and not 1 <= self.internal_depth < depth:
+            raise ValueError(f"internal_depth: {self.internal_depth}; allowed: 1 to below the model's depth {depth}")
 
     @property
     def dimensions(self) -> Size:
@@ -179,6 +187,7 @@ class Encoded(NamedTuple):
     time: Tensor  # (N, D), the embedded times
     condition: Tensor  # (N, D), the embedded times plus the embedded conditions
     projected: Tensor | None  # (N, T, dim) float32, the tokens of the alignment head
+    internal: Tensor | None  # (N, T, D) float32, the tokens after `internal_depth` blocks
 
 
 class Trunk(FixedBuffers):
@@ -220,12 +229,15 @@ class Trunk(FixedBuffers):
         # An engine may keep label rows in float32. Blocks take their dtype from the condition.
         condition = (time + self.y_embedder(y)).to(time.dtype)  # (N, D)
         projected: Tensor | None = None
+        internal: Tensor | None = None
         aligned = None if self.trunk.alignment is None else self.trunk.alignment.depth
         for index, block in enumerate(islice(self.blocks, self.trunk.dimensions.depth), start=1):
             tokens = block(tokens, condition, self.feat_rope)
             if index == aligned and self.repa_projector is not None:
                 projected = self.repa_projector(tokens.to(condition.dtype)).float()
-        return Encoded(tokens, time, condition, projected)
+            if index == self.trunk.internal_depth:
+                internal = tokens
+        return Encoded(tokens, time, condition, projected, internal)
 
     def embed_time(self, t_texture: Tensor, t_semantic: Tensor) -> Tensor:
         """(N,) times → (N, D)."""
@@ -264,6 +276,7 @@ class LightningDiT(Trunk):
         super().__init__(config, in_channels=in_channels, input_size=input_size, two_clocks=two_clocks)
         self.config = config
         self.final_layer = FinalLayer(config, self.out_channels)
+        self.internal_layer = None if config.internal_depth is None else FinalLayer(config, self.out_channels)
         width = config.dimensions.width
         self.repa_projector = None if config.alignment is None else alignment_head(width, config.alignment)
 
@@ -271,7 +284,7 @@ class LightningDiT(Trunk):
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.config.learn_sigma else 1)
 
-    def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> FlowOutput:
         """Velocity and alignment projection.
 
         Args:
@@ -280,12 +293,18 @@ class LightningDiT(Trunk):
 
         Returns:
             Velocity (N, C, H, W) and the tokens of the alignment head (N, T, dim), float32; None without such a head.
+            With `internal_depth`, also the velocity that the internal layer reads there (N, C, H, W).
         """
         encoded = self.encode(x, t_texture, t_semantic, y)
-        out = self.final_layer(encoded.tokens, encoded.condition)
-        out = unpatchify(out, self.config.patch_size, self.out_channels)
+        velocity = self._velocity(self.final_layer, encoded.tokens, encoded.condition)
+        if self.internal_layer is None or encoded.internal is None:
+            return velocity, encoded.projected
+        return velocity, encoded.projected, self._velocity(self.internal_layer, encoded.internal, encoded.condition)
+
+    def _velocity(self, layer: FinalLayer, tokens: Tensor, condition: Tensor) -> Tensor:
+        out = unpatchify(layer(tokens, condition), self.config.patch_size, self.out_channels)
         # learn_sigma: the second half of the channels is a variance. Flow matching has none.
-        return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float(), encoded.projected
+        return (out.chunk(2, dim=1)[0] if self.config.learn_sigma else out).float()
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -294,7 +313,8 @@ def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
     value = torch.empty(shape)
     if "norm" in name.split(".")[-2] and name.endswith("weight"):
         return value.fill_(1.0)
-    if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+    zero = ("final_layer.linear", "internal_layer.linear")
+    if name.endswith("bias") or "adaLN_modulation" in name or name.startswith(zero):
         return value.zero_()
     if name.startswith(("y_embedder", "t_embedder")):
         return nn.init.normal_(value, std=0.02, generator=generator)

@@ -56,6 +56,11 @@ class DiffusionTask:
                 raise ValueError(f"tokenizer.{needed[source]}: null; data.features={source} needs it")
         if weight == 0 and model.alignment is not None:
             raise ValueError("model.alignment: an alignment head that nothing trains; set it to null")
+        if (self.loss.internal_weight > 0) != (model.internal_depth is not None):
+            raise ValueError(
+                f"model.internal_depth: {model.internal_depth}, with objective.internal_weight "
+                f"{self.loss.internal_weight}; allowed: null with 0, or a depth with a weight above 0, such as 0.5"
+            )
         if not recipe.schedule.synchronous and recipe.latents.semantic_channels == 0:
             raise ValueError("schedule.delta_t: a lead of semantics, but latents.semantic_channels is 0; set delta_t 0")
         if recipe.latents.size % model.patch_size:

@@ -26,7 +26,8 @@ from sfd_scale.training.objective import LossTerms, sample_keys
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticFirstConfig:
-    """Loss of a sample = weighted mean square + cosine_weight·cosine + alignment_weight·alignment.
+    """Loss of a sample = weighted mean square + cosine_weight·cosine + alignment_weight·alignment + internal_weight ·
+    the weighted mean square of the internal velocity, for Internal Guidance (arXiv 2512.24176, with a weight of 0.5).
 
     `alignment_weight` 0 trains without alignment; above 0 the data needs features and the model an alignment head.
     """
@@ -37,9 +38,10 @@ class SemanticFirstConfig:
     alignment_weight: float = 1.0
     alignment_mode: AlignmentMode = "cos"
     label_dropout: float = 0.1
+    internal_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(self, semantic_weight=0, cosine_weight=0, alignment_weight=0)
+        at_least(self, semantic_weight=0, cosine_weight=0, alignment_weight=0, internal_weight=0)
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: {self.label_dropout}; allowed: from 0 to below 1")
 
@@ -107,7 +109,7 @@ class SemanticFirstObjective:
         clocks = self.schedule.clocks(draw.g)
         x = path.interpolate(draw.noise, batch.latents, self.layout.per_channel(*clocks, like=batch.latents))
         target = path.velocity(draw.noise, batch.latents)
-        predicted, projected = model(x, clocks.texture, clocks.semantic, draw.condition)
+        predicted, projected, *internal = model(x, clocks.texture, clocks.semantic, draw.condition)
         predicted = predicted.float()
         weight = self.layout.per_channel(1.0, self.config.semantic_weight, like=target)
         velocity = losses.velocity_loss(predicted, target, weight)
@@ -119,6 +121,9 @@ class SemanticFirstObjective:
             alignment = self._alignment(projected, features)
             per_sample = per_sample + self.config.alignment_weight * alignment
             parts["alignment"] = alignment
+        if self.config.internal_weight > 0:
+            parts["internal"] = losses.velocity_loss(internal[0].float(), target, weight)
+            per_sample = per_sample + self.config.internal_weight * parts["internal"]
         total = per_sample.mean()
         terms = {"loss": total.detach(), **{name: value.detach().mean() for name, value in parts.items()}}
         return LossTerms(total, terms, self.schedule.progress(draw.g), per_sample.detach())
