@@ -100,3 +100,45 @@ def test_data_and_training_run_from_the_wheel(bin_folder: Path, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
     done = run("sfd export run --out run.safetensors", bin_folder, tmp_path)
     assert done.returncode == 0 and (tmp_path / "run.safetensors").is_file(), done.stderr
+
+
+# An extra, a library that it brings, and what a command says or does without and with it.
+EXTRAS = {
+    "": ("torch", "sfd recipes quickstart", "quickstart/sfd"),
+    "quickstart": ("sklearn", "sfd encode quickstart/images source.num_images=20 out=images", ""),
+    "parquet": ("pyarrow.parquet", "python -c 'import sfd_scale.data.parquet'", ""),
+    "tensorboard": ("torch.utils.tensorboard", "sfd recipes quickstart", "quickstart/sfd"),
+    "float8": ("torchao.float8", "sfd recipes quickstart", "quickstart/sfd"),
+}
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The locked versions without hashes, as constraints."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    out = tmp_path_factory.mktemp("locked") / "constraints.txt"
+    out.write_text("\n".join(re.findall(r"^[\w.-]+==[^\s\\;]+", text, re.MULTILINE)))
+    return out
+
+
+@pytest.mark.parametrize("extra", list(EXTRAS))
+def test_extras_in_fresh_environments(extra: str, wheel: Path, locked: Path, tmp_path: Path) -> None:
+    """Nothing is shared with this environment but uv's cache of downloads."""
+    library, command, says = EXTRAS[extra]
+    uv, venv = [sys.executable, "-m", "uv", "-q"], tmp_path / "venv"
+    (tmp_path / "override.txt").write_text("transformers>=5")
+    subprocess.run([*uv, "venv", "--python", sys.executable, str(venv)], check=True)
+    wanted = f"{wheel}[{extra}]" if extra else str(wheel)
+    subprocess.run(
+        [*uv, "pip", "install", "--python", str(venv / "bin/python"), "--constraint", str(locked), "--override",
+         str(tmp_path / "override.txt"), wanted],
+        check=True,
+    )  # fmt: skip
+    assert run(f"python -c 'import {library}'", venv / "bin", tmp_path).returncode == 0
+    done = run(command, venv / "bin", tmp_path)
+    assert done.returncode == 0 and says in done.stdout, done.stderr
+    if not extra:
+        for other in ("sklearn", "pyarrow", "tensorboard", "torchao"):
+            assert "No module named" in run(f"python -c 'import {other}'", venv / "bin", tmp_path).stderr, other
+        refused = run("sfd encode quickstart/images source.num_images=20 out=images", venv / "bin", tmp_path)
+        assert refused.returncode != 0 and "pip install 'sfd-scale[quickstart]'" in refused.stderr.replace("\n", " ")

@@ -6,10 +6,14 @@ start it again; so `make` and CI build first. Extensions that are compiled alrea
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sysconfig
+import threading
 import time
+from collections.abc import Iterator
 
 from sfd_scale.runtime import environment
 from sfd_scale.runtime.caches import extensions_folder
@@ -18,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Collectives on the CPU, and Adam for offloaded optimizer states.
 OPS = ("ShareMemCommBuilder", "CPUAdamBuilder")
+_TICK_S = 10.0  # between two lines of progress
 
 
 def use_own_builds() -> None:
@@ -34,6 +39,32 @@ def use_own_builds() -> None:
     if path.split(os.pathsep)[0] != scripts:
         environment.set_variables({"PATH": f"{scripts}{os.pathsep}{path}"})
     environment.set_variables({"TORCH_EXTENSIONS_DIR": str(extensions_folder())})
+
+
+@contextlib.contextmanager
+def quiet_builders() -> Iterator[None]:
+    """Without the notes of DeepSpeed and torch about extensions that are only loaded: they ask for no action."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _progress(name: str) -> Iterator[None]:
+    """Log the seconds of a compilation, which takes minutes and prints nothing."""
+    done, started = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not done.wait(_TICK_S):
+            logger.info("%s: compiling, %.0f s; it takes one to three minutes", name, time.monotonic() - started)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def build(max_jobs: int | None = None) -> dict[str, float]:
@@ -56,7 +87,8 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
             logger.info("%s: not used on this machine", name)
             continue
         started = time.monotonic()
-        builder.load(verbose=False)
+        with _progress(builder.NAME), quiet_builders():
+            builder.load(verbose=False)
         seconds[builder.NAME] = time.monotonic() - started
         logger.info("%s: ready after %.0f s", builder.NAME, seconds[builder.NAME])
     return seconds

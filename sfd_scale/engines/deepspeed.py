@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale.engines.block_transforms import prepare_blocks
-from sfd_scale.engines.build_ops import use_own_builds
+from sfd_scale.engines.build_ops import quiet_builders, use_own_builds
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
@@ -171,7 +171,8 @@ class DeepSpeedEngine:
         ensure_group()
         check_same_weights(model)
         use_own_builds()
-        import deepspeed  # here: the import is slow and inspects the machine
+        with quiet_builders():
+            import deepspeed  # here: the import is slow and inspects the machine
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         environment.set_default("LOCAL_RANK", "0")  # DeepSpeed does not start without it
@@ -186,9 +187,10 @@ class DeepSpeedEngine:
         self._linear = nn.functional.linear
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._client = _client_optimizer(model, optimizer, config)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
-        )
+        with quiet_builders():
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
+            )
         _unlink_shared_memory()
         tensors = self._flat_tensors()
         create_state(self._client, tensors)
