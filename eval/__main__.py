@@ -97,21 +97,48 @@ def score(
         table = Table("score", "value", title=f"{results.name}, {results.count} samples")
         for name, value in results.scores.by_key().items():
             table.add_row(name, "–" if value is None else f"{value:.6g}")
+        for extractor, representation in results.representations.items():
+            for name, value in representation.scores.by_key().items():
+                if value is not None:
+                    table.add_row(f"{'fd' if name == 'fid' else name} ({extractor})", f"{value:.6g}")
         plain_console().print(table)
 
 
 @app.command()
 def reference(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Compute and cache the features and moments of the recipe's reference."""
+    """Compute and cache the features and moments of the recipe's reference, for each extractor."""
     loaded = _load(recipe, overrides)
     from eval.features.make import make_extractor
-    from eval.reference import load_reference
+    from eval.reference import load_judges, load_reference
     from sfd_scale.runtime import distributed
 
     main_rank = _start_ranks()
     found = load_reference(loaded, make_extractor(loaded.extractor, distributed.device()))
+    judges = load_judges(loaded, distributed.device())
     if main_rank:
         plain_console().print(found.provenance)
+        for judge in judges.values():
+            plain_console().print(judge.reference.provenance)
+
+
+@app.command()
+def validation(
+    recipe: Recipe,
+    images: Annotated[Path, typer.Option(help="The validation set: an .npz, a folder of images, or shards.")],
+    out: Annotated[Path, typer.Option(help="The file to write; the recipe names it under `validation`.")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure FD of validation images against the reference, for each extractor: the unit of FDr."""
+    loaded = _load(recipe, overrides)
+    from eval.validation import measure
+
+    main_rank = _start_ranks()
+    found = measure(loaded, images, out)
+    if main_rank:
+        table = Table("extractor", "FD of the validation set")
+        for name, value in found.items():
+            table.add_row(name, f"{value:.6g}")
+        plain_console().print(table)
 
 
 @app.command()
@@ -237,13 +264,17 @@ def watch(
     overrides: Overrides = None,
     interval: Annotated[float, typer.Option(help="Seconds between two looks at the run folder.")] = 60.0,
     once: Annotated[bool, typer.Option("--once", help="Evaluate the checkpoints that exist, then stop.")] = False,
+    ep_fid: Annotated[
+        list[float] | None,
+        typer.Option(help="Report the epochs until the unguided FID is this or less; repeat the option for several."),
+    ] = None,
 ) -> None:
     """Evaluate every new checkpoint of a run until its last step."""
     from eval.watch import watch as follow
 
     loaded = _load(recipe, overrides)
     _start_ranks()
-    follow(loaded, run, out, interval=interval, once=once)
+    follow(loaded, run, out, interval=interval, once=once, fid_targets=ep_fid or ())
 
 
 def main(command: str | None = None) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from eval.features.extract import extract_padded
-from eval.features.extractor import LazyExtractor
-from eval.features.make import make_extractor
+from eval.features.extract import extract_missing, extract_padded
+from eval.features.extractor import Extractor, LazyExtractor
+from eval.features.make import make_extractor, make_extractors
 from eval.images import outputs
 from eval.images.proof import proof_tensors, proven_rows
 from eval.recipe import BalancedLabels, EvalRecipe, FixedLabel, IidLabels, LabelFile
@@ -53,6 +53,7 @@ class PreparedGeneration:
     """What `generate` needs of a recipe.
 
     labels: (num_samples,) int64, the class of each image.
+    further: the extractors of further representations, by name.
     settings: everything that determines the features; config.json of their folder.
     """
 
@@ -61,15 +62,21 @@ class PreparedGeneration:
     conditioning: Conditioning
     extractor: LazyExtractor
     settings: dict[str, Any]
+    further: Mapping[str, LazyExtractor] = field(default_factory=dict)
 
 
 def prepare(
-    recipe: EvalRecipe, device: torch.device, extractor: LazyExtractor | None = None, load: LoadModel | None = None
+    recipe: EvalRecipe,
+    device: torch.device,
+    extractor: LazyExtractor | None = None,
+    load: LoadModel | None = None,
+    further: Mapping[str, LazyExtractor] | None = None,
 ) -> PreparedGeneration:
     """Load the models of a recipe and check them.
 
     Args:
-        extractor, load: in place of the recipe's extractor and of `load_model`, for a sweep that reuses them.
+        extractor, load, further: in place of the recipe's extractor, of `load_model` and of the extractors of further
+            representations, for a sweep that reuses them.
 
     Raises:
         ValueError: for a missing checkpoint, a guidance model that does not fit it, guidance without effect, or a
@@ -93,27 +100,32 @@ def prepare(
     labels = make_labels(recipe, loaded.conditioning)
     check_guidance_interval(recipe.guidance, recipe.sampler, loaded.schedule)
     extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
+    further = make_extractors(recipe.further_extractors(), device) if further is None else further
     if recipe.batch == "auto":
-        recipe = dataclasses.replace(recipe, batch=_largest_batch(recipe, loaded, guide, extractor, device))
+        every = [extractor, *further.values()]
+        recipe = dataclasses.replace(recipe, batch=_largest_batch(recipe, loaded, guide, every, device))
         # After several batch sizes, torch.compile would compile the blocks for dynamic sizes.
         torch.compiler.reset()
     sampler = make_sampler(recipe, loaded, guide, device)
     weights = [None if found is None else found.provenance for found in (loaded, guide)]
     settings = settings_of_samples(recipe, extractor.fingerprint, kernel, *weights)
-    return PreparedGeneration(sampler, labels, loaded.conditioning, extractor, settings)
+    return PreparedGeneration(sampler, labels, loaded.conditioning, extractor, settings, further)
 
 
 def _largest_batch(
-    recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, extractor: LazyExtractor, device: torch.device
+    recipe: EvalRecipe, loaded: Loaded, guide: Loaded | None, extractors: Sequence[LazyExtractor], device: torch.device
 ) -> int:
     """The largest batch that fits the memory: for two sampling steps, then for decoding and features."""
+    networks = [extractor.get() for extractor in extractors]
 
     def work(batch: int) -> Iterator[None]:
         short = dataclasses.replace(recipe, batch=batch, sampler=FixedStepConfig(num_steps=2))
         sampler = make_sampler(short, loaded, guide, device)
         drawn = sampler.draw(range(batch), torch.zeros(batch, dtype=torch.int64))
         yield
-        extract_padded(extractor.get(), sampler.pixels(drawn), batch)
+        pixels = sampler.pixels(drawn)
+        for network in networks:
+            extract_padded(network, pixels, batch)
         yield
 
     return auto_batch(work, device)
@@ -277,6 +289,9 @@ def settings_of_samples(
 def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None = None) -> ChunkFolder:
     """Fill `out` with the features of the recipe's images. A second start continues; a finished folder stays as it is.
 
+    All extractors get the same decoded images. The features of further representations have folders of their own
+    below `out`. If an extractor is added to a finished folder, the images are drawn again for it alone.
+
     Raises:
         ValueError: if `out` holds features of other settings.
     """
@@ -288,33 +303,38 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
     # Build the extractor first: if that fails, the folder does not yet record these settings.
     extractor, side = prepared.extractor.get(), SideStream(device)
     folder = ChunkFolder(out, recipe.num_samples, batch)
+    networks = {folder: extractor}
+    for name, further in prepared.further.items():
+        networks[ChunkFolder(further_features(out, name), recipe.num_samples, batch)] = further.get()
     if distributed.is_main():
-        new = not (folder.path / "config.json").is_file()
-        folder.require_settings(prepared.settings)
-        # Beside the settings, not in them: the same weights under another path give the same images.
-        if new:
-            write_json(folder.path / CHECKPOINT_FILE, {"checkpoint": str(recipe.checkpoint)})
+        _record_settings(recipe, folder, networks, prepared.settings)
         for slow in slow_settings(recipe, device):
             logger.info("slow here: %s", slow)
     distributed.barrier()
     kept = outputs.kept_rows(recipe.outputs, all_labels)
 
-    def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
+    def produce(chunk: int) -> tuple[chunks.Finish, dict[str, Any]]:
         rows = folder.rows(chunk)
         labels = all_labels[rows.start : rows.stop]
         drawn = sampler.draw(rows, prepared.conditioning.given(labels))
         sampled = side.mark()
 
-        def finish() -> dict[str, Tensor]:
+        def finish() -> dict[ChunkFolder, dict[str, Tensor]]:
             with side.after(sampled):
                 images = sampler.pixels(drawn)
-                wanted = [row - rows.start for row in rows if row in kept]
-                tensors = {**extract_padded(extractor, images, batch), "nfe": drawn.nfe, "images": images[wanted]}
-                tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-                proven = proven_rows(rows, recipe.num_samples)
-                pixels = images[[row - rows.start for row in proven]].cpu()
-                tensors |= proof_tensors(proven, noise_of(recipe.seed, proven, sampler.layout), pixels)
-            return {**tensors, "labels": labels, "image_numbers": torch.tensor(wanted).long() + rows.start}
+                found = extract_missing(networks, images, chunk, batch)
+                if folder in found:
+                    wanted = [row - rows.start for row in rows if row in kept]
+                    own = {
+                        "nfe": drawn.nfe,
+                        "images": images[wanted],
+                        "image_numbers": torch.tensor(wanted).long() + rows.start,
+                    }
+                    proven = proven_rows(rows, recipe.num_samples)
+                    pixels = images[[row - rows.start for row in proven]].cpu()
+                    found[folder] |= own | proof_tensors(proven, noise_of(recipe.seed, proven, sampler.layout), pixels)
+                found = {place: {name: value.cpu() for name, value in made.items()} for place, made in found.items()}
+            return {place: {**made, "labels": labels} for place, made in found.items()}
 
         numbers = {"NFE": drawn.nfe.double().mean().item()}
         if recipe.precision != "tf32":
@@ -325,7 +345,7 @@ def generate(recipe: EvalRecipe, out: Path, prepared: PreparedGeneration | None 
 
     started = time.monotonic()
     with arithmetic(recipe.precision, device):
-        made = chunks.run(folder, produce, "generate", "images")
+        made = chunks.run(list(networks), produce, "generate", "images")
     if distributed.is_main():
         outputs.write(recipe.outputs, folder, all_labels)
         _log_speed(made, time.monotonic() - started, out)
@@ -340,6 +360,23 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
     tf32 = allow_tf32() if precision == "tf32" else nullcontext()
     with exact, tf32, bf16_matmul_on_cpu(device):
         yield
+
+
+def _record_settings(
+    recipe: EvalRecipe, folder: ChunkFolder, networks: Mapping[ChunkFolder, Extractor], settings: Mapping[str, Any]
+) -> None:
+    """Record the settings of each folder of features, or refuse a folder of other settings."""
+    new = not (folder.path / "config.json").is_file()
+    for own, network in networks.items():
+        own.require_settings({**settings, "extractor": network.fingerprint})
+    # Beside the settings, not in them: the same weights under another path give the same images.
+    if new:
+        write_json(folder.path / CHECKPOINT_FILE, {"checkpoint": str(recipe.checkpoint)})
+
+
+def further_features(out: Path, name: str) -> Path:
+    """The folder below `out` for the features of a further representation."""
+    return out / "representations" / name
 
 
 def _log_speed(made: int, seconds: float, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from eval.features.config import INCEPTION_GRID, InceptionConfig
-from eval.features.extract import FeatureSet, extract, read_features
+from eval.features.extract import FeatureSet, extract, extract_all, read_features
 from eval.features.extractor import LazyExtractor
+from eval.features.make import make_extractors
+from eval.features.presets import short_name
 from eval.images import npz, outputs
-from eval.images.sources import Images, NpzSource, open_images
+from eval.images.sources import Images, ImagesConfig, NpzSource, open_images
 from eval.metrics.config import MetricsConfig
 from eval.metrics.moments import FeatureMoments, moments
 from eval.metrics.reference import Reference
@@ -30,53 +33,106 @@ GRID_CLASSES, GRID_EACH = 16, 8
 _INCEPTION = {"mu": 2048, "mu_s": math.prod(INCEPTION_GRID)}
 
 
-def load_reference(recipe: EvalRecipe, extractor: LazyExtractor) -> Reference:
-    """The recipe's reference, from the cache or computed. All ranks have to call this.
+@dataclass(frozen=True)
+class Judge:
+    """An extractor beside the main one, with its reference."""
+
+    extractor: LazyExtractor
+    reference: Reference
+
+
+def load_judges(recipe: EvalRecipe, device: torch.device) -> dict[str, Judge]:
+    """The further extractors of a recipe with their references, by name. All ranks have to call this.
+
+    Images that are the reference of several extractors are read once.
 
     Raises:
-        ValueError: if the recipe has none, or its statistics do not fit the extractor.
+        ValueError: as for `load_reference`.
     """
-    if recipe.reference is None:
+    extractors = make_extractors(recipe.further_extractors(), device)
+    for name in recipe.references:
+        if name not in extractors:
+            raise ValueError(f"references: {name}; allowed: an extractor beside the main one ({', '.join(extractors)})")
+    planned = [_planned(recipe, recipe.reference_of(name), extractor) for name, extractor in extractors.items()]
+    todo = distributed.broadcast_object([not plan.file.is_file() for plan in planned])
+    open_plans = [plan for plan, missing in zip(planned, todo, strict=True) if missing and plan.images is not None]
+    for data in dict.fromkeys(plan.determined["data"] for plan in open_plans):
+        same = [plan for plan in open_plans if plan.determined["data"] == data]
+        images = same[0].images
+        assert images is not None
+        extract_all(images, [plan.extractor for plan in same], recipe.extractor_batch, recipe.cache)
+    return {name: Judge(extractor, load_reference(recipe, extractor, name)) for name, extractor in extractors.items()}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A reference that may have to be computed. images: None if the source has statistics alone."""
+
+    source: ImagesConfig
+    extractor: LazyExtractor
+    images: Images | None
+    determined: dict[str, Any]
+    file: Path
+
+
+def _planned(recipe: EvalRecipe, source: ImagesConfig | None, extractor: LazyExtractor) -> _Plan:
+    if source is None:
         raise ValueError("reference: null; allowed: kind npz, folder, flat, mds or digits, with its path")
-    stored = _stored_statistics(recipe)
-    has_images = not isinstance(recipe.reference, NpzSource) or "arr_0" in npz.keys(recipe.reference.path)
-    images = open_images(recipe.reference, recipe.cache) if has_images else None
+    has_images = not isinstance(source, NpzSource) or "arr_0" in npz.keys(source.path)
+    images = open_images(source, recipe.cache) if has_images else None
     determined = {
         "kind": "reference",
         "format": 1,
-        "data": images.fingerprint if images is not None else _file_fingerprint(recipe),
+        "data": images.fingerprint if images is not None else _file_fingerprint(source),
         "extractor": extractor.fingerprint,
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
     file = recipe.cache / f"reference-{config.digest(determined)[:16]}.safetensors"
-    if not distributed.broadcast_object(file.is_file()):
-        found = None if images is None else _features(recipe, images, extractor)
+    return _Plan(source, extractor, images, determined, file)
+
+
+def load_reference(recipe: EvalRecipe, extractor: LazyExtractor, name: str | None = None) -> Reference:
+    """The reference of an extractor, from the cache or computed. All ranks have to call this.
+
+    Args:
+        name: of a further extractor; None for the main one.
+
+    Raises:
+        ValueError: if the recipe has none, or its statistics do not fit the extractor.
+    """
+    plan = _planned(recipe, recipe.reference_of(name), extractor)
+    own = name in recipe.references or (name is None and isinstance(recipe.extractor, InceptionConfig))
+    stored = _stored_statistics(plan.source, name or short_name(recipe.extractor), own=own, inception=name is None)
+    if not distributed.broadcast_object(plan.file.is_file()):
+        found = None if plan.images is None else _features(recipe, plan.images, extractor)
         if distributed.is_main():
-            _write(file, _tensors(stored, found, recipe.metrics), images)
+            _write(plan.file, _tensors(stored, found, recipe.metrics), plan.images)
         distributed.barrier()
-    return read_reference(file, {**determined, "source": config.to_dict(recipe.reference)})
+    return read_reference(plan.file, {**plan.determined, "source": config.to_dict(plan.source)})
 
 
 def _features(recipe: EvalRecipe, images: Images, extractor: LazyExtractor) -> FeatureSet:
     return read_features(extract(images, extractor, recipe.extractor_batch, recipe.cache))
 
 
-def _file_fingerprint(recipe: EvalRecipe) -> str:
-    assert isinstance(recipe.reference, NpzSource)
-    return f"npz:{file_sha256(recipe.reference.path)}"
+def _file_fingerprint(source: ImagesConfig) -> str:
+    assert isinstance(source, NpzSource)
+    return f"npz:{file_sha256(source.path)}"
 
 
 # ------------------------------------------------------------------------------------------------- ADM's files
 
 
-def _stored_statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
+def _stored_statistics(source: ImagesConfig, extractor: str, *, own: bool, inception: bool) -> dict[str, Tensor]:
     """mu, sigma, mu_s and sigma_s of an ADM reference file; empty for other sources.
+
+    Args:
+        own: whether the file is for this extractor. inception: whether that is Inception.
 
     Raises:
         ValueError: for a file without usable statistics or images, or statistics of another extractor.
     """
-    source = recipe.reference
     if not isinstance(source, NpzSource):
         return {}
     found = npz.read_statistics(source.path)
@@ -84,11 +140,13 @@ def _stored_statistics(recipe: EvalRecipe) -> dict[str, Tensor]:
         raise ValueError(f"{source.path}: neither statistics (mu, sigma, mu_s, sigma_s) nor images (arr_0) in it")
     if found and not {"mu", "sigma"} <= found.keys():
         raise ValueError(f"{source.path}: {', '.join(sorted(found))} without mu and sigma; FID needs both")
-    if found and not isinstance(recipe.extractor, InceptionConfig):
+    if found and not own:
         raise ValueError(
-            f"{source.path}: its statistics are of Inception features, but extractor.kind is {recipe.extractor.kind}; "
-            "allowed: the inception extractor, or a reference of images"
+            f"{source.path}: its statistics are of Inception features, but the extractor is {extractor}; allowed: the "
+            f"inception extractor, a reference of images, or references.{extractor} with statistics of that network"
         )
+    if not inception:
+        return {key: found[key] for key in ("mu", "sigma") if key in found}
     for key, dim in _INCEPTION.items():
         if key in found and found[key].numel() != dim:
             raise ValueError(f"{source.path}: {key} has {found[key].numel()} entries; Inception has {dim}")

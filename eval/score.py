@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import platform
+import statistics
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,10 +15,11 @@ from typing import Any
 
 import torch
 
-from eval.features.extract import extract, open_features, read_rows
+from eval.features.extract import extract_all, open_features, read_rows
 from eval.features.extractor import LazyExtractor
 from eval.features.make import make_extractor
-from eval.generate import CHECKPOINT_FILE
+from eval.features.presets import short_name
+from eval.generate import CHECKPOINT_FILE, further_features
 from eval.images import outputs
 from eval.images.npz import STATISTICS, keys
 from eval.images.proof import read_proofs
@@ -27,8 +30,9 @@ from eval.metrics.reference import Reference
 from eval.metrics.sample_warnings import sample_warnings
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe
-from eval.reference import load_reference
-from eval.results import Results, ScoringRun
+from eval.reference import Judge, load_judges, load_reference
+from eval.results import Representation, Results, ScoringRun, ValidationFD
+from eval.validation import validation_fd
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
@@ -45,10 +49,14 @@ def score(
     out: Path,
     extractor: LazyExtractor | None = None,
     reference: Reference | None = None,
+    judges: Mapping[str, Judge] | None = None,
 ) -> Results:
     """Score a folder of `generate`, an .npz or images against the recipe's reference, and write `out`.
 
     All ranks have to call this. The scores are the same for any number of ranks.
+
+    Args:
+        extractor, reference, judges: in place of the recipe's, for a sweep that reuses them.
 
     Raises:
         ValueError: for features of another extractor than the recipe's, samples that cannot be scored, or an `out` that
@@ -57,11 +65,17 @@ def score(
     started = time.monotonic()
     if extractor is None:
         extractor = make_extractor(recipe.extractor, distributed.device())
-    folder = features_of(recipe, samples, extractor)
+    judges = load_judges(recipe, distributed.device()) if judges is None else judges
+    folder, *further = features_of(recipe, samples, extractor, judges)
     _check_replaceable(out, folder)
     if reference is None:
         reference = load_reference(recipe, extractor)
     scores, warnings = score_features(recipe.metrics, folder, reference)
+    found = {
+        name: _representation(recipe.metrics, own, judge)
+        for (name, judge), own in zip(judges.items(), further, strict=True)
+    }
+    validation = validation_fd(recipe, reference, judges)
     reference_grid = None if reference.grid is None else _reference_grid(out)
     grid = folder.path / outputs.GRID
     run = ScoringRun(
@@ -77,7 +91,7 @@ def score(
         reference_grid=None if reference_grid is None else str(reference_grid),
         grid=str(grid) if grid.is_file() else None,
     )
-    results = _results(recipe, folder, reference, scores, warnings, run)
+    results = _results(recipe, folder, reference, scores, warnings, run, found, validation)
     if distributed.is_main():
         if reference_grid is not None:
             assert reference.grid is not None
@@ -147,21 +161,17 @@ def _identity(samples: Mapping[str, Any]) -> Mapping[str, Any]:
     return samples if samples["kind"] == "generated" else {"images": samples["images"]}
 
 
-def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> ChunkFolder:
-    """The features of `samples`: the folder itself, if it is one of `generate`; else extracted from the images.
+def features_of(
+    recipe: EvalRecipe, samples: Path, extractor: LazyExtractor, judges: Mapping[str, Judge]
+) -> list[ChunkFolder]:
+    """The features of `samples`: the folders of `generate`, or extracted from images. The main extractor is the first.
 
     Raises:
         ValueError: for features of another extractor, or an .npz with statistics, which ADM's evaluator would score.
     """
     if (samples / "config.json").is_file():
-        folder = open_features(samples)
-        made_with = read_json(samples / "config.json")["extractor"]
-        if made_with != extractor.fingerprint:
-            raise ValueError(
-                f"{samples}: its features are of {made_with}, the recipe's extractor is {extractor.fingerprint}; "
-                "score them with their own recipe, or generate them again"
-            )
-        return folder
+        further = [_generated(further_features(samples, name), judge.extractor) for name, judge in judges.items()]
+        return [_generated(samples, extractor), *further]
     source = source_for(samples)
     if isinstance(source, NpzSource):
         stored = sorted(keys(samples) & set(STATISTICS))
@@ -170,15 +180,43 @@ def features_of(recipe: EvalRecipe, samples: Path, extractor: LazyExtractor) -> 
                 f"{samples}: holds {', '.join(stored)} beside the images; ADM's evaluator would score these statistics "
                 "and ignore the images. Remove them, or give the file as the reference"
             )
-    return extract(open_images(source, recipe.cache), extractor, recipe.extractor_batch, recipe.cache)
+    extractors = [extractor, *(judge.extractor for judge in judges.values())]
+    return extract_all(open_images(source, recipe.cache), extractors, recipe.extractor_batch, recipe.cache)
+
+
+def _generated(folder: Path, extractor: LazyExtractor) -> ChunkFolder:
+    """A folder of features that `generate` filled. Raises ValueError for features of another extractor."""
+    opened = open_features(folder)
+    made_with = read_json(folder / "config.json")["extractor"]
+    if made_with != extractor.fingerprint:
+        raise ValueError(
+            f"{folder}: its features are of {made_with}, the recipe's extractor is {extractor.fingerprint}; "
+            "score them with their own recipe, or generate them again"
+        )
+    return opened
+
+
+def _representation(settings: MetricsConfig, folder: ChunkFolder, judge: Judge) -> Representation:
+    """The scores of a further extractor. All ranks have to call this."""
+    scores, warnings = score_features(settings, folder, judge.reference, further=True)
+    return Representation(
+        extractor=judge.extractor.fingerprint,
+        scores=scores,
+        warnings=warnings,
+        reference=judge.reference.provenance,
+        features=str(folder.path),
+    )
 
 
 def score_features(
-    settings: MetricsConfig, folder: ChunkFolder, reference: Reference
+    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, *, further: bool = False
 ) -> tuple[Scores, tuple[str, ...]]:
     """All scores of a finished folder of features, the same on every rank, and warnings about them.
 
-    The ranks share the rows of precision and recall. One rank computes each of the other scores.
+    The ranks share the rows of precision, recall, density and coverage. One rank computes each of the other scores.
+
+    Args:
+        further: whether the features are of a further extractor, from which nobody expects sFID and IS.
     """
     _check_dimensions(folder, reference)
     inputs = ScoreInputs(folder, reference, settings, distributed.device())
@@ -194,7 +232,7 @@ def score_features(
     for share in distributed.all_gather_object(mine):
         values.update(share)
     scores: Scores = distributed.broadcast_object(Scores(**values))
-    warnings = _warnings(settings, folder, reference, scores) if distributed.is_main() else ()
+    warnings = _warnings(settings, folder, reference, scores, further=further) if distributed.is_main() else ()
     return scores, distributed.broadcast_object(warnings)
 
 
@@ -208,7 +246,9 @@ def _check_dimensions(folder: ChunkFolder, reference: Reference) -> None:
             )
 
 
-def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: Scores) -> tuple[str, ...]:
+def _warnings(
+    settings: MetricsConfig, folder: ChunkFolder, reference: Reference, scores: Scores, *, further: bool
+) -> tuple[str, ...]:
     dim = len(reference.pool.mean)
     labels, logits = read_rows(folder, "labels"), read_rows(folder, "logits")
     found = sample_warnings(folder.total, dim, settings.is_split, labels, logits, scores.is_mean)
@@ -225,10 +265,10 @@ def _warnings(settings: MetricsConfig, folder: ChunkFolder, reference: Reference
             "sharpness changes every score"
         )
     if reference.features is None:
-        found.append("the reference has no images: no precision, recall and KID")
-    if scores.sfid is None:
+        found.append("the reference has no images: no precision, recall, density, coverage, KID and MIND")
+    if scores.sfid is None and not further:
         found.append("no spatial features on both sides: no sFID")
-    if scores.is_mean is None:
+    if scores.is_mean is None and not further:
         found.append("the extractor has no logits: no Inception Score")
     machines = folder.made_on()
     if len(machines) > 1:
@@ -246,14 +286,20 @@ def _results(
     scores: Scores,
     warnings: tuple[str, ...],
     run: ScoringRun,
+    representations: dict[str, Representation],
+    validation: ValidationFD | None,
 ) -> Results:
     samples = _settings(folder)
-    determined = {
+    determined: dict[str, Any] = {
         "samples": samples,
-        "reference": {key: reference.provenance[key] for key in ("data", "extractor", "batch", "reference_images")},
-        "metrics": config.to_dict(recipe.metrics),
+        "reference": _determined(reference.provenance),
+        "metrics": Scores.settings_in_hash(recipe.metrics),
     }
-    return Results(
+    if representations:
+        determined["representations"] = {name: _determined(r.reference) for name, r in representations.items()}
+    if validation is not None:
+        determined["validation"] = config.to_dict(validation)
+    results = Results(
         name=recipe.name,
         id=config.digest(determined),
         scores=scores,
@@ -272,7 +318,28 @@ def _results(
         },
         run=run,
         proof=read_proofs(folder),
+        extractor=short_name(recipe.extractor),
+        representations=representations,
+        validation=validation,
     )
+    return _with_ratio(results)
+
+
+def _with_ratio(results: Results) -> Results:
+    """The results with FDr, the mean ratio over all networks (arXiv 2604.28190); or with a warning for want of one."""
+    if results.validation is None:
+        return results
+    ratios = results.fd_ratios
+    if missing := [name for name in (str(results.extractor), *results.representations) if name not in ratios]:
+        text = f"no FDr: validation has no number for {', '.join(missing)}"
+        return dataclasses.replace(results, warnings=(*results.warnings, text))
+    scores = dataclasses.replace(results.scores, fdr=statistics.fmean(ratios.values()))
+    return dataclasses.replace(results, scores=scores)
+
+
+def _determined(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What determines a reference, without paths."""
+    return {key: provenance[key] for key in ("data", "extractor", "batch", "reference_images")}
 
 
 def _settings(folder: ChunkFolder) -> dict[str, Any]:

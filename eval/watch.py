@@ -6,16 +6,22 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval import generate
 from eval.features.make import make_extractor
 from eval.recipe import EvalRecipe
-from eval.results import Results, ScoreRow
+from eval.reference import load_judges
+from eval.results import Results, ScoreRow, read_table
 from eval.score import score
 from sfd_scale import config, export
+from sfd_scale.data.manifest import Manifest
+from sfd_scale.diffusion.guidance import NoGuidance
 from sfd_scale.export import WeightsChoice
+from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
@@ -25,11 +31,17 @@ from sfd_scale.runtime.run_paths import RESULTS, EvaluationPaths
 from sfd_scale.training.metrics_writer import log_scores
 
 logger = logging.getLogger(__name__)
-RECIPE, SOURCE = "recipe.json", "checkpoint"
+RECIPE, SOURCE, EPOCHS = "recipe.json", "checkpoint", "epochs_to_fid.json"
 
 
 def watch(
-    recipe: EvalRecipe, folder: Path, out: Path | None = None, *, interval: float = 60.0, once: bool = False
+    recipe: EvalRecipe,
+    folder: Path,
+    out: Path | None = None,
+    *,
+    interval: float = 60.0,
+    once: bool = False,
+    fid_targets: Sequence[float] = (),
 ) -> None:
     """Evaluate every checkpoint of a run folder that has no results yet, oldest first, until the run's last step.
 
@@ -38,12 +50,19 @@ def watch(
     Scores in the default folder also go to the W&B run of the training: the training sends them while it runs,
     otherwise this command does.
 
+    Args:
+        fid_targets: values k of EP_FID@k, the epochs until the unguided FID is k or less. They are logged after each
+            evaluation and written to epochs_to_fid.json.
+
     Raises:
-        ValueError: if `folder` is not a run folder, or `out` has results of other settings.
+        ValueError: if `folder` is not a run folder, or `out` has results of other settings; for `fid_targets` with
+            guidance.
         TimeoutError: if the run saves no checkpoint for SFD_WATCH_TIMEOUT.
     """
     run = RunFolder(folder)
     training, scores = run.recipe, run.evaluations if out is None else EvaluationPaths(out)
+    if fid_targets and not isinstance(recipe.guidance, NoGuidance):
+        raise ValueError(f"--ep-fid: of unguided samples, but guidance.kind is {recipe.guidance.kind}; allowed: none")
     _check_recipe(recipe, scores)
     limit, idle_since = limit_s(WATCH), time.monotonic()
     while True:
@@ -54,6 +73,8 @@ def watch(
             _evaluate(recipe, run, scores, todo[0], saved[todo[0]])
             if distributed.is_main():
                 write_atomically(scores.table, table(scores))
+        if distributed.is_main() and fid_targets:
+            _report_epochs(training, scores, fid_targets)
         if distributed.is_main() and not run.in_use:
             log_scores(run, training.wandb)
         if todo:
@@ -100,7 +121,8 @@ def _check_recipe(recipe: EvalRecipe, out: EvaluationPaths) -> None:
         if distributed.is_main():
             write_json(file, now)
         return
-    before = read_json(file)
+    # An earlier release did not know all settings: what it left out has its default.
+    before, now = (config.with_defaults(EvalRecipe, settings) for settings in (read_json(file), now))
     if different := config.differences(before, now):
         names = ", ".join(different)
         raise ValueError(f"{out.path}: its scores are of another recipe ({names} differ); allowed: another --out")
@@ -132,11 +154,53 @@ def _evaluate(recipe: EvalRecipe, run: RunFolder, out: EvaluationPaths, step: in
     own = dataclasses.replace(recipe, checkpoint=weights)
     own = generate.with_recorded_batch(own, folder, *out.step_folders())
     extractor = make_extractor(own.extractor, device)
-    generate.generate(own, folder, generate.prepare(own, device, extractor))
-    results = score(own, folder, folder / RESULTS, extractor)
+    judges = load_judges(own, device)
+    further = {name: judge.extractor for name, judge in judges.items()}
+    generate.generate(own, folder, generate.prepare(own, device, extractor, further=further))
+    results = score(own, folder, folder / RESULTS, extractor, judges=judges)
     if distributed.is_main():
         remove(weights)  # the run has the checkpoint, and the exports of all steps would fill the disk
         logger.info("%s, step %d: FID %.4g", run.path, step, results.scores.fid)
+
+
+@dataclass(frozen=True)
+class EpochsToFID:
+    """EP_FID@k (arXiv 2605.18324): the epochs of the first evaluated checkpoint whose unguided FID is k or less.
+
+    target: k. epochs, step, fid: of that checkpoint; None if no checkpoint reached k yet.
+    after: the epochs of the checkpoint before it. The true number lies between the two.
+    """
+
+    target: float
+    epochs: float | None
+    step: int | None
+    fid: float | None
+    after: float
+
+
+def epochs_to_fid(rows: Sequence[ScoreRow], target: float, steps_per_epoch: float) -> EpochsToFID:
+    """EP_FID@`target` of the scored checkpoints of a run (arXiv 2605.18324)."""
+    after = 0.0
+    for row in sorted(rows, key=lambda row: row.step):
+        if row.scores.fid is not None and row.scores.fid <= target:
+            return EpochsToFID(target, row.step / steps_per_epoch, row.step, row.scores.fid, after)
+        after = row.step / steps_per_epoch
+    return EpochsToFID(target, None, None, None, after)
+
+
+def _report_epochs(training: TrainRecipe, out: EvaluationPaths, targets: Sequence[float]) -> None:
+    images = Manifest.read(training.data.path).num_samples
+    rows = read_table(out.table)
+    found = [epochs_to_fid(rows, target, images / training.train.global_batch) for target in targets]
+    write_json(out.path / EPOCHS, [dataclasses.asdict(value) for value in found])
+    for value in found:
+        if value.epochs is None:
+            logger.info("EP_FID@%g: not reached after %.4g epochs", value.target, value.after)
+        else:
+            logger.info(
+                "EP_FID@%g: %.4g epochs (step %d, FID %.4g); the checkpoint before has %.4g epochs",
+                value.target, value.epochs, value.step, value.fid, value.after,
+            )  # fmt: skip
 
 
 def table(out: EvaluationPaths) -> str:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sfd_scale.runtime.settings import at_least
+
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+Pooling = Literal["token", "avg", "map"]
 INCEPTION_GRID = (17, 17, 7)  # rows, columns and channels of the spatial features
 
 
@@ -75,16 +78,45 @@ class TimmExtractorConfig:
     model, weights, mean, std: as for `tokenizer.vision.kind: timm`. Weights have to be given.
     block: a module whose output, averaged over its positions, gives the pooled features, without logits; null for the
         input of the classifier. A block with fewer channels needs fewer samples.
-    input_size: the side to which images are resized, bicubic without anti-aliasing.
+    input_size: the side to which images are resized; null for that of the network's config in timm. Where it is no
+        multiple of the patch, zeros are added.
+    pooling: null for the input of the classifier. `token` is the class token, `avg` the mean of the patches or places,
+        `map` the attention pooling of SigLIP; these give no logits.
+    interpolation, antialias: of the resize.
     """
 
     model: str
     weights: Path
     block: str | None = None
-    input_size: int = 224
+    input_size: int | None = 224
+    pooling: Pooling | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     kind: Literal["timm"] = "timm"
+
+    def __post_init__(self) -> None:
+        at_least(self, input_size=1)
+        if self.block is not None and self.pooling not in (None, "avg"):
+            raise ValueError(f"pooling: {self.pooling}, with a block; allowed: avg")
+        if self.interpolation == "bilinear" and not self.antialias:
+            raise ValueError("interpolation: bilinear, with antialias false; allowed: bicubic, or antialias true")
+
+
+PresetName = Literal["convnextv2_b", "dinov2_l", "dinov3_l", "mae_l", "siglip2", "clip_l"]
+ExtractorName = Literal["inception", PresetName]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetConfig:
+    """A network of timm under a short name, with the settings of FD-loss (arXiv 2604.28190).
+
+    weights: a safetensors or torch file of timm or of the network's official code.
+    """
+
+    kind: PresetName
+    weights: Path
 
 
 def _check_url(url: str | None, sha256: str | None) -> None:
@@ -100,4 +132,6 @@ class ConvNetConfig:
     kind: Literal["convnet"] = "convnet"
 
 
-ExtractorConfig = InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2ExtractorConfig | TimmExtractorConfig
+ExtractorConfig = (
+    InceptionConfig | RegisteredConfig | ConvNetConfig | DINOv2ExtractorConfig | TimmExtractorConfig | PresetConfig
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,34 @@ def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
 
 def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
     """Features of all images, computed once by all ranks. The folder in `cache` is named by their settings."""
+    return extract_all(images, [extractor], batch, cache)[0]
+
+
+def extract_all(images: Images, extractors: Sequence[LazyExtractor], batch: int, cache: Path) -> list[ChunkFolder]:
+    """Features of several extractors, a folder for each. Images are read once for all extractors that lack them."""
+    folders = [_open_for(images, extractor, batch, cache) for extractor in extractors]
+    todo = distributed.broadcast_object([bool(folder.missing()) for folder in folders])
+    missing = [pair for pair, lacks in zip(zip(folders, extractors, strict=True), todo, strict=True) if lacks]
+    needed = {folder: extractor.get() for folder, extractor in missing}
+    if not needed:
+        return folders
+
+    def produce(chunk: int) -> tuple[chunks.Finish, dict[str, Any]]:
+        pixels, labels = images.rows(folders[0].rows(chunk))
+        known = {} if labels is None else {"labels": labels}
+
+        def finish() -> dict[ChunkFolder, dict[str, Tensor]]:
+            found = extract_missing(needed, pixels, chunk, batch)
+            return {folder: {**tensors, **known} for folder, tensors in found.items()}
+
+        return finish, {}
+
+    chunks.run(list(needed), produce, "features", "images")
+    return folders
+
+
+def _open_for(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -> ChunkFolder:
+    """The folder in `cache` for the features of an extractor. All ranks have to call this."""
     config = {
         "kind": "extracted",
         "images": images.fingerprint,
@@ -95,21 +123,19 @@ def extract(images: Images, extractor: LazyExtractor, batch: int, cache: Path) -
     folder = ChunkFolder(cache / f"features-{digest(config)[:16]}", images.count, batch)
     if distributed.is_main():
         folder.require_settings(config)
-    if not distributed.broadcast_object(folder.missing() if distributed.is_main() else None):
-        return folder
-    network = extractor.get()
-
-    def produce(chunk: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]:
-        pixels, labels = images.rows(folder.rows(chunk))
-
-        def finish() -> dict[str, Tensor]:
-            features = extract_padded(network, pixels, batch)
-            return features if labels is None else {**features, "labels": labels}
-
-        return finish, {}
-
-    chunks.run(folder, produce, "features", "images")
+    distributed.barrier()
     return folder
+
+
+def extract_missing(
+    networks: Mapping[ChunkFolder, Extractor], images: Tensor, chunk: int, batch: int
+) -> dict[ChunkFolder, dict[str, Tensor]]:
+    """Features of the images of a chunk, by the network of each folder that lacks the chunk."""
+    return {
+        folder: extract_padded(network, images, batch)
+        for folder, network in networks.items()
+        if not folder.is_whole(chunk)
+    }
 
 
 def extract_padded(extractor: Extractor, images: Tensor, batch: int) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 
 from eval.features.config import (
@@ -9,11 +12,13 @@ from eval.features.config import (
     DINOv2ExtractorConfig,
     ExtractorConfig,
     InceptionConfig,
+    PresetConfig,
     RegisteredConfig,
     TimmExtractorConfig,
 )
 from eval.features.downloads import fetch, load_state
 from eval.features.extractor import Extractor, LazyExtractor
+from eval.features.presets import timm_config
 from sfd_scale.runtime.files import file_sha256
 from sfd_scale.tokenizers.timm_network import weights_path
 
@@ -21,6 +26,11 @@ from sfd_scale.tokenizers.timm_network import weights_path
 def make_extractor(config: ExtractorConfig, device: torch.device) -> LazyExtractor:
     """The extractor, to be built when it is needed."""
     return LazyExtractor(fingerprint(config), lambda: build_extractor(config, device))
+
+
+def make_extractors(configs: Mapping[str, ExtractorConfig], device: torch.device) -> dict[str, LazyExtractor]:
+    """Several extractors by name, each to be built when it is needed."""
+    return {name: make_extractor(config, device) for name, config in configs.items()}
 
 
 def fingerprint(config: ExtractorConfig) -> str:
@@ -34,11 +44,22 @@ def fingerprint(config: ExtractorConfig) -> str:
             return f"dinov2:{config.model}:{_weights_hash(config)}"
         case TimmExtractorConfig():
             settings = f"{config.block}:{config.input_size}:{config.mean}:{config.std}"
-            return f"timm:{config.model}:{settings}:{file_sha256(weights_path(config.weights))}"
+            if config.pooling is not None or config.antialias:
+                settings += f":{config.pooling}:{config.interpolation}:{config.antialias}"
+            return f"timm:{config.model}:{settings}:{file_sha256(_weights_file(config))}"
         case RegisteredConfig():
             code = [] if config.module is None else [config.module]
             weights = _weights_hash(config)
             return ":".join([*code, config.name, config.pooled, str(config.spatial), str(config.logits), weights])
+        case PresetConfig():
+            return fingerprint(timm_config(config))
+
+
+def _weights_file(config: TimmExtractorConfig) -> Path:
+    path = weights_path(config.weights)
+    if not path.is_file():
+        raise ValueError(f"extractor.weights: {path} does not exist; allowed: a file of {config.model}")
+    return path
 
 
 def _weights_hash(config: RegisteredConfig | DINOv2ExtractorConfig) -> str:
@@ -75,3 +96,5 @@ def build_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
             from eval.features.registered import RegisteredFeatures
 
             return RegisteredFeatures(config, device, fingerprint(config))
+        case PresetConfig():
+            return build_extractor(timm_config(config), device)

@@ -31,8 +31,8 @@ class Score:
     in_curves: whether it is drawn over the steps of a training.
     compute: how it is computed, with the other scores that come of the same computation; None: it is one of those.
     influence: how much each image moves it, for the intervals of `eval compare`; None: it is not compared.
-    settings: fields of MetricsConfig that files of the first release lack, as they lack the score. A file leaves them
-        out if the score is missing.
+    later: whether files of the first release lack the score. A file leaves it out if it is missing.
+    settings: fields of MetricsConfig that come with such a score. A file leaves them out with it.
     key: in results.json, results.jsonl and W&B; the name of the field.
     """
 
@@ -45,6 +45,7 @@ class Score:
     in_curves: bool = True
     compute: Prepare | None = None
     influence: InfluenceOf | None = None
+    later: bool = False
     settings: tuple[str, ...] = ()
     key: str = ""
 
@@ -100,16 +101,21 @@ class Scores:
         )
     )  # fmt: skip
     kid_std: float | None = None
-    mind: float | None = _shown(Score(title="MIND", better="lower", form=".2f", compute=compute.monge, settings=_MIND))
+    mind: float | None = _shown(
+        Score(title="MIND", better="lower", form=".2f", compute=compute.monge, later=True, settings=_MIND)
+    )
     density: float | None = _shown(
         Score(
             title="Density", better="higher", form=".3f", compute=compute.density, influence=influence.density,
-            settings=_DENSITY, in_curves=False,
+            later=True, settings=_DENSITY, in_curves=False,
         )
     )  # fmt: skip
     coverage: float | None = _shown(
-        Score(title="Coverage", better="higher", form=".3f", influence=influence.coverage, settings=_DENSITY)
+        Score(
+            title="Coverage", better="higher", form=".3f", influence=influence.coverage, later=True, settings=_DENSITY
+        )
     )
+    fdr: float | None = _shown(Score(title="FDr", better="lower", form=".3f", later=True))
 
     def by_key(self) -> dict[str, float | None]:
         """Every value by its key, in order."""
@@ -117,12 +123,20 @@ class Scores:
 
     def as_json(self) -> dict[str, float | None]:
         """The values as files hold them."""
-        later = {score.key for score in SCORES if score.settings}
+        later = {score.key for score in SCORES if score.later}
         return {key: value for key, value in self.by_key().items() if value is not None or key not in later}
 
     def settings_left_out(self) -> set[str]:
         """The fields of MetricsConfig that belong to missing scores, and that files leave out with them."""
         return {name for score in SCORES if self.of(score) is None for name in score.settings}
+
+    @staticmethod
+    def settings_in_hash(settings: MetricsConfig) -> dict[str, Any]:
+        """The settings that the id of results is a hash of. Those of later scores count if they are not the default."""
+        later = {name for score in SCORES for name in score.settings}
+        default = MetricsConfig()
+        values = {value.name: getattr(settings, value.name) for value in dataclasses.fields(settings)}
+        return {key: value for key, value in values.items() if key not in later or value != getattr(default, key)}
 
     def of(self, score: Score) -> float | None:
         """The value of a score, in its own unit: without the factor."""

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from eval.generate import LoadModel, PreparedGeneration, load_model
 from eval.metrics.reference import Reference
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe, LabelFile
-from eval.reference import load_reference
+from eval.reference import Judge, load_judges, load_reference
 from eval.results import PAIRING, Results
 from eval.score import score
 from sfd_scale import config
@@ -30,7 +30,17 @@ from sfd_scale.runtime.output import plain_console
 from sfd_scale.runtime.run_paths import RESULTS
 
 logger = logging.getLogger(__name__)
-_COMMON = ("extractor", "extractor_batch", "reference", "metrics", "cache")  # the same in all cells
+_COMMON = (
+    "extractor",
+    "extractors",
+    "extractor_weights",
+    "extractor_batch",
+    "reference",
+    "references",
+    "validation",
+    "metrics",
+    "cache",
+)  # the same in all cells
 MODELS = 2  # in memory: a checkpoint and a guidance model
 
 
@@ -107,6 +117,7 @@ class Shared:
     device: torch.device
     extractor: LazyExtractor
     reference: Reference
+    judges: Mapping[str, Judge]
     load: LoadModel
 
     @classmethod
@@ -114,11 +125,13 @@ class Shared:
         """Of the cells of a recipe. Computes the reference. All ranks have to call this."""
         device = distributed.device()
         extractor = make_extractor(recipe.extractor, device) if extractor is None else extractor
-        return cls(device, extractor, load_reference(recipe, extractor), functools.lru_cache(MODELS)(load_model))
+        reference, judges = load_reference(recipe, extractor), load_judges(recipe, device)
+        return cls(device, extractor, reference, judges, functools.lru_cache(MODELS)(load_model))
 
     def prepare(self, recipe: EvalRecipe) -> PreparedGeneration:
         """The models of a recipe, which stay in memory for the next cell."""
-        return generate.prepare(recipe, self.device, self.extractor, self.load)
+        further = {name: judge.extractor for name, judge in self.judges.items()}
+        return generate.prepare(recipe, self.device, self.extractor, self.load, further)
 
 
 def scored(todo: Sequence[Cell], out: Path, shared: Shared) -> Iterator[Row]:
@@ -132,7 +145,7 @@ def scored(todo: Sequence[Cell], out: Path, shared: Shared) -> Iterator[Row]:
             # `batch: auto` finds the batch of the first cell; all others take it.
             own = generate.with_recorded_batch(cell.recipe, folder, *folders)
             generate.generate(own, folder, shared.prepare(own))
-            results = score(cell.recipe, folder, folder / RESULTS, shared.extractor, shared.reference)
+            results = score(cell.recipe, folder, folder / RESULTS, shared.extractor, shared.reference, shared.judges)
         yield Row(cell.settings, results.scores, results.nfe, str(folder))
 
 

@@ -28,8 +28,10 @@ from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.weight_files import open_safetensors
 
 logger = logging.getLogger(__name__)
-Produce = Callable[[int], tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]]
-"""Chunk number → a function that returns its tensors, called in another thread; and numbers for the progress bar."""
+Finish = Callable[[], Mapping["ChunkFolder", Mapping[str, Tensor]]]
+"""The tensors of a chunk, for each folder that lacks it. Called in another thread."""
+Produce = Callable[[int], tuple[Finish, dict[str, Any]]]
+"""Chunk number → the function that returns its tensors; and numbers for the progress bar."""
 
 
 def made_on() -> str:
@@ -131,18 +133,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> int:
-    """Fill the folder, on all ranks together; returns how many rows were missing at the start.
+def run(folders: Sequence[ChunkFolder], produce: Produce, description: str, unit: str) -> int:
+    """Fill the folders, on all ranks together; returns how many rows were missing at the start.
 
-    A thread finishes and writes a chunk while the next one is computed. Every rank returns when all chunks are
-    committed.
+    The folders have the same rows in the same chunks. A chunk is done when all folders have it. A thread finishes and
+    writes a chunk while the next one is computed. Every rank returns when all chunks are committed.
 
     Raises:
         ValueError: if a chunk of this job is missing in the end. A second start continues.
     """
-    first = None
-    for place in (folder.path, folder.path / "chunks"):
+    first, folder = None, folders[0]
+    assert all((other.total, other.size) == (folder.total, folder.size) for other in folders)
+    for place in (path for other in folders for path in (other.path, other.path / "chunks")):
         remove_temporary_files(place)
+
+    def is_whole(chunk: int) -> bool:
+        return all(other.is_whole(chunk) for other in folders)
 
     def done(missing: Sequence[int]) -> int:
         return folder.total - sum(len(folder.rows(chunk)) for chunk in missing)
@@ -151,14 +157,14 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
         Claims(folder.path / "claims") as claims, progress(folder.total, description, unit) as bar,
         ThreadPoolExecutor(1) as writer,
     ):  # fmt: skip
-        for todo, mine in claims.rounds(folder.count, folder.is_whole):
+        for todo, mine in claims.rounds(folder.count, is_whole):
             first = todo if first is None else first
             bar.skip(done(todo) - bar.done)
             pending: Future[None] | None = None
             for chunk in mine:
                 finish, fields = produce(chunk)
                 _wait_for(pending)
-                pending = writer.submit(_complete, folder, chunk, finish)
+                pending = writer.submit(_complete, chunk, finish)
                 # Rank 0 draws the bar, which counts the work of all ranks, when it has a result of its own.
                 bar.advance(done(claims.unclaimed(todo)) - bar.done, fields)
             _wait_for(pending)
@@ -167,8 +173,9 @@ def run(folder: ChunkFolder, produce: Produce, description: str, unit: str) -> i
     return folder.total - done(first or [])
 
 
-def _complete(folder: ChunkFolder, chunk: int, finish: Callable[[], dict[str, Tensor]]) -> None:
-    folder.commit(chunk, finish())
+def _complete(chunk: int, finish: Finish) -> None:
+    for folder, tensors in finish().items():
+        folder.commit(chunk, tensors)
 
 
 def _wait_for(pending: Future[None] | None) -> None:

@@ -84,7 +84,9 @@ def test_the_table_of_the_release_is_written_again_line_by_line() -> None:
     assert [row.step for row in rows] == [2, 4]
     assert "".join(f"{json.dumps(row.as_json())}\n" for row in rows) == table.read_text()
     last = Results.read(table.with_name("step-00000004"))
-    assert ScoreRow.of(last) == rows[1]
+    now = ScoreRow.of(last)
+    assert dataclasses.replace(now, labels=None, reference=None, evaluator=None) == rows[1]
+    assert (now.labels, now.reference) == ("balanced", last.reference["data"])
 
 
 def test_a_damaged_line_of_the_table_is_named(tmp_path: Path) -> None:
@@ -100,7 +102,10 @@ def test_a_damaged_line_of_the_table_is_named(tmp_path: Path) -> None:
 
 def test_the_best_value_follows_the_direction_of_the_score() -> None:
     best = {score.key: score.best([2.0, None, 1.0, 3.0]) for score in SCORES}
-    lower, higher = ("fid", "sfid", "kid_mean", "mind"), ("is_mean", "precision", "recall", "density", "coverage")
+    lower, higher = (
+        ("fid", "sfid", "kid_mean", "mind", "fdr"),
+        ("is_mean", "precision", "recall", "density", "coverage"),
+    )
     assert best == dict.fromkeys(lower, 1.0) | dict.fromkeys(higher, 3.0)
     assert SCORES[0].best([None]) is None
 
@@ -110,9 +115,20 @@ def test_scores_are_shown_in_their_unit_with_their_deviation() -> None:
     shown = {score.title: scores.text(score) for score in SCORES}
     assert shown == {
         "FID": "4.57", "sFID": "–", "IS": "8.12 ± 0.25", "Precision": "–", "Recall": "–", "KID·10³": "12.30",
-        "MIND": "–", "Density": "–", "Coverage": "–",
+        "MIND": "–", "Density": "–", "Coverage": "–", "FDr": "–",
     }  # fmt: skip
-    assert [scores.text(score, ".4g") for score in SCORES] == ["4.567", "–", "8.125", "–", "–", "12.3", "–", "–", "–"]
+    assert [scores.text(score, ".4g") for score in SCORES] == [
+        "4.567",
+        "–",
+        "8.125",
+        "–",
+        "–",
+        "12.3",
+        "–",
+        "–",
+        "–",
+        "–",
+    ]
 
 
 def test_the_table_names_scores_of_results_alone() -> None:

@@ -21,6 +21,7 @@ from eval.images.outputs import OutputsConfig
 from eval.metrics import precision_recall as neighbours
 from eval.metrics.config import MetricsConfig
 from eval.recipe import EvalRecipe
+from eval.reference import Judge, load_reference
 from eval.results import Results
 from eval.work.chunks import ChunkFolder
 from sfd_scale.diffusion.conditioning import ClassLabels
@@ -56,6 +57,20 @@ class TinyExtractor:
         maps = torch.nn.functional.adaptive_avg_pool2d(maps, 4)
         pool = maps.mean((2, 3))
         return Features(pool, maps[:, :7].permute(0, 2, 3, 1).flatten(1), pool @ self.head)
+
+
+class SmallerExtractor:
+    """Another network without spatial features and logits: means and deviations of the channels, pool 6."""
+
+    fingerprint = "smaller:1"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, images: Tensor) -> Features:
+        self.calls.append(len(images))
+        pixels = images.float() / 255
+        return Features(torch.cat([pixels.mean((2, 3)), pixels.std((2, 3))], dim=1), None, None)
 
 
 def decode(latents: Tensor) -> Tensor:
@@ -105,7 +120,16 @@ def lazy(extractor: TinyExtractor | None = None) -> LazyExtractor:
     return LazyExtractor(TinyExtractor.fingerprint, lambda: extractor or TinyExtractor())
 
 
-def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes: Any) -> PreparedGeneration:
+def lazy_further(extractor: SmallerExtractor | None = None) -> dict[str, LazyExtractor]:
+    return {"smaller": LazyExtractor(SmallerExtractor.fingerprint, lambda: extractor or SmallerExtractor())}
+
+
+def job(
+    settings: EvalRecipe,
+    extractor: TinyExtractor | None = None,
+    further: dict[str, LazyExtractor] | None = None,
+    **changes: Any,
+) -> PreparedGeneration:
     """The generation job that `prepare` would return, with the tiny model."""
     config = {
         "kind": "generated", "extractor": TinyExtractor.fingerprint, "num_samples": settings.num_samples,
@@ -113,7 +137,9 @@ def job(settings: EvalRecipe, extractor: TinyExtractor | None = None, **changes:
     }  # fmt: skip
     drawn = sampler(settings.batch, settings.seed, **changes)
     conditioning = ClassLabels(CLASSES)
-    return PreparedGeneration(drawn, make_labels(settings, conditioning), conditioning, lazy(extractor), config)
+    return PreparedGeneration(
+        drawn, make_labels(settings, conditioning), conditioning, lazy(extractor), config, further or {}
+    )
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -123,6 +149,14 @@ def whole_run(settings: EvalRecipe, out: Path) -> Results:
     """Generate and score with the tiny extractor."""
     generate.generate(settings, out, job(settings))
     return scoring.score(settings, out, out / "results.json", lazy())
+
+
+def with_further(settings: EvalRecipe, out: Path) -> Results:
+    """Generate and score with two extractors, and keep the scores of both."""
+    further = lazy_further()
+    generate.generate(settings, out, job(settings, further=further))
+    judges = {name: Judge(own, load_reference(settings, own, name)) for name, own in further.items()}
+    return scoring.score(settings, out, out / "results.json", lazy(), judges=judges)
 
 
 def killed_run(settings: EvalRecipe, out: Path, dying: int, after: int) -> None:

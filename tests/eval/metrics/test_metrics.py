@@ -71,6 +71,17 @@ def test_frechet_equals_scipy_and_torch_fidelity() -> None:
     assert ours == pytest.approx(theirs, abs=1e-8)
 
 
+def test_frechet_equals_the_definition_of_fd_loss() -> None:
+    """FD-loss (arXiv 2604.28190) takes the trace from the eigenvalues of S^½ Σ S^½, S the reference's covariance."""
+    a, b = features(500, 64, 0).double().numpy(), features(700, 64, 1, shift=0.2).double().numpy()
+    own, real = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(real)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ own @ root).clip(min=0)).sum()
+    theirs = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(own) + np.trace(real) - 2 * trace
+    assert distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(theirs, abs=1e-6)
+
+
 def test_frechet_with_dead_features_and_few_samples() -> None:
     a, b = features(500, 64, 0), features(500, 64, 1, shift=0.2)
     a[:, 10:20], b[:, 10:20] = 0, 0
