@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -371,6 +373,28 @@ def test_a_stop_is_passed_on_once_and_waits_for_every_save(tmp_path: Path) -> No
     beside.send_signal(signal.SIGTERM)
     assert beside.wait(timeout=60) == 75
     assert (tmp_path / "saved").read_text() == "1"
+
+
+def test_a_process_that_does_not_stop_is_killed_after_the_limit(tmp_path: Path) -> None:
+    deaf = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open(f'{sys.argv[1]}/up{os.getpid()}', 'w').close()\n"
+        "time.sleep(100)"
+    )
+    parent = (
+        "import sys; from eval.work.processes import run_in_parallel\n"
+        "sys.exit(run_in_parallel([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
+    )
+    beside = subprocess.Popen(
+        [sys.executable, "-c", parent, deaf, str(tmp_path)], env={**os.environ, "SHUTDOWN_TIMEOUT": "1"}
+    )
+    while len(found := list(tmp_path.glob("up*"))) < 2:
+        assert beside.poll() is None
+        time.sleep(0.05)
+    beside.send_signal(signal.SIGTERM)
+    assert beside.wait(timeout=60) == 75
+    assert not any(psutil.pid_exists(int(file.name.removeprefix("up"))) for file in found)
 
 
 def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) -> None:
