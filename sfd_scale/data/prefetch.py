@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 KEEP_STEPS = 16  # for which a shard stays after its last use: other ranks of the node may be some steps behind
 _MEASURED_EPOCHS = 2  # in which the shards in use at the same time are counted; the epochs differ by a few shards
 THREADS, THREADS_PER_NODE = 8, 64
+# The thread that plans runs code of PyTorch, and ends after a step of the plan. The others may wait for a server.
+_PLAN_END_S, _FETCH_END_S = 30.0, 2.0
 _RETRY_S = 0.2  # until a shard that another process downloads is looked at again
 
 
@@ -57,8 +59,8 @@ class ShardSchedule:
         self._uses: dict[int, ShardUses] = {}
         self._lock = threading.Lock()
 
-    def plan(self, first_step: int, data_step: Callable[[int], int]) -> Iterator[tuple[int, str]]:
-        """(training step, name of a shard) in the order of this rank's first need in each epoch, without end.
+    def plan(self, first_step: int, data_step: Callable[[int], int]) -> Iterator[tuple[int, list[str]]]:
+        """Each training step, and the shards that this rank needs in it for the first time in its epoch, without end.
 
         Args:
             data_step: training step → data step.
@@ -68,10 +70,9 @@ class ShardSchedule:
             epoch, ids = self.order.batch(data_step(step))
             if epoch != seen_epoch:
                 seen, seen_epoch = set(), epoch
-            for number in dict.fromkeys(self.order.shards(ranks_part(ids, self.split, self.rank)).tolist()):
-                if number not in seen:
-                    seen.add(number)
-                    yield step, self.names[number]
+            numbers = dict.fromkeys(self.order.shards(ranks_part(ids, self.split, self.rank)).tolist())
+            yield step, [self.names[number] for number in numbers if number not in seen]
+            seen.update(numbers)
 
     def next_use(self, name: str) -> float:
         """The data step in which this node needs a shard next; math.inf if that is not in this epoch or the next.
@@ -108,11 +109,13 @@ class ShardPrefetcher:
     Processes of a node share the work: a shard that another process downloads is left to it.
 
     Args:
-        plan: (step, name of a shard) in the order of need, without end.
+        plan: each step, and the shards that are needed in it for the first time, without end.
         node_ranks: the number of ranks on this node; each downloads its part of the bytes ahead.
     """
 
-    def __init__(self, cache: ShardCache, plan: Iterator[tuple[int, str]], first_step: int, node_ranks: int) -> None:
+    def __init__(
+        self, cache: ShardCache, plan: Iterator[tuple[int, list[str]]], first_step: int, node_ranks: int
+    ) -> None:
         self._cache, self._plan, self._look_ahead = cache, plan, cache.look_ahead // node_ranks
         threads = max(1, min(THREADS, THREADS_PER_NODE // node_ranks))
         self._condition = threading.Condition()
@@ -142,24 +145,30 @@ class ShardPrefetcher:
         with self._condition:
             self._condition.notify_all()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait for the threads after `close`."""
-        end = time.monotonic() + timeout_s
-        for thread in self._threads:
+    def join(self) -> None:
+        """Wait for the threads after `close`, for a limited time."""
+        now = time.monotonic()
+        for number, thread in enumerate(self._threads):
+            end = now + (_FETCH_END_S if number else _PLAN_END_S)
             thread.join(max(0.0, end - time.monotonic()))
 
     def _walk(self) -> None:
-        for step, name in self._plan:
-            size = self._cache.shards[name].bytes or 0
-            with self._condition:
-                while not self._closed.is_set() and not self._has_room(size):
-                    self._condition.wait()
-                if self._closed.is_set():
-                    return
-                self._ahead.append((step, size))
-                self._ahead_bytes += size
-                self._queue.append((0.0, name))
-                self._condition.notify()
+        for step, names in self._plan:
+            if self._closed.is_set():
+                return
+            for name in names:
+                self._queue_shard(step, name)
+
+    def _queue_shard(self, step: int, name: str) -> None:
+        """Give a shard to the threads that download, when it is near enough."""
+        size = self._cache.shards[name].bytes or 0
+        with self._condition:
+            while not self._closed.is_set() and not self._has_room(size):
+                self._condition.wait()
+            self._ahead.append((step, size))
+            self._ahead_bytes += size
+            self._queue.append((0.0, name))
+            self._condition.notify()
 
     def _has_room(self, size: int) -> bool:
         while self._ahead and self._ahead[0][0] <= self._step:
@@ -205,4 +214,4 @@ def _end_threads() -> None:
     for prefetcher in live:
         prefetcher.close()
     for prefetcher in live:
-        prefetcher.join(2.0)
+        prefetcher.join()

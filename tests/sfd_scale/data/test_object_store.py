@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,7 @@ def test_a_training_whose_store_fails_ends_with_one_sentence_and_exit_code_2(
 
 READ_ALL = """
 import sys
+import threading
 from pathlib import Path
 from sfd_scale.data.shards import open_shards
 own = open_shards(Path(sys.argv[1]), sys.argv[2])
@@ -310,3 +312,17 @@ def test_a_killed_process_does_not_hold_up_the_others(remote: tuple[ObjectStore,
     assert not list((tmp_path / ".incoming").iterdir())  # what the dead process left
     assert [own[i]["id"] for i in range(COUNT)] == list(range(COUNT))
     assert check_data(tmp_path) == []
+
+
+def test_the_threads_end_soon_after_a_loader_is_closed(many_shards: tuple[Path, str], tmp_path: Path) -> None:
+    """They end while all shards of an epoch are planned, too: then the plan looks for the next one for many steps."""
+    before = set(threading.enumerate())
+    config = DataConfig(path=tmp_path, remote=str(many_shards[0]), order="window", shuffle_block=64, lanes=8)
+    loader = LatentLoader(config, seed=5, split=BatchSplit(16, 1, 1), rank=0)
+    next(loader.batches(0))
+    started = set(threading.enumerate()) - before
+    assert any(thread.name == "shard-plan" for thread in started)
+    loader.close()
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
