@@ -18,9 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sfd_scale import checkpoint, config
-from sfd_scale.diffusion.adaptive import Dopri5Config
 from sfd_scale.diffusion.conditioning import Conditioning
-from sfd_scale.diffusion.fixed_step import FixedStepConfig, FixedStepMethod
 from sfd_scale.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -31,7 +29,7 @@ from sfd_scale.diffusion.guidance import (
 )
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
-from sfd_scale.diffusion.samplers import SamplerConfig
+from sfd_scale.diffusion.samplers import SamplerConfig, Solver, solver_settings
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, carried_codec, read_note, require_note
 from sfd_scale.models import attention
@@ -171,7 +169,7 @@ class Pipeline:
         count: int | None = None,
         guidance: float | tuple[float, float] | GuidanceConfig = 1.0,
         steps: int = 50,
-        solver: FixedStepMethod | Literal["dopri5"] = "euler",
+        solver: Solver = "euler",
         seed: int = 0,
         batch: int = 16,
         output: Literal["pil", "tensor"] = "pil",
@@ -195,8 +193,7 @@ class Pipeline:
         """
         chosen = self.labels(labels, count)
         config = self.guidance_of(guidance)
-        solution: SamplerConfig
-        solution = Dopri5Config() if solver == "dopri5" else FixedStepConfig(kind=solver, num_steps=steps)
+        solution = solver_settings(solver, steps)
         batch = min(batch, len(chosen))
         images = []
         with bf16_matmul_on_cpu(self.device), _bar(len(chosen), show_progress) as bar:
@@ -369,7 +366,7 @@ def sample_grid(
     seed: int,
     guidance: float | tuple[float, float] = 1.0,
     guide: Path | None = None,
-    solver: FixedStepMethod | Literal["dopri5"] = "euler",
+    solver: Solver = "euler",
     columns: int | None = None,
 ) -> Path:
     """Draw a PNG grid of images; see `Pipeline`.

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sfd_scale.diffusion.adaptive import Dopri5Config
-from sfd_scale.diffusion.fixed_step import FixedStepConfig
+from sfd_scale.diffusion.fixed_step import TABLEAUX, FixedStepConfig, FixedStepMethod
 from sfd_scale.diffusion.flow_ode import FlowODE, SampleResult
 from sfd_scale.diffusion.guidance import Velocity
 from sfd_scale.diffusion.latents import LatentLayout
-from sfd_scale.diffusion.multistep import MultistepConfig
+from sfd_scale.diffusion.multistep import MultistepConfig, MultistepMethod
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 
 SamplerConfig = FixedStepConfig | Dopri5Config | MultistepConfig
+Solver = FixedStepMethod | MultistepMethod | Literal["dopri5"]
+
+
+def solver_settings(solver: Solver, num_steps: int) -> SamplerConfig:
+    """The settings of a solver by its name; dopri5 chooses its own steps.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if solver == "dopri5":
+        return Dopri5Config()
+    if solver in ("ab2", "ab3", "exp_ab2", "exp_ab3"):
+        return MultistepConfig(kind=solver, num_steps=num_steps)
+    if solver in TABLEAUX:
+        return FixedStepConfig(kind=solver, num_steps=num_steps)
+    names = (*TABLEAUX, *get_args(MultistepMethod), "dopri5")
+    raise ValueError(f"solver: {solver}; allowed: {', '.join(names)}")
 
 
 @torch.no_grad()

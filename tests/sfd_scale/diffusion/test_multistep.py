@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sfd_scale.diffusion import multistep
+from sfd_scale.diffusion.fixed_step import TABLEAUX
 from sfd_scale.diffusion.guidance import Velocity
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.multistep import MultistepConfig, MultistepMethod
-from sfd_scale.diffusion.samplers import sample
+from sfd_scale.diffusion.samplers import sample, solver_settings
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 
 LAYOUT = LatentLayout(texture_channels=2, semantic_channels=2, size=2)
@@ -169,3 +170,11 @@ def test_too_few_steps_and_impossible_settings_are_refused() -> None:
     for wrong in ({"num_steps": 0}, {"shift": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             MultistepConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_every_solver_has_settings_by_its_name() -> None:
+    for name in (*TABLEAUX, *METHODS, "dopri5"):
+        settings = solver_settings(name, 7)  # type: ignore[arg-type]
+        assert settings.kind == name and (name == "dopri5" or settings.num_steps == 7)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="solver: rk5; allowed: euler"):
+        solver_settings("rk5", 7)  # type: ignore[arg-type]
