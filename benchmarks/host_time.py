@@ -30,7 +30,11 @@ STEPS = 10  # of a turn
 
 
 class Worker:
-    """A process with one engine of one checkout."""
+    """A process with one engine of one checkout.
+
+    Raises:
+        ValueError: if the package comes from elsewhere, such as an installed one: the checkout has none.
+    """
 
     def __init__(self, checkout: Path, name: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -40,14 +44,17 @@ class Worker:
             [sys.executable, "-P", str(WORKER), name], env=environment, cwd=self._folder.name, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self._wait_for("ready")
+        found = self._wait_for("ready ")
+        if Path(found) != checkout.resolve():
+            self.close()
+            raise ValueError(f"--beside {checkout}: its package sfd_scale was not found; {found} was taken")
 
-    def _wait_for(self, word: str | None = None) -> str:
-        """The next line of the answer; the libraries print lines of their own before `word`."""
+    def _wait_for(self, start: str = "") -> str:
+        """The rest of the next line with this start; libraries print lines of their own before `ready`."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if word is None or line.strip() == word:
-                return line.strip()
+            if line.startswith(start):
+                return line.removeprefix(start).strip()
         raise RuntimeError(f"the worker ended with {self._process.wait()}")
 
     def seconds(self) -> float:

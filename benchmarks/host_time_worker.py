@@ -1,6 +1,7 @@
 """The worker of benchmarks/host_time: makes an engine of the checkout in PYTHONPATH, and steps it on request.
 
-It prints `ready`. Then each line of its input is a number of steps, and its answer the CPU seconds that they took.
+It prints `ready` and the folder of the package. Then each line of its input is a number of steps, and its answer the CPU
+seconds that they took.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import sfd_scale
 from sfd_scale.engines.block_transforms import prepare_blocks
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, make_deepspeed
 from sfd_scale.engines.ema import EMA, EMAConfig
@@ -71,7 +74,7 @@ def main() -> None:
     step = make_step(sys.argv[1])
     for _ in range(5):
         step()
-    print("ready", flush=True)
+    print(f"ready {Path(sfd_scale.__file__).resolve().parents[1]}", flush=True)
     for line in sys.stdin:
         started = time.process_time()
         for _ in range(int(line)):

@@ -60,6 +60,7 @@ class Options:
     quick: bool
     seconds: float | None
     out: Path | None
+    table: bool = True
 
     @property
     def path(self) -> Path | None:
@@ -87,6 +88,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, bool]:
     parser.add_argument("--seconds", type=float, help="time of each part, in place of its own")
     parser.add_argument("--out", type=Path, help="folder of gpu-NAME.json (default on a GPU: benchmarks/results)")
     parser.add_argument("--together", action="store_true", help="all parts in this process, as always on the CPU")
+    parser.add_argument("--no-table", action="store_true", help="print the results, without head and table")
     given = parser.parse_args(arguments)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
@@ -96,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, bool]:
     names = tuple(name for name in PARTS if name in (given.parts or PARTS))
     names = tuple(name for name in names if not given.checks or PARTS[name].check is not None)
     out = given.out or (harness.RESULTS if device.type == "cuda" else None)
-    options = Options(device, names, given.checks, given.quick, given.seconds, out)
+    options = Options(device, names, given.checks, given.quick, given.seconds, out, not given.no_table)
     return options, given.together or device.type == "cpu"
 
 
@@ -104,20 +106,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a comparison or a step failed."""
     options, together = parse(arguments)
     started = time.monotonic()
-    print(describe(options.device), flush=True)
-    difference = support_older_torch()
-    if difference is not None:
-        print(difference, flush=True)
+    heads = [describe(options.device), support_older_torch()]
+    print(*filter(None, heads if options.table else []), sep="\n", flush=True)
     failed: list[str] = []
     results: dict[str, Any] = {}
     for name in options.names:
-        print(f"\n## {name}, at most {options.budget(name):.0f} s\n", flush=True)
+        if options.table:
+            print(f"\n## {name}, at most {options.budget(name):.0f} s\n", flush=True)
         results[name] = _here(options, name) if together else _apart(options, name)
         failed += results[name]["failed"]
-    if len(options.names) > 1 or together:
+    if options.table:
         print(f"\n{table(results)}\n\n{describe(options.device)}; {time.monotonic() - started:.0f} s in total")
         print(f"failed: {'; '.join(failed)}" if failed else "all comparisons hold")
         if options.path is not None:
+            report.write(options.path, _state(options), {})  # with the command of the whole run
             print(f"written to {options.path}")
     return 1 if failed else 0
 
@@ -152,7 +154,7 @@ def _here(options: Options, name: str) -> dict[str, Any]:
 def _apart(options: Options, name: str) -> dict[str, Any]:
     """Run a part in a process of its own; returns its results, also if the process died or had to be ended."""
     assert options.path is not None
-    command = [sys.executable, "-m", "benchmarks.gpu", *options.command(name), "--together"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *options.command(name), "--together", "--no-table"]
     limit = options.budget(name) + GRACE_S
     try:
         code = subprocess.run(command, timeout=limit).returncode
