@@ -1,7 +1,7 @@
 """The worker of benchmarks/host_time: makes an engine of the checkout in PYTHONPATH, and steps it on request.
 
-It prints `ready` and the folder of the package. Then each line of its input is a number of steps, and its answer the CPU
-seconds that they took.
+It prints `ready` and the folder of the package. Then each line of its input is a number of steps, and its
+answer the CPU seconds that they took.
 """
 
 from __future__ import annotations
