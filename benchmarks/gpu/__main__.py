@@ -11,6 +11,7 @@ tries the code with size S.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -93,6 +94,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, bool]:
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
     device = torch.device(given.device)
+    if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # engines take the GPU where there is one
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; give --device cpu to try the code with size S")
     names = tuple(name for name in PARTS if name in (given.parts or PARTS))

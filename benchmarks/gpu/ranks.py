@@ -63,9 +63,38 @@ def run(part: Part, chosen: Workload) -> None:
         part.leave_out("stop and resume", reason)
 
 
-def torchrun(ranks: int, *words: str) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*command, "-m", *words]
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def finish(command: list[str], limit_s: float) -> None:
+    """Run a launcher to its end.
+
+    Raises:
+        RuntimeError: if it fails or takes longer; with the end of what it printed.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(process)
+        log.seek(0)
+        printed = log.read().decode(errors="replace")[-1500:]
+    if code != 0:
+        raise RuntimeError(f"ended after {limit_s:.0f} s" if code is None else f"exit code {code}: {printed}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a launcher that still runs: by SIGTERM, so that it ends its ranks, which have sessions of their own."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 # ------------------------------------------------------------------------------------------------------ engines
@@ -75,18 +104,13 @@ def _engines(part: Part, chosen: Workload, ranks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.jsonl")
         words = json.dumps({"device": chosen.device.type, "depth": chosen.depth, "results": str(results)})
-        left = part.budget_s - part.seconds
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         try:
-            done = subprocess.run(
-                torchrun(ranks, "benchmarks.gpu.ranks", words), capture_output=True, text=True, timeout=left
-            )
-            failure = None if done.returncode == 0 else done.stderr[-2000:]
-        except subprocess.TimeoutExpired:
-            failure = f"stopped after {left:.0f} s"
+            finish([*launcher, "-m", "benchmarks.gpu.ranks", words], part.budget_s - part.seconds)
+        except RuntimeError as failure:
+            part.leave_out("the other engines", str(failure))
         lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
     report(part, [json.loads(line) for line in lines], ranks)
-    if failure is not None:
-        part.leave_out("the other engines", failure)
 
 
 def report(part: Part, found: list[Mapping[str, Any]], ranks: int) -> None:
@@ -207,10 +231,10 @@ def _resume(part: Part, chosen: Workload, ranks: int) -> None:
             for name in ("whole", "stopped")
         }  # fmt: skip
         os.environ["RANKS"] = str(ranks)
-        subprocess.run(commands["whole"], check=True, capture_output=True, timeout=part.budget_s)
+        finish(commands["whole"], part.budget_s - part.seconds)
         code = _stop(commands["stopped"], folder / "stopped" / "metrics.jsonl", part.budget_s)
         part.check("exit code after SIGUSR1 beside the requeue code", abs(code - REQUEUE_EXIT_CODE), 0)
-        subprocess.run(commands["stopped"], check=True, capture_output=True, timeout=part.budget_s)
+        finish(commands["stopped"], part.budget_s)
         rows = [
             [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             for name in ("whole", "stopped")
@@ -221,7 +245,7 @@ def _resume(part: Part, chosen: Workload, ranks: int) -> None:
 
 def _stop(command: list[str], metrics: Path, limit_s: float) -> int:
     """Start a run, send SIGUSR1 to its launcher after some steps, and return its exit code."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + limit_s
     try:
         while process.poll() is None and time.monotonic() < until:
@@ -231,8 +255,7 @@ def _stop(command: list[str], metrics: Path, limit_s: float) -> int:
             time.sleep(0.05)
         return process.wait(max(1.0, until - time.monotonic()))
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -103,7 +104,7 @@ def summary(events: Iterable[Mapping[str, Any]]) -> Summary:
         if kind in ("kernel", "gpu_memcpy", "gpu_memset"):
             kernels.append(event)
         elif kind in ("cuda_runtime", "cuda_driver"):
-            launches[event["args"]["correlation"]] = event["ts"]
+            launches[event.get("args", {}).get("correlation", -1)] = event["ts"]
     if not kernels:
         raise ValueError("the profiler recorded no kernels; its access to the GPU's counters may be restricted")
     kernels.sort(key=lambda event: event["ts"])
@@ -114,8 +115,8 @@ def summary(events: Iterable[Mapping[str, Any]]) -> Summary:
         stop = event["ts"] + event["dur"]
         busy += max(0.0, stop - max(end, event["ts"]))
         end = max(end, stop)
-    numbers = ((event, event["args"]["correlation"]) for event in kernels)
-    ahead = [event["ts"] - launches[number] for event, number in numbers if number in launches] or [float("nan")]
+    numbers = ((event, event.get("args", {}).get("correlation")) for event in kernels)
+    ahead = [event["ts"] - launches[number] for event, number in numbers if number in launches] or [math.nan]
     span = end - kernels[0]["ts"]
     return Summary(span / 1e6, busy / 1e6, len(kernels), groups, statistics.median(ahead) / 1e6, min(ahead) / 1e6)
 

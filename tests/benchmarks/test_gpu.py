@@ -174,6 +174,9 @@ def test_gradients_of_another_arithmetic_are_beyond_the_limit() -> None:
     right = equality.train(QUICK, QUICK.engine())
     again = equality.train(QUICK, QUICK.engine())
     assert right.differs(again) == (0.0, 0.0)
+    # Under FSDP2, whose gradients are shards, as on a GPU.
+    wrapped = dataclasses.replace(QUICK, precision="bf16")
+    assert 0 < equality.train(wrapped, wrapped.engine()).differs(right)[0] < 0.05
     other = equality.train(dataclasses.replace(QUICK, check_batch=2), QUICK.engine())
     gradient, loss = other.differs(right)
     assert gradient > 10 * equality.GRADIENT_FLOOR and loss > equality.LOSS_FLOOR
@@ -208,6 +211,13 @@ def test_the_profile_has_groups_gaps_and_the_lead_of_the_host() -> None:
     assert (found.ahead_median, found.ahead_least) == pytest.approx((1e-4, 1e-4)) and found.kernels == 3
     with pytest.raises(ValueError, match="recorded no kernels"):
         step_profile.summary([launch(0, 1)])
+
+
+def test_a_launcher_that_fails_or_takes_too_long_is_an_error_with_its_last_words() -> None:
+    with pytest.raises(RuntimeError, match="exit code 3: no such thing"):
+        ranks.finish([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], 30)
+    with pytest.raises(RuntimeError, match="ended after 0 s"):
+        ranks.finish([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
 
 
 def test_losses_that_differ_between_engines_fail() -> None:
