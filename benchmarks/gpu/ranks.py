@@ -70,7 +70,8 @@ def finish(command: list[str], limit_s: float) -> None:
     """Run a launcher to its end.
 
     Raises:
-        RuntimeError: if it fails or takes longer; with the end of what it printed.
+        RuntimeError: if it fails; with the end of what it printed.
+        TimeoutError: if it takes longer.
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -82,8 +83,10 @@ def finish(command: list[str], limit_s: float) -> None:
             end(process)
         log.seek(0)
         printed = log.read().decode(errors="replace")[-1500:]
-    if code != 0:
-        raise RuntimeError(f"ended after {limit_s:.0f} s" if code is None else f"exit code {code}: {printed}")
+    if code is None:
+        raise TimeoutError(f"ended after {limit_s:.0f} s")
+    if code:
+        raise RuntimeError(f"exit code {code}: {printed}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -103,14 +106,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def _engines(part: Part, chosen: Workload, ranks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.jsonl")
-        words = json.dumps({"device": chosen.device.type, "depth": chosen.depth, "results": str(results)})
+        words = json.dumps({"depth": chosen.depth, "results": str(results)})
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         try:
             finish([*launcher, "-m", "benchmarks.gpu.ranks", words], part.budget_s - part.seconds)
-        except RuntimeError as failure:
-            part.leave_out("the other engines", str(failure))
-        lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    report(part, [json.loads(line) for line in lines], ranks)
+        finally:
+            lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+            report(part, [json.loads(line) for line in lines], ranks)
 
 
 def report(part: Part, found: list[Mapping[str, Any]], ranks: int) -> None:

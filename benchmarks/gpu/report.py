@@ -76,6 +76,9 @@ class Part:
         except torch.OutOfMemoryError:
             self.leave_out(what, "out of memory")
             return None
+        except TimeoutError as late:
+            self.leave_out(what, str(late))
+            return None
         except Exception as error:  # every step runs for itself
             logger.warning("%s failed", what, exc_info=error)
             self.failures.append(what)

@@ -116,14 +116,22 @@ def test_what_fails_ends_nothing_else_and_every_result_is_in_the_file_at_once(tm
 
     part.run("first", broken)
     part.run("second", too_large)
+    part.run("late", functools.partial(ranks.finish, [sys.executable, "-c", "import time; time.sleep(60)"], 0.1))
     part.figure(harness.measured("third", ours=2.0, peer=math.nan, against="it", unit="1/s", better="higher"))
     part.figure(harness.measured("third", ours=2.0, peer=1.0, against="it", unit="1/s", better="higher"))
     part.figure(harness.measured("rate", ours=2.0, peer=math.nan, against="it", unit="1/s", better="higher"))
     part.check("fourth", math.nan, 1.0)
     content = json.loads(path.read_text(), parse_constant=pytest.fail)
     written = content["parts"]["training"]
-    assert written["ended"] is None and written["failed"] == ["fourth", "first"]  # no memory is no failure
-    assert [entry["reason"] for entry in written["left_out"]] == ["failed: RuntimeError: Triton Error", "out of memory"]
+    assert written["ended"] is None and written["failed"] == [
+        "fourth",
+        "first",
+    ]  # no memory and no time are no failures
+    assert [entry["reason"] for entry in written["left_out"]] == [
+        "failed: RuntimeError: Triton Error",
+        "out of memory",
+        "ended after 0 s",
+    ]
     # A figure whose peer is measured later stands there once.
     assert [(row["what"], row["peer"]) for row in content["figures"]] == [("third", 1.0), ("rate", None)]
     assert math.isnan(harness.figures_of(content)[1].peer)
@@ -216,7 +224,7 @@ def test_the_profile_has_groups_gaps_and_the_lead_of_the_host() -> None:
 def test_a_launcher_that_fails_or_takes_too_long_is_an_error_with_its_last_words() -> None:
     with pytest.raises(RuntimeError, match="exit code 3: no such thing"):
         ranks.finish([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"], 30)
-    with pytest.raises(RuntimeError, match="ended after 0 s"):
+    with pytest.raises(TimeoutError, match="ended after 0 s"):
         ranks.finish([sys.executable, "-c", "import time; time.sleep(60)"], 0.2)
 
 
