@@ -128,7 +128,7 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
             "deepspeed",
             {"RANKS": "3"},
             TRAIN,
-            r"train.global_batch: 128 does not divide over 3 ranks.*nearest: 2 or 4",
+            r"train.global_batch: 64 does not divide over 3 ranks.*nearest: 2 or 4",
         ),
         ("deepspeed", {"RANKS": "2"}, ("train", "quickstart/visoin"), "did you mean quickstart/vision"),
         ("deepspeed", {"RANKS": "2"}, (), "nothing to run; give a command and a recipe"),
@@ -185,7 +185,7 @@ def test_the_scripts_exit_with_2_and_one_sentence(tmp_path: Path) -> None:
         env={**os.environ, **CPU, "PATH": path, "RANKS": "5", "LOG_FOLDER": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: train.global_batch: 128 does not divide over 5 ranks")
+    assert done.stderr.startswith("error: train.global_batch: 64 does not divide over 5 ranks")
 
 
 def test_whoever_asks_for_the_cpu_gets_it_beside_gpus_too() -> None:
