@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks import harness
 
 SUITE = (
-    "train_step", "sampling", "ema_optimizer", "muon", "attention", "checkpoint", "loader", "metrics", "startup",
+    "train_step", "sampling", "ema_optimizer", "muon", "attention", "checkpoint", "loader", "metrics",
+    "representations", "startup",
 )  # fmt: skip
 FILE = "cpu.json"
 DOCS = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -186,6 +186,8 @@ def features_of(
 
 def _generated(folder: Path, extractor: LazyExtractor) -> ChunkFolder:
     """A folder of features that `generate` filled. Raises ValueError for features of another extractor."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no features of this extractor yet; `eval generate` with this recipe adds them")
     opened = open_features(folder)
     made_with = read_json(folder / "config.json")["extractor"]
     if made_with != extractor.fingerprint:

@@ -101,6 +101,9 @@ def test_an_extractor_that_is_added_later_draws_for_itself_alone(tmp_path: Path,
     settings = eval_tiny.recipe(tmp_path, reference=reference)
     out, further = tmp_path / "out", tmp_path / "out" / "representations" / "smaller"
     generate.generate(settings, out, eval_tiny.job(settings))
+    judges = {name: Judge(own, load_reference(settings, own, name)) for name, own in lazy_further().items()}
+    with pytest.raises(ValueError, match="smaller: no features of this extractor yet; `eval generate` .* adds them"):
+        scoring.score(settings, out, out / "r.json", lazy(), judges=judges)
     before, tiny, smaller = chunk_times(out), TinyExtractor(), SmallerExtractor()
     generate.generate(settings, out, eval_tiny.job(settings, tiny, lazy_further(smaller)))
     assert chunk_times(out) == before and tiny.calls == [] and smaller.calls == [8] * 7
@@ -112,7 +115,6 @@ def test_an_extractor_that_is_added_later_draws_for_itself_alone(tmp_path: Path,
     assert tiny.calls == [8] and smaller.calls == [8] * 8
     assert chunk_times(further).items() >= kept.items()
     once = eval_tiny.with_further(settings, tmp_path / "once")
-    judges = {name: Judge(own, load_reference(settings, own, name)) for name, own in lazy_further().items()}
     assert without_run(scoring.score(settings, out, out / "r.json", lazy(), judges=judges)) == without_run(once)
     # A folder of another network is refused.
     changed = json.loads((further / "config.json").read_text()) | {"extractor": "smaller:0"}
