@@ -13,7 +13,7 @@ import os
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from sfd_scale.runtime import environment
 from sfd_scale.runtime.caches import extensions_folder
@@ -50,8 +50,12 @@ def quiet_builders() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(name: str) -> Iterator[None]:
-    """Log the seconds of a compilation, which takes minutes and prints nothing."""
+def progress_of(names: Sequence[str]) -> Iterator[None]:
+    """Log the seconds of a compilation, which takes minutes and prints nothing. Without names, nothing is compiled."""
+    if not names:
+        yield
+        return
+    name = ", ".join(names)
     done, started = threading.Event(), time.monotonic()
 
     def tick() -> None:
@@ -87,7 +91,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
             logger.info("%s: not used on this machine", name)
             continue
         started = time.monotonic()
-        with _progress(builder.NAME), quiet_builders():
+        with progress_of([builder.NAME]), quiet_builders():
             builder.load(verbose=False)
         seconds[builder.NAME] = time.monotonic() - started
         logger.info("%s: ready after %.0f s", builder.NAME, seconds[builder.NAME])
