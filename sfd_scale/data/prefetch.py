@@ -85,9 +85,10 @@ class ShardSchedule:
         uses = self._epoch_uses(epoch)
         if step <= (last := float(uses.last[number])):
             return base + max(step, float(uses.first[number]))
+        later = base + self.order.steps_per_epoch + float(self._epoch_uses(epoch + 1).first[number])
         if last >= 0 and step <= last + KEEP_STEPS:
-            return base + step + KEEP_STEPS + (step - last)
-        return base + self.order.steps_per_epoch + float(self._epoch_uses(epoch + 1).first[number])
+            return min(later, base + step + KEEP_STEPS + (step - last))
+        return later
 
     def bytes_in_use(self) -> int:
         """The largest size of the shards that this node needs at the same time, in the first epochs."""
