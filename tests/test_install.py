@@ -44,6 +44,7 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, bin_folder: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command in an environment. The first training compiles DeepSpeed's operators, which takes minutes."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {
         "PATH": f"{bin_folder}:{environment['PATH']}",
@@ -52,7 +53,7 @@ def run(command: str, bin_folder: Path, folder: Path) -> subprocess.CompletedPro
         "COLUMNS": "200",
     }
     return subprocess.run(
-        shlex.split(command), capture_output=True, text=True, cwd=folder, env=environment, timeout=300, check=False
+        shlex.split(command), capture_output=True, text=True, cwd=folder, env=environment, timeout=900, check=False
     )
 
 
