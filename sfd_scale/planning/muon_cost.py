@@ -97,5 +97,6 @@ def update_bytes(muon: Orthogonalization, ranks: int, held: int, message: int = 
     part = math.ceil(held / count)
     coming = owned + part if count > 1 else 0
     converted = 4 * part if message < 4 else 0
-    computing, returning = owned + 2 * batch, 2 * owned + part
+    replicas = max(1, round(held * ranks / muon.elements))  # a result goes to each of them
+    computing, returning = owned + 2 * batch, (1 + replicas) * owned + part
     return 4 * held + message * (coming + max(owned + computing, returning)) + converted

@@ -107,9 +107,9 @@ def measure(spec: Spec, optimizer: AdamWConfig | MuonConfig) -> dict[str, int]:
     params = storages(_weights(engine.model))
     masters = storages([t for f in engine.fragments() for t in (f.param, f.exp_avg, f.exp_avg_sq) if t is not None])
     ema = EMA(engine.fragments(), EMAConfig())
-    held = alive()
     x = torch.zeros(2, CHANNELS, SIDE, SIDE)
     t, y = torch.full((2,), 0.5), torch.zeros(2, dtype=torch.long)
+    held = alive()  # with the inputs, which are no gradients
     for last in (False, True):
         velocity, _ = engine.model(x, t, t, y)
         engine.backward(velocity.square().mean(), last=last)
