@@ -134,11 +134,7 @@ def _knowledge(known: Knowledge) -> list[str]:
 
 def _lead_losses(examined: Mapping[str, Any], out: Path) -> list[str]:
     """A figure and tables of `lead.examine`, by cell."""
-    curves = {
-        f"{cell}, {name}": [(time, [value]) for time, value in points]
-        for cell, found in examined.items()
-        for name, points in found["losses"].items()
-    }
+    curves = {cell: [(time, [value]) for time, value in found["losses"]["own"]] for cell, found in examined.items()}
     write_atomically(out / "lead_losses.png", figures.spread_curves(curves, "loss of texture", "texture's clock"))
     kinds = ("own", "oracle", "pictures")
     lines = ["## Losses of texture, and an oracle", "", "![loss of texture](lead_losses.png)", ""]
