@@ -238,16 +238,18 @@ def test_a_diffusion_transformer_trains_by_it_under_both_engines(spec: Spec) -> 
     before = params(engine)
     optimizer = engine.optimizer if isinstance(engine, FSDPEngine) else engine._client  # type: ignore[attr-defined]
     assert len(optimizer.matrices) == wanted
-    x, t, y = torch.randn(4, 4, 4, 4), torch.rand(4), torch.arange(4) % 4
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(4, 4, 4, 4, generator=generator), torch.rand(4, generator=generator)
+    y = torch.arange(4) % 4
     for _ in range(3):  # output layer and gates start at zero: these weights have no gradient before the third step
         engine.backward((engine.model(x, t, t, y)[0] - x).square().mean(), last=True)
         engine.step(1e-3)
     after = params(engine)
     engine.close()
-    # The scaled update of a matrix has an RMS of about 0.2, whatever its gradient.
+    # The scaled update of a matrix has an RMS of 0.2, and less where the gradient of a few samples lacks directions.
     for name in ("blocks.1.attn.proj.weight", "blocks.0.mlp.w3.weight"):
         moved = (after[name] - before[name]).square().mean().sqrt().item() / 1e-3
-        assert 0.1 < moved < 0.3, (name, moved)
+        assert 0.05 < moved < 0.3, (name, moved)
 
 
 def test_a_semantic_vae_names_the_matrices_of_its_blocks() -> None:
