@@ -25,8 +25,9 @@ MODULES = {
     **{f"eval.search.{name}": ("python -m eval", name) for name in ("sweep", "solvers", "guide")},
     **{
         f"eval.{name}": ("python -m eval", name)
-        for name in ("generate", "score", "reference", "report", "compare", "watch")
+        for name in ("generate", "score", "reference", "report", "watch")
     },
+    "eval.comparison.compare": ("python -m eval", "compare"),
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +82,7 @@ def test_every_command_explains_itself(texts: dict[str, tuple[int, str]]) -> Non
 
 
 def test_the_file_of_a_command_is_that_command(texts: dict[str, tuple[int, str]]) -> None:
-    files = [*ROOT.glob("sfd_scale/*.py"), *ROOT.glob("eval/*.py")]
+    files = [*ROOT.glob("sfd_scale/*.py"), *ROOT.glob("eval/**/*.py")]
     runs = {".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files if '\n    main("' in f.read_text()}
     assert runs == set(MODULES)
     for module, (program, command) in MODULES.items():
