@@ -85,7 +85,9 @@ class Curve:
 
 
 def cost_curves(curves: Mapping[str, Mapping[str, Curve]], xlabel: str, goal: tuple[float, float]) -> bytes:
-    """Values over a cost on two logarithmic axes, one panel per quantity, one colour per method.
+    """Values over a cost on a logarithmic axis, one panel per quantity, one colour per method.
+
+    The values of all panels but the last are logarithmic, too.
 
     Args:
         curves: by panel, by method.
@@ -105,7 +107,12 @@ def cost_curves(curves: Mapping[str, Mapping[str, Curve]], xlabel: str, goal: tu
         if index == len(curves) - 1:
             axes.axhspan(goal[0] - goal[1], goal[0] + goal[1], color=_GREY, alpha=0.2, linewidth=0)
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        costs = [x for curve in methods.values() for x, _ in curve.points]
+        ticks = [5 * 2**n for n in range(12) if min(costs) <= 5 * 2**n <= max(costs)]
+        axes.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        if index < len(curves) - 1:
+            axes.set_yscale("log")
         axes.set_xlabel(xlabel, fontsize=8, color="#404550")
     lines = [
         Line2D([], [], color=COLOURS[n % len(COLOURS)], linestyle=("-", "--", ":")[n // len(COLOURS) % 3], label=name)
