@@ -10,7 +10,7 @@ from eval import speed as sampling_speed
 from eval.recipe import EvalRecipe
 from sfd_scale import build, config
 from sfd_scale.__main__ import app
-from sfd_scale.diffusion.fixed_step import FixedStepConfig
+from sfd_scale.diffusion.multistep import MultistepConfig
 from sfd_scale.engines.deepspeed import DeepSpeedConfig, deepspeed_json
 from sfd_scale.engines.fsdp import FSDPConfig
 from sfd_scale.planning.costs import memory_per_rank, with_resharding
@@ -46,9 +46,9 @@ def test_an_evaluation_is_compiled_and_has_a_fast_recipe_beside_it(name: str) ->
     assert recipe.compile
     if not name.endswith("_fast"):
         assert keys <= {"precision", "sampler.kind"}
-        assert f"{name}_fast" in NAMES or name == "eval/h200_euler100"
+        assert f"{name}_fast" in NAMES or name in ("eval/h200_euler100", "eval/sfd_xl_fdr6")
         return
-    assert keys == set() and recipe.sampler == FixedStepConfig(kind="rk4", num_steps=10, jump=True)
+    assert keys == set() and recipe.sampler == MultistepConfig(kind="ab3", num_steps=20)
     official = config.load(name.removesuffix("_fast"), EvalRecipe)
     changed = config.differences(config.to_dict(official), config.to_dict(recipe))
     assert {key.split(".")[0] for key in changed} == {"name", "published", "precision", "batch", "sampler"}
