@@ -10,7 +10,6 @@ take turns in processes of their own, so that both see the same load. Without --
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.harness import Figure
+from sfd_scale.runtime import environment
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("host_time_worker.py")
@@ -38,10 +38,10 @@ class Worker:
 
     def __init__(self, checkout: Path, name: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        variables = {**environment.snapshot(), "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         # -P: the modules beside the script would hide packages of the same names.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), name], env=environment, cwd=self._folder.name, text=True,
+            [sys.executable, "-P", str(WORKER), name], env=variables, cwd=self._folder.name, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         found = self._wait_for("ready ")

@@ -6,7 +6,6 @@ The model has two of the twelve blocks of LightningDiT-S/1. Ranks share the core
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmarks.harness import Figure, Options
 from benchmarks.train_step import our_model
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.engines.muon import Muon, MuonConfig, orthogonalize, update_scale
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import distributed, environment
 
 MUON = MuonConfig(momentum=0.95)
 MUON_DEPTH = 2
@@ -53,7 +52,8 @@ def sharded_muon(ranks: int, options: Options) -> Figure:
 
 def _rank(rank: int, ranks: int, folder: str, repeats: int, depth: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+    environment.set_variables({name: str(number) for name, number in place.items()})
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     model = our_model("S", depth)
     model.init_weights(0)

@@ -11,7 +11,6 @@ tries the code with size S.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from benchmarks import harness
 from benchmarks.gpu import attention, equality, machine, memory, ranks, report, sampling, shards, step_profile, training
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.workload import Workload, support_older_torch, workload
+from sfd_scale.runtime import environment
 
 GRACE_S = 60.0  # of a part that goes on after its time: a step that has started may end
 
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, bool]:
         parser.error(f"{', '.join(sorted(unknown))}; allowed: {', '.join(PARTS)}")
     device = torch.device(given.device)
     if device.type == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # engines take the GPU where there is one
+        environment.set_variables({"CUDA_VISIBLE_DEVICES": ""})  # engines take the GPU where there is one
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here; give --device cpu to try the code with size S")
     names = tuple(name for name in PARTS if name in (given.parts or PARTS))

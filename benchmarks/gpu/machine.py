@@ -35,7 +35,7 @@ def driver(device: torch.device) -> str:
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     cuda = f"CUDA of torch {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{torch.cuda.get_device_name(device)}, {cuda}; nvidia-smi: {type(error).__name__}"
     return f"{done.stdout.strip()}; {cuda}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -33,7 +32,7 @@ from sfd_scale.engines.engine import Engine
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models import attention
-from sfd_scale.runtime import distributed
+from sfd_scale.runtime import distributed, environment
 from sfd_scale.runtime.device import synchronize
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
@@ -232,7 +231,7 @@ def _resume(part: Part, chosen: Workload, ranks: int) -> None:
             ]
             for name in ("whole", "stopped")
         }  # fmt: skip
-        os.environ["RANKS"] = str(ranks)
+        environment.set_variables({"RANKS": str(ranks)})
         finish(commands["whole"], part.budget_s - part.seconds)
         code = _stop(commands["stopped"], folder / "stopped" / "metrics.jsonl", part.budget_s)
         part.check("exit code after SIGUSR1 beside the requeue code", abs(code - REQUEUE_EXIT_CODE), 0)

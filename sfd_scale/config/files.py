@@ -32,7 +32,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = None if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 RECIPE_ROOT = (CHECKOUT or _PACKAGE) / "recipes"
 # A recipe has a few hundred values. A few lines of YAML aliases of aliases can stand for billions.
-_MOST_BYTES, _MOST_NODES = 1 << 20, 100_000
+_MOST_BYTES, _MOST_NODES, _MOST_LEVELS = 1 << 20, 100_000, 100
 # libyaml, where PyYAML has it, is ten times as fast.
 _COMPOSER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 # Plain data of a recipe; a text in it may be an interpolation, such as ${name}.
@@ -206,6 +206,12 @@ def _check_text(text: str) -> None:
             "it reads a secret from the environment (oc.env), which would be written to recipe.yaml and checkpoints; "
             "remove it: libraries read such variables themselves"
         )
+    levels = 0
+    # libyaml and PyYAML compose by recursion, and libyaml's has no limit: the process would die of a deep text.
+    for event in yaml.parse(text, Loader=_COMPOSER):
+        levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if levels > _MOST_LEVELS:
+            raise ValueError(f"not readable as settings: more than {_MOST_LEVELS} levels, one within another")
     known: dict[int, int] = {}
 
     def size(node: yaml.Node | None) -> int:

@@ -284,7 +284,11 @@ def _cut_off(path: Path, kind: str) -> str | None:
         expected = safetensors_size(path)
         return None if expected is None or expected <= size else f"{size:,} of {expected:,} bytes"
     if kind in ("zip", "npz", "torch"):
-        return None if zipfile.is_zipfile(path) else "the list of its contents, at its end, is missing"
+        try:
+            whole = zipfile.is_zipfile(path)
+        except zipfile.BadZipFile:  # of a damaged ZIP64 record, by Python before 3.13
+            whole = False
+        return None if whole else "the list of its contents, at its end, is missing"
     if kind == "parquet":
         with path.open("rb") as file:
             file.seek(max(0, size - 4))

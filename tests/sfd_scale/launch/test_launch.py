@@ -140,7 +140,11 @@ def said(launcher: str, *words: str) -> tuple[int, list[str]]:
     ("launcher", "words", "sentence"),
     [
         (
-            "deepspeed", ["train", "quickstart/sfd", "engine.offload_optimizer=true", "engine.zero_stage=0"],
+            "deepspeed",
+            [
+                "train", "quickstart/sfd", "engine.precision=bf16", "engine.offload_optimizer=true",
+                "engine.zero_stage=0",
+            ],
             "engine.zero_stage: 0; allowed with precision bf16: 1, 2, 3.",
         ),
         (

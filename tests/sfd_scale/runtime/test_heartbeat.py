@@ -28,6 +28,7 @@ def _one_rank_is_late() -> str:
     try:
         with Heartbeat(TIMEOUT_S, interval_s=1.0) as heartbeat:
             heartbeat.enter(11, Operation.DATA)
+            dist.barrier()  # so that a busy machine starts both waits at one time
             if distributed.rank() == 1:
                 time.sleep(TIMEOUT_S + 3)
                 return ""

@@ -98,7 +98,7 @@ def test_a_slow_server_does_not_hold_the_weights_of_an_extractor(
 
 def test_a_slow_hub_does_not_hold_a_tokenizer(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = f"{server}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("SFD_DOWNLOAD_TIMEOUT", "1")
