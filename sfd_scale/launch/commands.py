@@ -20,7 +20,7 @@ from typing import Any
 from sfd_scale import config
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.environment import exported, quoted_for_pdsh, read_env_file, write_env_file
-from sfd_scale.launch.hosts import Host, preflight, read_hostfile, ssh_arguments
+from sfd_scale.launch.hosts import MOST_NODES, MOST_RANKS, Host, preflight, read_hostfile, ssh_arguments
 from sfd_scale.launch.supervisor import Launch, new_launch_id
 from sfd_scale.runtime import network
 from sfd_scale.runtime.batch_split import split_batch
@@ -176,7 +176,7 @@ def _deepspeed_one_host(run: RankCommand, environment: dict[str, str]) -> Launch
     if flag("NO_SSH", environment):
         raise ValueError("NO_SSH: needs HOSTFILE, a file with one line per host: NAME slots=GPUS")
     given = on_cpu(environment) or text("RANKS", environment) is not None
-    ranks = positive(environment, "RANKS", 1) if given else _gpus(environment)
+    ranks = positive(environment, "RANKS", 1, most=MOST_RANKS) if given else _gpus(environment)
     run.check_world_size(ranks)
     run.check_devices(ranks, environment)
     command = _deepspeed_launch(environment, run, {"localhost": _slots(environment, ranks, f"RANKS={ranks}")})
@@ -304,12 +304,12 @@ def _gpus(environment: Mapping[str, str]) -> int:
 
 
 def _torchrun(run: RankCommand, environment: dict[str, str]) -> Launch:
-    ranks = whole_number("RANKS", environment, least=1)
+    ranks = whole_number("RANKS", environment, least=1, most=MOST_RANKS)
     ranks = _gpus(environment) if ranks is None else ranks
     run.check_devices(ranks, environment)
     rendezvous, node = choice("RENDEZVOUS", ("static", "c10d"), environment) or "static", None
     if rendezvous == "static":
-        nodes = positive(environment, "NODES", 1)
+        nodes = positive(environment, "NODES", 1, most=MOST_NODES)
         options, node = _static(environment, nodes)
         run.check_world_size(nodes * ranks)
     else:

@@ -18,6 +18,8 @@ from typing import Any
 from sfd_scale.runtime.environment import text
 from sfd_scale.runtime.files import read_text
 
+# A launch keeps lists of its ranks: a number that cannot be is refused before they take the memory of the host.
+MOST_RANKS, MOST_NODES = 1024, 100_000  # ranks of a host; hosts of a launch
 AGENT = str(Path(__file__).with_name("agent.py"))
 # With these a dead host is noticed within a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
@@ -42,12 +44,14 @@ def read_hostfile(path: Path) -> list[Host]:
         line = line.split("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,9})", line)
         if match is None:
             raise ValueError(f"{path}, line {number}: {line!r}; allowed: NAME slots=GPUS")
         name, slots = match[1], int(match[2])
         if slots < 1:
             raise ValueError(f"{path}, line {number}: {name} has 0 slots; allowed: 1 and up, or leave the host out")
+        if slots > MOST_RANKS:
+            raise ValueError(f"{path}, line {number}: {name} has {slots} slots; allowed: 1 to {MOST_RANKS}")
         if name in {host.name for host in hosts}:
             raise ValueError(f"{path}, line {number}: {name} occurs twice; give it one line with all its slots")
         hosts.append(Host(name, slots))

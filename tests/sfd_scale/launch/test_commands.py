@@ -123,7 +123,7 @@ def test_a_users_deepspeed_env_may_hold_comments(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("launcher", "variables", "arguments", "message"),
     [
-        ("deepspeed", {"RANKS": "0"}, TRAIN, "RANKS: '0'; allowed: a whole number, 1 and up"),
+        ("deepspeed", {"RANKS": "0"}, TRAIN, "RANKS: '0'; allowed: a whole number from 1 to 1024"),
         (
             "deepspeed",
             {"RANKS": "3"},

@@ -26,6 +26,7 @@ while any(rank.poll() is None for rank in ranks):
         if rank.poll():
             sys.exit(rank.returncode if rank.returncode > 0 else 1)
     time.sleep(0.05)
+sys.exit(next((rank.returncode if rank.returncode > 0 else 1 for rank in ranks if rank.returncode), 0))
 """
 UP = """
 open(f"logs/up-{os.environ['RANK']}", "w").close()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sfd_scale.launch import commands
@@ -249,6 +249,9 @@ READ = (
 )  # fmt: skip
 
 
+@example({"RANKS": "6700146877"}, "deepspeed")
+@example({"RANKS": "6700146877"}, "torchrun")
+@example({"NODES": "6700146877", "NODE_RANK": "0"}, "torchrun")
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(READ), ODD, max_size=6), st.sampled_from(["auto", "deepspeed", "torchrun"]))
 def test_odd_environments_start_or_are_refused_in_one_sentence(
