@@ -191,7 +191,7 @@ def _weights(file: Path, results: Results, name: str, given: Path | None) -> Ite
             path = None if results.run.checkpoint is None else Path(results.run.checkpoint)
             if path is None or not path.is_file():
                 path = _exported(file, results.step, Path(folder) / "model.safetensors")
-                if path is not None:  # the bytes of an export differ in the order of its notes: the pixels decide
+                if path is not None:  # another release may note more in an export: the pixels decide
                     yield path
                     return
         if path is None or not path.is_file():

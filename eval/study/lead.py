@@ -6,7 +6,6 @@ N pictures · C channels · h, w grid.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,15 @@ from eval.reference import load_reference
 from eval.study.recipe import LeadConfig
 from eval.study.semantics import read_latents
 from sfd_scale.diffusion import losses, path
-from sfd_scale.diffusion.fixed_step import FixedStepConfig
+from sfd_scale.diffusion.guidance import FlowModel, NoGuidance, Velocity, guided
 from sfd_scale.diffusion.latents import LatentLayout
+from sfd_scale.diffusion.samplers import SamplerConfig, sample
 from sfd_scale.diffusion.schedule import Clocks, SemanticFirstSchedule
 from sfd_scale.runtime import seeding
 
 logger = logging.getLogger(__name__)
 TIMES = tuple(n / 10 for n in range(1, 10))
 
-Model = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""(x, t_texture, t_semantic, y) → velocity, projected features."""
 BATCH = 100
 
 
@@ -65,7 +63,7 @@ class Pictures:
 
 @torch.no_grad()
 def texture_loss(
-    model: Model, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, time: float,
+    model: FlowModel, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, time: float,
     shown: Pictures | None = None,
 ) -> float:  # fmt: skip
     """The mean square error of the texture velocity when the texture's clock is at `time`.
@@ -89,30 +87,32 @@ def texture_loss(
     return total / len(pictures.labels)
 
 
-@torch.no_grad()
 def sample_textures(
-    model: Model, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, steps: int, *, true: bool
-) -> Tensor:
-    """Latents (N, C, h, w) by Euler steps from the noise of the pictures, for their labels.
+    model: FlowModel, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, sampler: SamplerConfig,
+    *, oracle: bool,
+) -> Tensor:  # fmt: skip
+    """Latents (N, C, h, w) from the noise of the pictures, for their labels. With the oracle, use their texture alone.
 
     Args:
-        true: the oracle. The model sees the semantics of the pictures on their path at every step, in place of its own.
+        oracle: the model sees the semantics of the pictures on their path at every step, in place of its own.
     """
     out = []
-    times = schedule.grid(steps)
     for rows in torch.arange(len(pictures.labels)).split(BATCH):
-        x = noise = pictures.noise[rows]
-        for g, after in zip(times[:-1], times[1:], strict=True):
-            clocks = Clocks(*(clock.expand(len(rows)) for clock in schedule.clocks(g)))
-            if true:
-                on_path = path.interpolate(
-                    noise, pictures.latents[rows], layout.per_channel(*clocks, like=pictures.latents)
-                )
-                x = layout.join(layout.split(x)[0], layout.split(on_path)[1])
-            mask = layout.per_channel(*schedule.active_mask(g.expand(len(rows))), like=x)
-            x = x + (after - g) * mask * model(x, *clocks, pictures.labels[rows])[0].float()
-        out.append(x)
+        velocity, noise = guided(model, NoGuidance(), layout), pictures.noise[rows]
+        if oracle:
+            velocity = _given_semantics(velocity, noise, pictures.latents[rows], layout)
+        out.append(sample(velocity, noise, pictures.labels[rows], schedule, layout, sampler).x)
     return torch.cat(out)
+
+
+def _given_semantics(velocity: Velocity, noise: Tensor, latents: Tensor, layout: LatentLayout) -> Velocity:
+    """The velocity where the semantics of x are those of `latents` on the path from `noise`, both (N, C, h, w)."""
+
+    def given(x: Tensor, t: Clocks, y: Tensor) -> Tensor:
+        on_path = path.interpolate(noise, latents, layout.per_channel(*t, like=x))
+        return velocity(layout.join(layout.split(x)[0], layout.split(on_path)[1]), t, y)
+
+    return given
 
 
 def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict[str, Any]:
@@ -121,13 +121,7 @@ def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict
     losses: by texture time, with the `own` semantics of a picture and with those of `another` picture of its class.
     fid: `own`, ordinary sampling; `oracle`, with true semantics; `pictures`, of the encoded pictures themselves.
         All have the same noise and labels. Without semantic channels there is neither `another` nor `oracle`.
-
-    Raises:
-        ValueError: if the sampler of the evaluation does not have fixed steps.
     """
-    sampler = evaluation.sampler
-    if not isinstance(sampler, FixedStepConfig):
-        raise ValueError(f"evaluation: sampler.kind: {sampler.kind}; allowed: euler")
     device = torch.device("cpu")
     loaded = load_model(weights, "fp32", False, device)
     layout, schedule, model = loaded.layout, loaded.schedule, loaded.model
@@ -145,7 +139,8 @@ def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict
     pictures = all_pictures.first(settings.sampled_pictures)
     samples = {"pictures": pictures.latents}
     for name in ("own", "oracle") if layout.semantic_channels else ("own",):
-        samples[name] = sample_textures(model, pictures, layout, schedule, sampler.num_steps, true=name == "oracle")
+        oracle = name == "oracle"
+        samples[name] = sample_textures(model, pictures, layout, schedule, evaluation.sampler, oracle=oracle)
     for name, drawn in samples.items():
         images = loaded.decode(loaded.stats.denormalize(drawn))
         features = torch.cat([extractor.get()(batch).pool for batch in images.split(BATCH)])

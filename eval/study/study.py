@@ -27,9 +27,10 @@ from eval.study import report as study_report
 from eval.study.recipe import LeadConfig, StudyRecipe, SweepConfig
 from eval.watch import watch
 from sfd_scale import config, encode, export, train
+from sfd_scale.data.manifest import MANIFEST
 from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
 from sfd_scale.runtime.chunks import Claims
-from sfd_scale.runtime.files import read_json, write_atomically
+from sfd_scale.runtime.files import file_sha256, read_json, write_atomically
 from sfd_scale.runtime.limits import STEP
 from sfd_scale.runtime.run_paths import RESULTS_TABLE, RunPaths
 
@@ -348,17 +349,22 @@ def _examined(study: Study) -> dict[str, Any]:
 
 
 def knowledge(study: Study) -> semantics.Knowledge | None:
-    """What the semantics of the study's latents know, measured once; None without such latents."""
+    """What the semantics of the study's latents know, measured once for the latents; None without such latents.
+
+    If the latents are gone, what was measured on them stands.
+    """
     if study.recipe.semantics is None:
         return None
     cell = study.cell(study.recipe.semantics, study.recipe.seeds[0])
-    file = study.recipe.out / "knowledge.json"
-    if file.is_file():
-        return semantics.Knowledge(**read_json(file))
-    if not (cell.data.path / "manifest.json").is_file():
+    folder, file = cell.data.path, study.recipe.out / "knowledge.json"
+    manifest = folder / MANIFEST
+    latents_hash = file_sha256(manifest) if manifest.is_file() else None
+    stored = read_json(file) if file.is_file() else {}
+    if "of" in stored and latents_hash in (None, stored["latents"]):
+        return semantics.Knowledge(**stored["of"])
+    if latents_hash is None:
         return None
-    folder = cell.data.path
     latents, labels = semantics.read_latents(folder)
     found = semantics.measure(latents, labels, cell.latents, semantics.read_pooled_features(folder))
-    write_atomically(file, f"{json.dumps(dataclasses.asdict(found))}\n")
+    write_atomically(file, f"{json.dumps({'latents': latents_hash, 'of': dataclasses.asdict(found)})}\n")
     return found

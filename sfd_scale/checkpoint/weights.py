@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def export_weights(checkpoint: Checkpoint, out: Path, weights: Weights, metadata
 
 
 def save_weights(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file, whole or not at all. Equal tensors and metadata give equal bytes.
 
     Raises:
         ValueError: if `out` is not named .safetensors, or the disk is full.
@@ -80,4 +81,20 @@ def save_weights(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str
         raise ValueError(f"{out}: the name of an export ends in .safetensors")
     with atomically(out) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
+        _sort_metadata(partial)
     return out
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file.
+
+    The library writes them in the order of a hash table, so that each file of the same weights has another SHA-256.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same header in another order"
+        file.seek(8)
+        file.write(text.ljust(size))

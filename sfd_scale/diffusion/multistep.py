@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sfd_scale.diffusion import path
 from sfd_scale.diffusion.fixed_step import snap
 from sfd_scale.diffusion.flow_ode import INSIDE, FlowODE, SampleResult
 from sfd_scale.diffusion.latents import LatentLayout
@@ -106,9 +107,8 @@ def data_prediction(ode: FlowODE) -> Callable[[Tensor, float], Tensor]:
     """The predicted data x + (1 − t)·v of each part, t its own clock (arXiv 2209.03003, Sec. 2): (N, C, H, W)."""
 
     def evaluate(x: Tensor, g: float) -> Tensor:
-        texture, semantic = ode.schedule.clocks(torch.tensor(g, dtype=torch.float64))
-        rest = ode.layout.per_channel(1 - texture.item(), 1 - semantic.item(), like=x)
-        return x + rest * velocity(ode)(x, g)
+        clocks = ode.schedule.clocks(torch.tensor(g, dtype=torch.float64))
+        return path.predicted_data(x, velocity(ode)(x, g), ode.layout.per_channel(*clocks, like=x))
 
     return evaluate
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE as REQUEUE_EXIT_CODE
 LAUNCH_ID = "SFD_LAUNCH_ID"
 LOG_FOLDER = "SFD_LOG_FOLDER"
 SHUTDOWN_TIMEOUT = "SFD_SHUTDOWN_TIMEOUT"
+_LISTED = 16  # ranks that a message names
 
 # The only signal that torchrun handles. A scheduler may send stop signals to every process, but torchrun must not end
 # before its ranks: it serves the store that they need to save.
@@ -132,9 +134,12 @@ def summary(ranks: Sequence[RankStatus], world_size: int, folder: Path) -> str:
     others = [status.rank for status in ranks if status.state == "failed" and status is not first]
     if others:
         lines.append(f"later failures: rank {', '.join(map(str, others))}")
-    missing = sorted(set(range(world_size)) - {status.rank for status in ranks})
-    if missing:
-        lines.append(f"never started: rank {', '.join(map(str, missing))} of {world_size}")
+    started = {status.rank for status in ranks}
+    first_missing = list(islice((rank for rank in range(world_size) if rank not in started), _LISTED))
+    if first_missing:
+        more = world_size - len(started) - len(first_missing)
+        listed = ", ".join([*map(str, first_missing), *([f"{more} more"] if more > 0 else [])])
+        lines.append(f"never started: rank {listed} of {world_size}")
     return "\n".join(lines)
 
 

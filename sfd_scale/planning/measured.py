@@ -64,7 +64,7 @@ def read_throughput(path: Path) -> Throughput | BenchResults:
     try:
         if "figures" in data:
             facts = data.get("parts", {}).get("machine", {}).get("facts", {})
-            sustained = (facts.get(name) for name in (SUSTAINED_MATMUL, SUSTAINED_COPY))
+            sustained = [_number(facts, name) for name in (SUSTAINED_MATMUL, SUSTAINED_COPY)]
             return BenchResults(bench_figures(data["figures"], path), *sustained)
         found = _of_json(data) if rows is None else _of_metrics(rows)
     except (TypeError, AttributeError, KeyError) as error:
@@ -75,6 +75,14 @@ def read_throughput(path: Path) -> Throughput | BenchResults:
             "`make gpu-bench`, or those"
         )
     return found
+
+
+def _number(facts: dict[str, Any], name: str) -> float | None:
+    """Raises TypeError for a fact that is no number."""
+    value = facts.get(name)
+    if not (value is None or isinstance(value, int | float)):
+        raise TypeError(name)
+    return value
 
 
 def _of_metrics(rows: list[dict[str, Any]]) -> Throughput:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import Tensor
 
 from eval.study import lead, semantics
+from eval.study import study as studies
 from eval.study.lead import Pictures
+from sfd_scale.diffusion.fixed_step import FixedStepConfig
+from sfd_scale.diffusion.guidance import FlowModel
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 
@@ -40,7 +47,7 @@ def test_shares_of_the_variance_are_those_of_the_construction() -> None:
         semantics.measure(torch.cat([texture, semantic], 1)[1:4], labels[1:4], LAYOUT)
 
 
-def perfect(data: Tensor, noise: Tensor) -> lead.Model:
+def perfect(data: Tensor, noise: Tensor) -> FlowModel:
     """Knows the velocity of texture where the semantics that it sees are the true ones, and else says 0."""
 
     def model(x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, None]:
@@ -79,16 +86,38 @@ def test_the_oracle_draws_the_textures_of_its_pictures(delta: float) -> None:
     """A model that is right where it sees the true semantics ends at the true texture; without the oracle it fails."""
     data = drawn(6, 5, 4, 4)
     pictures = Pictures.of(data, torch.arange(6) * 1000)
-    schedule = SemanticFirstSchedule(delta_t=delta)
+    schedule, sampler = SemanticFirstSchedule(delta_t=delta), FixedStepConfig(num_steps=400)
     model = perfect(data, pictures.noise)
-    found = lead.sample_textures(model, pictures, LAYOUT, schedule, 400, true=True)
+    found = lead.sample_textures(model, pictures, LAYOUT, schedule, sampler, oracle=True)
     torch.testing.assert_close(found[:, :2], data[:, :2], atol=0.02, rtol=0.02)
 
     def wrong_semantics(*inputs: Tensor) -> tuple[Tensor, None]:
         velocity, _ = model(*inputs)
         return torch.cat([velocity[:, :2], -velocity[:, 2:]], 1), None
 
-    assert torch.equal(lead.sample_textures(wrong_semantics, pictures, LAYOUT, schedule, 400, true=True)[:, :2],
+    assert torch.equal(lead.sample_textures(wrong_semantics, pictures, LAYOUT, schedule, sampler, oracle=True)[:, :2],
                        found[:, :2])  # fmt: skip
-    missed = lead.sample_textures(wrong_semantics, pictures, LAYOUT, schedule, 400, true=False)
+    missed = lead.sample_textures(wrong_semantics, pictures, LAYOUT, schedule, sampler, oracle=False)
     assert (missed[:, :2] - data[:, :2]).square().mean() > 0.3
+
+
+def test_other_latents_are_measured_again_and_lost_ones_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, data = 200, tmp_path / "latents"
+    data.mkdir()
+    latents = {"a": drawn(count, 5, 4, 4), "b": torch.cat([drawn(count, 2, 4, 4), drawn(count, 3, 4, 4, seed=3)], 1)}
+    monkeypatch.setattr(
+        semantics,
+        "read_latents",
+        lambda folder: (latents[(folder / "manifest.json").read_text()], torch.arange(count) % 4),
+    )
+    monkeypatch.setattr(semantics, "read_pooled_features", lambda folder: None)
+    cell = SimpleNamespace(data=SimpleNamespace(path=data), latents=LAYOUT)
+    recipe = SimpleNamespace(semantics="sfd", seeds=(0,), out=tmp_path)
+    study: Any = SimpleNamespace(recipe=recipe, cell=lambda name, seed: cell)
+    found = []
+    for name in ("a", "b"):
+        (data / "manifest.json").write_text(name)
+        found.append(cast(semantics.Knowledge, studies.knowledge(study)))
+    assert found[0] != found[1]
+    (data / "manifest.json").unlink()
+    assert studies.knowledge(study) == found[1]

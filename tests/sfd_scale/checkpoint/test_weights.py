@@ -34,6 +34,17 @@ def test_a_start_takes_the_weights_that_are_named_and_nothing_else(tmp_path: Pat
     assert all(torch.equal(a, e) for a, e in zip(other_ema.tensors, expected, strict=True)), "the average starts there"
 
 
+def test_equal_weights_and_metadata_give_equal_files(tmp_path: Path) -> None:
+    """The model card and `eval verify` find the weights by the SHA-256 of their file."""
+    saved(tmp_path / "checkpoints")
+    checkpoint = Checkpoint(tmp_path / "checkpoints" / "step-00000001")
+    notes = {f"note {n}": f'„ä\x7f\n"{n}' for n in range(9)}
+    files = [export_weights(checkpoint, tmp_path / f"{n}.safetensors", "ema", notes) for n in range(4)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(str(files[0]), "pt") as file:
+        assert notes.items() <= file.metadata().items() and file.metadata()["weights"] == "ema"
+
+
 def test_a_start_from_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "checkpoints")
     export_weights(Checkpoint(tmp_path / "checkpoints" / "step-00000001"), tmp_path / "ema.safetensors", "ema", {})

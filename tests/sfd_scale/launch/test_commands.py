@@ -325,6 +325,8 @@ def test_the_summary_names_the_first_failure_and_not_its_echo(tmp_path: Path) ->
     assert f"rank 3 on host-b failed first: ValueError: bad shard; log: {tmp_path / 'rank-3.log'}" in text
     assert "later failures: rank 0" in text
     assert "never started: rank 1 of 4" in text
+    many = status.summary(ranks, 100_000_000, tmp_path)
+    assert "never started: rank 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 99999981 more of 1000" in many
     gone = status.summary([ECHO, silent], 2, tmp_path)
     assert gone.startswith("rank 2 on host-b was killed (out of memory?), or the host is down")
     assert "rank 0 on host-a failed after that: RuntimeError: Connection closed by peer" in gone

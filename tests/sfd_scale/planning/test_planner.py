@@ -343,6 +343,9 @@ def test_a_measured_mfu_is_taken_from_a_file(tmp_path: Path) -> None:
         plans.calibrated(tmp_path / "none.jsonl", machine("h100"), 1e12)
     with pytest.raises(ValueError, match="no `mfu`, nor `samples_per_s` with `world_size`"):
         mfu("results.json", "{}")
+    facts = '{"figures": [], "parts": {"machine": {"facts": {"sustained bf16 matmul, FLOP/s": "fast"}}}}'
+    with pytest.raises(ValueError, match="its values are not those of a run"):
+        mfu("results.json", facts)
     with pytest.raises(ValueError, match="results.json is truncated or damaged"):
         mfu("results.json", "[")
 
