@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-# How a character is written that an encoding lacks; any other character as \uXXXX.
+# How a character is written that an encoding lacks; any other character as \u and its number.
 _READABLE = {
     "–": "-", "—": "-", "→": "->", "×": "x", "±": "+-", "…": "...", "≤": "<=", "≥": ">=", "·": "*", "∞": "inf",
 }  # fmt: skip
