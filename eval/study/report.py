@@ -118,6 +118,15 @@ def _pairs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
+def _every_cell(rows: Sequence[Row]) -> list[str]:
+    """One row per cell, with the FID of every step that was scored."""
+    steps, cells = sorted({row.step for row in rows}), dict.fromkeys(row.cell for row in rows)
+    lines = [f"| cell | {' | '.join(f'step {step:,}' for step in steps)} |", f"|{'---|' * (len(steps) + 1)}"]
+    for cell in cells:
+        lines.append(f"| {cell} | {' | '.join(_shown(scores(rows, cell, step)) for step in steps)} |")
+    return lines
+
+
 def _knowledge(known: Knowledge) -> list[str]:
     lines = ["## What the semantics know", "", "| of pictures that are held out | |", "|---|---|"]
     if known.features_accuracy is not None:
@@ -183,6 +192,8 @@ def write(
         text += ["## Ablation", "", *_table(rows, recipe.ablation), ""]
     if recipe.generality:
         text += ["## Other methods", "", *_pairs(rows, recipe.generality), ""]
+    if rows:
+        text += ["## FID of every cell", "", *_every_cell(rows), ""]
     if examined:
         text += _lead_losses(examined, out)
     for name in recipe.sweeps:
