@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ from sfd_scale.runtime import seeding
 
 logger = logging.getLogger(__name__)
 TIMES = tuple(n / 10 for n in range(1, 10))
-
 BATCH = 100
+PARTS = ("texture", "semantic")  # in the order of the channels
+Part = Literal["texture", "semantic"]
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,20 @@ class Pictures:
 
 
 @torch.no_grad()
-def texture_loss(
-    model: FlowModel, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, time: float,
-    shown: Pictures | None = None,
+def part_loss(
+    model: FlowModel, pictures: Pictures, layout: LatentLayout, schedule: SemanticFirstSchedule, part: Part,
+    time: float, shown: Pictures | None = None,
 ) -> float:  # fmt: skip
-    """The mean square error of the texture velocity when the texture's clock is at `time`.
+    """The mean square error of the velocity of a part when its clock is at `time`.
 
-    The semantic clock is at its place on the schedule.
+    The clock of the other part is at its place on the schedule.
 
     Args:
         shown: the semantics that the model sees; by default those of the pictures.
     """
     shown = pictures if shown is None else shown
-    g = torch.tensor(schedule.inverse_clock(time)[1])
+    index = PARTS.index(part)
+    g = torch.tensor(schedule.inverse_clock(time)[1 - index])
     total = 0.0
     for rows in torch.arange(len(pictures.labels)).split(BATCH):
         clocks = Clocks(*(clock.expand(len(rows)) for clock in schedule.clocks(g)))
@@ -82,8 +84,8 @@ def texture_loss(
         x = path.interpolate(shown.noise[rows], shown.latents[rows], times)
         predicted = model(x, clocks.texture, clocks.semantic, pictures.labels[rows])[0]
         target = path.velocity(pictures.noise[rows], pictures.latents[rows])
-        parts = (layout.split(values)[0] for values in (predicted.float(), target))
-        total += float(losses.velocity_loss(*parts).sum())
+        own = (layout.split(values)[index] for values in (predicted.float(), target))
+        total += float(losses.velocity_loss(*own).sum())
     return total / len(pictures.labels)
 
 
@@ -116,9 +118,10 @@ def _given_semantics(velocity: Velocity, noise: Tensor, latents: Tensor, layout:
 
 
 def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict[str, Any]:
-    """The losses of texture by its clock, and FID with the model's own and with true semantics.
+    """The losses of each part by its clock, and FID with the model's own and with true semantics.
 
-    losses: by texture time, with the `own` semantics of a picture and with those of `another` picture of its class.
+    losses: of texture, with the `own` semantics of a picture and with those of `another` picture of its class.
+    semantic_losses: of the semantics; without semantic channels there are none.
     fid: `own`, ordinary sampling; `oracle`, with true semantics; `pictures`, of the encoded pictures themselves.
         All have the same noise and labels. Without semantic channels there is neither `another` nor `oracle`.
     """
@@ -133,7 +136,13 @@ def examine(weights: Path, settings: LeadConfig, evaluation: EvalRecipe) -> dict
     if layout.semantic_channels:
         kinds["another"] = pictures.with_semantics_of_others(layout)
     for name, shown in kinds.items():
-        found["losses"][name] = [(time, texture_loss(model, pictures, layout, schedule, time, shown)) for time in TIMES]
+        found["losses"][name] = [
+            (time, part_loss(model, pictures, layout, schedule, "texture", time, shown)) for time in TIMES
+        ]
+    if layout.semantic_channels:
+        found["semantic_losses"] = [
+            (time, part_loss(model, pictures, layout, schedule, "semantic", time)) for time in TIMES
+        ]
     extractor = make_extractor(evaluation.extractor, device)
     reference = load_reference(evaluation, extractor)
     pictures = all_pictures.first(settings.sampled_pictures)

@@ -146,12 +146,17 @@ def _lead_losses(examined: Mapping[str, Any], out: Path) -> list[str]:
     curves = {cell: [(time, [value]) for time, value in found["losses"]["own"]] for cell, found in examined.items()}
     write_atomically(out / "lead_losses.png", figures.spread_curves(curves, "loss of texture", "texture's clock"))
     kinds = ("own", "oracle", "pictures")
-    lines = ["## Losses of texture, and an oracle", "", "![loss of texture](lead_losses.png)", ""]
-    lines += [f"| cell | semantics of | {' | '.join(f'{time:g}' for time in lead_times(examined))} |"]
+    lines = ["## Losses of the parts by their clocks, and an oracle", "", "![loss of texture](lead_losses.png)", ""]
+    lines += [f"| cell | loss of texture, semantics of | {' | '.join(f'{time:g}' for time in lead_times(examined))} |"]
     lines += [f"|{'---|' * (2 + len(lead_times(examined)))}"]
     for cell, found in examined.items():
         for name, points in found["losses"].items():
             lines.append(f"| {cell} | {name} | {' | '.join(f'{value:.3f}' for _, value in points)} |")
+    lines += ["", f"| cell, loss of semantics | {' | '.join(f'{time:g}' for time in lead_times(examined))} |"]
+    lines += [f"|{'---|' * (1 + len(lead_times(examined)))}"]
+    for cell, found in examined.items():
+        if points := found.get("semantic_losses"):
+            lines.append(f"| {cell} | {' | '.join(f'{value:.3f}' for _, value in points)} |")
     lines += ["", f"| cell | FID, {' | FID, '.join(kinds)} |", f"|{'---|' * (1 + len(kinds))}"]
     for cell, found in examined.items():
         shown = (f"{found['fid'][kind]:.4g}" if kind in found["fid"] else "–" for kind in kinds)

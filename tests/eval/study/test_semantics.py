@@ -66,11 +66,26 @@ def test_texture_loss_is_zero_with_the_semantics_of_the_picture_alone() -> None:
     model = perfect(pictures.latents, pictures.noise)
     for delta in (0.0, 0.3, 1.0):
         schedule = SemanticFirstSchedule(delta_t=delta)
-        assert lead.texture_loss(model, pictures, LAYOUT, schedule, 0.5) < 1e-9
+        assert lead.part_loss(model, pictures, LAYOUT, schedule, "texture", 0.5) < 1e-9
         shown = Pictures(data.roll(1, 0), pictures.labels, pictures.noise)
         mixed = Pictures(LAYOUT.join(data[:, :2], shown.latents[:, 2:]), pictures.labels, pictures.noise)
         target = (data - pictures.noise)[:, :2].square().mean()
-        assert lead.texture_loss(model, pictures, LAYOUT, schedule, 0.5, mixed) == pytest.approx(float(target))
+        assert lead.part_loss(model, pictures, LAYOUT, schedule, "texture", 0.5, mixed) == pytest.approx(float(target))
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.3, 1.0])
+def test_the_loss_of_semantics_is_taken_at_their_clock_and_of_their_channels(delta: float) -> None:
+    """A model that says a third of the true velocity of semantics, whose square error is 4/9 of its square."""
+    data, schedule = drawn(6, 5, 4, 4), SemanticFirstSchedule(delta_t=delta)
+    pictures, seen = Pictures.of(data, torch.zeros(6, dtype=torch.long)), []
+
+    def model(x: Tensor, t_texture: Tensor, t_semantic: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        seen.append((round(float(t_texture[0]), 5), round(float(t_semantic[0]), 5)))
+        return (data - pictures.noise) / 3, None
+
+    found = lead.part_loss(model, pictures, LAYOUT, schedule, "semantic", 0.6)
+    assert found == pytest.approx(4 / 9 * float((data - pictures.noise)[:, 2:].square().mean()))
+    assert seen == [(pytest.approx(max(0.6 - delta, 0.0)), 0.6)]
 
 
 def test_semantics_of_others_stay_in_the_class() -> None:
