@@ -6,14 +6,15 @@ order of the chunks, or on the number of starts.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
@@ -24,6 +25,7 @@ from sfd_scale.runtime.chunks import Claims
 from sfd_scale.runtime.file_kind import safetensors_size
 from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.leftovers import remove_temporary_files
+from sfd_scale.runtime.limits import WORK, Background, limit_s
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.weight_files import open_safetensors
 
@@ -141,6 +143,7 @@ def run(folders: Sequence[ChunkFolder], produce: Produce, description: str, unit
 
     Raises:
         ValueError: if a chunk of this job is missing in the end. A second start continues.
+        TimeoutError: if a chunk cannot be written within SFD_WORK_TIMEOUT.
     """
     first, folder = None, folders[0]
     assert all((other.total, other.size) == (folder.total, folder.size) for other in folders)
@@ -153,31 +156,53 @@ def run(folders: Sequence[ChunkFolder], produce: Produce, description: str, unit
     def done(missing: Sequence[int]) -> int:
         return folder.total - sum(len(folder.rows(chunk)) for chunk in missing)
 
-    with (
-        Claims(folder.path / "claims") as claims, progress(folder.total, description, unit) as bar,
-        ThreadPoolExecutor(1) as writer,
-    ):  # fmt: skip
+    with Claims(folder.path / "claims") as claims, progress(folder.total, description, unit) as bar:
         for todo, mine in claims.rounds(folder.count, is_whole):
             first = todo if first is None else first
             bar.skip(done(todo) - bar.done)
-            pending: Future[None] | None = None
-            for chunk in mine:
-                finish, fields = produce(chunk)
-                _wait_for(pending)
-                pending = writer.submit(_complete, chunk, finish)
-                # Rank 0 draws the bar, which counts the work of all ranks, when it has a result of its own.
-                bar.advance(done(claims.unclaimed(todo)) - bar.done, fields)
-            _wait_for(pending)
+            with _Writer(folder.path) as writer:
+                for chunk in mine:
+                    finish, fields = produce(chunk)
+                    writer.write(chunk, finish)
+                    # Rank 0 draws the bar, which counts the work of all ranks, when it has a result of its own.
+                    bar.advance(done(claims.unclaimed(todo)) - bar.done, fields)
             if bar.done < folder.total:
                 bar.advance(folder.total - bar.done)
     return folder.total - done(first or [])
 
 
+class _Writer:
+    """Finishes and writes one chunk at a time in a thread. Leaving it waits for the last chunk, also after an error.
+
+    Raises:
+        TimeoutError: if a chunk is not written within SFD_WORK_TIMEOUT.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending: Background[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, chunk: int, finish: Finish) -> None:
+        """Write a chunk, when the one before is written."""
+        self._wait()
+        self._pending = Background(functools.partial(_complete, chunk, finish))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self._wait()
+        elif self._pending is not None:
+            self._pending.ends(limit_s(WORK))
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            late = f"{self.folder}: a chunk is not written; check the storage of this folder, or raise {WORK}"
+            pending.result(limit_s(WORK), late)
+
+
 def _complete(chunk: int, finish: Finish) -> None:
     for folder, tensors in finish().items():
         folder.commit(chunk, tensors)
-
-
-def _wait_for(pending: Future[None] | None) -> None:
-    if pending is not None:
-        pending.result()

@@ -15,8 +15,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+from filelock import FileLock, Timeout
+
 from sfd_scale.runtime import environment
 from sfd_scale.runtime.caches import extensions_folder
+from sfd_scale.runtime.limits import BUILD, limit_s
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,23 @@ def progress_of(names: Sequence[str]) -> Iterator[None]:
         thread.join()
 
 
+def wait_for_builds() -> None:
+    """Wait until no other process compiles an extension, which torch would wait for without a limit.
+
+    Raises:
+        TimeoutError: after SFD_BUILD_TIMEOUT.
+    """
+    for lock in sorted(extensions_folder().glob("*/lock")):
+        try:
+            with FileLock(lock, timeout=limit_s(BUILD)):
+                pass
+        except Timeout:
+            raise TimeoutError(
+                f"{lock.parent}: another process has been compiling it for {limit_s(BUILD)} s; end that process, or "
+                f"raise {BUILD}"
+            ) from None
+
+
 def build(max_jobs: int | None = None) -> dict[str, float]:
     """Compile and load each extension that this machine can use; returns seconds by name.
 
@@ -82,6 +102,7 @@ def build(max_jobs: int | None = None) -> dict[str, float]:
     """
     environment.set_default("MAX_JOBS", str(max_jobs or len(os.sched_getaffinity(0))))
     use_own_builds()
+    wait_for_builds()
     from deepspeed.accelerator import get_accelerator  # reads MAX_JOBS
 
     seconds = {}

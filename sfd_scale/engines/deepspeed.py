@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sfd_scale.engines.block_transforms import prepare_blocks
-from sfd_scale.engines.build_ops import missing, progress_of, quiet_builders, use_own_builds
+from sfd_scale.engines.build_ops import missing, progress_of, quiet_builders, use_own_builds, wait_for_builds
 from sfd_scale.engines.engine import (
     EngineConfig,
     Fragment,
@@ -187,6 +187,7 @@ class DeepSpeedEngine:
         self._linear = nn.functional.linear
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._client = _client_optimizer(model, optimizer, config)
+        wait_for_builds()
         with quiet_builders(), progress_of(missing()):
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False

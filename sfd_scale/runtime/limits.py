@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from sfd_scale.runtime import environment
 
 T = TypeVar("T")
-WORK = "SFD_WORK_TIMEOUT"  # of a chunk that another job works on
+WORK = "SFD_WORK_TIMEOUT"  # of a chunk: that another job works on, or that is written
 STEP = "SFD_STEP_TIMEOUT"  # of a step of a study that another process works on
 WATCH = "SFD_WATCH_TIMEOUT"  # of the next checkpoint of a run; a scheduler may start it again days later
 DOWNLOAD = "SFD_DOWNLOAD_TIMEOUT"
-DEFAULTS = {WORK: 3600, STEP: 86_400, WATCH: 604_800, DOWNLOAD: 3600}
+BUILD = "SFD_BUILD_TIMEOUT"  # of another process that compiles DeepSpeed's operators
+DEFAULTS = {WORK: 3600, STEP: 86_400, WATCH: 604_800, DOWNLOAD: 3600, BUILD: 1800}
 
 
 def limit_s(name: str) -> int:
@@ -26,32 +27,49 @@ def limit_s(name: str) -> int:
     return DEFAULTS[name] if value is None else value
 
 
-def within(seconds: float, work: Callable[[], T], late: str) -> T:
-    """The result of `work`, which runs in a thread, because a wait inside a library cannot be interrupted.
+class Background(Generic[T]):
+    """Work that runs in a thread, because a wait inside a library cannot be interrupted."""
 
-    Args:
-        late: the error message after the limit: who is waited for, and what to change.
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._results: list[T] = []
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._results.append(work())
+        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
+            self._errors.append(error)
+
+    def ends(self, seconds: float) -> bool:
+        """Whether the work ends within `seconds`, with a result or an error."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self, seconds: float, late: str) -> T:
+        """The result, or the error that was raised.
+
+        Args:
+            late: the error message after the limit: who is waited for, and what to change.
+
+        Raises:
+            TimeoutError: after `seconds`. The thread runs on until the process ends.
+        """
+        if not self.ends(seconds):
+            raise TimeoutError(f"{late} (after {seconds:.0f} s)")
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+
+def within(seconds: float, work: Callable[[], T], late: str) -> T:
+    """The result of `work`, which has `seconds`: see `Background`.
 
     Raises:
-        TimeoutError: after `seconds`. The thread runs on until the process ends.
+        TimeoutError: after `seconds`.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="limited", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"{late} (after {seconds:.0f} s)")
-    return results[0]
+    return Background(work).result(seconds, late)
 
 
 def download(what: str, work: Callable[[], T]) -> T:

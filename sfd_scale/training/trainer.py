@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +138,7 @@ class Trainer:
             stop.saved = stopped
         return not stopped
 
-    def batches_from(self, step: int, stop: StopRequest) -> Iterator[Batch]:
+    def batches_from(self, step: int, stop: StopRequest) -> PatientBatches[Batch]:
         """The micro-batches from a step on. A thread reads them ahead and makes the random draws of the objective.
 
         A wait ends after `train.timeout_s`, and soon after a stop request."""
@@ -164,18 +163,17 @@ class Trainer:
             raise SystemExit(REQUEUE_EXIT_CODE)
         logger.warning("a stop was requested in the wait for data; step %d is saved without more data", step)
 
-    def train_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+    def train_step(self, step: int, batches: PatientBatches[Batch]) -> StepResult:
         """One optimizer step: accumulate the gradient of the loss over the global batch, step, average."""
         for micro in range(self.grad_accum_steps):
             self.heartbeat.enter(step, Operation.DATA)
-            waited = time.monotonic()
+            before = batches.waited_s
             batch = next(batches).to(self.engine.device)
-            waited = time.monotonic() - waited
             self.heartbeat.enter(step, Operation.FORWARD_BACKWARD)
             losses, last = self.objective(self.engine.model, batch), micro == self.grad_accum_steps - 1
             loss = self.watch.guarded(losses, batch.keys, last)
             self.engine.backward(loss / self.grad_accum_steps, last)
-            self.metrics.add(losses, len(batch), waited)
+            self.metrics.add(losses, len(batch), batches.waited_s - before)
         self.heartbeat.enter(step, Operation.OPTIMIZER)
         result = self.engine.step(self.learning_rate(step))
         self.metrics.step(result.grad_norm)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.train_step import LAYOUT, batch_of, our_model, randomize
+from sfd_scale.data.waiting import PatientBatches
 from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.ema import EMA, EMAConfig
@@ -67,7 +68,7 @@ def test_a_step_of_two_micro_batches_reads_the_norm_and_nothing_else(tmp_path: P
     made = trainer(tmp_path)
     for step in range(2):
         # The thread that reads ahead makes the draws; its reads of keys on the host wait for no device.
-        batches = iter([made.objective.prepare(batch_of(2)) for _ in range(2)])
+        batches = PatientBatches(map(made.objective.prepare, iter([batch_of(2)] * 2)), limit_s=60, advice="")
         with bf16_matmul_on_cpu(torch.device("cpu")), Reads() as reads, Copies() as copies:
             result = made.train_step(step, batches)
         assert result.applied and (reads.count, copies.count) == (1, 0)

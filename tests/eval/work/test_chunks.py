@@ -1,0 +1,86 @@
+"""A chunk that cannot be written ends the work with a sentence, and an error loses no chunk that is finished."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eval.work import chunks
+from eval.work.chunks import ChunkFolder, Finish
+
+
+def tensors(folder: ChunkFolder, chunk: int) -> Mapping[ChunkFolder, Mapping[str, Tensor]]:
+    return {folder: {"rows": torch.tensor(list(folder.rows(chunk)))}}
+
+
+def test_chunks_are_written_beside_the_work(tmp_path: Path) -> None:
+    folder, threads = ChunkFolder(tmp_path, total=7, size=2), set()
+
+    def produce(chunk: int) -> tuple[Finish, dict[str, Any]]:
+        def finish() -> Mapping[ChunkFolder, Mapping[str, Tensor]]:
+            threads.add(threading.current_thread() is threading.main_thread())
+            return tensors(folder, chunk)
+
+        return finish, {}
+
+    assert chunks.run([folder], produce, "test", "rows") == 7
+    assert torch.cat(list(folder.read("rows"))).tolist() == list(range(7)) and threads == {False}
+    assert chunks.run([folder], produce, "test", "rows") == 0
+
+
+def test_a_write_that_does_not_end_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFD_WORK_TIMEOUT", "1")
+    folder, stuck = ChunkFolder(tmp_path, total=6, size=2), threading.Event()
+
+    def produce(chunk: int) -> tuple[Finish, dict[str, Any]]:
+        def finish() -> Mapping[ChunkFolder, Mapping[str, Tensor]]:
+            if chunk == 1:
+                stuck.wait(60)  # as a network file system that does not answer
+            return tensors(folder, chunk)
+
+        return finish, {}
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"a chunk is not written; check the storage .*raise SFD_WORK_TIMEOUT"):
+        chunks.run([folder], produce, "test", "rows")
+    assert time.monotonic() - began < 30 and folder.missing() == [1, 2]
+    stuck.set()
+    assert chunks.run([folder], produce, "test", "rows") == 4 and not folder.missing()
+
+
+def test_an_error_of_the_next_chunk_waits_for_the_last_one(tmp_path: Path) -> None:
+    folder = ChunkFolder(tmp_path, total=4, size=2)
+
+    def produce(chunk: int) -> tuple[Finish, dict[str, Any]]:
+        if chunk == 1:
+            raise RuntimeError("no memory")
+
+        def finish() -> Mapping[ChunkFolder, Mapping[str, Tensor]]:
+            time.sleep(0.3)
+            return tensors(folder, chunk)
+
+        return finish, {}
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        chunks.run([folder], produce, "test", "rows")
+    assert folder.missing() == [1]
+
+
+def test_the_error_of_a_write_is_raised(tmp_path: Path) -> None:
+    folder = ChunkFolder(tmp_path, total=4, size=2)
+
+    def produce(chunk: int) -> tuple[Finish, dict[str, Any]]:
+        def finish() -> Mapping[ChunkFolder, Mapping[str, Tensor]]:
+            raise OSError(28, "No space left on device")
+
+        return finish, {}
+
+    with pytest.raises(OSError, match="No space"):
+        chunks.run([folder], produce, "test", "rows")
