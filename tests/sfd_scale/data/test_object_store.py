@@ -29,7 +29,10 @@ from tests.helpers import small_run
 from tests.helpers.encoded import encode_digits
 
 COUNT = 44
-LIMITS = FetchLimits(timeout_s=0.7, min_rate=100_000, attempts=3, backoff_s=0.02, wait_s=20)
+LIMITS = FetchLimits(timeout_s=30, min_rate=1000, attempts=3, backoff_s=0.02, wait_s=60)
+# For faults that only a time limit ends. On a busy machine a healthy answer takes a second, too.
+SHORT = dataclasses.replace(LIMITS, timeout_s=1.5, min_rate=100_000)
+SLOW_FAULTS = ("silence", "trickle")
 SHARD = "shard.000001.00000.mds"  # samples 8 to 15
 ROOT = Path(__file__).parents[3]
 
@@ -84,21 +87,21 @@ def test_shards_are_fetched_ahead_while_the_step_computes(remote: tuple[ObjectSt
     loader = LatentLoader(config, seed=5, split=BatchSplit(8, 1, 1), rank=0)
     batches = loader.batches(0)
     next(batches)
-    time.sleep(1.0)  # the step computes
-    waited = []
-    for _ in range(4):
-        started = time.monotonic()
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.mds"))) < len(loader.shard_sizes) and time.monotonic() < end:
+        time.sleep(0.01)  # the step computes, and asks for nothing
+    arrived = dict(store.traffic.requests)
+    for _ in range(loader.steps_per_epoch - 1):
         next(batches)
-        waited.append(time.monotonic() - started)
     loader.close()
-    assert sum(waited) < 0.4  # five shards at 0.2 s each, one after the other, would take a second
+    assert store.traffic.requests == arrived and sum(name.endswith(".mds") for name in arrived) == 6
 
 
 @pytest.mark.parametrize("fault", ["error-500", "slow-down", "reset", "silence", "trickle", "truncated", "wrong"])
 def test_a_fault_that_passes_is_tried_again(remote: tuple[ObjectStore, str], tmp_path: Path, fault: str) -> None:
     store, address = remote
     store.fault = lambda name, number: fault if number == 0 and name in (SHARD, "index.json") else None
-    own = open_shards(tmp_path, address, limits=LIMITS)
+    own = open_shards(tmp_path, address, limits=SHORT if fault in SLOW_FAULTS else LIMITS)
     assert own[8]["id"] == 8
     assert store.traffic.requests[SHARD] == store.traffic.requests["index.json"] == 2
     assert check_data(tmp_path)[0].endswith("missing")  # the other shards; the one that was read is whole
@@ -135,12 +138,12 @@ def test_a_fault_that_stays_is_one_sentence(
 
 def test_a_silent_store_holds_a_reader_for_the_timeout_only(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
     store, address = remote
-    own = open_shards(tmp_path, address, limits=LIMITS)
+    own = open_shards(tmp_path, address, limits=SHORT)
     store.fault = lambda name, number: "silence"
     started = time.monotonic()
     with pytest.raises(FetchError, match="could not be read"):
         own[8]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_the_error_of_a_fetch_ahead_reaches_the_step(remote: tuple[ObjectStore, str], tmp_path: Path) -> None:
