@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -239,7 +240,7 @@ def _stats(paths: Sequence[Path], recipe: TrainRecipe) -> LatentStats | None:
 
 def _step_of(file: Path) -> int:
     """The step in the name of an official file, such as 0400000.pt; 0 for any other name."""
-    return int(file.stem) if file.stem.isdigit() else 0
+    return int(file.stem) if re.fullmatch("[0-9]{1,18}", file.stem) else 0
 
 
 # -------------------------------------------------------------------------------------------------- out
