@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "remote.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "remote-wait.png"
 SHAPE = (48, 16, 16)
 BATCH, STEP_S = 32, 0.64
-ANSWER_S = 240.0  # for all steps of a reader
+ANSWER_S = 240.0  # for all steps of a reader; also for an epoch of all nodes
 GLOBAL_BATCH = 256  # of several nodes
 PARTS = ("nodes", "readers")
 OURS = "sfd-scale, 0 workers"
@@ -102,7 +103,7 @@ def theirs(remote: str, cache: Path, window: int, workers: int) -> Iterator[Any]
 
 
 def consume(pipe: Any, address: str, remote: str, cache: Path, workers: int | None, size: Size) -> None:
-    """The process of a reader: sends the wait of each step. The first wait includes opening the data."""
+    """The process of a reader: sends the wait of each step at once. The first wait includes opening the data."""
     environment.set_variables(variables(address))
     if workers is None:  # imports are no part of the wait
         import sfd_scale.data.dataloader  # noqa: F401
@@ -118,14 +119,13 @@ def consume(pipe: Any, address: str, remote: str, cache: Path, workers: int | No
         boto3.client("s3", endpoint_url=address).download_file(
             bucket, f"{prefix}/index.json", str(cache / "index.json")
         )
-    window, waits, started = size.shards * size.per_shard, [], time.monotonic()
+    window, started = size.shards * size.per_shard, time.monotonic()
     batches = ours(remote, cache, window) if workers is None else theirs(remote, cache, window, workers)
     for _ in range(size.steps):
         next(batches)
-        waits.append(time.monotonic() - started)
+        pipe.send(time.monotonic() - started)
         time.sleep(STEP_S)
         started = time.monotonic()
-    pipe.send(waits)
 
 
 class Server:
@@ -157,14 +157,27 @@ def measure(server: Server, root: Path, size: Size, workers: tuple[int, ...]) ->
             target=consume, args=(end, server.address, server.remote, root / f"cache{number}", count, size)
         )
         reader.start()
-        waits = answer.recv() if answer.poll(ANSWER_S) else None
+        end.close()
+        waits = received(answer, size.steps, ANSWER_S)
         reader.join(20)
         reader.kill()
         requests, sent, _ = server.traffic()
         shards = sum(n for file, n in requests.items() if file.endswith(".mds"))
-        results[name] = {"waits": waits, "gets": shards, "bytes": sent}
-        print(name, f"no answer in {ANSWER_S:.0f} s" if waits is None else summary(waits), f"{shards} GETs", flush=True)
+        results[name] = {"waits": waits, "steps": size.steps, "gets": shards, "bytes": sent}
+        print(name, summary(waits, size.steps), f"{shards} GETs", flush=True)
     return results
+
+
+def received(answer: Connection, count: int, limit_s: float) -> list[float]:
+    """Up to `count` waits that a reader sends within `limit_s`. A reader that dies sends no more."""
+    waits: list[float] = []
+    deadline = time.monotonic() + limit_s
+    while len(waits) < count and answer.poll(max(0.0, deadline - time.monotonic())):
+        try:
+            waits.append(answer.recv())
+        except EOFError:
+            break
+    return waits
 
 
 def read_epoch(address: str, remote: str, cache: Path, node: int, nodes: int, global_batch: int) -> None:
@@ -194,17 +207,25 @@ def nodes_read(server: Server, root: Path, nodes: int, global_batch: int) -> dic
     ]
     for reader in readers:
         reader.start()
+    deadline = time.monotonic() + ANSWER_S
     for reader in readers:
-        reader.join()
-        assert reader.exitcode == 0
+        reader.join(max(0.0, deadline - time.monotonic()))
+    codes = [reader.exitcode for reader in readers]
+    for reader in readers:
+        reader.kill()
     _, _, read = server.traffic()
+    if codes != [0] * nodes:
+        raise RuntimeError(f"{nodes} nodes: exit codes {codes}; None: not done after {ANSWER_S:.0f} s; read {read}")
     whole = sum(file.stat().st_size for file in (root / "shards").glob("*.mds"))
     found = [read[f"node{node}"] for node in range(nodes)]
     return {"bytes": found, "largest_times_nodes": max(found) * nodes / whole}
 
 
-def summary(waits: list[float]) -> str:
-    return f"first batch {waits[0]:.1f} s, wait {sum(waits):.1f} s, after the first {sum(waits[1:]):.1f} s"
+def summary(waits: list[float], steps: int) -> str:
+    if not waits:
+        return f"no batch in {ANSWER_S:.0f} s"
+    done = "" if len(waits) == steps else f"{len(waits)} of {steps} batches in {ANSWER_S:.0f} s: "
+    return f"{done}first batch {waits[0]:.1f} s, wait {sum(waits):.1f} s, after the first {sum(waits[1:]):.1f} s"
 
 
 def node_share(shards: int = 2503, per_shard: int = 512, nodes: int = 8, global_batch: int = 256) -> dict[str, float]:
@@ -240,8 +261,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 3.6))
     for name, result in results.items():
-        if result["waits"] is not None:
-            axes.plot(np.cumsum(result["waits"]), label=name)
+        axes.plot(np.cumsum(result["waits"]), label=name)
     axes.set(xlabel="step", ylabel="seconds waited so far", title="Wait for data from an object store, empty cache")
     axes.legend()
     axes.grid(alpha=0.3)
