@@ -88,6 +88,7 @@ def score(
     like_adm = ["metrics.frechet=sqrtm"] if compat == "adm" else []
     like_adm += ["metrics.distances=float16"] if compat == "adm" or prc_fp16 else []
     loaded = _load(recipe, [*(overrides or []), *like_adm])
+    from eval.results import further_key
     from eval.score import default_out
     from eval.score import score as run
 
@@ -100,7 +101,7 @@ def score(
         for extractor, representation in results.representations.items():
             for name, value in representation.scores.by_key().items():
                 if value is not None:
-                    table.add_row(f"{'fd' if name == 'fid' else name} ({extractor})", f"{value:.6g}")
+                    table.add_row(further_key(name, extractor), f"{value:.6g}")
         plain_console().print(table)
 
 

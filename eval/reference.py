@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,13 @@ def _planned(recipe: EvalRecipe, source: ImagesConfig | None, extractor: LazyExt
         "batch": recipe.extractor_batch,
         "reference_images": recipe.metrics.reference_images,
     }
-    file = recipe.cache / f"reference-{config.digest(determined)[:16]}.safetensors"
-    return _Plan(source, extractor, images, determined, file)
+    return _Plan(source, extractor, images, determined, cached_file(recipe.cache, determined))
+
+
+def cached_file(cache: Path, provenance: Mapping[str, Any]) -> Path:
+    """The file in the cache of a reference with this provenance."""
+    determined = {key: value for key, value in provenance.items() if key != "source"}
+    return cache / f"reference-{config.digest(determined)[:16]}.safetensors"
 
 
 def load_reference(recipe: EvalRecipe, extractor: LazyExtractor, name: str | None = None) -> Reference:

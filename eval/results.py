@@ -58,6 +58,11 @@ class Representation:
     features: str
 
 
+def further_key(key: str, extractor: str) -> str:
+    """A score in the representation of a further network, as tables name it: the Fréchet distance is FD there."""
+    return f"{'fd' if key == 'fid' else key} ({extractor})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationFD:
     """FD of the validation set against the reference, by the name of the extractor: the unit of FDr.

@@ -118,11 +118,18 @@ def _results(source: Path, note: Mapping[str, Any], weights: Path) -> Path | Non
     plain = note["step"] == 0 or (note.get("weights") == "ema" and "ema_length" not in note)
     if plain and watched.is_file():
         return watched
-    own_hash = sha256(weights)
-    found = [
-        file for file, result in results_of_run(run.path, note["recipe_digest"]) if result.weights_hash == own_hash
-    ]
-    return found[0] if found else None
+    own_hash, known = sha256(weights), results_of_run(run.path, note["recipe_digest"])
+    for file, result in known:
+        if result.weights_hash == own_hash:
+            return file
+    for file, result in known:
+        if result.step == note["step"]:
+            logger.warning(
+                "no scores in the card: those of %s are of another file of step %d. It has other weights of the step, "
+                "or an earlier release exported it. Draw and score %s to have scores", file, result.step, weights,
+            )  # fmt: skip
+            break
+    return None
 
 
 def _card(recipe: TrainRecipe, note: Mapping[str, Any], folder: Path, licence: str | None) -> str:

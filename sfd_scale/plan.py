@@ -27,7 +27,6 @@ from sfd_scale.planning.evaluation_cost import rows as evaluation_rows
 from sfd_scale.planning.footprint import Footprint
 from sfd_scale.planning.hardware import Hardware, find_gpu, read_gpu_spec
 from sfd_scale.planning.measured import BenchFigure, BenchResults, Throughput, read_throughput
-from sfd_scale.planning.plot import Drawn, draw
 from sfd_scale.planning.step_time import Step
 from sfd_scale.planning.work import Work, trace_work
 from sfd_scale.recipe import TrainRecipe
@@ -254,6 +253,8 @@ def write_pictures(made: Sequence[Planned], machine: Machine, plot: Path | None,
         ValueError: if the picture's name does not end with .png.
     """
     if plot is not None:
+        from sfd_scale.planning.plot import Drawn, draw  # imports matplotlib
+
         drawn = [Drawn(entry.recipe.name, entry.job.ranks, entry.plan) for entry in made]
         draw(drawn, machine.hardware, plot)
     if html is not None:

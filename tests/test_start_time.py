@@ -51,7 +51,8 @@ def _run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         "--help", "--version", "train --help", "eval generate --help", "show train/sfd_xl", "recipes XXL zero",
         "diff train/sfd_xl schedule.delta_t=0", "train train/sfd_xl sed=1", "eval generate eval/sfd_xl bach=1 --out x",
-        "trian",
+        "trian", "plan train/sfd_xll --gpus 8", "plan train/sfd_xl --gpus 8 --gpu h900", "doctor train/sfd_xll",
+        "study study/fulll", "sample model.safetensors --guidance x",
     ],
 )  # fmt: skip
 def test_these_commands_import_no_slow_library(arguments: str) -> None:

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eval.comparison.variance import sampling_gram
 from eval.features.extract import open_features, read_features
+from eval.generate import further_features
 from eval.metrics.influence import Influence
 from eval.metrics.reference import Reference
 from eval.metrics.scores import SCORES
-from eval.reference import read_reference
-from eval.results import Results
+from eval.reference import cached_file, read_reference
+from eval.results import Results, further_key
 from sfd_scale import config
 from sfd_scale.export import read_note
 from sfd_scale.runtime.files import read_json
@@ -102,7 +104,7 @@ def read_group(words: Sequence[str], first: Results | None = None) -> list[Repli
         if model in by_model:
             raise ValueError(f"{file}: the same model as {by_model[model]}; allowed: each training once per group")
         by_model[model] = file
-    references: dict[Path, Reference] = {}
+    references = _References()
     return [
         Replicate(file, results, seeds_of(file, results), _influences(file, results, references))
         for file, results in found.items()
@@ -116,20 +118,53 @@ def weights_of(results: Results) -> str | None:
 
 def check_comparable(a: Results, b: Results) -> None:
     """Raises ValueError for results against different references, or with different settings of the scores."""
-    for what, key in (("reference", "data"), ("extractor", "extractor")):
-        if a.reference[key] != b.reference[key]:
-            raise ValueError(f"{what}: {a.reference[key]} and {b.reference[key]}; allowed: the same for both")
+    pairs = {"": (a.reference, b.reference)}
+    for name in a.representations.keys() & b.representations.keys():
+        pairs[f" of {name}"] = a.representations[name].reference, b.representations[name].reference
+    for network, (left, right) in pairs.items():
+        for what, key in (("reference", "data"), ("extractor", "extractor")):
+            if left[key] != right[key]:
+                raise ValueError(f"{what}{network}: {left[key]} and {right[key]}; allowed: the same for both")
     if a.metrics != b.metrics:
         raise ValueError(f"metrics: {a.metrics} and {b.metrics}; allowed: the same for both")
 
 
-def _influences(file: Path, results: Results, references: dict[Path, Reference]) -> dict[str, Influence]:
+class _References:
+    """References from the cache, each read once. file: the results that need them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, Reference] = {}
+
+    def read(self, cached: Path, provenance: dict[str, Any], file: Path) -> Reference:
+        if not cached.is_file():
+            raise ValueError(f"{file}: its reference {cached} is not in the cache any more; score it again")
+        if cached not in self._known:
+            self._known[cached] = read_reference(cached, provenance)
+        return self._known[cached]
+
+
+def _influences(file: Path, results: Results, references: _References) -> dict[str, Influence]:
+    """How each image moves each score: of the main network, then of each further one, then FDr."""
     cached = Path(results.run.reference)
-    if not cached.is_file():
-        raise ValueError(f"{file}: its reference {cached} is not in the cache any more; score it again")
-    if cached not in references:
-        references[cached] = read_reference(cached, results.reference)
-    reference, samples = references[cached], read_features(open_features(_features(file, results)))
+    folder = _features(file, file.parent, results.run.features, results.samples)
+    found = _of_network(folder, references.read(cached, results.reference, file), results)
+    distances = {str(results.extractor): found["fid"]}
+    for name, further in results.representations.items():
+        reference = references.read(cached_file(cached.parent, further.reference), further.reference, file)
+        settings = {**results.samples, "extractor": further.extractor}
+        folder = _features(file, further_features(file.parent, name), further.features, settings)
+        own = _of_network(folder, reference, results)
+        distances[name] = own["fid"]
+        found |= {further_key(key, name): influence for key, influence in own.items()}
+    if results.scores.fdr is not None and results.validation is not None:
+        shares = {name: 1 / len(distances) / results.validation.fd[name] for name in distances}
+        moved = torch.stack([shares[name] * influence.per_image for name, influence in distances.items()]).sum(0)
+        found["fdr"] = Influence(results.scores.fdr, moved)
+    return found
+
+
+def _of_network(folder: Path, reference: Reference, results: Results) -> dict[str, Influence]:
+    samples = read_features(open_features(folder))
     made = {
         score.key: score.influence(samples, reference, results.metrics)
         for score in SCORES
@@ -138,13 +173,12 @@ def _influences(file: Path, results: Results, references: dict[Path, Reference])
     return {key: found for key, found in made.items() if found is not None}
 
 
-def _features(file: Path, results: Results) -> Path:
-    """The folder of features of the results: beside them, or at the recorded path."""
-    for folder in (file.parent, Path(results.run.features)):
-        settings = folder / "config.json"
-        if settings.is_file() and read_json(settings) == results.samples:
+def _features(file: Path, beside: Path, recorded: str, settings: Mapping[str, Any]) -> Path:
+    """The folder of features with these settings: beside the results in `file`, or at the recorded path."""
+    for folder in (beside, Path(recorded)):
+        if (folder / "config.json").is_file() and read_json(folder / "config.json") == settings:
             return folder
-    raise ValueError(f"{file}: its features are neither beside it nor at the recorded path")
+    raise ValueError(f"{file}: its features of {settings['extractor']} are neither beside it nor at {recorded}")
 
 
 def seeds_of(file: Path, results: Results) -> Seeds | None:
@@ -187,12 +221,9 @@ def gram(group: Group, key: str) -> Tensor:
 
 
 def common_scores(*groups: Group) -> list[str]:
-    """The keys of the scores that all replicates have, in the order of the table."""
-    return [
-        score.key
-        for score in SCORES
-        if all(score.key in replicate.influences for group in groups for replicate in group)
-    ]
+    """The keys of the scores that all replicates have, in the order of the first."""
+    everyone = [replicate for group in groups for replicate in group]
+    return [key for key in everyone[0].influences if all(key in replicate.influences for replicate in everyone)]
 
 
 def in_order_of_seeds(a: Group, b: Group) -> tuple[Group, Group] | None:

@@ -47,10 +47,10 @@ def _with_deviation(value: float, deviation: float | None) -> str:
 
 
 def _sources(name: str, by_score: dict[str, list[Component]], differences: list[Difference]) -> Table:
-    """One row for each source: its standard deviation as a share of the score's mean."""
-    table = Table("source", *by_score, title=f"{name}: standard deviation by source, as a share of the mean")
+    """One row for each score: the standard deviation of each source as a share of the score's mean."""
+    sources = [component.source for component in next(iter(by_score.values()))]
+    table = Table("score", *sources, title=f"{name}: standard deviation by source, as a share of the mean")
     means = {row.score: (row.a if name == "A" else row.b) for row in differences}
-    for number, component in enumerate(next(iter(by_score.values()))):
-        shares = [parts[number].deviation / abs(means[key]) for key, parts in by_score.items() if means[key]]
-        table.add_row(component.source, *(f"{share:.2%}" for share in shares))
+    for key, parts in by_score.items():
+        table.add_row(key, *(f"{part.deviation / abs(means[key]):.2%}" if means[key] else "–" for part in parts))
     return table

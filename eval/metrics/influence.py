@@ -20,6 +20,15 @@ from eval.metrics.density_coverage import covered_images, density_of_samples
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.moments import BLOCK, FeatureMoments, moments
+from eval.metrics.monge_inception import (
+    DIRECTIONS,
+    SCALE,
+    directions,
+    drawn_rows,
+    monge_inception_distance,
+    transport_potentials,
+)
+from eval.metrics.one_thread import one_thread
 from eval.metrics.reference import Reference
 
 
@@ -76,6 +85,18 @@ def inception_influence(logits: Tensor, split: int) -> Influence:
     return Influence(inception_score(logits, split).mean, torch.cat(moved))
 
 
+def monge_influence(samples: Tensor, reference: Tensor, count: int, projections: int, seed: int = 0) -> Influence:
+    """Of MIND (arXiv 2605.06797) for features (N, D) and (M, D): 0 for rows that it does not draw."""
+    (_, rows), (_, real) = drawn_rows(samples, reference, count, seed)
+    moved = torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
+    with one_thread():
+        x, y = samples[rows].double(), reference[real].double()
+        for part in directions(projections, x.shape[1], seed).to(x.device).split(DIRECTIONS):
+            moved[rows] += transport_potentials(x, y, part).sum(1)
+    factor = SCALE * x.shape[1] / projections * len(samples) / len(rows)
+    return Influence(monge_inception_distance(samples, reference, count, projections, seed), factor * moved)
+
+
 def share_influence(inside: Tensor, *, of_reference: bool = False) -> Influence:
     """Of a share of rows (arXiv 1904.06991, Eq. 2): whether each row (N,) is inside, less the share."""
     values = inside.double()
@@ -115,6 +136,13 @@ def recall(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -
     if reference.features is None:
         return None
     return share_influence(_inside(reference.features, samples.pool, settings), of_reference=True)
+
+
+def monge(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence | None:
+    """Of MIND (arXiv 2605.06797)."""
+    if reference.features is None or not settings.mind_projections:
+        return None
+    return monge_influence(samples.pool, reference.features, settings.mind_samples, settings.mind_projections)
 
 
 def density(samples: FeatureSet, reference: Reference, settings: MetricsConfig) -> Influence | None:

@@ -102,8 +102,11 @@ class Scores:
     )  # fmt: skip
     kid_std: float | None = None
     mind: float | None = _shown(
-        Score(title="MIND", better="lower", form=".2f", compute=compute.monge, later=True, settings=_MIND)
-    )
+        Score(
+            title="MIND", better="lower", form=".2f", compute=compute.monge, influence=influence.monge, later=True,
+            settings=_MIND,
+        )
+    )  # fmt: skip
     density: float | None = _shown(
         Score(
             title="Density", better="higher", form=".3f", compute=compute.density, influence=influence.density,

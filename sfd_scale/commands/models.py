@@ -11,6 +11,8 @@ from sfd_scale import config
 from sfd_scale.launch.command_line import Overrides
 
 app = typer.Typer()
+# The names of `diffusion.samplers.Solver`, which imports torch; a test compares them.
+SolverName = Literal["euler", "midpoint", "heun2", "heun3", "rk4", "ab2", "ab3", "exp_ab2", "exp_ab3", "dopri5"]
 
 
 @app.command()
@@ -104,8 +106,8 @@ def sample(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 50,
     solver: Annotated[
-        Literal["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5"],
-        typer.Option(help="dopri5 chooses its own steps."),
+        SolverName,
+        typer.Option(help="dopri5 chooses its own steps. ab2 and ab3 (Adams-Bashforth) need one evaluation a step."),
     ] = "euler",
     grid: Annotated[
         int | None, typer.Option(min=1, help="Columns of the grid; default: a square, and 8 with --over-time.")
@@ -116,9 +118,9 @@ def sample(
     ] = False,
 ) -> None:
     """Draw a grid of images from an exported checkpoint."""
+    scale = _scale(guidance)
     from sfd_scale.sample import load, sample_grid
 
-    scale = _scale(guidance)
     if not over_time:
         sample_grid(
             checkpoint, out, count=count or 16, label=label, steps=steps, seed=seed, guidance=scale, guide=guide,

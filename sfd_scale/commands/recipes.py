@@ -95,9 +95,17 @@ def plan(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
     """Estimate memory, time and cost of a training recipe on N GPUs."""
+    names, overrides = config.split_words(recipes)
+    with inert_imports():  # a mistake is reported before torch is imported
+        from sfd_scale import plan as plans
+        from sfd_scale.recipe import TrainRecipe
+
+        plans.make_machine(gpu, gpu_spec, gpus_per_node, network)
+        plans.parse_counts(gpus)
+        for name in names:
+            config.load(name, TrainRecipe, overrides)
     from sfd_scale import plan as plans
 
-    names, overrides = config.split_words(recipes)
     machine, counts = plans.make_machine(gpu, gpu_spec, gpus_per_node, network), plans.parse_counts(gpus)
     if best:
         if len(names) != 1:
@@ -124,6 +132,11 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Check versions, accelerator, kernels, network, limits and disk. Exit code 1 if a check fails."""
+    if recipe is not None:
+        with inert_imports():  # a mistake is reported before torch is imported
+            from eval.recipes import load_any
+
+            load_any(recipe, overrides or ())
     from sfd_scale.doctor import Finding, examine
 
     found = examine()

@@ -14,6 +14,7 @@ from sfd_scale.runtime.output import plain_console
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
 if TYPE_CHECKING:
+    from eval.study.recipe import StudyRecipe
     from sfd_scale.recipe import TrainRecipe
 
 app = typer.Typer()
@@ -23,6 +24,12 @@ def _train_recipe() -> type[TrainRecipe]:
     from sfd_scale.recipe import TrainRecipe
 
     return TrainRecipe
+
+
+def _study_recipe() -> type[StudyRecipe]:
+    from eval.study.recipe import StudyRecipe
+
+    return StudyRecipe
 
 
 @app.command()
@@ -105,11 +112,11 @@ def study(
     report: Annotated[bool, typer.Option("--report", help="Only write figures and tables of finished runs.")] = False,
 ) -> None:
     """Run a grid of small trainings and compare them. The same command resumes."""
+    settings = load_recipe(recipe, _study_recipe, overrides)
     from eval.study import study as module
-    from eval.study.recipe import StudyRecipe
     from eval.work.processes import run_in_parallel
 
-    loaded = module.Study(config.load(recipe, StudyRecipe, overrides or ()))
+    loaded = module.Study(settings)
     if not report and jobs > 1:
         patterns = [word for pattern in only or () for word in ("--only", pattern)]
         code = run_in_parallel(

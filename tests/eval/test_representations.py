@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from eval import generate
 from eval import score as scoring
 from eval.__main__ import app
+from eval.comparison.groups import read_group
 from eval.features.config import ConvNetConfig, InceptionConfig, PresetConfig, TimmExtractorConfig
 from eval.features.extract import open_features, read_features
 from eval.features.presets import PUBLISHED_VALIDATION_FD
@@ -169,6 +170,12 @@ def test_fdr_is_the_mean_ratio_to_the_validation_set(tmp_path: Path, reference: 
     assert found.fd_ratios == pytest.approx(ratios, rel=1e-12)
     assert found.scores.fdr == pytest.approx(sum(ratios.values()) / 2, rel=1e-12)
     assert found.validation == ValidationFD(source="npz:x, 50 images", fd=numbers) and found.id != plain.id
+    (group,) = read_group([str(out / "r.json")])
+    moves = group.influences
+    assert moves["fd (smaller)"].value == pytest.approx(plain.representations["smaller"].scores.fid, rel=1e-9)
+    assert moves["fdr"].value == found.scores.fdr and {"mind", "mind (smaller)", "recall (smaller)"} <= moves.keys()
+    weighted = moves["fid"].per_image / 4 + moves["fd (smaller)"].per_image / 0.1
+    assert torch.allclose(moves["fdr"].per_image, weighted, rtol=1e-9)
     # Published numbers know no network of ours.
     published = dataclasses.replace(settings, validation="published")
     found = scoring.score(published, out, out / "r.json", lazy(), judges=judges)
@@ -258,6 +265,11 @@ def test_the_commands_with_networks_of_timm(tmp_path: Path, reference: NpzSource
     words = ["score", recipe, "--samples", str(tmp_path / "validation.npz"), f"validation={file}"]
     assert run.invoke(app, words).exit_code == 0
     assert Results.read(tmp_path / "validation.npz.results.json").scores.fdr == pytest.approx(1.0, rel=1e-9)
+    sides = [str(tmp_path / f"{name}.npz.results.json") for name in ("samples", "validation")]
+    compared = run.invoke(app, ["compare", *sides, "--rounds", "20", "--out", str(tmp_path / "compared.json")])
+    assert compared.exit_code == 0, compared.output
+    rows = {row["score"]: row for row in json.loads((tmp_path / "compared.json").read_text())["scores"]}
+    assert rows["fd (test_convnext)"]["a"] == pytest.approx(results.fd["test_convnext"]) and rows["fdr"]["b"] == 1.0
 
 
 # ------------------------------------------------------------------------------------------------- the protocol

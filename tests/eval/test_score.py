@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from eval import generate
-from eval.__main__ import app
 from eval.features.config import ConvNetConfig, InceptionConfig
 from eval.images import npz
 from eval.images.outputs import OutputsConfig
@@ -33,7 +31,7 @@ from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
 from sfd_scale.sample import check_guidance_model, load_for_sampling
 from tests.helpers import eval_tiny
-from tests.helpers.eval_export import pixels, write_eval_recipe, write_export, write_npz
+from tests.helpers.eval_export import pixels, run_eval, write_eval_recipe, write_export, write_npz
 from tests.helpers.eval_tiny import CPU, TinyExtractor
 
 
@@ -271,45 +269,41 @@ def recipe(tmp_path: Path, exported: Path) -> Path:
     return write_eval_recipe(tmp_path, exported)
 
 
-def run(*words: Any) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def test_the_commands(tmp_path: Path, recipe: Path) -> None:
     out = tmp_path / "out"
-    assert run("generate", recipe, "seed=3", "--out", out).exit_code == 0
-    shown = run("score", recipe, "--samples", out)
-    assert shown.exit_code == 0 and "precision" in shown.stdout
+    run_eval("generate", recipe, "seed=3", "--out", out)
+    shown = run_eval("score", recipe, "--samples", out)
+    assert "precision" in shown
     results = Results.read(out / "results.json")
     assert [key for key, value in results.scores.by_key().items() if value is None] == ["fdr"]
     assert results.samples["seed"] == 3 and results.samples["checkpoint"]["step"] == 0
     assert results.samples["guidance"]["scale_texture"] == 1.5 and results.nfe == 2
-    assert run("report", "--result", out / "results.json", "--out", tmp_path / "report").exit_code == 0
+    run_eval("report", "--result", out / "results.json", "--out", tmp_path / "report")
     assert "tiny, untrained" in (tmp_path / "report" / "index.html").read_text()
-    assert run("reference", recipe).exit_code == 0
+    run_eval("reference", recipe)
     with pytest.raises(ValueError, match="num_smaples: unknown key"):
-        run("generate", recipe, "num_smaples=3", "--out", out)
+        run_eval("generate", recipe, "num_smaples=3", "--out", out)
     # A guide that is another model than its file says, and one that is none.
     with pytest.raises(ValueError, match="not a file of `sfd export`"):
-        run("generate", recipe, "guidance={kind: autoguidance}", "--guide", tmp_path / "no", "--out", tmp_path / "o2")
+        run_eval(
+            "generate", recipe, "guidance={kind: autoguidance}", "--guide", tmp_path / "no", "--out", tmp_path / "o2"
+        )
 
 
 def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
     grid = ("guidance.scale_texture=1.5,3.0", "sampler.num_steps=1,2", "seed=1")
     words = ("sweep", recipe, *grid, "--out", tmp_path / "s")
-    assert run(*words).exit_code == 0
+    run_eval(*words)
     rows = json.loads((tmp_path / "s" / "sweep.json").read_text())["done"]
     assert [list(row["settings"].values()) for row in rows] == [["1.5", "1"], ["1.5", "2"], ["3.0", "1"], ["3.0", "2"]]
     assert rows[0]["scores"]["fid"] != rows[1]["scores"]["fid"] and [row["nfe"] for row in rows] == [1, 2, 1, 2]
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "s" / "cells").rglob("*.*")}
-    assert len(list((tmp_path / "s").rglob("chunk-*"))) == 12 and run(*words).exit_code == 0
+    assert len(list((tmp_path / "s").rglob("chunk-*"))) == 12
+    run_eval(*words)
     assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "s" / "cells").rglob("*.*")}
     # The same noise in every cell, so that comparing two is paired.
     a, b = rows[0]["folder"], rows[1]["folder"]
-    assert run("compare", a, b, "--out", tmp_path / "c.json", "--rounds", 50).exit_code == 0
+    run_eval("compare", a, b, "--out", tmp_path / "c.json", "--rounds", 50)
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["paired"] and [row["score"] for row in found["scores"]][0] == "fid"
     assert found["scores"][0]["difference"] == pytest.approx(
@@ -317,11 +311,11 @@ def test_sweep_and_compare(tmp_path: Path, recipe: Path) -> None:
     )
     assert found["settings"] == {"samples.sampler.num_steps": ["1", "2"]}
     with pytest.raises(ValueError, match="metrics: varies; the scores of a sweep have to share it"):
-        run("sweep", recipe, "metrics.is_split=6,12", "--out", tmp_path / "s")
+        run_eval("sweep", recipe, "metrics.is_split=6,12", "--out", tmp_path / "s")
     with pytest.raises(ValueError, match="nothing varies"):
-        run("sweep", recipe, "seed=1", "--out", tmp_path / "s")
+        run_eval("sweep", recipe, "seed=1", "--out", tmp_path / "s")
     with pytest.raises(ValueError, match="sampler.num_steps: 0"):
-        run("sweep", recipe, "sampler.num_steps=2,0", "--out", tmp_path / "s")
+        run_eval("sweep", recipe, "sampler.num_steps=2,0", "--out", tmp_path / "s")
 
 
 def test_a_sweep_notices_another_file_of_labels(tmp_path: Path, recipe: Path) -> None:
@@ -329,10 +323,10 @@ def test_a_sweep_notices_another_file_of_labels(tmp_path: Path, recipe: Path) ->
     words = ("sweep", recipe, "sampler.num_steps=1,2", "labels.kind=file", f"labels.path={labels}", "num_samples=12",
              "--out", tmp_path / "s")  # fmt: skip
     labels.write_text("0\n" * 12)
-    assert run(*words).exit_code == 0
+    run_eval(*words)
     labels.write_text("1\n" * 12)
     with pytest.raises(ValueError, match="labels"):
-        run(*words)
+        run_eval(*words)
 
 
 def test_cells_that_do_not_share_noise_are_said_to(recipe: Path) -> None:

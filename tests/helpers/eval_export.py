@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
+from eval.__main__ import app
 from sfd_scale import checkpoint, config, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAConfig, PatchPCAFitConfig
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
+
+
+def run_eval(*words: Any) -> str:
+    """Run a command of `python -m eval` in this process. Returns what it prints; raises what it raises."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def pixels(count: int, seed: int) -> Tensor:

@@ -13,8 +13,9 @@ from huggingface_hub import ModelCard
 
 from sfd_scale import config, hub
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.export import WeightsChoice
+from sfd_scale.export import WeightsChoice, export, read_note
 from sfd_scale.recipe import TrainRecipe
+from sfd_scale.runtime.files import sha256
 from sfd_scale.sample import load_for_sampling
 from tests.eval.test_report import result
 from tests.helpers.encoded import tokenizer
@@ -69,6 +70,23 @@ def test_the_folder_is_a_model_elsewhere(run: Path, tmp_path: Path) -> None:
     (folder / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="holds other files \\(thesis.tex\\)"):
         hub.write_folder(run, folder, INITIAL)
+
+
+def test_scores_of_another_file_of_the_step_are_named_and_not_taken(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an earlier release exported it: the same weights, another hash."""
+    own = tmp_path / "run"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("evaluations"))
+    digest = read_note(export(own, tmp_path / "model.safetensors", INITIAL))["recipe_digest"]
+    drawn_with = {"sha256": "0" * 64, "name": "sfd", "step": 0, "recipe_digest": digest}
+    file = result(tmp_path / "drawn", 0, 9.0, checkpoint=drawn_with)
+    folder = hub.write_folder(own, tmp_path / "hub", INITIAL)
+    assert not (folder / "results.json").exists() and f"those of {file} are of another file of step 0" in caplog.text
+    drawn_with["sha256"] = sha256(folder / "model.safetensors")
+    result(tmp_path / "again", 0, 7.0, checkpoint=drawn_with)
+    hub.write_folder(own, folder, INITIAL)
+    assert "| FID | 7 |" in (folder / "README.md").read_text()
 
 
 def test_the_card_is_what_the_hub_reads(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import sfd_scale
 from sfd_scale import hub
+from sfd_scale.commands.models import SolverName
+from sfd_scale.diffusion.samplers import Solver, solver_settings
 from sfd_scale.export import WeightsChoice
 from sfd_scale.sample import sample_grid
 from tests.sfd_scale.test_hub import run as run  # a fixture: the run folder of a small diffusion model
@@ -84,3 +87,10 @@ def test_the_hub_mixin_saves_and_loads_the_model(pipe: sfd_scale.Pipeline, folde
 
 def test_every_public_name_exists() -> None:
     assert all(getattr(sfd_scale, name) is not None for name in sfd_scale.__all__)
+
+
+def test_the_command_knows_every_solver() -> None:
+    solvers = {name for part in get_args(Solver) for name in get_args(part)}
+    assert set(get_args(SolverName)) == solvers
+    for name in solvers:
+        assert solver_settings(name, 3).kind == name

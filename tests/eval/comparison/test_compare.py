@@ -11,8 +11,9 @@ from torch import Tensor
 from eval.comparison.compare import difference, resampled_means
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
-from eval.metrics.influence import Influence, frechet_influence, inception_influence, share_influence
+from eval.metrics.influence import Influence, frechet_influence, inception_influence, monge_influence, share_influence
 from eval.metrics.moments import moments
+from eval.metrics.monge_inception import monge_inception_distance
 from eval.search.sweep import split_values
 from tests.eval.metrics.test_metrics import class_logits, features
 
@@ -35,12 +36,33 @@ def test_frechet_influence_is_the_derivative() -> None:
         assert (more - found.value) * 4002 / 2 == pytest.approx(found.per_image[index].item(), rel=0.05, abs=0.02)
 
 
+def test_the_influence_on_mind_is_the_derivative() -> None:
+    """Other rows in place of some move MIND by the mean of their influences, to first order."""
+    rows, reference = features(3000, 6, 0, shift=0.5), features(3000, 6, 1)
+    found = monge_influence(rows, reference, 3000, 30)
+    assert found.value == monge_inception_distance(rows, reference, 3000, 30)
+    assert abs(found.per_image.mean().item()) < 1e-12
+    by_size = found.per_image.argsort()
+    low, middle, high = by_size[300:310], by_size[1500:1510], by_size[-310:-300]
+    for dropped, doubled in ((low, high), (high, low), (high, middle)):
+        kept = rows.clone()
+        kept[dropped] = rows[doubled]
+        moved = monge_inception_distance(kept, reference, 3000, 30) - found.value
+        linear = (found.per_image[doubled] - found.per_image[dropped]).sum().item() / 3000
+        assert moved == pytest.approx(linear, rel=0.1)
+    part = monge_influence(rows, reference, 300, 30).per_image
+    assert (part != 0).sum().item() == 300 and part.std().item() > 2 * found.per_image.std().item()
+
+
 def test_influence_spreads_as_resampled_scores_do() -> None:
     reference = moments(features(3000, 8, 1))
     cases: list[tuple[Influence, Callable[[Tensor], float], Tensor]] = []
     rows = features(1500, 8, 0, shift=0.2)
     cases.append((frechet_influence(rows, reference), lambda x: frechet_distance(moments(x), reference), rows))
     logits = class_logits(torch.arange(1500) % 7, 7) / 2
+    images = features(1500, 8, 1)
+    mind = lambda x: monge_inception_distance(x, images, 1500, 20)  # noqa: E731
+    cases.append((monge_influence(rows, images, 1500, 20), mind, rows))
     cases.append((inception_influence(logits, 1500), lambda x: inception_score(x, 1500).mean, logits))
     for found, score, values in cases:
         real, linear = resampled(score, values, 300), resampled_means(found.per_image, "x", 300)

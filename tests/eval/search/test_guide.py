@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from eval.__main__ import app
 from eval.metrics.influence import Influence
 from eval.search.paired import luck_of_the_best
-from tests.helpers.eval_export import write_eval_recipe, write_export
-
-
-def run(*words: Any) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0
-    return result.stdout
+from tests.helpers.eval_export import run_eval, write_eval_recipe, write_export
 
 
 def influences(values: torch.Tensor) -> list[Influence]:
@@ -50,7 +39,7 @@ def test_guide_as_a_command_on_a_model_with_an_internal_layer(tmp_path: Path) ->
         "guide", recipe, "guidance={kind: internal}", "precision=fp32", "sampler.num_steps=4", "--scales", "1,1.5",
         "--edges", "0.3", "--few", 8, "--confirm", 2, "--out", tmp_path / "g",
     )  # fmt: skip
-    shown = run(*words)
+    shown = run_eval(*words)
     data = json.loads((tmp_path / "g" / "guide.json").read_text())
     names = [row["settings"]["guidance"] for row in data["tried"]]
     assert {"internal 1.5 1.5", "internal 1 1.5", "internal 1.5 1"} <= set(names) and len(names) == 3 + 6
@@ -66,12 +55,12 @@ def test_guide_as_a_command_on_a_model_with_an_internal_layer(tmp_path: Path) ->
     settings = json.loads(next((tmp_path / "g" / "confirmed").rglob("config.json")).read_text())
     assert settings["seed"] == 1 and settings["num_samples"] == 24
     with pytest.raises(ValueError, match="--by: fud; allowed: fid"):
-        run(*words[:2], "--by", "fud", "--out", tmp_path / "g")
+        run_eval(*words[:2], "--by", "fud", "--out", tmp_path / "g")
     with pytest.raises(ValueError, match="guidance: kind none; allowed: cfg"):
-        run("guide", recipe, "guidance={kind: none}", "--out", tmp_path / "g")
+        run_eval("guide", recipe, "guidance={kind: none}", "--out", tmp_path / "g")
 
 
 def test_internal_guidance_of_a_model_without_the_layer_is_refused(tmp_path: Path) -> None:
     recipe = write_eval_recipe(tmp_path, write_export(tmp_path))
     with pytest.raises(ValueError, match="needs a model with an internal layer"):
-        run("generate", recipe, "guidance={kind: internal}", "--out", tmp_path / "o")
+        run_eval("generate", recipe, "guidance={kind: internal}", "--out", tmp_path / "o")

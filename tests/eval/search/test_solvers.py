@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from eval.__main__ import app
 from eval.search.solvers import SolverRow, candidates, cheapest
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.multistep import MultistepConfig
-from tests.helpers.eval_export import write_eval_recipe, write_export
-
-
-def run(*words: Any) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0
-    return result.stdout
+from tests.helpers.eval_export import run_eval, write_eval_recipe, write_export
 
 
 def row(nfe: float, error: float, low: float, high: float) -> SolverRow:
@@ -50,7 +39,7 @@ def test_the_cheapest_solver_is_surely_within_the_tolerance() -> None:
 def test_solvers_as_a_command(tmp_path: Path) -> None:
     recipe = write_eval_recipe(tmp_path, write_export(tmp_path))
     words = ("solvers", recipe, "precision=fp32", "num_samples=16", "--budgets", "6,12", "--out", tmp_path / "s")
-    shown = run(*words)
+    shown = run_eval(*words)
     data = json.loads((tmp_path / "s" / "solvers.json").read_text())
     rows = {(r["method"], r["steps"]): r for r in data["rows"]}
     assert all(rows[kind, "6"]["nfe"] == 6 for kind in ("ab2", "ab3", "euler", "exp_ab2"))
@@ -64,7 +53,7 @@ def test_solvers_as_a_command(tmp_path: Path) -> None:
     assert (tmp_path / "s" / "solvers.png").read_bytes().startswith(b"\x89PNG")
     assert "FID − fine" in (tmp_path / "s" / "solvers.md").read_text() and "fine solution" in shown
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "s" / "cells").rglob("chunk-*.safetensors")}
-    assert made and "fine solution" in run(*words)
+    assert made and "fine solution" in run_eval(*words)
     assert made == {file: file.stat().st_mtime_ns for file in made}, "a second start draws nothing again"
     with pytest.raises(ValueError, match="--budgets: six; allowed: numbers between commas"):
-        run("solvers", recipe, "--budgets", "six", "--out", tmp_path / "s")
+        run_eval("solvers", recipe, "--budgets", "six", "--out", tmp_path / "s")
