@@ -1,4 +1,4 @@
-"""Evaluation: `python -m eval COMMAND`. Under a launcher, the ranks share the work."""
+"""Evaluation: `sfd eval COMMAND`; in a checkout also `python -m eval COMMAND`. Ranks of a launcher share the work."""
 
 from __future__ import annotations
 

@@ -31,6 +31,8 @@ from sfd_scale.runtime.weight_files import read_safetensors
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
+# What determines a reference. Its provenance has more: paths, and the numbers of its images.
+_DETERMINED = ("kind", "format", "data", "extractor", "batch", "reference_images")
 _INCEPTION = {"mu": 2048, "mu_s": math.prod(INCEPTION_GRID)}
 
 
@@ -94,7 +96,7 @@ def _planned(recipe: EvalRecipe, source: ImagesConfig | None, extractor: LazyExt
 
 def cached_file(cache: Path, provenance: Mapping[str, Any]) -> Path:
     """The file in the cache of a reference with this provenance."""
-    determined = {key: value for key, value in provenance.items() if key != "source"}
+    determined = {key: provenance[key] for key in _DETERMINED}
     return cache / f"reference-{config.digest(determined)[:16]}.safetensors"
 
 
