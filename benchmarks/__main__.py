@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import harness
 
 SUITE = (
-    "train_step", "sampling", "ema_optimizer", "muon", "attention", "checkpoint", "loader", "metrics",
+    "train_step", "sampling", "ema_optimizer", "muon", "attention", "checkpoint", "loader", "data_wait", "metrics",
     "representations", "startup",
 )  # fmt: skip
 FILE = "cpu.json"

@@ -4,16 +4,12 @@ The peer reimplements the official format: safetensors files of 1,000 images wit
 features of both flips, and a map-style data set that opens the file for every item. `sfd convert` makes our shards from
 these files, with and without features. Before a cold pass, the files are dropped from the page cache, so that they are
 read from the disk.
-
-The wait of a training is measured as the trainer measures it (`data_wait_share`): a thread reads ahead and makes the
-random draws, and a step of fixed length follows each batch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,13 +27,8 @@ from benchmarks.harness import Figure, Options
 from benchmarks.official import batches
 from sfd_scale.data.convert import ConvertConfig, convert
 from sfd_scale.data.dataloader import DataConfig, LatentLoader
-from sfd_scale.data.waiting import PatientBatches
-from sfd_scale.diffusion.conditioning import ClassLabels
-from sfd_scale.diffusion.latents import LatentLayout, LatentStats
-from sfd_scale.diffusion.schedule import SemanticFirstSchedule
+from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime.batch_split import BatchSplit
-from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
-from sfd_scale.training.trainer import READ_AHEAD
 
 BATCH, SHARD, SAMPLES = 32, 1000, 2000
 WORKERS = (0, 1, 2)
@@ -53,7 +44,6 @@ OFFICIAL_PAIRS = tuple(
     (what, own, OFFICIAL, "the official code", target) for what, own, _, _, target in (PAIRS[0], PAIRS[2])
 )
 LIMIT = 100_000  # bytes an image in the default form
-RATES, WAIT_LIMIT = (500, 1000), 0.01  # samples per second of a rank; part of the time that it may wait
 Batches = Iterator[Any]
 
 
@@ -107,25 +97,6 @@ def ours(folder: Path, workers: int) -> Batches:
     """Endless batches."""
     config = DataConfig(path=folder, num_workers=workers)
     return LatentLoader(config, seed=0, split=BatchSplit(BATCH, 1, 1), rank=0).batches(0)
-
-
-def wait_shares(folder: Path, rate: int, steps: int) -> tuple[float, float]:
-    """The part of the time in which a training of `rate` samples per second waits for data, after its first batch: the
-    mean over the steps, and the median, on which other processes of the machine have no effect."""
-    layout = LatentLayout(texture_channels=32, semantic_channels=16, size=16)
-    objective = SemanticFirstObjective(
-        SemanticFirstConfig(), layout, SemanticFirstSchedule(delta_t=0.3), ClassLabels(1000), seed=0
-    )
-    stream = PatientBatches(map(objective.prepare, ours(folder, 0)), limit_s=600, advice="", ahead=READ_AHEAD)
-    next(stream)
-    waits, started = [], time.perf_counter()
-    for _ in range(steps):
-        time.sleep(BATCH / rate)  # the host waits for the device
-        before = stream.waited_s
-        next(stream)
-        waits.append(stream.waited_s - before)
-    whole = time.perf_counter() - started
-    return sum(waits) / whole, statistics.median(waits) * steps / whole
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -226,13 +197,6 @@ def run(options: Options) -> list[Figure]:
                         unit=unit,
                         target=target,
                     )  # fmt: skip
-                )
-        for rate in RATES:
-            shares = wait_shares(folders.folder(OURS_FEATURES), rate, 5 if options.quick else 100)
-            for which, share in zip(("mean", "median"), shares, strict=True):
-                what = f"wait for data, {rate} samples/s, features, warm, 0 workers, {which} step"
-                figures.append(
-                    harness.measured(what, ours=share, peer=WAIT_LIMIT, against="limit", unit="of the time", target=1.0)
                 )
         size = folders.bytes_per_image(OURS)
         for against, peer, limit in (

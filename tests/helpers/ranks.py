@@ -36,7 +36,7 @@ def _entry(rank: int, world_size: int, port: int, folder: str, fn: Callable[...,
             os.environ |= {name: str(value) for name, value in zip(_LAUNCHER, values, strict=True)}
             dist.init_process_group(
                 "gloo", init_method=f"file://{out / 'rendezvous'}", rank=rank, world_size=world_size,
-                timeout=timedelta(seconds=60),
+                timeout=timedelta(seconds=180),
             )  # fmt: skip
         torch.save(fn(*args), out / f"{rank}.pt")
         if world_size:
@@ -48,12 +48,12 @@ def _entry(rank: int, world_size: int, port: int, folder: str, fn: Callable[...,
     os._exit(0)
 
 
-def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> Any:
+def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 300.0) -> Any:
     """Run `fn(*args)` in one new process, without launcher and process group; see `run_ranks`."""
     return _run(fn, 0, args, timeout)[0]
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
     """Run `fn(*args)` on `world_size` new processes in one gloo group; returns their results by rank.
 
     `fn` must be importable (a module-level function) and return a value that torch.save can write.

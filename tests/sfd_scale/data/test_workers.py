@@ -156,8 +156,8 @@ def test_a_worker_that_stalls_is_reported_and_killed(pause: str) -> None:
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="no batch of data for 2 s: 1 worker processes give none"):
         list(batches)
-    assert time.monotonic() - began < 10
-    psutil.wait_procs([worker], timeout=10)
+    assert time.monotonic() - began < 60
+    psutil.wait_procs([worker], timeout=60)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
@@ -187,7 +187,7 @@ def test_a_stop_request_ends_a_wait_for_data(monkeypatch: pytest.MonkeyPatch, nu
     threading.Timer(0.5, stop.set).start()
     with pytest.raises(DataWaitStopped):
         next(batches)
-    assert 0.9 < time.monotonic() - began < 10
+    assert 0.9 < time.monotonic() - began < 60
     assert next(PatientBatches(iter([7]), limit_s=60, advice=ADVICE, stop=stop.is_set)) == 7, "a batch that is there"
 
 

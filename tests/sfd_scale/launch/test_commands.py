@@ -344,11 +344,14 @@ def test_ranks_take_their_number_from_mpi_and_slurm() -> None:
         set_rank_variables({})
 
 
+LAUNCH = f"test-{os.getpid()}"  # ranks are found by it on the whole machine, where another suite may run too
+
+
 def start_rank(folder: Path, code: str, rank: int = 0, ranks: int = 1, node: int = 0) -> "subprocess.Popen[bytes]":
     """A rank without torch: what a launcher would start, for a module of a few lines."""
     (folder / f"work{rank}.py").write_text(code)
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    own = {status.LAUNCH_ID: "one", status.LOG_FOLDER: str(folder / "logs"), status.SHUTDOWN_TIMEOUT: "20"}
+    own = {status.LAUNCH_ID: LAUNCH, status.LOG_FOLDER: str(folder / "logs"), status.SHUTDOWN_TIMEOUT: "20"}
     return subprocess.Popen(
         [sys.executable, agent.RANK_FILE, f"work{rank}", "x=1"], cwd=folder, stdout=subprocess.PIPE,
         env={**os.environ, **variables, **own, "PYTHONPATH": str(folder), "CROSS_RANK": str(node)},
@@ -364,7 +367,7 @@ def test_a_rank_keeps_its_output_and_how_it_ended(tmp_path: Path) -> None:
     log = (tmp_path / "logs/rank-0.log").read_text()
     assert "native" in log
     assert "KeyError: 'lost'" in log
-    (rank,) = status.read(tmp_path / "logs", "one")
+    (rank,) = status.read(tmp_path / "logs", LAUNCH)
     assert (rank.state, rank.error) == ("failed", "KeyError: 'lost'")
     assert rank.traceback is not None
     assert "work0.py" in rank.traceback
@@ -376,7 +379,7 @@ def test_a_rank_that_stopped_waits_for_those_that_still_write(tmp_path: Path) ->
         time.sleep(0.05)
     quick = start_rank(tmp_path, "import sys\nsys.exit(75)", rank=0, ranks=2)
     assert (quick.wait(timeout=60), slow.wait(timeout=60)) == (75, 75)
-    ranks = status.read(tmp_path / "logs", "one")
+    ranks = status.read(tmp_path / "logs", LAUNCH)
     assert [rank.state for rank in ranks] == ["stopped", "stopped"]
 
 
@@ -388,14 +391,14 @@ def test_signals_reach_the_ranks_of_one_launch_and_node_and_not_their_children(t
         assert process.stdout.readline() == b"up\n"
     children = [psutil.Process(p.pid).children() for p in processes]
     try:
-        assert {p.pid for p in agent.find_ranks("one")} == {p.pid for p in processes}
-        assert [p.pid for p in agent.find_ranks("one", node=1)] == [processes[1].pid]
+        assert {p.pid for p in agent.find_ranks(LAUNCH)} == {p.pid for p in processes}
+        assert [p.pid for p in agent.find_ranks(LAUNCH, node=1)] == [processes[1].pid]
         assert agent.find_ranks("another") == []
-        assert agent.signal_ranks("one", 10, node=0) == 1
+        assert agent.signal_ranks(LAUNCH, 10, node=0) == 1
         assert processes[0].wait(timeout=20) == -10
         assert processes[1].poll() is None
     finally:
-        agent.signal_ranks("one", 9)
+        agent.signal_ranks(LAUNCH, 9)
         for child in [c for group in children for c in group if c.is_running()]:
             child.kill()
     assert processes[1].wait(timeout=20) == -9

@@ -64,7 +64,7 @@ def ranks(folder: Path) -> list[dict[str, object]]:
 def test_a_stop_request_reaches_the_ranks_of_both_nodes_through_srun(cluster: Slurm, tmp_path: Path) -> None:
     process = start(cluster, tmp_path, SAVES)
     process.terminate()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == REQUEUE_EXIT_CODE, said
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert [(rank["host"], rank["state"]) for rank in ranks(tmp_path)] == [("node-a", "stopped"), ("node-b", "stopped")]
@@ -74,9 +74,9 @@ def test_a_second_stop_request_kills_ranks_that_do_not_save(cluster: Slurm, tmp_
     process = start(cluster, tmp_path, NEVER_SAVES)
     pids = [int(str(rank["pid"])) for rank in ranks(tmp_path)]
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    time.sleep(3.0)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert process.returncode == REQUEUE_EXIT_CODE
     deadline = time.monotonic() + 30
     while any(map(psutil.pid_exists, pids)):

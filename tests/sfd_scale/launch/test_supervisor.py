@@ -109,10 +109,10 @@ def test_a_launcher_that_is_slow_to_end_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made = launch(tmp_path, f"import sys\nsys.exit({code})")
-    (tmp_path / "launcher.py").write_text(LAUNCHER.replace("while any", "time.sleep(60)\nwhile any"))
+    (tmp_path / "launcher.py").write_text(LAUNCHER.replace("while any", "time.sleep(600)\nwhile any"))
     started = time.monotonic()
     assert Supervisor(made).run() == ended
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 200
 
 
 def test_a_launcher_whose_rank_has_failed_is_left_to_end_by_itself(
@@ -129,7 +129,7 @@ import atexit, os, sys, time
 kept = os.dup(2)  # as DeepSpeed does
 class Slow:
     def __del__(self):
-        time.sleep(30)  # the teardown of modules
+        time.sleep(600)  # the teardown of modules
 atexit.register(lambda: print("an exit function", flush=True))
 slow = Slow()
 sys.modules["slow"] = slow
@@ -143,12 +143,11 @@ def test_a_rank_leaves_without_the_teardown_of_its_modules(tmp_path: Path, code:
     (tmp_path / "leaves.py").write_text(LEAVES)
     variables = {status.LAUNCH_ID: "x", status.LOG_FOLDER: str(tmp_path), status.SHUTDOWN_TIMEOUT: "5"}
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "PYTHONPATH": str(tmp_path)}
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, agent.RANK_FILE, "leaves", str(code)], env={**os.environ, **variables, **alone},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert time.monotonic() - started < 25 and done.returncode == code
+    assert done.returncode == code
     assert ("an exit function" in done.stdout) == (code != 3), "a rank that failed ends at once"
     assert "last words" in done.stderr and "last words" in (tmp_path / "rank-0.log").read_text()
 
@@ -158,14 +157,14 @@ def test_ranks_that_do_not_stop_are_ended(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(supervisor, "KILL_WAIT_S", 2.0)
-    deaf = f"import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *a: None)\n{UP}\ntime.sleep(60)"
+    deaf = f"import os, signal, time\nsignal.signal(signal.SIGUSR1, lambda *a: None)\n{UP}\ntime.sleep(600)"
     monkeypatch.chdir(tmp_path)
-    made = launch(tmp_path, deaf, timeout=2 if how == "timeout" else 60)
-    later = [(1.5, signal.SIGINT)] if how == "second signal" else []
+    made = launch(tmp_path, deaf, timeout=2 if how == "timeout" else 600)
+    later = [(3.0, signal.SIGINT)] if how == "second signal" else []
     when_started(made, (0.0, signal.SIGINT), *later)
     started = time.monotonic()
     assert Supervisor(made).run() == 75  # nothing failed: the last checkpoint is whole
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 300
     assert agent.find_ranks(made.launch_id) == []
     assert "second stop signal, or no save in time: killing all ranks" in caplog.text
 
@@ -212,11 +211,11 @@ def test_what_an_earlier_start_of_the_same_name_left_does_not_count(tmp_path: Pa
 
 def test_a_rank_that_was_started_again_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun's elastic agent does it: the second attempt takes longer than the others wait after a failure."""
-    monkeypatch.setattr(supervisor, "GRACE_S", 1.0)
+    monkeypatch.setattr(supervisor, "GRACE_S", 6.0)
     work = (
         "import os, time\nif not os.path.exists('tried'):\n    open('tried', 'w').close()\n    raise OSError('once')\n"
     )
-    made = launch(tmp_path, f"{work}time.sleep(3)")
+    made = launch(tmp_path, f"{work}time.sleep(7)")
     again = (
         "import os, subprocess, sys\n"
         "call = [sys.executable, '-u', *sys.argv[1:], 'work']\n"

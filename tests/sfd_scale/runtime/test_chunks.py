@@ -118,12 +118,12 @@ def test_a_job_that_goes_on_is_waited_for_longer_than_the_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "POLL_S", 0.1)
-    monkeypatch.setenv("SFD_WORK_TIMEOUT", "1")
-    steps = "for n in range(4): claims.take(n); print(n, flush=True); time.sleep(0.7)"
+    monkeypatch.setenv("SFD_WORK_TIMEOUT", "4")
+    steps = "for n in range(6): claims.take(n); print(n, flush=True); time.sleep(1.0)"
     job = in_another_process(tmp_path, steps)
     assert job.stdout is not None and job.stdout.readline() == b"0\n"
     with Claims(tmp_path / "claims") as claims:
-        while not claims.take(3):
+        while not claims.take(5):
             claims.wait()
     job.wait()
 

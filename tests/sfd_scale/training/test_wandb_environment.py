@@ -153,10 +153,10 @@ print(time.monotonic() - began)
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[3], capture_output=True, text=True,
-        timeout=90, env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
+        timeout=200, env={name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert 1.4 < float(done.stdout) < 10
+    assert 1.4 < float(done.stdout) < 60
     assert "wandb-core does not answer (after 2 s), and is killed" in done.stderr
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 180
