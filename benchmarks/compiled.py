@@ -257,6 +257,7 @@ def compile_block(
             mock.patch.object(attention, "attend", lambda q, k, v: _attention(q, k, v)[0]),
             mock.patch.object(block_transforms, "KEPT", block_transforms.KEPT | {_ATTENTION}),
             mock.patch.object(layers, "pads_widths", lambda device: True),
+            mock.patch.object(layers, "sums_by_sample", lambda device: True),
             mock.patch.object(torch, "compile", compiler),
         ):
             with mock.patch.object(torch.cuda, "is_available", lambda: True):

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfd_scale.models import attention_speed
-from sfd_scale.models.layers import FusedMatrix, LayerNorm, RMSNorm
+from sfd_scale.models.layers import FusedMatrix, LayerNorm, RMSNorm, TokenLinear
 from sfd_scale.models.rope import RotaryEmbedding2D
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         norms = {"none": nn.Identity, "rmsnorm": RMSNorm, "layernorm": LayerNorm}
         head = () if qk_norm == "none" else (dim // num_heads,)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = TokenLinear(dim, 3 * dim)
         self.q_norm: nn.Module = norms[qk_norm](*head)
         self.k_norm: nn.Module = norms[qk_norm](*head)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = TokenLinear(dim, dim)
         self.fused_weights = {"qkv.weight": FusedMatrix(3, num_heads), "proj.weight": FusedMatrix()}
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:

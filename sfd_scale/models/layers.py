@@ -6,7 +6,7 @@ N batch · T tokens · D width · A heads · F features of one head.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,44 @@ class FusedMatrix(NamedTuple):
     heads: int = 1
 
 
+def sums_by_sample(device: torch.device) -> bool:
+    """Whether gradients of biases and norms are summed over the tokens of a sample, and then over the samples.
+
+    The compiler for GPUs fuses the first sum with the computation of its terms. Without it, a second kernel reads them
+    from memory. It changes no result but for the order of sums.
+    """
+    return device.type == "cuda" and torch.compiler.is_compiling()
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of tokens (N, T, D), whose bias gradient is summed by sample."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (dy,) = upstream
+        rows = dy.flatten(0, 1)
+        bias = dy.sum(1, dtype=torch.float32).sum(0).to(dy.dtype)
+        return (rows @ weight).view_as(x), rows.mT @ x.flatten(0, 1), bias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x · weightᵀ + bias for tokens (N, T, D)."""
+    return _Linear.apply(x, weight, bias) if sums_by_sample(x.device) else functional.linear(x, weight, bias)
+
+
+class TokenLinear(nn.Linear):
+    """A linear layer of tokens (N, T, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, computed in float32 (arXiv 1910.07467)."""
 
@@ -34,6 +72,17 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class RMSNormBySample(RMSNorm):
+    """RMSNorm of tokens (N, T, D); compiled for a GPU, the gradient of its weight is summed by sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not sums_by_sample(x.device):
+            return super().forward(x)
+        # A copy of the weight for each sample, in no memory: its gradient is a sum over tokens.
+        weight = self.weight.float().expand(len(x), 1, -1)
+        return (functional.rms_norm(x.float(), self.weight.shape, None, self.eps) * weight).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -134,10 +183,10 @@ class GateProjection(nn.Linear):
         """(…, D) → (…, 2·H), for a hidden width of H."""
         spare = -(self.out_features // 2) % ALIGNMENT
         if spare == 0 or not pads_widths(x.device):
-            return super().forward(x)
+            return linear(x, self.weight, self.bias)
         weight = functional.pad(self.weight.unflatten(0, (2, -1)), (0, 0, 0, spare)).flatten(0, 1)
         bias = functional.pad(self.bias.unflatten(0, (2, -1)), (0, spare)).flatten()
-        return functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
 
 class OutProjection(nn.Linear):
@@ -145,11 +194,8 @@ class OutProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         spare = x.shape[-1] - self.in_features
-        return (
-            super().forward(x)
-            if spare == 0
-            else functional.linear(x, functional.pad(self.weight, (0, spare)), self.bias)
-        )
+        weight = self.weight if spare == 0 else functional.pad(self.weight, (0, spare))
+        return linear(x, weight, self.bias)
 
 
 class SwiGLU(nn.Module):
@@ -171,8 +217,8 @@ class GeluMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = TokenLinear(dim, hidden)
+        self.fc2 = TokenLinear(hidden, dim)
         self.fused_weights = {"fc1.weight": FusedMatrix(), "fc2.weight": FusedMatrix()}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from sfd_scale.models.layers import (
     MlpKind,
     PatchEmbed,
     RMSNorm,
+    RMSNormBySample,
     SwiGLU,
     TimestepEmbedder,
     condition_embedder,
@@ -140,7 +141,9 @@ class Block(nn.Module):
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
         _, width, heads = config.dimensions
-        self.norm1, self.norm2 = _norm(config, width), _norm(config, width)
+        # The compiler sums the gradient of norm1's weight together with the rows of its backward. Of norm2 it does not.
+        self.norm1 = _norm(config, width)
+        self.norm2 = RMSNormBySample(width) if config.norm == "rmsnorm" else _norm(config, width)
         self.attn = Attention(width, heads, qk_norm=config.norm if config.qk_norm else "none")
         self.mlp = (SwiGLU if config.mlp == "swiglu" else GeluMlp)(width, config.mlp_hidden)
         self.shift = config.shift

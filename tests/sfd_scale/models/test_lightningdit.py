@@ -203,6 +203,36 @@ def test_padded_widths_change_neither_result_nor_gradients(monkeypatch: pytest.M
         torch.testing.assert_close(wide, plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, norm="layernorm", mlp="gelu")], ids=["rms", "dit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_summed_by_sample_are_those_of_plain_layers(
+    monkeypatch: pytest.MonkeyPatch, config: LightningDiTConfig, dtype: torch.dtype
+) -> None:
+    """As in compiled code for a GPU: the same outputs, and the same gradients but for the order of sums."""
+    assert not layers.sums_by_sample(CPU) and not layers.sums_by_sample(torch.device("cuda"))  # not compiled
+    model = LightningDiT(config, **SMALL)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_(std=0.2, generator=generator)
+    model.to(dtype)
+    x, clock = torch.randn(3, 12, 8, 8, generator=generator), torch.tensor([0.2, 0.5, 0.9])
+    results = []
+    for by_sample in (False, True):
+        monkeypatch.setattr(layers, "sums_by_sample", lambda device, by_sample=by_sample: by_sample)
+        model.zero_grad()
+        velocity, _ = model(x, clock, clock, torch.tensor([1, 2, 3]))
+        velocity.square().mean().backward()
+        grads = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((velocity.detach(), grads))
+    (plain, expected), (same, found) = results
+    assert torch.equal(plain, same)
+    assert found.keys() == expected.keys() and "blocks.0.norm1.weight" in found or config.norm == "layernorm"
+    for name, grad in expected.items():
+        error = (found[name] - grad).norm() / grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), (name, error)
+
+
 # --------------------------------------------------------------------------------------------- attention
 
 
