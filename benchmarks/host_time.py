@@ -27,6 +27,7 @@ NAMES = (
     "no engine, compiled",
 )  # fmt: skip
 STEPS = 10  # of a turn
+COMMAND = "python -m benchmarks.host_time --beside PATH"
 
 
 class Worker:
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(NAMES)}; default: all")
     parser.add_argument("--beside", type=Path, help="another checkout")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="also write host_time.json into this folder")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(NAMES)
     if unknown:
@@ -103,6 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures.append(measure(name, options.beside, options.repeats))
         print("  ".join(harness.row(figures[-1])), flush=True)
     print(harness.markdown(figures))
+    if options.out is not None:
+        state = {"machine": machine, "versions": harness.versions(), "repeats": options.repeats}
+        print(f"written to {harness.write('host_time', COMMAND, figures, state, options.out)}")
 
 
 if __name__ == "__main__":
