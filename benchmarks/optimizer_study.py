@@ -25,6 +25,7 @@ from sfd_scale.recipe import TrainRecipe
 from sfd_scale.training.semantic_first import SemanticFirstConfig
 
 REFERENCE = "adamw"
+BATCH = "train.global_batch=16"  # of recipes/study/optimizers
 Curve = Sequence[tuple[int, float]]  # (step, FID), by rising step
 
 
@@ -80,14 +81,20 @@ def table(found: Mapping[str, Mapping[int, Curve]]) -> str:
 def step_times(repeats: int) -> list[Figure]:
     """Time of a step of the study's cell under each optimizer, in turns in one process."""
     recipes = {
-        "adamw": config.load("study/sfd", TrainRecipe),
-        "muon_fused": config.load("study/sfd_muon", TrainRecipe, ["optimizer.split=none"]),
-        "muon": config.load("study/sfd_muon", TrainRecipe),
+        "adamw": config.load("study/things/sfd", TrainRecipe, [BATCH]),
+        "muon_fused": config.load("study/sfd_muon", TrainRecipe, [BATCH, "optimizer.split=none"]),
+        "muon": config.load("study/sfd_muon", TrainRecipe, [BATCH]),
     }
     seconds = harness.race({name: _Step(recipe) for name, recipe in recipes.items()}, repeats, warmup=3)
     return [
         harness.compare(
-            f"step of study/sfd, {name}", seconds, ours=name, peer=REFERENCE, against=REFERENCE, work=1, unit="steps/s"
+            f"step of study/things/sfd, {name}",
+            seconds,
+            ours=name,
+            peer=REFERENCE,
+            against=REFERENCE,
+            work=1,
+            unit="steps/s",
         )
         for name in ("muon_fused", "muon")
     ]

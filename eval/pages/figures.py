@@ -7,12 +7,14 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image, ImageDraw
 
 from eval.pages.run_metrics import Row
 
@@ -74,6 +76,22 @@ def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: 
     axes.set_xlabel(xlabel, fontsize=8, color="#404550")
     _legend(figure, list(curves))
     return _png(figure)
+
+
+def side_by_side(images: Mapping[str, Path]) -> bytes:
+    """Image files of one height next to each other, pixel by pixel, each below its label."""
+    loaded = {label: Image.open(path).convert("RGB") for label, path in images.items()}
+    gap, head = 12, 16
+    width = sum(image.width + gap for image in loaded.values()) - gap
+    page = Image.new("RGB", (width, head + max(image.height for image in loaded.values())), "white")
+    draw, left = ImageDraw.Draw(page), 0
+    for label, image in loaded.items():
+        draw.text((left, 0), label, fill="#404550")
+        page.paste(image, (left, head))
+        left += image.width + gap
+    out = io.BytesIO()
+    page.save(out, "png")
+    return out.getvalue()
 
 
 @dataclass(frozen=True)

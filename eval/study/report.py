@@ -171,13 +171,14 @@ def lead_times(examined: Mapping[str, Any]) -> list[float]:
 
 def write(
     recipe: StudyRecipe, rows: Sequence[Row], missing: Sequence[str], known: Knowledge | None = None,
-    examined: Mapping[str, Any] | None = None,
+    examined: Mapping[str, Any] | None = None, samples: Mapping[str, Path] | None = None,
 ) -> Path:  # fmt: skip
     """Write report.md and its figures. Tables have the scores of the last step that any cell has reached.
 
     Args:
         known: what the semantics know.
         examined: the results of `lead.examine`, by cell.
+        samples: an image of samples, by cell.
     """
     out, text = recipe.out / "report", [f"# Study {recipe.name}", ""]
     if missing:
@@ -188,6 +189,9 @@ def write(
         png = figures.spread_curves(curves, "FID over training", "step")
         write_atomically(out / "convergence.png", png)
         text += ["## Convergence", "", "![FID over training steps](convergence.png)", ""]
+    if samples:
+        write_atomically(out / "samples.png", figures.side_by_side(samples))
+        text += ["## Samples", "", "One row per class, not selected.", "", "![samples](samples.png)", ""]
     if points := lead_curve(rows, recipe.lead):
         png = figures.spread_curves({"": points}, "FID by the lead of semantics", "delta_t")
         write_atomically(out / "lead.png", png)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.images.outputs import GRID
 from eval.recipe import KINDS, EvalRecipe
 from eval.results import read_table
 from eval.search.sweep import sweep
@@ -331,8 +332,19 @@ def report(study: Study) -> list[str]:
     rows, missing = results(study)
     lines = "".join(f"{json.dumps(row.as_json())}\n" for row in rows)
     write_atomically(recipe.out / RESULTS_TABLE, lines)
-    study_report.write(recipe, rows, missing, knowledge(study), _examined(study))
+    study_report.write(recipe, rows, missing, knowledge(study), _examined(study), _samples(study))
     return missing
+
+
+def _samples(study: Study) -> dict[str, Path]:
+    """The grids of samples of the last step, of the first seed of the cells of the convergence figure that have one."""
+    found = {}
+    for name in study.recipe.convergence:
+        cell, seed = study.cell(name, study.recipe.seeds[0]), study.recipe.seeds[0]
+        grid = RunPaths(study.folder(name, seed)).evaluations.step(cell.train.steps) / GRID
+        if grid.is_file():
+            found[name] = grid
+    return found
 
 
 def _examined(study: Study) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -14,13 +15,16 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eval.features.config import RegisteredConfig, TimmExtractorConfig
 from eval.metrics.scores import Scores
+from eval.pages import figures
 from eval.results import ScoreRow
 from eval.study import report as study_report
 from eval.study import study
@@ -430,6 +434,17 @@ def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
     assert study_report.convergence(rows, ["b", "absent"]) == {"b": [(1.0, [12.0, 13.0]), (2.0, [2.0, 3.0])]}
     assert study_report.lead_curve(rows, ["a"]) == [(0.1, [3.0, 5.0, 4.0])]
     assert study_report.difference(rows, "a", "absent") is None
+
+
+def test_samples_of_cells_stand_side_by_side(tmp_path: Path) -> None:
+    images = {"dit": Image.new("RGB", (20, 30), (255, 0, 0)), "sfd": Image.new("RGB", (10, 30), (0, 0, 255))}
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
+    page = Image.open(io.BytesIO(figures.side_by_side({name: tmp_path / f"{name}.png" for name in images})))
+    pixels = np.asarray(page)
+    assert page.width == 20 + 12 + 10
+    assert (pixels[-30:, :20] == (255, 0, 0)).all() and (pixels[-30:, -10:] == (0, 0, 255)).all()
+    assert (pixels[-30:, 20:-10] == 255).all() and (pixels[:-30] != 255).any()
 
 
 def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: Path) -> None:
