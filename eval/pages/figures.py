@@ -79,7 +79,7 @@ def spread_curves(curves: Mapping[str, list[tuple[float, list[float]]]], title: 
 
 
 def side_by_side(images: Mapping[str, Path]) -> bytes:
-    """Image files of one height next to each other, pixel by pixel, each below its label."""
+    """Image files next to each other, pixel by pixel in 256 colours, each below its label."""
     loaded = {label: Image.open(path).convert("RGB") for label, path in images.items()}
     gap, head = 12, 16
     width = sum(image.width + gap for image in loaded.values()) - gap
@@ -90,7 +90,7 @@ def side_by_side(images: Mapping[str, Path]) -> bytes:
         page.paste(image, (left, head))
         left += image.width + gap
     out = io.BytesIO()
-    page.save(out, "png")
+    page.quantize(256).save(out, "png", optimize=True)
     return out.getvalue()
 
 

@@ -441,7 +441,7 @@ def test_samples_of_cells_stand_side_by_side(tmp_path: Path) -> None:
     for name, image in images.items():
         image.save(tmp_path / f"{name}.png")
     page = Image.open(io.BytesIO(figures.side_by_side({name: tmp_path / f"{name}.png" for name in images})))
-    pixels = np.asarray(page)
+    pixels = np.asarray(page.convert("RGB"))
     assert page.width == 20 + 12 + 10
     assert (pixels[-30:, :20] == (255, 0, 0)).all() and (pixels[-30:, -10:] == (0, 0, 255)).all()
     assert (pixels[-30:, 20:-10] == 255).all() and (pixels[:-30] != 255).any()
