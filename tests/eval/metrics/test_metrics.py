@@ -394,5 +394,6 @@ def test_every_metric_cites_its_source() -> None:
     ]
     unsourced = {function.__name__ for function in public if "arXiv" not in (function.__doc__ or "")}
     assert len(public) > 12 and unsourced == {
-        "squared_distances", "half_distances", "over_ranks",  # plain arithmetic, ADM's, and no score
+        "squared_distances", "half_distances", "over_ranks", "drawn_rows",  # plain arithmetic, ADM's, and no score
+        "transport_potentials",  # of a book
     }  # fmt: skip
