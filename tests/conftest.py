@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """On the CPU, on a machine with GPUs too, but for the tests that are of a GPU: `-m gpu`."""
+    # A shell ignores SIGINT in a background job, commands leave ignored signals alone, and tests send it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("markexpr") != "gpu":
         os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""
 

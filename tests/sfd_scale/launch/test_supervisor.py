@@ -58,10 +58,6 @@ def launch(folder: Path, work: str, **more: float) -> Launch:
 
 def when_started(made: Launch, *signals: tuple[float, int]) -> None:
     """Signals this process, the launcher, so many seconds after both ranks have begun to work."""
-    for _, signum in signals:
-        # A shell ignores SIGINT in a background job, and the supervisor leaves ignored signals alone.
-        if signal.getsignal(signum) == signal.SIG_IGN:
-            signal.signal(signum, signal.SIG_DFL)
 
     def wait() -> None:
         while len(list(made.log_folder.glob("up-*"))) < 2:
