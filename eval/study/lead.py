@@ -31,7 +31,6 @@ from sfd_scale.runtime import seeding
 logger = logging.getLogger(__name__)
 TIMES = tuple(n / 10 for n in range(1, 10))
 BATCH = 100
-PARTS = ("texture", "semantic")  # in the order of the channels
 Part = Literal["texture", "semantic"]
 
 
@@ -75,8 +74,8 @@ def part_loss(
         shown: the semantics that the model sees; by default those of the pictures.
     """
     shown = pictures if shown is None else shown
-    index = PARTS.index(part)
-    g = torch.tensor(schedule.inverse_clock(time)[1 - index])
+    semantic, texture = schedule.inverse_clock(time)
+    g = torch.tensor(semantic if part == "semantic" else texture)
     total = 0.0
     for rows in torch.arange(len(pictures.labels)).split(BATCH):
         clocks = Clocks(*(clock.expand(len(rows)) for clock in schedule.clocks(g)))
@@ -84,8 +83,8 @@ def part_loss(
         x = path.interpolate(shown.noise[rows], shown.latents[rows], times)
         predicted = model(x, clocks.texture, clocks.semantic, pictures.labels[rows])[0]
         target = path.velocity(pictures.noise[rows], pictures.latents[rows])
-        own = (layout.split(values)[index] for values in (predicted.float(), target))
-        total += float(losses.velocity_loss(*own).sum())
+        parts = (layout.split(values) for values in (predicted.float(), target))
+        total += float(losses.velocity_loss(*(both[part == "semantic"] for both in parts)).sum())
     return total / len(pictures.labels)
 
 

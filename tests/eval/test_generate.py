@@ -31,28 +31,13 @@ from sfd_scale.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance
 from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.sample import Loaded, check_guidance_model
 from tests.helpers import eval_tiny
-from tests.helpers.eval_tiny import CLASSES, CPU, LAYOUT, SCHEDULE, STATS, TinyExtractor
+from tests.helpers.eval_tiny import CLASSES, CPU, LAYOUT, SCHEDULE, STATS, TinyExtractor, without_run
 from tests.helpers.ranks import RankError, run_ranks
 
 LABELS = ClassLabels(CLASSES)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def reference(tmp_path: Path) -> NpzSource:
-    """An .npz of random images, as ADM writes it."""
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "reference.npz", pixels)
-    return NpzSource(path=tmp_path / "reference.npz")
-
-
-def without_run(results: Results) -> dict[str, Any]:
-    """What may not depend on ranks, times and places."""
-    return {key: value for key, value in results.as_json().items() if key != "run"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(folder: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,28 +31,10 @@ from eval.results import Results, ScoreRow, ValidationFD, read_table
 from eval.watch import epochs_to_fid
 from sfd_scale import config
 from tests.helpers import eval_tiny
-from tests.helpers.eval_tiny import SmallerExtractor, TinyExtractor, lazy, lazy_further
+from tests.helpers.eval_tiny import SmallerExtractor, TinyExtractor, lazy, lazy_further, without_run
 from tests.helpers.ranks import run_ranks
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def reference(tmp_path: Path) -> NpzSource:
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "reference.npz", pixels)
-    return NpzSource(path=tmp_path / "reference.npz")
-
-
-def without_run(results: Results) -> dict[str, Any]:
-    """What may not depend on ranks, times and places."""
-    data = results.as_json()
-    for found in data["representations"].values():
-        del found["features"]
-    return {key: value for key, value in data.items() if key != "run"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def chunk_times(folder: Path) -> dict[str, int]:

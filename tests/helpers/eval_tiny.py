@@ -208,3 +208,11 @@ def two_ranks(settings: EvalRecipe, folder: Path) -> Results:
         (folder / "two" / "ways.json").write_text(json.dumps(ways))
     killed_run(settings, folder / "killed", dying=1, after=2)
     return results
+
+
+def without_run(results: Results) -> dict[str, Any]:
+    """What may not depend on ranks, times and places."""
+    data = results.as_json()
+    for found in data["representations"].values():
+        del found["features"]
+    return {key: value for key, value in data.items() if key != "run"}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,7 @@ metrics: {{is_split: 4, kid_subsets: 0, reference_images: 8}}
 """
 
 
-@pytest.fixture(autouse=True)
-def keep_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+pytestmark = pytest.mark.usefixtures("keep_logging")
 
 
 @pytest.fixture(scope="module")

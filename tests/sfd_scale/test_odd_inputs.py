@@ -1,10 +1,8 @@
 """Odd files in the place of what a command reads: one sentence about the file, never Python's own error."""
 
-import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,12 +40,7 @@ COMMANDS = {
 RAW = re.compile(r"Traceback|Errno|codec can't|invalid literal|KeyError|object has no|unhashable|must be str")
 
 
-@pytest.fixture(autouse=True)
-def keep_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+pytestmark = pytest.mark.usefixtures("keep_logging")
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -1,172 +1,26 @@
-"""The study: its scenes, its pretext task, its aligned codec, its baselines, and a grid that is killed and goes on."""
+"""A study: baselines of equal size, and a grid that is killed and goes on."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
-import psutil
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
 from eval.features.config import RegisteredConfig, TimmExtractorConfig
-from eval.metrics.scores import Scores
-from eval.pages import figures
-from eval.results import ScoreRow
-from eval.study import report as study_report
 from eval.study import study
 from eval.study.recipe import StudyRecipe
-from eval.work.processes import run_in_parallel
 from sfd_scale import config
-from sfd_scale.data.batches import ImageBatch
 from sfd_scale.data.sources import ThingsConfig
-from sfd_scale.recipe import EncodeRecipe, FitRecipe, TrainRecipe
-from sfd_scale.tokenizers.pca import CovarianceAccumulator
+from sfd_scale.recipe import EncodeRecipe, TrainRecipe
 from sfd_scale.tokenizers.vision_encoder import TimmEncoderConfig
-from sfd_scale.toy import scenes
-from sfd_scale.toy.scenes import SceneSplit, scene_digits, scene_image
-from sfd_scale.training.classification import ClassificationConfig, ClassificationObjective
 from tests.helpers import small_run
-
-SPLITS: tuple[SceneSplit, ...] = ("train", "reference", "classifier")
-
-
-def test_a_scene_is_a_function_of_seed_split_and_index() -> None:
-    again = [scene_image(0, "train", index) for index in (7, 3, 7)]
-    assert torch.equal(again[0][0], again[2][0]) and (again[0][1], again[1][1]) == (7, 3)
-    assert again[0][0].shape == (3, 64, 64) and again[0][0].dtype == torch.uint8
-    others = [scene_image(1, "train", 7), scene_image(0, "reference", 7), scene_image(0, "train", 17)]
-    assert all(not torch.equal(again[0][0], other) for other, _ in others)
-    head = hashlib.sha256(again[0][0].numpy().tobytes()).hexdigest()
-    state = torch.random.get_rng_state()
-    assert hashlib.sha256(scene_image(0, "train", 7)[0].numpy().tobytes()).hexdigest() == head
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_splits_of_scenes_share_no_digit() -> None:
-    def digests(split: SceneSplit) -> set[bytes]:
-        return {hashlib.sha256(d.numpy().tobytes()).digest() for own in scene_digits(split) for d in own}
-
-    train, reference, classifier = map(digests, SPLITS)
-    assert not train & reference and not train & classifier and not reference & classifier
-    assert sum(len(own) for split in SPLITS for own in scene_digits(split)) == 1797
-
-
-def test_the_class_is_the_digit_that_stands_there_most_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[int]] = []
-    inner = scenes._placed
-    monkeypatch.setattr(scenes, "_placed", lambda split, shown, *rest: seen.append(shown) or inner(split, shown, *rest))
-    labels = [scene_image(0, "train", index)[1] for index in range(60)]
-    for label, shown in zip(labels, seen, strict=True):
-        (first, most), *rest = Counter(shown).most_common()
-        assert first == label and most > max(count for _, count in rest) and 3 <= len(shown) <= 5
-    assert Counter(labels) == dict.fromkeys(range(10), 6)
-    scene_image(0, "classifier", 3)
-    assert set(seen[-1]) == {3}
-
-
-# ------------------------------------------------------------------------------------------ pretext task
-
-
-def batch_of(count: int) -> ImageBatch:
-    images = torch.arange(count * 3 * 16).remainder(251).to(torch.uint8).view(count, 3, 4, 4)
-    keys = torch.stack([torch.zeros(count, dtype=torch.int64), torch.arange(count)], 1)
-    return ImageBatch(images, torch.full((count,), 9), keys)
-
-
-def test_rotation_asks_for_the_turn_and_not_for_the_class() -> None:
-    batch = batch_of(60)
-    pretext = ClassificationObjective(ClassificationConfig(pretext="rotation", label_smoothing=0.0), seed=0)
-    images, turns = pretext.rotate(batch.images, batch.keys)
-    assert set(turns.tolist()) == {0, 1, 2, 3}
-    back = torch.stack([image.rot90(-int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)])
-    assert torch.equal(back, batch.images)
-    part = batch.slice(7, 20)
-    assert torch.equal(pretext.rotate(part.images, part.keys)[0], images[7:20]), "a draw belongs to its sample"
-
-    def model(seen: Tensor) -> SimpleNamespace:
-        assert torch.equal(seen, images)
-        return SimpleNamespace(logits=30.0 * torch.nn.functional.one_hot(turns, 4))
-
-    found = pretext(model, batch)
-    assert found.measures["accuracy"] == 1 and found.total < 1e-6
-
-
-def test_rotation_has_four_classes() -> None:
-    assert config.load("study/vision", TrainRecipe).model.num_classes == 4
-    with pytest.raises(ValueError, match="num_classes: 10; allowed: 4 with objective.pretext rotation"):
-        config.load("study/vision", TrainRecipe, ["model.num_classes=10"])
-
-
-# ----------------------------------------------------------------------------------------- aligned codec
-
-
-def test_aligned_codes_are_the_best_that_descent_finds() -> None:
-    """Against minimising ‖x − D·E·x‖² + w·‖f − A·E·x‖² over all three matrices, from several starts."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 6, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 2, 1.5, 1, 0.6, 0.4])
-    f = x @ torch.randn(6, 3, generator=generator, dtype=torch.float64) * torch.tensor([0.1, 0.1, 2.0])
-    f[:, 2] += 4 * x[:, 5]  # what pixels hardly show
-    f += 0.3 * torch.randn(400, 3, generator=generator, dtype=torch.float64)
-    x, f = x - x.mean(0), f - f.mean(0)
-    total = CovarianceAccumulator.of(torch.cat([x, f], 1))
-    weight = 0.7 * x.square().mean(0).sum() / f.square().mean(0).sum()
-
-    def loss(e: Tensor, d: Tensor, a: Tensor) -> Tensor:
-        z = x @ e.T
-        return (x - z @ d).square().sum(1).mean() + weight * (f - z @ a).square().sum(1).mean()
-
-    def of(encoder: Tensor) -> float:
-        z = x @ encoder.T
-        return float(loss(encoder, torch.linalg.lstsq(z, x).solution, torch.linalg.lstsq(z, f).solution))
-
-    found = total.aligned(2, 6, 0.7)
-    assert found.restoring is not None
-    best = float("inf")
-    for start in range(4):
-        begin = torch.Generator().manual_seed(start)
-        parts = [
-            torch.randn(*s, generator=begin, dtype=torch.float64, requires_grad=True) for s in ((2, 6), (2, 6), (2, 3))
-        ]
-        optimizer = torch.optim.LBFGS(
-            parts, lr=0.5, max_iter=400, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-        )
-
-        def closure(parts: list[Tensor] = parts, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
-            optimizer.zero_grad()
-            value = loss(*parts)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        best = min(best, float(loss(*parts).detach()))
-    ours = of(found.directions.double())
-    assert ours == pytest.approx(best, rel=1e-6)
-    # Its own decoder is the best for its codes, and components of pixels alone are worse codes.
-    z = x @ found.directions.double().T
-    assert (torch.linalg.lstsq(z, x).solution - found.restoring.double()).abs().max() < 1e-5
-    assert of(CovarianceAccumulator.of(x).components(2).directions.double()) > 1.02 * ours
-
-
-def test_alignment_needs_features() -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.vision: null; codec\.alignment above 0 needs a vision encoder"):
-        config.load("study/texture", FitRecipe, ["codec.alignment=1.0"])
-
-
-# --------------------------------------------------------------------------------------------- baselines
 
 
 def parameters(name: str) -> int:
@@ -341,118 +195,3 @@ def test_what_was_made_of_other_data_is_refused_with_all_that_is_to_go(tmp_path:
 def test_steps_are_recipes_that_prepare(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         study.Study(config.load("study/small", StudyRecipe, [override, f"out={tmp_path}"]))
-
-
-SLOW = """
-import os, signal, sys, time
-place = sys.argv[1]
-slow = True
-try:
-    os.close(os.open(place + "/fast", os.O_CREAT | os.O_EXCL))
-    slow = False
-except FileExistsError:
-    pass
-signals = []
-signal.signal(signal.SIGTERM, lambda *_: signals.append(time.monotonic()))
-open(place + f"/ready{int(slow)}", "w").close()
-while not signals:
-    time.sleep(0.05)
-if not slow:
-    sys.exit(75)
-time.sleep(2.5)  # a save that takes long
-open(place + "/saved", "w").write(str(len(signals)))
-sys.exit(75)
-"""
-
-
-def test_a_stop_is_passed_on_once_and_waits_for_every_save(tmp_path: Path) -> None:
-    parent = (
-        "import sys; from eval.work.processes import run_in_parallel\n"
-        "sys.exit(run_in_parallel([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
-    )
-    beside = subprocess.Popen([sys.executable, "-c", parent, SLOW, str(tmp_path)])
-    while not all((tmp_path / f"ready{n}").exists() for n in (0, 1)):
-        assert beside.poll() is None
-        time.sleep(0.05)
-    beside.send_signal(signal.SIGTERM)
-    assert beside.wait(timeout=60) == 75
-    assert (tmp_path / "saved").read_text() == "1"
-
-
-def test_a_process_that_does_not_stop_is_killed_after_the_limit(tmp_path: Path) -> None:
-    deaf = (
-        "import os, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "open(f'{sys.argv[1]}/up{os.getpid()}', 'w').close()\n"
-        "time.sleep(100)"
-    )
-    parent = (
-        "import sys; from eval.work.processes import run_in_parallel\n"
-        "sys.exit(run_in_parallel([sys.executable, '-c', sys.argv[1], sys.argv[2]], 2))"
-    )
-    beside = subprocess.Popen(
-        [sys.executable, "-c", parent, deaf, str(tmp_path)], env={**os.environ, "SHUTDOWN_TIMEOUT": "1"}
-    )
-    while len(found := list(tmp_path.glob("up*"))) < 2:
-        assert beside.poll() is None
-        time.sleep(0.05)
-    beside.send_signal(signal.SIGTERM)
-    assert beside.wait(timeout=60) == 75
-    assert not any(psutil.pid_exists(int(file.name.removeprefix("up"))) for file in found)
-
-
-def test_a_worker_that_fails_ends_the_others_with_its_exit_code(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time\n"
-        "try: os.close(os.open(sys.argv[1] + '/first', os.O_CREAT | os.O_EXCL))\n"
-        "except FileExistsError: sys.exit(3)\n"
-        "time.sleep(100)"
-    )
-    started = time.monotonic()
-    assert run_in_parallel([sys.executable, "-c", code, str(tmp_path)], 2) == 3
-    assert time.monotonic() - started < 60
-
-
-def scored(
-    cell: str, seed: int, step: int, fid: float, delta_t: float = 0.0, precision: float | None = None
-) -> study_report.Row:
-    scores = Scores(fid=fid, precision=precision)
-    row = ScoreRow(step=step, scores=scores, count=8, nfe=1.0, name="eval", id=f"{cell}{seed}{step}")
-    return study_report.Row(cell, seed, delta_t, row)
-
-
-def test_spreads_and_differences_are_over_the_seeds_that_are_there() -> None:
-    fids = {("a", 0): 3.0, ("a", 1): 5.0, ("a", 2): 4.0, ("b", 0): 2.0, ("b", 1): 3.0}
-    rows = [
-        scored(cell, seed, step, fid + (10 if step == 1 else 0), delta_t=0.1)
-        for (cell, seed), fid in fids.items()
-        for step in (1, 2)
-    ]
-    assert str(study_report.spread(list(study_report.scores(rows, "a").values()))) == "4 ± 1 (3 seeds)"
-    change = study_report.difference(rows, "a", "b")
-    assert change is not None and change.count == 2 and change.mean == pytest.approx(-1.5)
-    assert study_report.convergence(rows, ["b", "absent"]) == {"b": [(1.0, [12.0, 13.0]), (2.0, [2.0, 3.0])]}
-    assert study_report.lead_curve(rows, ["a"]) == [(0.1, [3.0, 5.0, 4.0])]
-    assert study_report.difference(rows, "a", "absent") is None
-
-
-def test_samples_of_cells_stand_side_by_side(tmp_path: Path) -> None:
-    images = {"dit": Image.new("RGB", (20, 30), (255, 0, 0)), "sfd": Image.new("RGB", (10, 30), (0, 0, 255))}
-    for name, image in images.items():
-        image.save(tmp_path / f"{name}.png")
-    page = Image.open(io.BytesIO(figures.side_by_side({name: tmp_path / f"{name}.png" for name in images})))
-    pixels = np.asarray(page.convert("RGB"))
-    assert page.width == 20 + 12 + 10
-    assert (pixels[-30:, :20] == (255, 0, 0)).all() and (pixels[-30:, -10:] == (0, 0, 255)).all()
-    assert (pixels[-30:, 20:-10] == 255).all() and (pixels[:-30] != 255).any()
-
-
-def test_a_report_without_the_scores_that_an_evaluation_does_not_have(tmp_path: Path) -> None:
-    rows = [scored("a", seed, 2, 3.0, precision=0.5 if seed == 0 else None) for seed in (0, 1)]
-    recipe = StudyRecipe(
-        name="x", root=tmp_path, out=tmp_path, prepare={}, cells={"a": "study/dit"}, evaluation="study/eval",
-        convergence=("a",), lead=("a",), ablation=("a",),
-    )  # fmt: skip
-    text = study_report.write(recipe, rows, []).read_text()
-    assert "| cell | FID | minus the row above, same seeds | Precision |\n" in text
-    assert "| a | 3 ± 0 (2 seeds) | – | 0.5 (1 seed) |\n" in text and "Other methods" not in text
