@@ -213,6 +213,6 @@ def two_ranks(settings: EvalRecipe, folder: Path) -> Results:
 def without_run(results: Results) -> dict[str, Any]:
     """What may not depend on ranks, times and places."""
     data = results.as_json()
-    for found in data["representations"].values():
+    for found in data.get("representations", {}).values():  # absent with one extractor
         del found["features"]
     return {key: value for key, value in data.items() if key != "run"}
