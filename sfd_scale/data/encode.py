@@ -17,7 +17,7 @@ from torch import Tensor
 from sfd_scale import config
 from sfd_scale.data.image_io import UnreadableImage
 from sfd_scale.data.manifest import FLIPPED, Manifest, StoredDtype, encoding, stored
-from sfd_scale.data.sources import Source
+from sfd_scale.data.sources import Source, listing_sha256
 from sfd_scale.data.waiting import bounded
 from sfd_scale.data.workers import worker_batches
 from sfd_scale.data.writer import (
@@ -80,21 +80,24 @@ def encode(source: Source, tokenizer: FeatureTokenizer | None, store: StoreConfi
         recipe: the recipe of source, tokenizer and store. It is kept in the manifest.
 
     Raises:
-        ValueError: if the folder has data of another recipe, or images are unreadable and skip_unreadable is false.
+        ValueError: if the folder has data of another recipe or of other images, or images are unreadable and
+            skip_unreadable is false.
     """
     fingerprints = {} if tokenizer is None else tokenizer.fingerprints
     decisive = {**config.settings_affecting_results(recipe), "tokenizers": fingerprints}
+    listing = listing_sha256(source)
+    images = None if listing is None else {"count": len(source), "sha256": listing}
     count = -(-len(source) // store.chunk)
     # Rank 0 decides: on a network file system the other nodes may see new files late.
     if distributed.broadcast_object(distributed.is_main() and is_complete(out, count)):
-        require_recipe(out, decisive)
+        require_recipe(out, decisive, images)
         if distributed.is_main():
             remove_leftovers(out)
         logger.info("%s is complete", out)
         return _checked(Manifest.read(out), store, out)
     columns = _columns(source, tokenizer, store)
     with writing(out) as claims:
-        require_recipe(out, decisive)
+        require_recipe(out, decisive, images)
         _write_chunks(source, tokenizer, store, out, columns, claims)
         description = Description(
             num_classes=source.num_classes, image_size=source.size, columns=columns, dtype=store.dtype,

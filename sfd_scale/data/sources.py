@@ -5,7 +5,9 @@ A source is a sequence of ((3, H, W) uint8, class index).
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +164,7 @@ class ImageFolder:
         others.warn(config.path, IMAGES)
         _warn_one_level_too_high(config.path, classes, self.files)
         warn_about_upscaling(self.files[0][0], config.size)
-        self.num_classes, self.size, self.upright = len(classes), config.size, config.upright
+        self.path, self.num_classes, self.size, self.upright = config.path, len(classes), config.size, config.upright
         self.classes = tuple(folder.name for folder in classes)
 
     def __len__(self) -> int:
@@ -194,6 +196,7 @@ class MDSImages:
         if "image" not in manifest.columns:
             raise ValueError(f"source.path: {config.path} has no images; encode it with store.image=true")
         self.num_classes, self.classes, self.size = manifest.num_classes, manifest.classes, manifest.image_size
+        self.index_sha256 = manifest.index_sha256
         self._samples = open_shards(config.path)
 
     def __len__(self) -> int:
@@ -216,3 +219,37 @@ def make_source(config: SourceConfig) -> Source:
             return ParquetImages(config)
         case MDSConfig():
             return MDSImages(config)
+
+
+def listing_sha256(source: Source) -> str | None:
+    """SHA-256 of the names, sizes and classes of a source's files: a second start knows by it that they are the same.
+
+    Returns:
+        None for images that their settings decide.
+    """
+    digest = hashlib.sha256()
+    match source:
+        case ImageFolder():
+            for path, label in source.files:
+                digest.update(os.fsencode(path.relative_to(source.path)) + f"\0{label} {_size(path)}\n".encode())
+        case TarImages():
+            for member in source.members:
+                place = f"{member.file.name}\0{member.name}\0{member.label} {member.start} {member.size}\n"
+                digest.update(os.fsencode(place))
+        case ParquetImages():
+            for file in source.files:
+                digest.update(os.fsencode(file.name) + f"\0{_size(file)}\n".encode())
+            digest.update(source.labels.tobytes())
+        case MDSImages():
+            digest.update(source.index_sha256.encode())
+        case _:
+            return None
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    """The size of a file in bytes; -1 if it cannot be read, which is an error when its image is."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

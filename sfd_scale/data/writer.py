@@ -31,6 +31,7 @@ from sfd_scale.runtime.weight_files import read_safetensors
 
 logger = logging.getLogger(__name__)
 CHUNKS = "chunks"
+_IMAGES = "images"  # in recipe.json, beside the settings
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,23 @@ class Description:
     classes: tuple[str, ...] = ()
 
 
-def require_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
-    """Refuse a folder that belongs to another recipe. The recipe is recorded until the first chunk is committed.
+def require_recipe(out: Path, recipe: Mapping[str, Any], images: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder that belongs to another recipe, or to other images. Both are recorded until the first chunk is
+    committed.
 
     Call it while the folder is reserved (`writing`), or is complete.
 
+    Args:
+        images: the number of images and the hash of their listing; None if the recipe itself decides them. A folder of
+            an earlier release has no record of its images, and is taken as it is.
+
     Raises:
-        ValueError: if the folder belongs to another recipe, or holds data of unknown origin.
+        ValueError: if the folder belongs to another recipe or other images, or holds data of unknown origin.
     """
-    wanted, path = json.loads(json.dumps(recipe)), out / "recipe.json"
+    wanted, path = (
+        json.loads(json.dumps(recipe if images is None else {**recipe, _IMAGES: images})),
+        out / "recipe.json",
+    )
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         begun = (out / "index.json").exists() or any(out.glob(f"{CHUNKS}/*/note.json"))
@@ -71,9 +80,17 @@ def require_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
     distributed.barrier()
     if not path.exists():
         raise ValueError(f"out: {out} holds shards but no recipe.json that says of what; give another folder")
-    if read_json(path) != wanted:
+    known = read_json(path)
+    here, there = wanted.pop(_IMAGES, None), known.pop(_IMAGES, None) if isinstance(known, dict) else None
+    if known != wanted:
         raise ValueError(
             f"out: {out} holds data of another recipe (its recipe.json); give another folder, or remove it"
+        )
+    if here is not None and there is not None and here != there:
+        raise ValueError(
+            f"out: {out} was begun with {there['count']:,} other images; the source has {here['count']:,} now. Files "
+            "were added, removed, renamed or replaced since. Chunks of both would not fit together; give another "
+            "folder, or remove it"
         )
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +22,18 @@ from torch import Tensor
 
 from sfd_scale.data.encode import StoreConfig, encode
 from sfd_scale.data.manifest import Manifest, restored
+from sfd_scale.data.parquet import ParquetConfig
 from sfd_scale.data.shards import open_shards
-from sfd_scale.data.sources import DigitsConfig, FolderConfig, ImageFolder, ToyImages
+from sfd_scale.data.sources import (
+    DigitsConfig,
+    FolderConfig,
+    ImageFolder,
+    MDSConfig,
+    ToyImages,
+    listing_sha256,
+    make_source,
+)
+from sfd_scale.data.tars import TarConfig
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.tokenizers.protocols import psnr
 from tests.helpers.encoded import LAYOUT, digits, encode_digits, files, tokenizer
@@ -185,6 +201,77 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds data of another recipe"):
         encode_digits(tmp_path, 16)
     assert Manifest.read(tmp_path).num_samples == 8
+
+
+def red_images(folder: Path, classes: str, each: int = 6) -> Path:
+    """A folder of images per class, whose red is the class."""
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(each):
+            Image.new("RGB", (16, 16), (ord(name), number, 0)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_a_source_that_changed_since_the_first_start_is_refused(tmp_path: Path) -> None:
+    """lora-scripts-next#347: images that were added later were left out, and with a new class labels were wrong."""
+    options: dict[str, Any] = {"image": True, "latents": "none"}
+    folder, out = red_images(tmp_path / "in", "bc"), tmp_path / "out"
+
+    def again(place: Path = folder) -> Manifest:
+        return encode_digits(out, 0, ImageFolder(FolderConfig(path=place, size=16)), **options)
+
+    assert again().num_samples == 12
+    assert again(red_images(tmp_path / "copy", "bc")).num_samples == 12, "the place of the images does not matter"
+    (out / "shard.000001.00000.mds").unlink()
+    red_images(folder, "a")  # now b and c have other class indices
+    with pytest.raises(ValueError, match="was begun with 12 other images; the source has 18 now"):
+        again()
+    shutil.rmtree(folder / "a")
+    (folder / "b" / "0.png").write_bytes((tmp_path / "copy" / "b" / "0.png").read_bytes() + b"more")
+    with pytest.raises(ValueError, match="begun with 12 other images; the source has 12 now"):
+        again()
+    red_images(folder, "b")
+    manifest = again()
+    rows = open_shards(out)
+    assert [rows[i]["label"] for i in range(manifest.num_samples)] == [0] * 6 + [1] * 6
+    assert [rows[i]["image"][0, 0, 0] for i in (0, 5, 6, 11)] == [98, 98, 99, 99]
+    # A folder of an earlier release does not record its images.
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe.pop("images")["count"] == 12
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "b" / "0.png").write_bytes(b"other")
+    assert again().num_samples == 12
+
+
+def test_a_listing_knows_names_classes_and_sizes_of_every_kind_of_source(tmp_path: Path) -> None:
+    image = red_images(tmp_path / "in", "a", each=1) / "a" / "0.png"
+
+    def tar(*members: tuple[str, bytes]) -> str | None:
+        with tarfile.open(tmp_path / "0.tar", "w") as archive:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        return listing_sha256(make_source(TarConfig(path=tmp_path / "0.tar", size=16)))
+
+    def parquet(labels: list[int]) -> str | None:
+        pq.write_table(pa.table({"image": [image.read_bytes()] * len(labels), "label": labels}), tmp_path / "0.parquet")
+        return listing_sha256(make_source(ParquetConfig(path=tmp_path / "0.parquet", size=16)))
+
+    def mds(count: int) -> str | None:
+        out = tmp_path / f"mds{count}"
+        encode_digits(out, count, image=True, latents="none")
+        return listing_sha256(make_source(MDSConfig(path=out)))
+
+    png = image.read_bytes()
+    tars = [
+        tar(("a.png", png)), tar(("b.png", png)), tar(("a.png", png), ("a.cls", b"3")), tar(("a.png", png + b"x")),
+        tar(("a.png", png), ("b.png", png)),
+    ]  # fmt: skip
+    found = [*tars, parquet([0]), parquet([1]), parquet([0, 0]), mds(8), mds(9)]
+    assert None not in found and len(set(found)) == len(found)
+    assert tar(("a.png", png)) == tars[0] and parquet([0]) == found[5]
+    assert listing_sha256(digits(3)) is None, "generated images follow from the recipe"
 
 
 @pytest.mark.parametrize(
