@@ -14,17 +14,19 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
         python3 python3-venv python3-dev git ninja-build build-essential \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv \
-    && pip install --no-cache-dir "uv==0.9.*"
+    && pip install --no-cache-dir "uv==0.13.*"
 WORKDIR /opt/sfd-scale
-# The locked packages come first: this layer changes seldom.
-COPY pyproject.toml requirements.lock README.md ./
-RUN uv pip install --require-hashes -r requirements.lock
+# The locked packages come first: this layer changes seldom. pyproject.toml must not lie beside them yet: uv 0.9 and older
+# refuse hashes together with its override of a version.
+COPY requirements.lock ./
+RUN uv pip install --no-deps --require-hashes -r requirements.lock
 # flash-attention 2 for A100, H100, H200 and B200, on request: cuDNN's kernel serves the last three.
 ARG FLASH_ATTN=0
 ARG FLASH_ATTN_CUDA_ARCHS="80;90;100"
 ARG MAX_JOBS=8
 COPY launchers/flash_attention.sh launchers/
 RUN if [ "$FLASH_ATTN" = 1 ]; then FLASH_ATTN_CUDA_ARCHS="$FLASH_ATTN_CUDA_ARCHS" launchers/flash_attention.sh; fi
+COPY pyproject.toml README.md ./
 COPY sfd_scale sfd_scale
 RUN uv pip install --no-deps -e .
 

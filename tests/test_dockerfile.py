@@ -52,38 +52,50 @@ def test_it_has_two_stages_no_root_and_a_health_check() -> None:
     assert all(word in CODE for word in ("openssh-server", "pdsh"))
 
 
-def run_commands() -> list[str]:
-    """The commands of the build stage that need neither the base image nor its packages, in order."""
+def build_steps() -> list[tuple[str, str]]:
+    """COPY and RUN of the build stage in order; without the commands that need the base image or its packages."""
     build = CODE.split("\nFROM ")[1]
-    commands = [part.strip() for line in re.findall(r"^RUN (.+)$", build, re.M) for part in line.split(" && ")]
-    return [command for command in commands if not command.startswith(("apt-get", "rm "))]
+    lines = re.findall(r"^(COPY|RUN) (.+)$", build, re.M)
+    steps = [(name, part.strip()) for name, line in lines for part in line.split(" && ")]
+    return [(name, part) for name, part in steps if not part.startswith(("apt-get", "rm "))]
 
 
-def test_the_build_stage_has_the_commands_that_the_long_test_runs() -> None:
-    starts = ("python3 -m venv", "pip install", "uv pip install --require-hashes", "if [", "uv pip install --no-deps")
-    assert len(run_commands()) == len(starts)
-    assert all(command.startswith(start) for command, start in zip(run_commands(), starts, strict=True))
+def test_the_build_stage_has_the_steps_that_the_long_test_runs() -> None:
+    starts = (
+        "RUN python3 -m venv", "RUN pip install", "COPY requirements.lock",
+        "RUN uv pip install --no-deps --require-hashes", "COPY launchers/flash_attention.sh", "RUN if [",
+        "COPY pyproject.toml", "COPY sfd_scale", "RUN uv pip install --no-deps -e",
+    )  # fmt: skip
+    assert len(build_steps()) == len(starts)
+    assert all(f"{name} {text}".startswith(start) for (name, text), start in zip(build_steps(), starts, strict=True))
+
+
+def copy_sources(words: str, work: Path) -> None:
+    *sources, target = words.split()
+    for source in sources:
+        to = work / target / Path(source).name if target.endswith("/") else work / target
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        to.parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / source, to)
 
 
 @pytest.mark.full
 def test_the_commands_of_the_build_stage_run_in_a_venv(tmp_path: Path) -> None:
     """They make the environment of the image: the locked packages by their hashes, and this project."""
     venv, work = tmp_path / "venv", tmp_path / "sfd-scale"
-    local = [line.split() for line in instructions("COPY") if "--" not in line]
-    for *sources, target in local:
-        for source in sources:
-            to = work / target / Path(source).name if target.endswith("/") else work / target
-            copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-            to.parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / source, to)
+    work.mkdir()
     given = dict(pair.split("=", 1) for pair in instructions("ENV")[0].split())
     options = dict(line.split("=", 1) for line in instructions("ARG")[1:])
     environment = {
         **os.environ, **given, **options, "VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{os.environ['PATH']}",
     }  # fmt: skip
     environment.pop("PYTHONPATH", None)
-    for command in run_commands():
-        command = command.replace("/opt/venv", str(venv)).replace("python3 ", f"{sys.executable} ")
+    # A file is there only after its COPY: uv reads a pyproject.toml that lies beside the lock.
+    for name, text in build_steps():
+        if name == "COPY":
+            copy_sources(text, work)
+            continue
+        command = text.replace("/opt/venv", str(venv)).replace("python3 ", f"{sys.executable} ")
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", command], cwd=work, env=environment, capture_output=True, text=True
         )
