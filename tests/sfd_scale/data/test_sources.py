@@ -192,6 +192,58 @@ def test_tar_files_that_will_not_do(tmp_path: Path) -> None:
         source[0]
 
 
+def test_a_tar_file_that_ends_too_early_or_too_late_is_refused(tmp_path: Path) -> None:
+    """python/cpython#120740: tarfile stops at a damaged or missing header, and the images after it are lost."""
+    tar_of(tmp_path / "whole.tar", {f"{seed}.png": png(seed) for seed in range(4)})
+    whole = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        third = tar.getmembers()[2].offset
+    end = -(-len(whole.rstrip(b"\0")) // 512) * 512
+    flipped, blank = bytearray(whole), bytearray(whole)
+    flipped[third + 148] ^= 1
+    blank[third : third + 512] = bytes(512)
+    damaged = {
+        "is truncated: it has no end mark": [whole[:third], whole[: third + 200], whole[:end]],
+        f"is damaged: byte {third:,} begins no member": [bytes(flipped)],
+        "more data after its end mark": [bytes(blank), whole + whole],
+    }
+    for message, contents in damaged.items():
+        for content in contents:
+            file = tmp_path / "damaged.tar"
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"damaged\.tar:? {message}"):
+                make_source(TarConfig(path=file, size=16))
+    (tmp_path / "short.tar").write_bytes(whole[: end + 512])
+    assert len(make_source(TarConfig(path=tmp_path / "short.tar", size=16))) == 4, "some programs write one zero block"
+
+
+def test_members_of_a_tar_file_count_as_unpacked_files_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """webdataset#157: one name twice. Unpacked, the last one stays; hidden files are left out, as in a folder."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        names = [("0.png", 0), ("1.png", 1), ("0.png", 2), ("._1.png", 3), ("./x/._2.png", 3), (".cache/3.png", 3)]
+        for name, content in [*((name, png(seed)) for name, seed in names), ("1.json", b"{}")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(link)
+    source = make_source(TarConfig(path=tmp_path / "a.tar", size=20))
+    assert len(source) == 2
+    (tmp_path / "2.png").write_bytes(png(2))
+    assert torch.equal(source[0][0], read_image(tmp_path / "2.png", 20))
+    for told in (
+        "3 hidden",
+        "1 replaced by a later member of the same name (0.png)",
+        "1 links in tar files (link.png)",
+    ):
+        assert told in caplog.text
+    assert "1 tar files, such as a.tar, have other members beside their images, but no .cls members" in caplog.text
+    tar_of(tmp_path / "b.tar", {"0.png": png(0), "0.cls": b"1", "0.jpg": png(1)})
+    with pytest.raises(ValueError, match=r"b\.tar: 0\.png and 0\.jpg share 0\.cls; allowed: a \.cls member for one"):
+        make_source(TarConfig(path=tmp_path / "b.tar"))
+
+
 def test_images_come_back_from_shards(tmp_path: Path) -> None:
     encode_digits(tmp_path, 20, image=True, latents="none")
     source = make_source(MDSConfig(path=tmp_path))
