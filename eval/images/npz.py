@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import zipfile
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
-from sfd_scale.runtime.files import atomically
+from sfd_scale.runtime.files import atomically, file_version
 from sfd_scale.runtime.memory import require_memory
 
 npy: Any = np.lib.format  # untyped
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 # Errors of zipfile and numpy for damaged files.
 _DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, RuntimeError)
+ASYMMETRY = 1e-3  # of a covariance, as a share of the largest variance; rounding to float16 gives up to 5e-4
 MAX_PIXELS = 1 << 24  # of an image to score
 _MOST_COMPRESSED = 200  # a larger compression ratio is that of a file made to fill the memory
 
@@ -78,8 +80,14 @@ class NpzImages:
                 "x in −1..1 that is floor(clamp(127.5·x + 128, 0, 255))"
             )
         check_pixels(shape[1], shape[2], f"{path}: arr_0")
+        if len(self) == 0:
+            raise ValueError(f"{path}: arr_0 has the shape {shape}, so there are no images in it")
         if self.labels is not None and self.labels.shape != (len(self),):
             raise ValueError(f"{path}: {len(self)} images and labels (arr_1) of shape {self.labels.shape}")
+        if self.labels is not None and not _whole_numbers(self.labels):
+            raise ValueError(
+                f"{path}: labels (arr_1) of {self.labels.dtype}; allowed: whole numbers, the class indices"
+            )
 
     def __len__(self) -> int:
         return len(self.array)
@@ -91,6 +99,10 @@ class NpzImages:
         if self.labels is not None:
             labels = torch.from_numpy(np.array(self.labels[rows.start : rows.stop], dtype=np.int64))
         return block.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _whole_numbers(values: npt.NDArray[Any]) -> bool:
+    return values.dtype.kind in "iu" or (values.dtype.kind == "f" and bool((values == np.floor(values)).all()))
 
 
 def check_pixels(height: int, width: int, where: str) -> None:
@@ -112,7 +124,9 @@ def _mapped(path: Path, member: str) -> npt.NDArray[Any]:
     try:
         return _map(path, member)
     except _DAMAGE as error:
-        raise ValueError(f"{path}: {member} cannot be read: {error}") from error
+        damaged = str(error).startswith("Bad CRC-32")  # of zipfile
+        cause = "its bytes do not match their checksum; download or write the file again" if damaged else error
+        raise ValueError(f"{path}: {member} cannot be read: {cause}") from error
 
 
 def _map(path: Path, member: str) -> npt.NDArray[Any]:
@@ -134,6 +148,7 @@ def _map(path: Path, member: str) -> npt.NDArray[Any]:
             require_memory(size, "it", "write the file uncompressed, with np.savez: it is then read in parts")
             with archive.open(info) as file:
                 return np.asarray(npy.read_array(file, allow_pickle=False))
+    _check_sum(path, member, *file_version(path))
     with path.open("rb") as raw:
         raw.seek(info.header_offset + 26)
         # A local file header: 30 bytes, then the name and the extra field, whose lengths are its last two numbers.
@@ -142,6 +157,18 @@ def _map(path: Path, member: str) -> npt.NDArray[Any]:
     if start + size > path.stat().st_size:
         raise ValueError("the file is cut off")
     return np.memmap(path, dtype, "r", start, shape)
+
+
+@functools.lru_cache
+def _check_sum(path: Path, member: str, *version: int) -> None:
+    """Read an array once and compare its CRC-32. A memory-mapped array is not compared with it.
+
+    Raises:
+        BadZipFile: if the file is damaged, such as by a download with a gap of zeros.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        while file.read(1 << 20):
+            pass
 
 
 def keys(path: Path) -> set[str]:
@@ -162,7 +189,8 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
     """mu, sigma, mu_s and sigma_s as float64, as far as the file has them. Other keys are ignored.
 
     Raises:
-        ValueError: for a mean without covariance (or the reverse), wrong shapes, or values that are not finite.
+        ValueError: for a mean without covariance (or the reverse), wrong shapes, values that are not finite, or a
+            matrix that is no covariance.
     """
     arrays = {key: _mapped(path, f"{key}.npy") for key in STATISTICS if key in keys(path)}
     if any(array.dtype.kind not in "fiu" for array in arrays.values()):
@@ -178,4 +206,24 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{path}: {mean} has {dim} entries and {cov} the shape {tuple(found[cov].shape)}")
             if not bool(found[mean].isfinite().all() and found[cov].isfinite().all()):
                 raise ValueError(f"{path}: {mean} or {cov} is not finite")
+            _check_covariance(found[cov], f"{path}: {cov}")
     return found
+
+
+def _check_covariance(cov: Tensor, where: str) -> None:
+    """Refuse a matrix that is no covariance: the Fréchet distance would read a half of it, or count parts as 0.
+
+    Raises:
+        ValueError: if it is not symmetric, or a variance is negative.
+    """
+    largest = cov.diagonal().abs().max()
+    apart = (cov - cov.T).abs().max()
+    if bool(apart > ASYMMETRY * largest):
+        raise ValueError(
+            f"{where} is not symmetric: entries across the diagonal differ by up to {apart.item():.3g}, and the "
+            f"largest variance is {largest.item():.3g}; allowed: a covariance, as of np.cov(features, rowvar=False)"
+        )
+    if bool((cov.diagonal() < 0).any()):
+        raise ValueError(
+            f"{where} has negative variances, down to {cov.diagonal().min().item():.3g}; allowed: 0 and up"
+        )

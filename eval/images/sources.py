@@ -25,7 +25,7 @@ from sfd_scale.data.tars import TarImages
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.file_kind import file_error, require_kind
-from sfd_scale.runtime.files import file_sha256, write_atomically
+from sfd_scale.runtime.files import file_sha256, file_version, write_atomically
 from sfd_scale.runtime.progress import MB, progress
 
 LABELS = "labels.txt"
@@ -219,7 +219,7 @@ def _data_hash(source: Any, files: list[Path], cache: Path | None) -> str:
 def _files_hash(path: Path, files: list[Path], cache: Path | None) -> str:
     """SHA-256 of the names below `path` and of the bytes of `files`.
 
-    The cache holds it; it is computed again when a name, size or time of modification changes.
+    The cache holds it; it is computed again when a name or a `file_version` changes.
 
     Raises:
         ValueError: naming a file that cannot be read, such as a link to a missing file.
@@ -227,12 +227,12 @@ def _files_hash(path: Path, files: list[Path], cache: Path | None) -> str:
     listing, sizes = hashlib.sha256(), list[int]()
     for file in files:
         try:
-            status = file.stat()
+            version = file_version(file)
         except OSError as error:
             raise ValueError(file_error(file, "image", reason(error))) from error
         place = os.fsencode(file) + b"\0" + os.fsencode(file.resolve())
-        listing.update(place + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        sizes.append(status.st_size)
+        listing.update(place + f"\0{' '.join(map(str, version))}\n".encode())
+        sizes.append(version.size)
     known = None if cache is None else cache / f"content-{listing.hexdigest()[:32]}.txt"
     if known is not None and known.is_file():
         return known.read_text(encoding="utf-8")

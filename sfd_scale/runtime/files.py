@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.file_kind import Wanted, file_error, require_kind
@@ -141,17 +141,35 @@ def sha256(path: Path, on_read: Callable[[int], None] | None = None) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file; cached until its size or modification time changes.
+    """SHA-256 of a file; cached until its `file_version` changes.
 
     Raises:
         ValueError: if there is no such file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    return _sha256(path, *file_version(path))
+
+
+class FileVersion(NamedTuple):
+    """Numbers that change with the content of a file; size in bytes, times in nanoseconds.
+
+    The modification time alone does not do: archives and `cp -p` set it, so another file of the same size may have the
+    same. The time of the last status change cannot be set.
+    """
+
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def file_version(path: Path) -> FileVersion:
+    """Raises OSError if there is no such file."""
     status = path.stat()
-    return _sha256(path, status.st_size, status.st_mtime_ns)
+    return FileVersion(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @functools.lru_cache
-def _sha256(path: Path, size: int, time_ns: int) -> str:
+def _sha256(path: Path, *version: int) -> str:
     return sha256(path)

@@ -6,14 +6,17 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval.images.sources import FlatSource, open_images, source_for
+from eval.images.npz import read_statistics
+from eval.images.sources import FlatSource, NpzSource, open_images, source_for
 from sfd_scale.data.sources import FolderConfig
+from sfd_scale.runtime.files import file_sha256
 from tests.helpers.png import write_png
 
 
@@ -44,15 +47,73 @@ def test_a_folder_is_known_by_its_bytes(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_start_reads_no_files(folder: Path, tmp_path: Path) -> None:
+    before = fingerprint(folder, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").glob("content-*.txt")
+    kept.write_text("not read again")
+    assert fingerprint(folder, tmp_path / "cache") not in (before, fingerprint(folder))
+    os.utime(folder / "1.png")
+    assert fingerprint(folder, tmp_path / "cache") == before, "a new time, and it is read again"
+
+
+def test_another_file_of_the_same_size_and_time_is_read_again(folder: Path, tmp_path: Path) -> None:
+    """`tar -x` and `cp -p` set the time: two sets of BMP files of one size had one score."""
     before, image = fingerprint(folder, tmp_path / "cache"), folder / "1.png"
-    times, data = image.stat(), bytearray(image.read_bytes())
+    hashed, times, data = file_sha256(image), image.stat(), bytearray(image.read_bytes())
     data[len(data) // 2] ^= 1
     image.write_bytes(data)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert fingerprint(folder, tmp_path / "cache") == before, "as name, size and time are the same"
-    assert fingerprint(folder) != before
-    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
-    assert fingerprint(folder, tmp_path / "cache") == fingerprint(folder), "a new time, and it is read again"
+    assert fingerprint(folder, tmp_path / "cache") == fingerprint(folder) != before
+    assert file_sha256(image) != hashed
+
+
+def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
+    """TeLoGraF#2: a download with a gap. np.savez does not compress, and mapped bytes are not checked by zipfile."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", pixels, np.arange(9))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    for start, name in ((2000, "arr_0"), (data.index(b"arr_1.npy") + 200, "arr_1")):
+        (tmp_path / "b.npz").write_bytes(data[:start] + bytes(8) + data[start + 8 :])
+        with pytest.raises(
+            ValueError, match=rf"b\.npz: {name}\.npy cannot be read: its bytes do not match their check"
+        ):
+            open_images(NpzSource(path=tmp_path / "b.npz"))
+    assert open_images(NpzSource(path=tmp_path / "a.npz")).count == 9
+    cov = np.cov(np.random.default_rng(1).normal(size=(4, 20)))
+    np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=cov)
+    data = bytearray((tmp_path / "s.npz").read_bytes())
+    at = data.index(cov.tobytes())
+    (tmp_path / "s.npz").write_bytes(data[: at + 8] + bytes(8) + data[at + 16 :])
+    with pytest.raises(ValueError, match=r"sigma\.npy cannot be read: its bytes do not match"):
+        read_statistics(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ([np.zeros((0, 8, 8, 3), np.uint8)], r"arr_0 has the shape \(0, 8, 8, 3\), so there are no images"),
+        ([np.zeros((2, 8, 8, 3), np.uint8), np.array(["cat", "dog"])], r"labels \(arr_1\) of <U3; allowed: whole numb"),
+        (
+            [np.zeros((2, 8, 8, 3), np.uint8), np.array([0.5, 1])],
+            r"labels \(arr_1\) of float64; allowed: whole numbers",
+        ),
+    ],
+)
+def test_an_npz_without_images_or_with_other_labels(tmp_path: Path, arrays: list[Any], message: str) -> None:
+    np.savez(tmp_path / "a.npz", *arrays)
+    with pytest.raises(ValueError, match=message):
+        open_images(NpzSource(path=tmp_path / "a.npz"))
+
+
+def test_a_matrix_that_is_no_covariance_is_refused(tmp_path: Path) -> None:
+    """The Fréchet distance reads the lower half of a symmetric matrix, and counts negative parts as 0."""
+    cov = np.cov(np.random.default_rng(1).normal(size=(4, 20)))
+    for kind in (np.float16, np.float32, np.float64):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=cov.astype(kind))
+        assert read_statistics(tmp_path / "s.npz")["sigma"].shape == (4, 4)
+    for wrong, message in ((np.tril(cov), "sigma is not symmetric"), (-cov, "sigma has negative variances, down to -")):
+        np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=wrong)
+        with pytest.raises(ValueError, match=message):
+            read_statistics(tmp_path / "s.npz")
 
 
 def test_one_byte_in_one_file_is_another_folder(folder: Path) -> None:
