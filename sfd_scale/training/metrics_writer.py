@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal
 import psutil
 
 from sfd_scale.runtime import distributed, environment
+from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.files import read_json, read_json_lines, write_atomically, write_json
 from sfd_scale.runtime.limits import within
 from sfd_scale.runtime.run_paths import RunPaths
@@ -20,6 +23,8 @@ from sfd_scale.runtime.settings import at_least
 
 logger = logging.getLogger(__name__)
 SERVICE, SERVICE_WAIT_S = "wandb-core", 15.0  # W&B's process; how much longer than W&B's own limit it is waited for
+LOG_WAIT_S = 60.0  # of a row that W&B's process does not take
+_WANDB_ID = re.compile(r"[^\s:;,#?/'\x00-\x1f\ufffd]{1,128}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,8 @@ def _wandb_environment() -> dict[str, str | None]:
 class MetricsWriter:
     """Writes each logged step to metrics.jsonl, to W&B, and on request to TensorBoard's event files. Rank 0 writes.
 
-    A resumed run continues its W&B run.
+    A resumed run continues its W&B run. A run does not end with W&B: if W&B's process dies or stops, metrics.jsonl alone
+    goes on.
 
     Raises:
         ValueError: if TensorBoard is requested and not installed.
@@ -115,18 +121,26 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            # While a run trains, the trainer alone writes to W&B. It adds one row of scores per row of metrics.
-            pending = next(iter(self._scores.pending()), None)
-            row = {"step": step, **values, **({} if pending is None else pending.values)}
-            # W&B drops a row whose number is not larger than the last one. After a rollback, step numbers repeat.
-            self._row = max(step, self._row + 1)
-            self._wandb.log({key: value for key, value in row.items() if value is not None}, step=self._row)
-            if pending is not None:
-                self._scores.mark_logged(pending)
+            try:
+                self._write_to_wandb(step, values)
+            except Exception as error:  # noqa: BLE001 (of W&B, of its socket, of files that another process writes)
+                self._wandb = None
+                abandon_wandb(error)
         if self._board is not None:
             for key, value in values.items():
                 if value is not None:
                     self._board.add_scalar(key, value, step)
+
+    def _write_to_wandb(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """Write a row of metrics. While a run trains, the trainer alone writes to W&B, so one row of scores goes along."""
+        pending = next(iter(self._scores.pending()), None)
+        row = {"step": step, **values, **({} if pending is None else pending.values)}
+        row = {key: value for key, value in row.items() if value is not None}
+        # W&B drops a row whose number is not larger than the last one. After a rollback, step numbers repeat.
+        self._row = max(step, self._row + 1)
+        within(LOG_WAIT_S, lambda: self._wandb.log(row, step=self._row), f"its process {SERVICE} takes no more rows")
+        if pending is not None:
+            self._scores.mark_logged(pending)
 
     def close(self) -> None:
         if self._file is not None:
@@ -147,7 +161,7 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
         "WANDB_SILENT": ("silent", True), "WANDB_CONSOLE": ("console", "off"),
         "WANDB_FINISH_TIMEOUT": ("finish_timeout", settings.finish_timeout_s),
     }  # fmt: skip
-    known = folder.wandb_id_file.read_text(encoding="utf-8").strip() if folder.wandb_id_file.exists() else None
+    known = known_wandb_id(folder)
 
     def start(mode: Literal["online", "offline", "disabled"] | None) -> Any:
         resume = {"WANDB_RESUME": ("resume", "allow")} if mode == "online" else {}
@@ -175,6 +189,17 @@ def open_wandb(folder: RunPaths, settings: WandbConfig, config: Mapping[str, Any
     run.define_metric("eval/*", step_metric="eval/step")
     write_atomically(folder.wandb_id_file, f"{run.id}\n")
     return run
+
+
+def known_wandb_id(folder: RunPaths) -> str | None:
+    """The id of the W&B run that a run folder continues; None if it has none, or its file is damaged."""
+    if not folder.wandb_id_file.exists():
+        return None
+    text = folder.wandb_id_file.read_text(encoding="utf-8", errors="replace").strip()
+    if _WANDB_ID.fullmatch(text):
+        return text
+    logger.warning("%s: %r is not the id of a W&B run; a new W&B run begins", folder.wandb_id_file, text[:80])
+    return None
 
 
 def _unless_set(values: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
@@ -238,14 +263,26 @@ def log_scores(folder: RunPaths, settings: WandbConfig) -> None:
 
 def finish_wandb(run: Any, timeout_s: float) -> None:
     """End a W&B run. W&B gives up after `timeout_s` by itself; its process is killed if it does not answer then."""
-    late = f"W&B's process {SERVICE} does not answer"
     try:
-        within(timeout_s + SERVICE_WAIT_S, run.finish, late)
-    except TimeoutError as error:
-        logger.warning("%s, and is killed; `wandb sync` sends what it has recorded", error)
-        for child in psutil.Process().children(recursive=True):
+        within(timeout_s + SERVICE_WAIT_S, run.finish, f"its process {SERVICE} does not answer")
+    except Exception as error:  # noqa: BLE001 (the run itself is complete)
+        abandon_wandb(error)
+
+
+def abandon_wandb(cause: Exception) -> None:
+    """Go on without W&B: end its process, and its hook at the exit of Python, which would wait for that process."""
+    import wandb
+
+    logger.warning(
+        "W&B is given up (%s); the run does not depend on it, and metrics.jsonl has every step. `wandb sync` sends the "
+        "rows that it has recorded", error_text(cause),
+    )  # fmt: skip
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
             if child.name().startswith(SERVICE):
                 child.kill()
+    with contextlib.suppress(Exception):  # it speaks to the process that is gone
+        within(SERVICE_WAIT_S, wandb.teardown, "W&B does not end")
 
 
 def _event_writer(folder: Path) -> Any:
