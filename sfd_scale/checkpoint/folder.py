@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sfd_scale.checkpoint.boxes import EXP_AVG_PART, EXP_AVG_SQ_PART, PARAMS_PART
 from sfd_scale.checkpoint.metadata import CheckpointError, SafeReader, as_checkpoint_error, read_metadata, shapes
 from sfd_scale.engines import ema
+from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.files import read_json, sha256
 from sfd_scale.runtime.leftovers import free_path, remove
 from sfd_scale.runtime.progress import MB, progress
@@ -137,7 +138,7 @@ class Checkpoint:
                 if sha256(path, read) != expected["sha256"]:
                     return f"{name} has changed since it was written"
         except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
-            return str(error)
+            return error_text(error)
         return None
 
     def weights(self, weights: Weights = "ema") -> dict[str, Tensor]:
@@ -185,6 +186,16 @@ class Checkpoint:
     def mark_deleted(self) -> None:
         """Rename the folder first, so that a kill during the removal leaves nothing that looks like a checkpoint."""
         os.replace(self.path, free_path(self.path.with_name(f"{self.path.name}.deleted")))
+
+
+def require_listing(root: Path) -> None:
+    """Check that a folder of checkpoints, which may be missing, can be listed. `glob` finds nothing in any other one.
+
+    Raises:
+        OSError: if it is a file, a link that leads nowhere, or not readable.
+    """
+    if os.path.lexists(root):
+        os.listdir(root)
 
 
 def whole_checkpoints(root: Path) -> list[Checkpoint]:

@@ -35,6 +35,7 @@ from sfd_scale.checkpoint.metadata import CheckpointError
 from sfd_scale.engines.ema import EMA
 from sfd_scale.engines.engine import Engine, Fragment
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.leftovers import remove
 from sfd_scale.runtime.settings import NoEffectOnResults, above, at_least
 
@@ -242,8 +243,14 @@ class CheckpointManager:
 
     def latest(self, before: int | None = None) -> Checkpoint | None:
         """The newest intact checkpoint; with `before`, the newest one of an earlier step. Damaged checkpoints are
-        reported, skipped and kept."""
+        reported, skipped and kept.
+
+        Raises:
+            ValueError: on all ranks, if the folder cannot be read, or none of its checkpoints is intact. To start anew
+                beside them is for the user to decide.
+        """
         self.wait()
+        damaged: list[str] = []
         for candidate in reversed(self._candidates()):
             if before is not None and candidate.step >= before:
                 continue
@@ -252,8 +259,14 @@ class CheckpointManager:
             if not reports:
                 return candidate
             self._damaged.add(candidate)
+            damaged.append(f"{candidate.path.name}: {'; '.join(reports)}")
             if distributed.is_main():
                 logger.warning("%s is damaged and skipped: %s", candidate.path, "; ".join(reports))
+        if damaged and before is None:
+            raise ValueError(
+                f"{self.folder}: none of its checkpoints is intact ({'; '.join(damaged)}); give the command again if "
+                "the storage failed, restore one of them with all its files, or move the folder away to start anew"
+            )
         return None
 
     def remove_leftovers(self) -> None:
@@ -272,11 +285,19 @@ class CheckpointManager:
 
     def _candidates(self) -> list[Checkpoint]:
         found: list[Checkpoint] = []
-        if distributed.is_main() and self.folder.is_dir():
-            found = files.whole_checkpoints(self.folder)
+        failure = None
+        if distributed.is_main():
+            try:
+                files.require_listing(self.folder)
+                found = files.whole_checkpoints(self.folder)
+            except OSError as error:
+                failure = error_text(error)
             for path in files.unfinished(self.folder):
                 logger.warning("%s is not a whole checkpoint and is skipped", path)
-        return distributed.broadcast_object(found)
+        found, failure = distributed.broadcast_object((found, failure))
+        if failure is not None:
+            raise ValueError(failure)
+        return found
 
     def load(self, checkpoint: Checkpoint, engine: Engine, ema: EMA) -> dict[str, Any]:
         """Fill weights, moments, averages and the optimizer's step count; returns `checkpoint.state`.
@@ -336,6 +357,11 @@ def _readable(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
+def _failure(error: BaseException) -> str:
+    """What went wrong on a rank: in our words for errors of the storage, with the kind of any other error."""
+    return error_text(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+
+
 def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str) -> list[T]:
     """Do `work` on every rank; returns the results of all. If one rank fails, all raise CheckpointError."""
     result: T | None = None
@@ -345,11 +371,11 @@ def _together(work: Callable[[], T], group: dist.ProcessGroup | None, what: str)
     except CheckpointException as error:
         # It is raised on all ranks, and is no subclass of Exception. Each rank reports its own failure.
         own = error.failures.get(distributed.rank())
-        failure = f"{type(own[0]).__name__}: {own[0]}" if own else None
+        failure = _failure(own[0]) if own else None
     except Exception as error:
-        # The other ranks have to be told, or they would wait for this one.
-        failure = f"{type(error).__name__}: {error}"
-        logger.exception("%s", what)
+        failure = _failure(error)
+        if not isinstance(error, OSError | ValueError):
+            logger.exception("%s", what)
     outcomes: list[Any] = [(result, failure)]
     if group is not None:
         outcomes = [None] * dist.get_world_size(group)

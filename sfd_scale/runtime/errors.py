@@ -30,6 +30,8 @@ _SENTENCES = {
 def error_text(error: BaseException) -> str:
     """The message of an error for the user: our own sentences as they are, others in our words."""
     where = _where(error) if isinstance(error, OSError) else ""
+    if where and os.path.islink(where) and not os.path.exists(where) and getattr(error, "errno", None) != errno.ELOOP:
+        return f"{where}: a link to {os.readlink(where)}, which is not there; mount its disk, or remove the link"
     return f"{where}: {reason(error)}" if where else reason(error)
 
 
@@ -42,6 +44,14 @@ def reason(error: BaseException) -> str:
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object!r}: not writable as {error.encoding}"
     return str(error) or type(error).__name__
+
+
+def require_folder() -> None:
+    """Raises ValueError if the current folder was removed, which all relative paths need."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError("the current folder no longer exists; change to another one with `cd`") from error
 
 
 def _where(error: OSError) -> str:

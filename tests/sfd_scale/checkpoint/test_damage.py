@@ -120,3 +120,35 @@ def test_metadata_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CheckpointError, match="posix.mkdir"):
         metadata.read_metadata(tmp_path)
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(tmp_path: Path) -> None:
+    """As by a copy without hidden files, or by a network file system that fails for a while."""
+    checkpoints, engine, ema = saved(tmp_path, 2, keep_last=2)
+    for step in (1, 2):
+        (tmp_path / f"step-0000000{step}" / ".metadata").rename(tmp_path / f"metadata-{step}")
+    with pytest.raises(ValueError, match=r"none of its checkpoints is intact \(step-00000002: \.metadata is missing; "):
+        manager(tmp_path).latest()
+    (tmp_path / "metadata-1").rename(tmp_path / "step-00000001" / ".metadata")
+    assert manager(tmp_path).latest() == Checkpoint(tmp_path / "step-00000001")
+    # A rollback asks for an earlier one, and has its own answer.
+    assert manager(tmp_path).latest(before=1) is None
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for name, message in (("file", "a part of this path is a file"), ("link", "a link to .*/unmounted, which is not")):
+        with pytest.raises(ValueError, match=message):
+            manager(tmp_path / name).latest()
+    assert manager(tmp_path / "missing").latest() is None
+
+
+def test_a_save_that_the_storage_refuses_is_one_sentence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = manager(tmp_path / "folder")
+    (tmp_path / "folder").symlink_to(tmp_path / "unmounted")
+    engine, ema = started()
+    with pytest.raises(CheckpointError) as refused:
+        checkpoints.save(1, engine, ema, {})
+    assert "failed on rank 0: " in str(refused.value) and "a link to " in str(refused.value)
+    assert "Errno" not in str(refused.value) and "Traceback" not in caplog.text

@@ -66,7 +66,7 @@ def test_a_failed_background_save_is_raised_by_the_next_call(tmp_path: Path, mon
     engine, ema = started()
     monkeypatch.setattr(metadata, "check_complete", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     checkpoints.save(1, engine, ema, {})
-    with pytest.raises(CheckpointError, match="rank 0: OSError: disk full"):
+    with pytest.raises(CheckpointError, match="rank 0: disk full"):
         checkpoints.save(2, engine, ema, {})
     assert checkpoints.latest() is None
 
