@@ -137,15 +137,27 @@ def with_data_order(recipe: TrainRecipe, state: Mapping[str, Any] | None) -> Tra
 def check_recipe_matches(recipe: TrainRecipe, run: RunFolder, step: int, *, allow_foreign: bool) -> None:
     """Compare the recipe with the recipe.yaml of a run that is at `step`, perhaps of an older release.
 
-    A different `train.steps` matters only if it changes the learning rate at this step.
+    A different `train.steps` matters only if it changes the learning rate at this step. A recipe.yaml that is lost or
+    damaged stops no run: it is written anew, and the record in the checkpoint is compared (`check_checkpoint_matches`).
 
     Args:
         allow_foreign: log the differences as a warning instead of raising an error.
 
     Raises:
-        ValueError: naming every setting that differs, with both values; or if the file cannot be read.
+        ValueError: naming every setting that differs, with both values.
     """
-    written = config.with_defaults(TrainRecipe, config.tree(run.recipe_file))
+    try:
+        found = config.tree(run.recipe_file) if run.recipe_file.is_file() else {}
+    except config.ConfigError as error:
+        logger.warning("%s", error)
+        found = {}
+    if not found:
+        logger.warning(
+            "%s is missing, empty or damaged, and is written anew; the settings in the checkpoint are compared",
+            run.recipe_file,
+        )
+        return
+    written = config.with_defaults(TrainRecipe, found)
     own, stored = {"recipe": decisive_settings(recipe)}, {"recipe": _decisive(written)}
     before = config.flatten(written).get("train.steps")
     if isinstance(before, int) and step > 0 and own == stored:

@@ -203,3 +203,21 @@ def test_another_recipe_is_refused_and_loaded_when_told(
     caplog.clear()
     assert train.train(frozen, run), "from here on the run is that of the other recipe"
     assert "another recipe" not in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 300, b"train: {steps: [", b"\xff\xfe\xff"])
+def test_a_lost_or_damaged_recipe_of_a_run_is_written_anew_and_the_checkpoint_is_compared(
+    data: Path, half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    whole = (run / "recipe.yaml").read_bytes()
+    (run / "recipe.yaml").unlink()
+    if content is not None:
+        (run / "recipe.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="holds a run of another recipe .*seed: 5, in the checkpoint 0"):
+        train.train(small_run.recipe(data, steps=HALF, every=HALF, seed=5), run)
+    (run / "recipe.yaml").write_bytes(content or b"")
+    assert train.train(small_run.recipe(data, steps=HALF, every=HALF), run)
+    assert (run / "recipe.yaml").read_bytes() == whole
+    assert "recipe.yaml is missing, empty or damaged, and is written anew" in caplog.text
