@@ -19,7 +19,7 @@ from sfd_scale.runtime.errors import error_text
 from sfd_scale.runtime.files import read_json, read_json_lines, write_atomically, write_json
 from sfd_scale.runtime.limits import within
 from sfd_scale.runtime.run_paths import RunPaths
-from sfd_scale.runtime.settings import at_least
+from sfd_scale.runtime.settings import wait_s
 
 logger = logging.getLogger(__name__)
 SERVICE, SERVICE_WAIT_S = "wandb-core", 15.0  # W&B's process; how much longer than W&B's own limit it is waited for
@@ -42,7 +42,7 @@ class WandbConfig:
     finish_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        at_least(self, finish_timeout_s=1)
+        wait_s(self, finish_timeout_s=1)
         # Here and not in the writer: recipe.yaml, exports and `sfd show` have the values that are used.
         for name, value in _wandb_environment().items():
             if getattr(self, name) is None:
@@ -78,8 +78,8 @@ def _wandb_environment() -> dict[str, str | None]:
 class MetricsWriter:
     """Writes each logged step to metrics.jsonl, to W&B, and on request to TensorBoard's event files. Rank 0 writes.
 
-    A resumed run continues its W&B run. A run does not end with W&B: if W&B's process dies or stops, metrics.jsonl alone
-    goes on.
+    A resumed run continues its W&B run. A run does not depend on W&B: if W&B's process dies or stops, metrics.jsonl
+    goes on alone.
 
     Raises:
         ValueError: if TensorBoard is requested and not installed.
@@ -97,13 +97,22 @@ class MetricsWriter:
         if self._file is not None and wandb.mode != "disabled":
             self._wandb = open_wandb(run, wandb, config)
             self.wandb_id, self._scores, self._row = self._wandb.id, WandbScores(run), self._wandb.step - 1
+        self._board_folder: Path | None = None
+        self._purge_step: int | None = None
         if self._file is not None and tensorboard:
-            self._board = _event_writer(run.tensorboard_folder)
+            _event_writer_class()
+            self._board_folder = run.tensorboard_folder
 
     def truncate(self, step: int) -> None:
-        """Delete the lines after `step`, and a torn last line: a resumed run writes them again."""
+        """Delete the lines after `step`, and a torn last line: a resumed run writes them again.
+
+        TensorBoard leaves out the events after `step` that are written already.
+        """
         if self._file is None:
             return
+        if self._board is not None:
+            self._board.close()
+        self._board, self._purge_step = None, step + 1
         kept = [
             line
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -126,13 +135,15 @@ class MetricsWriter:
             except Exception as error:  # noqa: BLE001 (of W&B, of its socket, of files that another process writes)
                 self._wandb = None
                 abandon_wandb(error)
-        if self._board is not None:
+        if self._board_folder is not None:
+            if self._board is None:
+                self._board = _event_writer_class()(str(self._board_folder), purge_step=self._purge_step)
             for key, value in values.items():
                 if value is not None:
                     self._board.add_scalar(key, value, step)
 
     def _write_to_wandb(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Write a row of metrics. While a run trains, the trainer alone writes to W&B, so one row of scores goes along."""
+        """Write a row of metrics. Only the trainer writes to W&B while a run trains: one row of scores goes along."""
         pending = next(iter(self._scores.pending()), None)
         row = {"step": step, **values, **({} if pending is None else pending.values)}
         row = {key: value for key, value in row.items() if value is not None}
@@ -285,12 +296,12 @@ def abandon_wandb(cause: Exception) -> None:
         within(SERVICE_WAIT_S, wandb.teardown, "W&B does not end")
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer_class() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard: true, but it is not installed; install sfd-scale[tensorboard]") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def _step_of(line: str, default: int) -> int:

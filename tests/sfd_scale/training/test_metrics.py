@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,25 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 0.5)]
     assert events.Tags()["scalars"] == ["loss"]
+
+
+def test_tensorboard_has_each_step_once_after_a_resume_and_after_a_rollback(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for started, (first, last) in enumerate([(0, 6), (4, 9), (9, 10)]):
+        writer = MetricsWriter(RunPaths(tmp_path), WandbConfig(mode="disabled"), {}, tensorboard=True)
+        writer.truncate(first)
+        for step in range(first + 1, last + 1):
+            writer.write(step, {"loss": float(started)})
+        if started == 2:
+            writer.truncate(8)
+            writer.write(9, {"loss": 3.0})
+        writer.close()
+        time.sleep(1.1)  # the names of event files have whole seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [
+        *((step, 0.0) for step in range(1, 5)), *((step, 1.0) for step in range(5, 9)), (9, 3.0),
+    ]  # fmt: skip
 
 
 def read_by_wandb(file: Path) -> list[dict[str, Any]]:
