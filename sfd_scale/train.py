@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from sfd_scale.engines.replica_check import require_replicas
 from sfd_scale.models import attention
 from sfd_scale.planning.costs import memory_per_rank
 from sfd_scale.planning.slow_settings import slow_settings
+from sfd_scale.planning.unused_settings import unused_settings
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder, begin, check_checkpoint_matches, with_data_order
 from sfd_scale.runtime import distributed
@@ -37,6 +39,8 @@ from sfd_scale.training.divergence import DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
 from sfd_scale.training.metrics_writer import MetricsWriter
 from sfd_scale.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: TrainRecipe, run: Path, allow_foreign: bool = False, source: str | None = None) -> bool:
@@ -109,6 +113,8 @@ def _train(recipe: TrainRecipe, run: RunFolder, source: str | None, hangs: HangD
         before_step=before_step,
     )
     log_summary(recipe.name, {**facts, "run folder": run.path})
+    for unused in unused_settings(recipe, 0 if latest is None else latest.step) if distributed.is_main() else []:
+        logger.warning("%s", unused)
     try:
         exact = no_tf32() if recipe.engine.precision == "fp32" else contextlib.nullcontext()
         with exact, bf16_matmul_on_cpu(engine.device):
