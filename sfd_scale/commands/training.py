@@ -10,6 +10,7 @@ import typer
 
 from sfd_scale import config
 from sfd_scale.launch.command_line import Overrides, Recipe, load_recipe
+from sfd_scale.runtime import environment
 from sfd_scale.runtime.output import plain_console
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE
 
@@ -43,6 +44,7 @@ def train(
 ) -> None:
     """Train a model. The same command with the same run folder resumes."""
     loaded = load_recipe(recipe, _train_recipe, overrides)
+    environment.check_alone()
     from sfd_scale.train import train as run_training
 
     if not run_training(loaded, run or loaded.run, allow_foreign, source=recipe):

@@ -19,13 +19,14 @@ from sfd_scale.config.plain import (
     with_source,
 )
 from sfd_scale.config.typed import from_dict
-from sfd_scale.config.words import is_override, override, split_words
+from sfd_scale.config.words import checked_arguments, is_override, local_path, override, split_words
 
 __all__ = [
     "CHECKOUT",
     "RECIPE_ROOT",
     "ConfigError",
     "Lineage",
+    "checked_arguments",
     "differences",
     "digest",
     "find_recipe",
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "load_by_kind",
     "load_unless_part",
+    "local_path",
     "override",
     "read_mapping",
     "recipe_names",

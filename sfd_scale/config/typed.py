@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from sfd_scale.config.files import ConfigError
 from sfd_scale.config.plain import by_kind, kinds_of_class, type_hints
 from sfd_scale.config.renamed import implied_kind, new_keys, with_current_keys
+from sfd_scale.config.words import local_path
 
 T = TypeVar("T")
 
@@ -83,7 +84,10 @@ class _Reader:
         if hint is float and type(value) is int:
             return float(value)
         if hint is Path and isinstance(value, str):
-            return Path(value)
+            try:
+                return local_path(value)
+            except ValueError as error:
+                raise self.fail(key, str(error)) from error
         # Not isinstance: a bool is an int in Python, but never in a recipe.
         if type(value) is not hint:
             raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}")

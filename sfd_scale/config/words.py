@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[[\w.-]+\])*")
 
 
@@ -32,6 +33,49 @@ def has_key(word: str) -> bool:
     """Whether a word that stands where only overrides may stand has the form `dotted.key=value`."""
     key, sign, _ = word.partition("=")
     return bool(sign) and _KEY.fullmatch(key) is not None
+
+
+def local_path(text: str) -> Path:
+    """The path that a setting or an option names. `~` is the home folder: a shell leaves it in `run=~/runs/x`.
+
+    Raises:
+        ValueError: for an empty text, which would be the current folder, and for an address such as s3://bucket/x,
+            which would be a folder named `s3:`.
+    """
+    if not text.strip():
+        raise ValueError(f"{text!r}; allowed: a path; the current folder is `.` (is a variable of the shell not set?)")
+    if _ADDRESS.match(text):
+        raise ValueError(f"{text!r}; allowed: a path of this machine; data.remote alone takes an address")
+    if text != "~" and not text.startswith("~/"):
+        return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text!r}; the home folder is not known; set HOME, or write the path in full") from error
+
+
+def checked_arguments(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, with `~` in the values of options as the home folder.
+
+    Raises:
+        ValueError: for an empty word, and an option whose value is empty or an address.
+    """
+    found: list[str] = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, sign, value = word.partition("=")
+        if joined := bool(sign) and option.startswith("--"):  # --run=PATH
+            name, text = option, value
+        else:  # --run PATH, or no option
+            name, text = before if before.startswith("--") and "=" not in before else "", word
+        if not text.strip():
+            raise ValueError(f"{name or 'argument'}: {text!r}; allowed: a value (is a variable of the shell not set?)")
+        if name and (text.startswith("~") or _ADDRESS.match(text)):
+            try:
+                text = str(local_path(text))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        found.append(f"{option}={text}" if joined else text)
+    return found
 
 
 def override(key: str, value: Path | str) -> str:

@@ -15,7 +15,7 @@ from sfd_scale.launch.commands import LAUNCHERS, RankCommand, make_launch
 from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
 from sfd_scale.runtime import environment as variables
 from sfd_scale.runtime import output
-from sfd_scale.runtime.errors import error_text
+from sfd_scale.runtime.errors import error_text, require_folder
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ def launch(launcher: str, module: str, arguments: Sequence[str]) -> int:
             signal.signal(signum, lambda *_: sys.exit(status.REQUEUE_EXIT_CODE))
     environment = variables.snapshot()
     try:
+        require_folder()
         variables.check(environment)
+        arguments = config.checked_arguments(arguments)
     except ValueError as error:
         return _user_error(error)
     if arguments[:1] == ["eval"]:  # `sfd eval COMMAND`

@@ -14,7 +14,7 @@ from sfd_scale import config
 from sfd_scale.launch.check import CHECK_ONLY, CHECK_WAIT_S, CHECKED
 from sfd_scale.runtime import environment, output
 from sfd_scale.runtime.caches import use_writable_caches
-from sfd_scale.runtime.errors import error_text
+from sfd_scale.runtime.errors import error_text, require_folder
 from sfd_scale.runtime.inert_imports import inert_imports
 from sfd_scale.runtime.logging import console, setup_logging
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE, interruptible
@@ -67,11 +67,13 @@ def run_command(command_line: typer.Typer, program: str | None = None, command: 
     """
     output.make_safe()
     try:
+        require_folder()
         environment.check()
+        arguments = config.checked_arguments(sys.argv[1:])
         setup_logging()
         interruptible("stopped by Ctrl-C; finished parts are kept, and the same command goes on")
         use_writable_caches()
-        command_line(args=None if command is None else [command, *sys.argv[1:]], prog_name=program)
+        command_line(args=arguments if command is None else [command, *arguments], prog_name=program)
     except SystemExit as end:
         if end.code in (0, None, REQUEUE_EXIT_CODE):
             _flush()

@@ -36,6 +36,7 @@ from sfd_scale.runtime.environment import (
     without_rank,
 )
 from sfd_scale.runtime.run_paths import LOGS, RunPaths
+from sfd_scale.runtime.settings import YEAR_S
 
 LAUNCHERS = ("auto", "deepspeed", "torchrun")
 RUNNERS = ("pdsh", "openmpi", "slurm")
@@ -88,7 +89,7 @@ class RankCommand:
             case "generate" | "sweep" | "solvers" | "guide" | "watch":
                 output = self.option("--out")
         if isinstance(output, str):
-            return Path(output).absolute() / LOGS
+            return config.local_path(output).absolute() / LOGS
         return Path("runs/logs").absolute() / "-".join(self.arguments[:2]).replace("/", "-")
 
     def check_devices(self, ranks: int, environment: Mapping[str, str]) -> None:
@@ -156,7 +157,7 @@ def make_launch(launcher: str, run: RankCommand, environment: Mapping[str, str])
         **environment,
         status.LAUNCH_ID: text("JOB_ID", environment) or (text("SLURM_JOB_ID", environment) or "") + new_launch_id(),
         status.LOG_FOLDER: str(folder),
-        status.SHUTDOWN_TIMEOUT: str(positive(environment, "SHUTDOWN_TIMEOUT", 300)),
+        status.SHUTDOWN_TIMEOUT: str(positive(environment, "SHUTDOWN_TIMEOUT", 300, most=YEAR_S)),
     }
     ready["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{text('PATH', environment) or os.defpath}"
     if kind == "torchrun":

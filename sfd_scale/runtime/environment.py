@@ -223,6 +223,21 @@ def check_rank() -> None:
             raise ValueError(f"{name}: not set, but RANK and WORLD_SIZE are; {advice.replace('it', 'these')}")
 
 
+def check_alone() -> None:
+    """Check that no other launcher started this process as one of several: each of them would train the run alone.
+
+    Raises:
+        ValueError: names the variable of srun or of MPI that counts them.
+    """
+    for count in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        tasks = whole_number(count)
+        if not launched() and tasks is not None and tasks > 1:
+            raise ValueError(
+                f"{count}: {tasks}, but RANK is not set, so {tasks} processes would each train this run alone; start "
+                "one command per node with launchers/torchrun.sh, or use launchers/slurm.sbatch"
+            )
+
+
 def without_rank(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables without those that a launcher set for one rank: of a process that is to start ranks of its own."""
     return {

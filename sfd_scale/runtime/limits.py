@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from sfd_scale.runtime import environment
+from sfd_scale.runtime.settings import YEAR_S
 
 T = TypeVar("T")
 WORK = "SFD_WORK_TIMEOUT"  # of a chunk: that another job works on, or that is written
@@ -21,9 +22,9 @@ def limit_s(name: str) -> int:
     """The limit that an environment variable sets.
 
     Raises:
-        ValueError: if it is not a whole number from 1 up.
+        ValueError: if it is not a whole number from 1 up to a year.
     """
-    value = environment.whole_number(name, least=1)
+    value = environment.whole_number(name, least=1, most=YEAR_S)
     return DEFAULTS[name] if value is None else value
 
 

@@ -37,3 +37,15 @@ def above(settings: object, **bounds: float) -> None:
         value = getattr(settings, name)
         if isinstance(value, int | float) and not bound < value < math.inf:
             raise ValueError(f"{name}: {value}; allowed: above {bound}")
+
+
+YEAR_S = 31_536_000  # more seconds than any wait; libraries fail for larger numbers, each with its own error
+
+
+def wait_s(settings: object, **least: float) -> None:
+    """Check waits in seconds, with their lower bounds; else as `at_least`. A year is the most."""
+    at_least(settings, **least)
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, int | float) and value > YEAR_S:
+            raise ValueError(f"{name}: {value}; allowed: {bound} to {YEAR_S} seconds, a year")

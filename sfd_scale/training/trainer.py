@@ -23,7 +23,7 @@ from sfd_scale.runtime import distributed
 from sfd_scale.runtime.garbage import ScheduledCollection
 from sfd_scale.runtime.heartbeat import CollectiveError, Heartbeat, Operation
 from sfd_scale.runtime.progress import progress
-from sfd_scale.runtime.settings import NoEffectOnResults, at_least
+from sfd_scale.runtime.settings import NoEffectOnResults, at_least, wait_s
 from sfd_scale.runtime.signals import REQUEUE_EXIT_CODE, StopRequest
 from sfd_scale.training.divergence import DivergenceError, DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
@@ -48,7 +48,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         at_least(self, steps=1, global_batch=1, log_every=1, micro_batch=1, replica_check_every=1, max_duration_s=0)
-        at_least(self, timeout_s=1)
+        wait_s(self, timeout_s=1)
 
 
 class Batch(Protocol):

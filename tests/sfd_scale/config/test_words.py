@@ -144,3 +144,38 @@ def test_a_sweep_takes_an_existing_path_and_a_quoted_text_as_one_value(
     assert split_values("lr=1,bs=2") == ["lr=1,bs=2"]
     assert split_values("lr=1,bs=3") == ["lr=1", "bs=3"]
     assert split_values('"a,b",[1,2],{x: 1, y: 2},it\'s,c') == ['"a,b"', "[1,2]", "{x: 1, y: 2}", "it's", "c"]
+
+
+def test_a_tilde_is_the_home_folder_in_settings_and_in_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell expands it in `--run ~/x`, not in `run=~/x`, `--run=~/x` or a YAML file: a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = config.load("train/sfd_xl", TrainRecipe, ["run=~/runs/x", "data.path=~/"])
+    assert (loaded.run, loaded.data.path) == (tmp_path / "runs/x", tmp_path)
+    assert config.checked_arguments(["train", "--run=~/x", "seed=1", "--out", "~/y=1", "--title", "~ 3 days"]) == [
+        "train", f"--run={tmp_path}/x", "seed=1", "--out", f"{tmp_path}/y=1", "--title", "~ 3 days",
+    ]  # fmt: skip
+    command = commands.RankCommand("sfd_scale", ["train", "train/sfd_xl", "run=~/runs/x"])
+    assert command.log_folder() == tmp_path / "runs/x/logs"
+    monkeypatch.chdir(tmp_path)
+    assert config.local_path("./~/x") == Path("./~/x")  # the way to such a folder
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://b/x", "https://host/x", "hf://datasets/a/b"])
+def test_an_address_is_no_folder_of_this_machine(address: str) -> None:
+    """Results went to a folder named `s3:`, and were lost with the machine."""
+    for overrides in ([f"run={address}"], [f"data.path={address}"]):
+        key = overrides[0].split("=")[0]
+        with pytest.raises(config.ConfigError, match=rf"^{key}: '{address}'; allowed: a path of this machine"):
+            config.load("train/sfd_xl", TrainRecipe, overrides)
+    for arguments in (["train", "x", "--run", address], ["train", "x", f"--run={address}"]):
+        with pytest.raises(ValueError, match=f"^--run: '{address}'; allowed: a path of this machine"):
+            config.checked_arguments(arguments)
+    assert config.load("train/sfd_xl", TrainRecipe, [f"data.remote={address}"]).data.remote == address
+
+
+@pytest.mark.parametrize("arguments", [["--run", ""], ["--run="], ["--run", " "], ["", "x"], ["seed=1", ""]])
+def test_an_empty_word_is_refused_and_is_not_the_current_folder(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^(--run|argument): ' ?'; allowed: a value \(is a variable of the shell"):
+        config.checked_arguments(["train", "recipe", *arguments])
+    with pytest.raises(config.ConfigError, match="^run: ''; allowed: a path; the current folder is `.`"):
+        config.load("train/sfd_xl", TrainRecipe, ["run=''"])

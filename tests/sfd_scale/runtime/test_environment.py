@@ -195,7 +195,7 @@ def test_empty_variables_of_a_launch_are_not_set(tmp_path: Path) -> None:
     for launcher in ("auto", "deepspeed", "torchrun"):
         given = {"DS_ACCELERATOR": "cpu", "RANKS": "2", "LOG_FOLDER": str(tmp_path), **dict.fromkeys(names, "")}
         assert commands.make_launch(launcher, work, given).world_size == 2
-    with pytest.raises(ValueError, match="SHUTDOWN_TIMEOUT: 'soon'; allowed: a whole number, 1 and up"):
+    with pytest.raises(ValueError, match="SHUTDOWN_TIMEOUT: 'soon'; allowed: a whole number from 1 to 31536000"):
         commands.make_launch(
             "auto", work, {"DS_ACCELERATOR": "cpu", "LOG_FOLDER": str(tmp_path), "SHUTDOWN_TIMEOUT": "soon"}
         )
@@ -269,3 +269,21 @@ def test_odd_environments_start_or_are_refused_in_one_sentence(
     else:
         assert made.world_size >= 1 and all(isinstance(word, str) for word in made.command)
         assert "RANK" not in made.environment
+
+
+@pytest.mark.parametrize("count", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_training_that_srun_or_mpirun_starts_several_times_is_refused(
+    monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
+    """`srun -n 8 sfd train` trained eight times the same, or wrote to one folder where files have no locks."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(count, "8")
+    with pytest.raises(ValueError, match=f"^{count}: 8, but RANK is not set, so 8 processes would each train this run"):
+        environment.check_alone()
+    monkeypatch.setenv(count, "1")
+    environment.check_alone()
+    monkeypatch.setenv(count, "8")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    environment.check_alone()

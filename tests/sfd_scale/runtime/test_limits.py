@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from eval.features import downloads
+from sfd_scale import config
+from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime.limits import limit_s, within
 from sfd_scale.tokenizers import texture_vae
 
@@ -75,7 +77,7 @@ def test_within_gives_the_result_or_the_error_or_ends() -> None:
 def test_a_limit_is_a_whole_number_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limit_s("SFD_WORK_TIMEOUT") == 3600
     monkeypatch.setenv("SFD_WORK_TIMEOUT", "soon")
-    with pytest.raises(ValueError, match="SFD_WORK_TIMEOUT: 'soon'; allowed: a whole number, 1 and up"):
+    with pytest.raises(ValueError, match="SFD_WORK_TIMEOUT: 'soon'; allowed: a whole number from 1 to 31536000"):
         limit_s("SFD_WORK_TIMEOUT")
 
 
@@ -105,3 +107,15 @@ def test_a_slow_hub_does_not_hold_a_tokenizer(server: str, tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"hub: a/b/trickle.ckpt is not downloaded; .*raise SFD_DOWNLOAD_TIMEOUT"):
         texture_vae._from_hub("a/b/trickle.ckpt")
     assert texture_vae._from_hub("a/b/whole.ckpt").read_bytes() == BODY
+
+
+def test_a_wait_of_more_than_a_year_is_refused_where_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python, gloo and NCCL fail for such numbers in their own ways: `timestamp out of range for platform time_t`."""
+    for key in ("train.timeout_s", "wandb.finish_timeout_s"):
+        for value in ("1e12", "1e300"):
+            with pytest.raises(config.ConfigError, match=rf"^{key}: .*; allowed: 1 to 31536000 seconds, a year"):
+                config.load("train/sfd_xl", TrainRecipe, [f"{key}={value}"])
+        config.load("train/sfd_xl", TrainRecipe, [f"{key}=31536000"])
+    monkeypatch.setenv("SFD_WATCH_TIMEOUT", "99999999999999999")
+    with pytest.raises(ValueError, match="SFD_WATCH_TIMEOUT: .*; allowed: a whole number from 1 to 31536000"):
+        limit_s("SFD_WATCH_TIMEOUT")
