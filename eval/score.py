@@ -27,7 +27,7 @@ from eval.images.sources import NpzSource, open_images, source_for
 from eval.metrics.compute import ScoreInputs
 from eval.metrics.config import MetricsConfig
 from eval.metrics.reference import Reference
-from eval.metrics.sample_warnings import sample_warnings
+from eval.metrics.sample_warnings import repeat_warnings, sample_warnings
 from eval.metrics.scores import SCORES, Scores
 from eval.recipe import EvalRecipe
 from eval.reference import Judge, load_judges, load_reference
@@ -167,7 +167,8 @@ def features_of(
     """The features of `samples`: the folders of `generate`, or extracted from images. The main extractor is the first.
 
     Raises:
-        ValueError: for features of another extractor, or an .npz with statistics, which ADM's evaluator would score.
+        ValueError: for features of another extractor, images of several sizes, or an .npz with statistics, which ADM's
+            evaluator would score.
     """
     if (samples / "config.json").is_file():
         further = [_generated(further_features(samples, name), judge.extractor) for name, judge in judges.items()]
@@ -181,7 +182,9 @@ def features_of(
                 "and ignore the images. Remove them, or give the file as the reference"
             )
     extractors = [extractor, *(judge.extractor for judge in judges.values())]
-    return extract_all(open_images(source, recipe.cache), extractors, recipe.extractor_batch, recipe.cache)
+    return extract_all(
+        open_images(source, recipe.cache, one_size=True), extractors, recipe.extractor_batch, recipe.cache
+    )
 
 
 def _generated(folder: Path, extractor: LazyExtractor) -> ChunkFolder:
@@ -254,6 +257,9 @@ def _warnings(
     dim = len(reference.pool.mean)
     labels, logits = read_rows(folder, "labels"), read_rows(folder, "logits")
     found = sample_warnings(folder.total, dim, settings.is_split, labels, logits, scores.is_mean)
+    pool = read_rows(folder, "pool")
+    assert pool is not None
+    found += repeat_warnings(pool)
     if reference.pool.count is not None and reference.pool.count <= dim:
         found.append(
             f"a reference of {reference.pool.count} images for {dim} features: its covariance is singular and FID is "

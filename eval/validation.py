@@ -58,7 +58,7 @@ def validation_fd(recipe: EvalRecipe, reference: Reference, judges: Mapping[str,
 def measure(recipe: EvalRecipe, images: Path, out: Path) -> dict[str, float]:
     """FD of validation images against the recipe's reference, for every extractor; writes the file of `validation`.
 
-    All ranks have to call this.
+    Images in class folders, such as ImageNet's, are cropped to the size of the reference. All ranks have to call this.
 
     Raises:
         ValueError: as for `load_reference`.
@@ -67,7 +67,8 @@ def measure(recipe: EvalRecipe, images: Path, out: Path) -> dict[str, float]:
     extractor, judges = make_extractor(recipe.extractor, device), load_judges(recipe, device)
     references = [load_reference(recipe, extractor), *(judge.reference for judge in judges.values())]
     extractors = [extractor, *(judge.extractor for judge in judges.values())]
-    opened = open_images(source_for(images), recipe.cache)
+    side = references[0].side
+    opened = open_images(source_for(images, side), recipe.cache, one_size=side is None)
     folders = extract_all(opened, extractors, recipe.extractor_batch, recipe.cache)
     found: dict[str, float] = {}
     written: dict[str, Any] = {}

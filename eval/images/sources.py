@@ -17,7 +17,7 @@ from torch import Tensor
 from eval.images.npz import NpzImages, check_pixels
 from sfd_scale import config
 from sfd_scale.data.image_files import IMAGES, list_files, sort_key
-from sfd_scale.data.image_io import read_whole_image
+from sfd_scale.data.image_io import image_size, read_whole_image
 from sfd_scale.data.parquet import ParquetImages
 from sfd_scale.data.sources import FolderConfig, ImageFolder, MDSConfig, Source, make_source
 from sfd_scale.data.sources import SourceConfig as LibrarySource
@@ -68,11 +68,13 @@ class Images:
     fingerprint: str
 
 
-def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
+def open_images(source: ImagesConfig, cache: Path | None = None, one_size: bool = False) -> Images:
     """Open a source. All ranks have to call this.
 
     Args:
         cache: the folder for hashes of image folders. With it, a second start does not read all files again.
+        one_size: refuse image files of several sizes. Otherwise those in class folders are cropped to one size, as of a
+            reference.
 
     Raises:
         ValueError: for files that do not exist or hold no uint8 images, and for images of several sizes.
@@ -89,6 +91,8 @@ def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
         raise ValueError(f"{_describe(source)}: no images in it")
 
     def rows(numbers: range) -> tuple[Tensor, Tensor | None]:
+        if one_size and isinstance(opened, ImageFolder):
+            _require_one_size([opened.files[number][0] for number in (0, *numbers)])
         images, labels = zip(*(opened[number] for number in numbers), strict=True)
         return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
@@ -96,8 +100,22 @@ def open_images(source: ImagesConfig, cache: Path | None = None) -> Images:
     return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, files, cache)}")
 
 
-def source_for(path: Path) -> ImagesConfig:
+def _require_one_size(files: list[Path]) -> None:
+    """Raises ValueError for a file of another size than the first; a damaged one is named when it is read."""
+    sizes = [image_size(file) for file in files]
+    for file, size in zip(files, sizes, strict=True):
+        if size is not None and sizes[0] is not None and size != sizes[0]:
+            raise ValueError(
+                f"{file}: {size[0]}x{size[1]} pixels, {files[0]} has {sizes[0][0]}x{sizes[0][1]}; allowed: images of "
+                "one size, which are not resized. `sfd encode` with store.image=true writes images of one size"
+            )
+
+
+def source_for(path: Path, size: int | None = None) -> ImagesConfig:
     """The kind of source that is at a path.
+
+    Args:
+        size: of images in class folders, which are cropped to it; by default the shorter side of the first.
 
     Raises:
         ValueError: if nothing is there, or no source of images.
@@ -110,8 +128,7 @@ def source_for(path: Path) -> ImagesConfig:
             return MDSConfig(path=path)
         if list_files(path, recursive=False).files:
             return FlatSource(path=path)
-        size = _first_size(path)
-        return FolderConfig(path=path, size=size)
+        return FolderConfig(path=path, size=_first_size(path) if size is None else size)
     raise ValueError(f"{path}: allowed: an .npz, a folder of images or shards, or a folder of `eval generate`")
 
 

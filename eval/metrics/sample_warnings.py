@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from eval.metrics.inception_score import inception_score
+from eval.metrics.moments import BLOCK
 from sfd_scale.runtime import seeding
 
 # Neighbours agree in their class by this much more than by chance: class order. Labels are exact; predictions are not,
 # so their bound is lower, and the Inception Score has to be lower than that of shuffled samples by `LOST_SCORE`, too.
 LABEL_RUNS, PREDICTION_RUNS, DEVIATIONS = 0.3, 0.05, 5.0
 LOST_SCORE = 0.9
+REPEATED = 0.01  # a data set may have a few images twice
 PUBLISHED_COUNT = 50_000  # samples of the numbers in papers
 
 
@@ -55,6 +58,20 @@ def sample_warnings(
     elif logits is not None and is_mean is not None and (warning := _order_of_predictions(logits, split, is_mean)):
         found.append(warning)
     return found
+
+
+def repeat_warnings(pool: Tensor) -> list[str]:
+    """A sentence, if many of the features (N, D) float32 are equal bit for bit to those of an earlier sample."""
+    # A random sum of the bits, modulo 2⁶⁴, is equal for equal rows, and hardly ever for others.
+    factors = torch.randint(-(1 << 62), 1 << 62, (pool.shape[1],), generator=seeding.generator(0, "repeated samples"))
+    keys = [(rows.contiguous().view(torch.int32).long() * factors).sum(1) for rows in pool.float().split(BLOCK)]
+    repeated = len(pool) - len(torch.cat(keys).unique())
+    if repeated <= REPEATED * len(pool):
+        return []
+    return [
+        f"{repeated:,} of {len(pool):,} samples are the same as an earlier one, as where several processes draw with "
+        "one seed, or files are copied: the scores are of fewer samples than their number says"
+    ]
 
 
 class _Neighbours(NamedTuple):

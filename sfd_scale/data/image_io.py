@@ -216,13 +216,21 @@ def _weighted(weights: npt.NDArray[np.int64], pixels: npt.NDArray[np.int64]) -> 
     return np.clip(summed >> _WEIGHT_BITS, 0, 255)
 
 
+def image_size(file: Path) -> tuple[int, int] | None:
+    """Width and height of an image in pixels, from its header; None for a file that cannot be read."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+    except DECODE_ERRORS:
+        return None
+
+
 def warn_about_upscaling(example: Path, size: int) -> None:
     """Log a warning if an image has to be enlarged more than two times. A damaged one is named when it is read."""
-    try:
-        with Image.open(example, formats=FORMATS) as image:
-            side = min(image.size)
-    except DECODE_ERRORS:
+    pixels = image_size(example)
+    if pixels is None:
         return
+    side = min(pixels)
     if size > _UPSCALING * side:
         logger.warning(
             "%s has %d pixels; at %d pixels it is enlarged %.1f times and blurred", example, side, size, size / side

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -21,15 +22,18 @@ from eval.comparison.groups import read_group
 from eval.features.config import ConvNetConfig, InceptionConfig, PresetConfig, TimmExtractorConfig
 from eval.features.extract import open_features, read_features
 from eval.features.presets import PUBLISHED_VALIDATION_FD
-from eval.images.sources import NpzSource
+from eval.images.sources import NpzSource, open_images
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.moments import moments
 from eval.metrics.scores import Scores
 from eval.recipe import EvalRecipe
 from eval.reference import Judge, load_judges, load_reference
 from eval.results import Results, ScoreRow, ValidationFD, read_table
+from eval.validation import measure
 from eval.watch import epochs_to_fid
-from sfd_scale import config
+from sfd_scale import checkpoint, config
+from sfd_scale.data.sources import FolderConfig
+from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
 from tests.helpers import eval_tiny
 from tests.helpers.eval_tiny import SmallerExtractor, TinyExtractor, lazy, lazy_further, without_run
 from tests.helpers.ranks import run_ranks
@@ -162,6 +166,30 @@ def test_fdr_is_the_mean_ratio_to_the_validation_set(tmp_path: Path, reference: 
     file.write_text(json.dumps({"format": 1, "images": "npz:x", "count": 50, "extractors": made}))
     with pytest.raises(ValueError, match=r"validation.json has smaller with data npz:other, the recipe has npz:"):
         scoring.score(measured, out, out / "r.json", lazy(), judges=judges)
+
+
+def test_validation_images_in_class_folders_have_the_size_of_the_reference(tmp_path: Path) -> None:
+    """ImageNet's validation images have many sizes. They were cropped to the size of the first one."""
+    net = SmallConvNet(SmallConvNetConfig())
+    net.init_weights(0)
+    checkpoint.save_weights(net.state_dict(), tmp_path / "net.safetensors", {})
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "reference.npz", draw.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    for number in range(12):
+        side = 33 + number
+        (tmp_path / "val" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(draw.integers(0, 256, (side, side + 4, 3), dtype=np.uint8))
+        image.save(tmp_path / "val" / str(number % 2) / f"{number}.png")
+    settings = eval_tiny.recipe(
+        tmp_path, reference=NpzSource(path=tmp_path / "reference.npz"),
+        extractor=ConvNetConfig(weights=tmp_path / "net.safetensors"),
+    )  # fmt: skip
+    found = measure(settings, tmp_path / "val", tmp_path / "v.json")
+    cropped = open_images(FolderConfig(path=tmp_path / "val", size=32))
+    assert json.loads((tmp_path / "v.json").read_text())["images"] == cropped.fingerprint
+    real = moments(net(open_images(NpzSource(path=tmp_path / "reference.npz")).rows(range(20))[0]).pooled)
+    expected = frechet_distance(moments(net(cropped.rows(range(12))[0]).pooled), real)
+    assert list(found.values()) == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_the_published_numbers_are_those_of_fd_loss() -> None:

@@ -99,6 +99,10 @@ def test_warnings_are_in_the_results(tmp_path: Path, reference: NpzSource) -> No
     larger = write_npz(tmp_path / "larger.npz", pixels(24, 1).repeat_interleave(2, 2).repeat_interleave(2, 3))
     found = " ".join(score(settings, larger, tmp_path / "larger.json", eval_tiny.lazy()).warnings)
     assert "samples of 32 pixels, a reference of 16" in found
+    assert "the same as an earlier one" not in found
+    twice = write_npz(tmp_path / "twice.npz", pixels(40, 1).repeat(2, 1, 1, 1))
+    found = " ".join(score(settings, twice, tmp_path / "twice.json", eval_tiny.lazy()).warnings)
+    assert "40 of 80 samples are the same as an earlier one, as where several processes draw with one seed" in found
 
 
 # ------------------------------------------------------------------------------------------------- results.json

@@ -87,6 +87,20 @@ def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
         read_statistics(tmp_path / "s.npz")
 
 
+def test_samples_in_class_folders_are_of_one_size_and_never_resized(tmp_path: Path) -> None:
+    """clean-fid#2: images of 64 pixels were cropped to the 32 of the first one, and scored in silence."""
+    for number, side in enumerate((32, 32, 64)):
+        (tmp_path / str(number)).mkdir()
+        write_png(tmp_path / str(number) / "0.png", side, side, 8, 0, bytes([number]) * side * side)
+    images = open_images(source_for(tmp_path), one_size=True)
+    assert images.rows(range(2))[0].shape == (2, 3, 32, 32)
+    with pytest.raises(
+        ValueError, match=rf"2/0\.png: 64x64 pixels, {tmp_path}/0/0\.png has 32x32; allowed: images of one"
+    ):
+        images.rows(range(2, 3))
+    assert open_images(source_for(tmp_path, 16)).rows(range(3))[0].shape == (3, 3, 16, 16), "a size that is given crops"
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
