@@ -46,7 +46,7 @@ class DivergenceConfig:
 
     not_finite: policy for a loss or gradient norm that is not finite. `stop` ends the run; its last checkpoint is from
         before the bad step. `skip` leaves weights and EMA unchanged and continues. `rollback` loads the last checkpoint
-        and leaves out the data of the last `rollback_data` steps, up to the bad one. If the run is bad again less than
+        and leaves out the data of the last `rollback_data` steps, up to the bad one. If the run is bad again at most
         `window` steps after that one, the next rollback loads the checkpoint before.
     spike: policy for a loss spike; `log` only logs it. A spike is more than `spike_z` robust standard deviations above
         the median of the last `window` losses. The robust standard deviation is the scaled median absolute deviation,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from eval.comparison.compare import difference, resampled_means
+from eval.comparison.compare import difference, resampled_means, spread_of_training
+from eval.comparison.groups import Replicate
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.influence import Influence, frechet_influence, inception_influence, monge_influence, share_influence
@@ -84,6 +87,30 @@ def test_pairing_finds_what_independent_sets_hide() -> None:
     assert (same.low, same.high) == (0.0, 0.0) and not same.differs
 
 
+def test_intervals_have_the_width_of_the_normal_distribution() -> None:
+    """For the mean of many images: 1.96 standard errors on each side."""
+    rows = torch.randn(2000, 2, generator=torch.Generator().manual_seed(3)).double()
+    a, b = (Influence(value, column - column.mean()) for value, column in zip((5.0, 7.0), rows.T, strict=True))
+    found = difference("fid", a, b, paired=False, rounds=2000)
+    assert found.difference == 2.0 and (found.low + found.high) / 2 == pytest.approx(2.0, abs=0.01)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (2 / 2000) ** 0.5, rel=0.06)
+    # Two results share the reference images, whatever their own images: equal influences cancel.
+    recall = dataclasses.replace(a, of_reference=True)
+    shared = difference("recall", recall, dataclasses.replace(recall, value=5.5), paired=False, rounds=50)
+    assert (shared.low, shared.high) == (0.5, 0.5)
+
+
+def test_the_spread_of_replicates_is_a_share_of_their_mean() -> None:
+    zeros = torch.zeros(4).double()
+    group = [Replicate(Path(), None, None, {"fid": Influence(v, zeros)}) for v in (8.0, 12.0)]  # type: ignore[arg-type]
+    # Standard deviation 8 ** 0.5 around 10: of scores about 40, four times as much.
+    found = spread_of_training("fid", 40.0, group)
+    assert found is not None and (found.variance, found.freedom) == (pytest.approx(8 * 16), 1)
+    by_literature = spread_of_training("fid", 40.0, [])
+    assert by_literature is not None and by_literature.variance**0.5 == pytest.approx(0.013 * 40)
+    assert spread_of_training("sfid", 40.0, []) is None
+
+
 def test_intervals_cover_as_often_as_they_say() -> None:
     """Two sets of one distribution: about 95% of intervals hold zero."""
     reference = moments(features(3000, 4, 1))
@@ -100,6 +127,15 @@ def test_shares_and_unequal_splits() -> None:
     logits = class_logits(torch.arange(250) % 5, 5)
     found = inception_influence(logits, 100)
     assert len(found.per_image) == 250 and found.value == inception_score(logits, 100).mean
+    # Another row in place of one, in a whole split and in the last one, whose rows weigh twice as much.
+    logits = logits / 4
+    found = inception_influence(logits, 100)
+    for split in (range(100), range(200, 250)):
+        low, high = (pick(split, key=lambda row: found.per_image[row].item()) for pick in (min, max))
+        changed = logits.clone()
+        changed[low] = logits[high]
+        moved = inception_score(changed, 100).mean - found.value
+        assert moved == pytest.approx((found.per_image[high] - found.per_image[low]).item() / 250, rel=0.1)
 
 
 def test_values_of_a_sweep() -> None:

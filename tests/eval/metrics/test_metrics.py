@@ -302,6 +302,30 @@ def test_kernel_distance_equals_torch_fidelity() -> None:
     assert again == kernel_distance(samples, reference, subsets=5, size=50) and again.std > 0
 
 
+def test_subsets_of_kid_are_independent_and_of_the_smaller_set() -> None:
+    # Subsets of one set: MMD² is 0 up to chance. The same rows on both sides would give −2/50 of the mean k(x, x).
+    rows = features(400, 32, 0).double()
+    same_rows = -2 / 50 * ((rows.square().sum(1) / 32 + 1) ** 3).mean().item()
+    assert abs(kernel_distance(rows, rows, subsets=40, size=50).mean) < -0.2 * same_rows
+    # A set of 30 allows subsets of 30. Two subsets have the standard deviation |a - b| / 2, as numpy divides by 2.
+    few = rows[:30]
+    one, two = kernel_distance(few, rows, subsets=1, size=1000), kernel_distance(few, rows, subsets=2, size=1000)
+    assert one == kernel_distance(few, rows, subsets=1, size=30) and one.std == 0
+    assert kernel_distance(rows, few, subsets=1, size=1000) == kernel_distance(rows, few, subsets=1, size=30)
+    second = 2 * two.mean - one.mean
+    assert two.std == pytest.approx(abs(one.mean - second) / 2) and two.std > 0
+
+
+def test_the_border_of_a_neighbourhood_counts_for_precision_and_not_for_density_and_coverage() -> None:
+    """On a line, with k = 1: ADM's evaluator compares by <=, the official package of density and coverage by <."""
+    reference = torch.tensor([[0.0], [1.0], [4.0]])  # distances to the next: 1, 1, 3
+    samples = torch.tensor([[2.0], [7.0], [7.5], [50.0]])  # at the borders of 1 and of 4, and outside
+    assert precision_recall(samples, reference, k=1) == (0.5, 1.0)
+    theirs = compute_prdc(reference.numpy(), samples.numpy(), nearest_k=1)
+    assert density_coverage(samples, reference, k=1) == (theirs["density"], pytest.approx(theirs["coverage"]))
+    assert density_coverage(samples, reference, k=1) == (0.25, pytest.approx(1 / 3))
+
+
 # ------------------------------------------------------------------------------------------------- density, MIND
 
 
@@ -354,6 +378,8 @@ def test_mind_takes_the_same_number_of_rows_of_both_sets() -> None:
     samples, reference = features(500, 16, 0, shift=0.1), features(300, 16, 1)
     same = [monge_inception_distance(samples, reference, count=count, projections=32) for count in (300, 5000)]
     assert same[0] == same[1] != monge_inception_distance(samples, reference, count=200, projections=32)
+    # Both sets draw their own rows: one set beside itself is 0 with all rows alone.
+    assert monge_inception_distance(samples, samples, count=200, projections=32) > 0.01
     with pytest.raises(ValueError, match="16 and 8 features"):
         monge_inception_distance(samples, reference[:, :8])
 
@@ -364,6 +390,9 @@ def test_mind_takes_the_same_number_of_rows_of_both_sets() -> None:
 def test_few_samples_are_warned_about() -> None:
     found = sample_warnings(1000, 2048, 5000, None)
     assert any("biased upwards" in text for text in found)
+    # The covariance of N rows has rank N - 1.
+    singular = ["singular" in " ".join(sample_warnings(count, 64, 5000)) for count in (64, 65)]
+    assert singular == [True, False]
     assert not sample_warnings(50_000, 2048, 5000, ClassLabels(1000).balanced(0, 50_000))
 
 

@@ -77,6 +77,7 @@ def test_extends_merges_and_later_wins(tmp_path: Path) -> None:
     )
     assert config.from_dict(Root, config.to_dict(root)) == root
     assert config.digest(root) != config.digest(load(tmp_path))
+    assert config.digest({"a": 1, "b": {"c": 2, "d": 3}}) == config.digest({"b": {"d": 3, "c": 2}, "a": 1})
 
 
 def test_a_parent_stays_as_it_is_and_is_read_again_when_it_changes(tmp_path: Path) -> None:

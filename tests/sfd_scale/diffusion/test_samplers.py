@@ -241,6 +241,16 @@ def test_first_step_of_dopri5_is_the_one_of_hairer() -> None:
     assert max(times) > 1, "the last step goes beyond the end"
 
 
+def test_a_step_that_a_discontinuity_cuts_short_does_not_shorten_the_next_one() -> None:
+    """A velocity of 1 has no error: steps of s, 10·s, the rest to the discontinuity, and at once all that is left."""
+    tolerance = 1e-5
+    first = (0.01 * 2 * tolerance) ** 0.2  # as above, with d0 = d1 = 1/(atol + rtol) and d2 = 0
+    config = Dopri5Config(rtol=tolerance, atol=tolerance, jump=True)
+    start, end = torch.ones(1, *LAYOUT.shape), (11 * first + 1e-3,)
+    result = sample(lambda x, t, y: torch.ones_like(x), start, torch.zeros(1), SYNC, LAYOUT, config, end)
+    assert result.nfe.item() == 2 + 4 * 6 + 1  # two for the first step size, six a step, one at the discontinuity
+
+
 def test_a_velocity_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(FloatingPointError, match="global time 0.*not finite"):
         run(lambda x, t, y: x * float("nan"), Dopri5Config())

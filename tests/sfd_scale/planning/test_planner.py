@@ -233,6 +233,40 @@ def test_traffic_is_that_of_ring_collectives(
     assert found == pytest.approx(expected)
 
 
+OFFLOADED = {"offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("engine", "grad_accum_steps", "expected"),
+    [
+        (DeepSpeedConfig(zero_stage=0, precision="fp32"), 2, (4, 4, 8, 4, 0, 0)),
+        (DeepSpeedConfig(zero_stage=1), 1, (2, 2, 12 / 4, 4 / 4, 6, 0)),
+        (DeepSpeedConfig(zero_stage=1), 2, (2, 2 + 4, 12 / 4, 4 / 4, 6, 0)),
+        (DeepSpeedConfig(zero_stage=2), 2, (2, 4 / 4, 12 / 4, 4 / 4, 2 * 6, 0)),
+        (DeepSpeedConfig(zero_stage=2, overlap_comm=False), 1, (2, 4 / 4, 12 / 4, 4 / 4, 6, 0)),
+        (DeepSpeedConfig(zero_stage=2, **OFFLOADED), 1, (2, 0, 0, 0, 2 * 6, (12 + 4 + 4) / 4)),
+        (DeepSpeedConfig(zero_stage=3), 1, (2 / 4, 4 / 4, 12 / 4, 4 / 4, 2 * 6 + 2, 0)),
+        (DeepSpeedConfig(zero_stage=3, **OFFLOADED), 1, (2 / 4, 0, 0, 0, 2 * 6 + 2, (12 + 4 + 8) / 4)),
+        (DeepSpeedConfig(zero_stage=3, hpz_partition_size=2), 1, (2 / 4 + 2 / 2, 1, 3, 1, 2 * 6 + 2, 0)),
+        (FSDPConfig(), 1, (4 / 4, 4 / 4, 8 / 4, 4 / 4, 2 + 4, 0)),
+        (FSDPConfig(), 2, (4 / 4, 4, 8 / 4, 4 / 4, 2 + 4, 0)),
+        (FSDPConfig(cpu_offload=True), 1, (0, 0, 0, 0, 2 + 4, (4 + 8 + 4 + 4) / 4)),
+    ],
+)
+def test_memory_is_that_of_the_papers(
+    engine: AnyEngineConfig, grad_accum_steps: int, expected: tuple[float, ...]
+) -> None:
+    """Bytes per parameter on each of 4 ranks, as in ZeRO (arXiv 1910.02054, Sec. 3.1): 2 of bf16 weights, 2 or 4 of
+    gradients, 12 of fp32 masters and moments, and 4 of the EMA. Buckets have bf16 gradients and their fp32 copy. A
+    block is half of the model, and two of them are gathered at a time."""
+    made = memory_per_rank(
+        MODEL, engine, ranks=4, ranks_per_node=4, micro_batch=2, grad_accum_steps=grad_accum_steps
+    )  # fmt: skip
+    parts = (made.params, made.gradients, made.optimizer, made.ema, made.buffers, made.host)
+    assert parts == pytest.approx([bytes_each * P for bytes_each in expected])
+    assert made.total == sum(parts[:-1]) + 2 * 10**9
+
+
 # One matmul of 6e12 FLOPs a sample, in forward.
 WORK = Work(((Operation("matmul", False, True, (1, 0, 10**4, 3 * 10**4), (0, 10**4, 0, 0)), 1),), 1, "bf16")
 
@@ -287,6 +321,11 @@ def test_the_time_of_a_plan_is_that_of_its_parts_and_saves() -> None:
     save = planner.save_seconds(job(FSDPConfig()), H100, Efficiency())
     assert save == pytest.approx(16 * P / 8 / H100.pcie)
     assert made.total_seconds == pytest.approx(1000 * made.step_seconds + save)
+    # A run saves at every thousandth step, so once in 1,900. Failures lose a share of the wall-clock time.
+    longer = plan(replace(job(FSDPConfig()), steps=1900, gpu_mtbf_hours=1.0))
+    assert longer.total_seconds == pytest.approx(1900 * made.step_seconds + save)
+    assert longer.goodput.lost > 0.1
+    assert longer.days_with_failures * (1 - longer.goodput.lost) == pytest.approx(longer.total_seconds / 86400)
     slow = planner.save_seconds(replace(job(FSDPConfig()), background=False), H100, Efficiency())
     assert slow == pytest.approx(save + 16 * P / 8 / Efficiency().disk.value)
 

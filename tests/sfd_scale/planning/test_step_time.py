@@ -222,6 +222,11 @@ def test_overlap_compile_and_checkpointing_act_as_they_should() -> None:
     assert kept.communication < total(plain).communication
     workers, alone = replace(step(plain), num_workers=4), step(plain)
     assert timed(workers).data < timed(alone).data
+    # A step of 32 samples reads them alone; four workers share them, and have the rest of the step for it.
+    slow = replace(USUAL, read=replace(USUAL.read, value=1.0))
+    one, four = (timed(found, efficiency=slow) for found in (alone, workers))
+    assert one.data - 32 * USUAL.draw.value == pytest.approx(32.0)
+    assert four.data - 32 * USUAL.draw.value == pytest.approx(32 / 4 - (four.total - four.data))
 
 
 def test_xxl_on_8_h200_takes_what_a_roofline_by_hand_gives() -> None:
@@ -278,6 +283,9 @@ def test_goodput_falls_with_failures_and_with_saves() -> None:
         assert found.useful + found.saving + found.lost == pytest.approx(1)
     # By hand: a failure each 3.09 h loses 300 s of steps and 600 s of restart.
     assert many.lost == pytest.approx(900.5 / (3.0945 * 3600 + 900.5), rel=1e-3)
+    # Of an interval of 601 s, one second goes to the save.
+    slow = goodput(ranks=8, save_every_s=600, save_s=150, restart_s=600)
+    assert few.saving / few.useful == pytest.approx(1 / 600) and slow.saving == pytest.approx(150 / 750, rel=1e-3)
 
 
 def test_the_table_of_gpus_agrees_with_the_peaks_of_a_run() -> None:

@@ -43,6 +43,12 @@ def test_golden_semantic_vae() -> None:
     for name, value in found.items():
         check(value, "out_semvae", name)
     check(model.train().posterior(tokens)[0], "out_semvae", "mean")
+    # The official code keeps log-variances between −30 and 20.
+    model.encoder[-1].bias.data += torch.tensor([0.0, 1000.0]).repeat_interleave(GOLDEN_VAE.bottleneck_dim)
+    high = model.posterior(tokens)[1]
+    model.encoder[-1].bias.data -= torch.tensor([0.0, 2000.0]).repeat_interleave(GOLDEN_VAE.bottleneck_dim)
+    low = model.posterior(tokens)[1]
+    assert (high == 20).all() and (low == -30).all()
 
 
 def test_golden_semantic_codec_works_on_grids(tmp_path: Path) -> None:
@@ -83,7 +89,10 @@ def test_semantic_vae_sizes_and_start() -> None:
     first.init_weights(0)
     second.init_weights(0)
     assert all(torch.equal(a, second.state_dict()[name]) for name, a in first.state_dict().items())
-    assert first.decoder[0].weight.abs().max().item() <= (6 / (24 + 4)) ** 0.5
+    # Xavier: uniform between ±(6 / (in + out))^½.
+    assert 0.95 < first.decoder[0].weight.abs().max().item() / (6 / (24 + 4)) ** 0.5 <= 1
+    vectors = {name: value for name, value in first.named_parameters() if value.ndim == 1}
+    assert all((value == (0 if name.endswith("bias") else 1)).all() for name, value in vectors.items())
     for field, value in (("heads", 7), ("blocks", 0), ("bottleneck_dim", 0)):
         with pytest.raises(ValueError, match=f"{field}: {value}"):
             SemanticVAEConfig(**{field: value})  # type: ignore[arg-type]

@@ -88,6 +88,36 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         _step(watch, step, math.nan)
     with pytest.raises(DivergenceError, match=r"3 steps in a row were skipped .*max_in_row.*step 3: loss not finite"):
         _step(watch, 2, math.inf)
+    # A good step in between begins the count anew.
+    watch = _watch(tmp_path, max_in_row=2)
+    for step, loss in enumerate([math.nan, 1.0, math.nan, 1.0]):
+        assert _step(watch, step, loss)[1] == "go on"
+    assert watch.counts()["skipped_steps"] == 2
+
+
+def test_a_vetoed_loss_does_not_move_the_limit(tmp_path: Path) -> None:
+    """Otherwise a run of spikes would soon be normal."""
+    watch = _watch(tmp_path, spike="skip", spike_z=10.0, window=4)
+    for step, loss in enumerate([1.0, 1.1, 0.9, 1.0, 1.8, 1.8, 1.8, 1.8]):
+        _step(watch, step, loss)
+    assert watch.counts()["loss_spikes"] == watch.counts()["skipped_steps"] == 4
+
+
+def test_rollbacks_leave_out_the_data_up_to_the_bad_step_and_are_counted(tmp_path: Path) -> None:
+    watch = _watch(tmp_path, not_finite="rollback", window=5, rollback_data=100, max_rollbacks=2)
+    assert watch.targets(7) == [8]
+    watch.rolled_back(7, 4, {"losses": [1.0, 2.0]})  # not data that the checkpoint of step 4 has seen
+    assert watch.passed == ((4, 8),) and watch.state()["losses"] == [1.0, 2.0]
+    # The run is back at step 4. Bad less than a window after step 7: the checkpoint before that of step 4.
+    assert watch.targets(12) == [4, 13] and watch.targets(13) == [14]
+    watch.rolled_back(5, 4, {})  # step 5 used data step 9
+    assert watch.passed == ((4, 10),)
+    with pytest.raises(DivergenceError, match="still diverges after 2 rollbacks"):
+        watch.rolled_back(9, 4, {})
+    # A limited part of the data: of the last 3 data steps.
+    watch = _watch(tmp_path, not_finite="rollback", rollback_data=3)
+    watch.rolled_back(20, 10, {})
+    assert watch.passed == ((18, 21),)
 
 
 @pytest.mark.parametrize("setting", [{"window": 0}, {"spike_z": 0.0}, {"rollback_data": 0}])

@@ -41,6 +41,7 @@ def measure() -> dict[str, Any]:
         meter.add(losses(value + rank, [0.05, 0.95, 1.0], [value + rank, 10.0, 20.0]), samples=3, wait_s=0.0)
     meter.step(5.0)
     meter.step(2.0)
+    meter.started -= 100.0
     values = meter.reduce(ema.squares())
     assert not meter.names and not meter.step_s
     return values
@@ -52,6 +53,8 @@ def test_means_over_batches_and_ranks_bins_of_the_clock_and_the_distance_of_the_
     assert first["loss_by_clock/0"] == 2.5 and first["loss_by_clock/9"] == 15.0
     assert "loss_by_clock/5" not in first
     assert (first["grad_norm"], first["grad_norm_max"]) == (2.0, 5.0)
+    # In 100 seconds, the samples of both ranks.
+    assert first["samples_per_s"] == pytest.approx(2 * 6 / 100, rel=0.1)
     assert first["samples_per_s"] == pytest.approx(2 * first["samples_per_s_per_rank"])
     assert first["mfu"] == pytest.approx(first["samples_per_s_per_rank"] * 10 / 1e6)
     # The slowest rank's times, and the fullest rank's memory, are the same on all.
