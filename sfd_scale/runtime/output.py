@@ -1,13 +1,14 @@
 """Standard output and error that never fail for their encoding, and not for a reader that is gone.
 
 A result may be complete when a command cannot print it: for an `–` under PYTHONIOENCODING=ascii, for a path whose bytes
-are no text, or after `| head -1` has closed the pipe. None of these may end the command.
+are no text, after `| head -1` has closed the pipe, or after the terminal is gone. None of these may end the command.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -34,7 +35,11 @@ codecs.register_error(READABLE, _readable)
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor to write to. When its reader is gone, /dev/null takes the reader's place."""
+    """A file descriptor to write to. When its reader or its terminal is gone, /dev/null takes their place."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._of_terminal = self.isatty()
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
@@ -42,7 +47,9 @@ class _Descriptor(io.FileIO):
         try:
             while len(left):
                 left = left[super().write(left) or 0 :]
-        except BrokenPipeError:
+        except OSError as error:
+            if not (isinstance(error, BrokenPipeError) or (self._of_terminal and error.errno == errno.EIO)):
+                raise
             with contextlib.closing(io.FileIO(os.devnull, "w")) as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
         return size
@@ -71,7 +78,7 @@ def make_safe() -> None:
 
 def _safe(stream: Any, descriptor: int) -> io.TextIOWrapper:
     """A stream to the descriptor with the encoding and the buffering of `stream`; None stands for a closed one."""
-    raw = _Descriptor(descriptor, "w", closefd=False)
+    raw = _Descriptor(descriptor)
     if not isinstance(stream, io.TextIOWrapper):
         return io.TextIOWrapper(_Buffer(raw), encoding="utf-8", errors=READABLE)
     if isinstance(stream.buffer, _Descriptor | _Buffer):

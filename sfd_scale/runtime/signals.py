@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or a time limit. All ranks stop after the same step.
+"""Stop requests: SIGTERM, SIGUSR1, SIGINT (Ctrl-C), SIGHUP or a time limit. All ranks stop after the same step.
 
 Launchers signal the ranks one after another (deepspeed) or several times (pdsh). So the handler only sets a flag. The
 trainer reduces the flag over ranks once per step, and all ranks save the same step.
@@ -36,7 +36,10 @@ class StopRequest:
         self.saved = False
 
     def __enter__(self) -> Self:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup, which lets a run go on without its terminal
+            signals.append(signal.SIGHUP)
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in signals}
         return self
 
     def __exit__(self, *error: object) -> None:

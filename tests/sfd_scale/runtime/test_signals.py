@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from sfd_scale.checkpoint import save_weights
@@ -42,6 +45,33 @@ def test_ctrl_c_saves_a_training_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "a second Ctrl-C ends it at once" in error and "the same command resumes" in error
     (saved,) = (run / "checkpoints").glob("step-*")
     assert f"after step {int(saved.name.removeprefix('step-'))}, which is saved" in error
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_training_saves_if_its_terminal_ends_and_goes_on_under_nohup(tmp_path: Path, nohup: bool) -> None:
+    """As by an ssh connection that breaks: a hangup, and every later write to the terminal fails."""
+    steps = 30 if nohup else 1_000_000
+    recipe = write_recipe(tmp_path / "small.yaml", encode(tmp_path / "data"), steps=steps, every=1_000_000)
+    run, (terminal, end) = tmp_path / "run", pty.openpty()
+    command = [sys.executable, "-m", "sfd_scale", "train", str(recipe), "--run", str(run)]
+    # A new session whose terminal this is.
+    code = f"""
+import fcntl, os, signal, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if {nohup}: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, {command!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=end, stdout=end, stderr=end, env={**os.environ})
+    os.close(end)
+    metrics, deadline = RunPaths(run).metrics_file, time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert process.wait(120) == (0 if nohup else 75)
+    (saved,) = (run / "checkpoints").glob("step-*")
+    assert (saved / "COMMIT").is_file() and (saved.name == "step-00000030") == nohup
 
 
 def test_ctrl_c_ends_another_command_with_a_sentence(tmp_path: Path) -> None:
