@@ -90,7 +90,9 @@ class _Reader:
                 raise self.fail(key, str(error)) from error
         # Not isinstance: a bool is an int in Python, but never in a recipe.
         if type(value) is not hint:
-            raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}")
+            unquoted = hint in (str, Path) and isinstance(value, bool | int | float)
+            advice = ", in quotes, or YAML reads a number or a truth value" if unquoted else ""
+            raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}{advice}")
         return value
 
     def tuple_(self, options: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
@@ -104,6 +106,8 @@ class _Reader:
     def union(self, options: tuple[Any, ...], value: Any, key: str) -> Any:
         if value is None and type(None) in options:
             return None
+        if value == "None" and type(None) in options:  # Python's word; YAML would take it for a text
+            raise self.fail(key, "'None'; allowed: null, for no value")
         rest = [option for option in options if option is not type(None)]
         if len(rest) == 1:
             return self.value(rest[0], value, key)

@@ -20,6 +20,8 @@ from sfd_scale.runtime.files import read_text
 
 # A launch keeps lists of its ranks: a number that cannot be is refused before they take the memory of the host.
 MOST_RANKS, MOST_NODES = 1024, 100_000  # ranks of a host; hosts of a launch
+# ssh would take a leading dash for an option. IPv6 addresses have colons, a port has one.
+_NAME = re.compile(r"([\w.-]+@)?(\w[\w.-]*|[0-9A-Fa-f]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%\w+)?)")
 AGENT = str(Path(__file__).with_name("agent.py"))
 # With these a dead host is noticed within a minute.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
@@ -48,6 +50,11 @@ def read_hostfile(path: Path) -> list[Host]:
         if match is None:
             raise ValueError(f"{path}, line {number}: {line!r}; allowed: NAME slots=GPUS")
         name, slots = match[1], int(match[2])
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{path}, line {number}: {name!r}; allowed: a name or an address, perhaps after USER@; ports and other "
+                "options of ssh stand in ~/.ssh/config"
+            )
         if slots < 1:
             raise ValueError(f"{path}, line {number}: {name} has 0 slots; allowed: 1 and up, or leave the host out")
         if slots > MOST_RANKS:

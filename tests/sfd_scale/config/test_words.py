@@ -179,3 +179,20 @@ def test_an_empty_word_is_refused_and_is_not_the_current_folder(arguments: list[
         config.checked_arguments(["train", "recipe", *arguments])
     with pytest.raises(config.ConfigError, match="^run: ''; allowed: a path; the current folder is `.`"):
         config.load("train/sfd_xl", TrainRecipe, ["run=''"])
+
+
+def test_none_of_python_is_refused_where_null_is_meant() -> None:
+    """It was a text: W&B's entity `None`, statistics in a file named None."""
+    for key in ("wandb.entity", "data.stats", "checkpoint.keep_last", "published"):
+        with pytest.raises(config.ConfigError, match=f"^{key}: 'None'; allowed: null, for no value"):
+            config.load("train/sfd_xl", TrainRecipe, [f"{key}=None"])
+        config.load("train/sfd_xl", TrainRecipe, [f"{key}=null"])
+
+
+@pytest.mark.parametrize("word", ["run=2024", "run=007", "run=1e3", "run=no", "name=on", "name=1:30", "name=1_000"])
+def test_a_text_that_yaml_reads_as_a_number_is_refused_with_the_way_to_write_it(word: str) -> None:
+    key, _, text = word.partition("=")
+    with pytest.raises(config.ConfigError, match=rf"^{key}: .*; allowed: a (path|text), in quotes, or YAML reads"):
+        config.load("train/sfd_xl", TrainRecipe, [word])
+    loaded = config.load("train/sfd_xl", TrainRecipe, [f'{key}="{text}"'])
+    assert str(getattr(loaded, key)) == text

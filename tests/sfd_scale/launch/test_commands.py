@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -32,6 +33,19 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "hosts"
     path.write_text(text)
     return path
+
+
+@pytest.mark.parametrize(
+    "name", ["10.0.0.1", "user@node-a.example.org", "fe80::1%eth0", "::1", "me@2001:db8::2", "n_1"]
+)
+def test_a_hostfile_takes_names_and_addresses(tmp_path: Path, name: str) -> None:
+    assert read_hostfile(write(tmp_path, f"{name} slots=2\n")) == [Host(name, 2)]
+
+
+@pytest.mark.parametrize("name", ["node:22", "-oProxyCommand=x", "a;rm", "a,b", "node[1-4]", "$(x)", "ssh://a", "@a"])
+def test_a_hostfile_takes_neither_ports_nor_options_of_ssh(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"line 2: '{re.escape(name)}'; allowed: a name or an address"):
+        read_hostfile(write(tmp_path, f"# hosts\n{name} slots=2\n"))
 
 
 def test_a_hostfile_may_hold_comments_and_blank_lines(tmp_path: Path) -> None:
