@@ -174,6 +174,8 @@ def _check_file(file: Path, config: ConvertConfig) -> int:
     if missing:
         raise ValueError(f"{file}: no tensor {', '.join(missing)}; it has {', '.join(sorted(shapes))}")
     rows = shapes["labels"][0] if len(shapes["labels"]) == 1 else -1
+    if rows == 0:
+        raise ValueError(f"{file}: no images in it; remove this file, or extract its features again")
     for name, shape in wanted.items():
         if shapes[name] != (rows, *shape):
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from sfd_scale.data.image_files import MAX_CLASSES
 from sfd_scale.data.manifest import FLIPPED, MANIFEST, STATS, Manifest, StoredDtype, index_sha256, read_index, restored
 from sfd_scale.data.mds_reader import MDSReader
 from sfd_scale.data.shards import check_sizes
@@ -30,11 +32,15 @@ def import_data(path: Path, image_size: int, num_classes: int | None = None) -> 
     if (path / MANIFEST).exists():
         raise ValueError(f"{path}: it has a {MANIFEST} already; remove it to import the data anew")
     check_sizes(path)
-    reader, entry = MDSReader(path), read_index(path)["shards"][0]
+    reader, entries = MDSReader(path), read_index(path)["shards"]
+    if reader.num_samples == 0:
+        raise ValueError(f"{path}: no samples in its {len(entries)} shards; write the data again")
+    entry = entries[0]
     columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
     if any(shard.columns != reader.shards[0].columns for shard in reader.shards):
         raise ValueError(f"{path}: its shards have different columns")
     dtype = _check_columns(path, columns)
+    _check_shapes(path, {name: column.shape for name, column in reader.shards[0].columns.items()}, image_size)
     labels, stats = [-1], None
     if "latents" in columns:
         stats = StatsAccumulator(reader.shards[0].columns["latents"].shape[0])
@@ -45,6 +51,8 @@ def import_data(path: Path, image_size: int, num_classes: int | None = None) -> 
             found, *latents = reader.gather(ids, [[name] * len(ids) for name in ("label", *names)])
             if found.min() < 0:
                 raise ValueError(f"{path}: a label is {found.min()}; allowed: 0 and up")
+            if found.max() >= MAX_CLASSES:
+                raise ValueError(f"{path}: a label is {found.max()}; allowed: 0 to {MAX_CLASSES - 1:,}")
             labels.append(int(found.max()))
             for values in latents:
                 assert stats is not None
@@ -55,7 +63,10 @@ def import_data(path: Path, image_size: int, num_classes: int | None = None) -> 
         raise ValueError(f"--num-classes: {num_classes}, but a label is {classes - 1}")
     stats_hash = None
     if stats is not None:
-        finished = stats.finish()
+        try:
+            finished = stats.finish()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         finished.save(path / STATS)
         stats_hash = finished.hash
     manifest = Manifest(
@@ -90,3 +101,23 @@ def _check_columns(path: Path, columns: dict[str, str]) -> StoredDtype:
     if len(types) > 1:
         raise ValueError(f"{path}: its columns have the types {sorted(types)}; allowed: one of them")
     return _DTYPES[types.pop()] if types else "float16"
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], image_size: int) -> None:
+    """Check the images by `image_size`, and the mirrored columns by their own.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    wanted = (3, image_size, image_size)
+    if shapes.get("image", wanted) != wanted:
+        raise ValueError(
+            f"{path}: its column 'image' has the shape {shapes['image']}, with --image-size {image_size}; allowed: "
+            f"{wanted}, channels first"
+        )
+    for name in ("latents", "features", "logvar"):
+        plain, mirrored = shapes.get(name), shapes.get(f"{name}{FLIPPED}")
+        if plain is not None and len(plain) != 3:
+            raise ValueError(f"{path}: its column {name!r} has the shape {plain}; allowed: (channels, height, width)")
+        if plain is not None and mirrored is not None and mirrored != plain:
+            raise ValueError(f"{path}: its column '{name}{FLIPPED}' has the shape {mirrored}; allowed: {plain}")

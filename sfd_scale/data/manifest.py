@@ -98,6 +98,8 @@ def _shard_problem(shard: Any) -> str | None:
         return "a compressed shard, which `sfd encode` does not write; allowed: compression null"
     raw = shard["raw_data"]
     name = raw["basename"]
+    if "/" in name and not {"", ".", ".."} & set(name.split("/")):
+        return f"the shard {name!r} lies in another folder, as after merge_index; allowed: shards beside index.json"
     if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         return f"the shard name {name!r} points outside the folder"
     if not all(type(n) is int and n >= 0 for n in (shard["samples"], raw["bytes"])):

@@ -93,7 +93,9 @@ class ParquetImages:
         value = self._column(at, name)[row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
-            raise UnreadableImage(f"{name}: the image is null")
+            place = value.get("path") if isinstance(value, dict) else None
+            where = f", with the path {place!r} alone; write the dataset with its images embedded" if place else ""
+            raise UnreadableImage(f"{name}: the image is null{where}")
         return read_image(io.BytesIO(content), self.size, self.upright, name), int(self.labels[index])
 
     def _scan(self, file: Path) -> None:
@@ -128,6 +130,11 @@ class ParquetImages:
                 raise ValueError(
                     f"source.{key}: {getattr(self.config, key)!r} is not a column of {file}; it has: "
                     f"{', '.join(schema.names)}"
+                )
+            if schema.names.count(getattr(self.config, key)) > 1:
+                raise ValueError(
+                    f"source.{key}: {file} has {schema.names.count(getattr(self.config, key))} columns of the name "
+                    f"{getattr(self.config, key)!r}; allowed: one"
                 )
         image, label = (schema.field(name).type for name in (self.config.image, self.config.label))
         if types.is_struct(image) and image.get_field_index("bytes") >= 0:

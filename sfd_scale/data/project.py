@@ -8,8 +8,9 @@ from typing import Literal
 
 import yaml
 
-from sfd_scale.data.image_files import SUFFIXES
+from sfd_scale.data.image_files import class_folders, list_files
 from sfd_scale.data.image_io import warn_about_upscaling
+from sfd_scale.data.sources import classes_one_level_down
 from sfd_scale.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -57,22 +58,28 @@ def init(name: str, images: Path, size: int | None = None, codec: Codec = "auto"
 
 
 def _classes(images: Path) -> tuple[list[str], int, Path]:
-    """The class folders, the number of images, and one image.
+    """The class folders, the number of images, and one image, as `sfd encode` will list them.
 
     Raises:
         ValueError: if they are not one folder per class, directly below `images`.
     """
     if not images.is_dir():
         raise ValueError(f"--images: {images}: no such folder")
-    classes = sorted(path for path in images.iterdir() if path.is_dir())
-    found = {path.name: [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES] for path in classes}
-    empty = [name for name, files in found.items() if not files]
-    if len(classes) < 2 or empty:
-        below = [path for path in classes if any(inner.is_dir() for inner in path.iterdir())]
+    classes, _ = class_folders(images)
+    files = [(path, label) for label, folder in enumerate(classes) for path in list_files(folder).files]
+    filled = {label for _, label in files}
+    empty = [folder.name for label, folder in enumerate(classes) if label not in filled]
+    inside = classes_one_level_down(classes, files)
+    if len(classes) < 2 or empty or inside:
+        below = [folder for folder in classes if class_folders(folder)[0]]
         hint = f"; is {below[0]} the folder of the classes?" if below else ""
-        reason = f"{', '.join(empty[:3])} holds no images" if empty else f"{len(classes)} folders in it"
+        reason = f"{len(classes)} folders in it"
+        if empty:
+            reason = f"{', '.join(empty[:3])} holds no images"
+        elif inside:
+            reason = f"its {len(classes)} folders hold no images themselves, but {inside} folders inside them do"
         raise ValueError(f"--images: {images}: {reason}; allowed: two or more folders, one per class{hint}")
-    return [path.name for path in classes], sum(map(len, found.values())), next(iter(found.values()))[0]
+    return [folder.name for folder in classes], len(files), files[0][0]
 
 
 def _with_small(folder: Path, images: Path, classes: int, count: int, size: int) -> dict[str, dict[str, object]]:

@@ -175,16 +175,23 @@ class ImageFolder:
         return read_image(path, self.size, self.upright), label
 
 
-def _warn_one_level_too_high(root: Path, classes: Sequence[Path], files: Sequence[tuple[Path, int]]) -> None:
-    """Warn if no image lies in a class folder itself, and the folders inside look like the classes."""
+def classes_one_level_down(classes: Sequence[Path], files: Sequence[tuple[Path, int]]) -> int:
+    """The number of folders inside class folders that look like the classes; 0 if the class folders are right.
+
+    They do if no image lies in a class folder itself, and more folders inside hold images than there are classes.
+    """
     if any(path.parent == classes[label] for path, label in files):
-        return
+        return 0
     inside = {path.parent for path, _ in files}
-    if len(inside) > len(classes):
+    return len(inside) if len(inside) > len(classes) else 0
+
+
+def _warn_one_level_too_high(root: Path, classes: Sequence[Path], files: Sequence[tuple[Path, int]]) -> None:
+    if inside := classes_one_level_down(classes, files):
         logger.warning(
             "source.path: %s: its folders, such as %s, hold no images themselves, but %d folders inside them do; the "
             "classes are %s. If the inner folders are the classes, give the folder that holds them", root,
-            classes[0].name, len(inside), ", ".join(folder.name for folder in classes[:5]),
+            classes[0].name, inside, ", ".join(folder.name for folder in classes[:5]),
         )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def test_index_names_stay_in_the_folder_and_pickles_stay_closed(tmp_path: Path) 
     index = json.loads((tmp_path / "index.json").read_text())
     for change, message in (
         ({"raw_data": {**index["shards"][0]["raw_data"], "basename": "../secret.mds"}}, "points outside the folder"),
-        ({"raw_data": {**index["shards"][0]["raw_data"], "basename": "a/b.mds"}}, "points outside the folder"),
+        ({"raw_data": {**index["shards"][0]["raw_data"], "basename": "a/b.mds"}}, "lies in another folder"),
         ({"column_encodings": ["pkl", "int", "int", "int"]}, "encoding 'pkl'; allowed"),
         ({"column_encodings": ["list[pil]", "int", "int", "int"]}, "allowed"),
         ({"samples": 10**15}, "do not fit"),

@@ -189,9 +189,14 @@ def lost(t: dict[str, Tensor]) -> None:
     del t["latents_sv"]
 
 
+def empty(t: dict[str, Tensor]) -> None:
+    t.update({name: value[:0].contiguous() for name, value in t.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (empty, "no images in it; remove this file, or extract its features again"),
         (bad_shape, r"latents is \(3, 3, 3, 3\); allowed: \(N, 4, 3, 3\)"),
         (short, r"feats_dino_flip is \(2, 7, 3, 3\); allowed: \(N, 7, 3, 3\), with one N per file"),
         (label, "labels of torch.int64 from . to 10; allowed: integers from 0 to 9"),

@@ -103,10 +103,19 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": pa.array(images, HUB), "label": [0, 1, 2]}), tmp_path / "a.parquet")
     source = ParquetImages(ParquetConfig(path=tmp_path, size=16))
     assert torch.equal(source[0][0], pixels(0))
-    with pytest.raises(UnreadableImage, match=r"a\.parquet, row 1: the image is null"):
+    with pytest.raises(UnreadableImage, match=r"row 1: the image is null, with the path '1\.png' alone; write"):
         source[1]
     with pytest.raises(UnreadableImage, match=r"a\.parquet, row 2 is a text file \('no image'\), not a JPEG"):
         source[2]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array([png(0)]), pa.array([png(1)]), pa.array([0])]
+    pq.write_table(pa.table(columns, names=["image", "image", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"source\.image: .*a\.parquet has 2 columns of the name 'image'; allowed: one"
+    ):
+        ParquetImages(ParquetConfig(path=tmp_path, size=16))
 
 
 def test_a_file_damaged_later_is_named(tmp_path: Path) -> None:

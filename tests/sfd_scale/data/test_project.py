@@ -10,6 +10,7 @@ from torchvision.utils import save_image
 
 from eval.recipes import load_any
 from sfd_scale.data.project import init
+from sfd_scale.data.sources import FolderConfig, ImageFolder
 from sfd_scale.toy.digits import digit_image
 
 
@@ -52,6 +53,35 @@ def test_mistakes_are_named(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
     init("mine", images, 32)
     with pytest.raises(ValueError, match="mine: this folder is not empty"):
         init("mine", images, 32)
+
+
+def test_the_classes_are_those_that_encode_will_find(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmpretrain#507: a hidden folder of thumbnails or of a notebook was a class, so labels and model did not fit."""
+    monkeypatch.chdir(tmp_path)
+    thumbnails = images / ".ipynb_checkpoints"
+    thumbnails.mkdir()
+    for name, place in (("1.png", thumbnails), ("._0.png", images / "digit0")):
+        (place / name).write_bytes(next((images / "digit1").iterdir()).read_bytes())
+    (images / "digit2" / "more").mkdir()
+    for file in list((images / "digit2").glob("*.png")):
+        file.rename(images / "digit2" / "more" / file.name)
+    folder, _ = init("mine", images, 32)
+    found = ImageFolder(FolderConfig(path=images, size=32))
+    assert found.num_classes == load_any("mine/vision").model.num_classes == 3
+    assert load_any("mine/train").train.global_batch == len(found) // 2 == 15
+    for name in ("digit0", "digit1", "digit2"):
+        for inner in ("a", "b"):
+            (tmp_path / "deep" / name / inner).mkdir(parents=True)
+            (tmp_path / "deep" / name / inner / "0.png").write_bytes((images / "digit0" / "._0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"3 folders hold no images themselves, but 6 .*is .*digit0 the folder of the"):
+        init("deep2", tmp_path / "deep", 32)
+    for file in (images / "digit1").glob("*.png"):
+        file.rename(file.with_name(f".{file.name}"))
+    with pytest.raises(ValueError, match="digit1 holds no images"):
+        init("hidden", images, 32)
+    assert folder.is_dir()
 
 
 def test_enlarging_is_said(

@@ -143,7 +143,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> No
     index = json.loads((tmp_path / "index.json").read_text())
     index["shards"][0]["raw_data"]["basename"] = name
     (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="points outside the folder"):
+    with pytest.raises(ValueError, match="points outside the folder|'sub/shard.mds' lies in another folder"):
         read_index(tmp_path)
     with pytest.raises(ValueError, match=r"index\.json does not match manifest\.json"):
         open_shards(tmp_path)
