@@ -36,7 +36,7 @@ from eval.validation import validation_fd
 from eval.work.chunks import ChunkFolder
 from sfd_scale import config
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import file_sha256, read_json
+from sfd_scale.runtime.files import file_sha256, read_json, require_output
 from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.run_paths import RESULTS
 
@@ -60,9 +60,11 @@ def score(
 
     Raises:
         ValueError: for features of another extractor than the recipe's, samples that cannot be scored, or an `out` that
-            holds the results of other samples.
+            cannot be written, or holds the results of other samples.
     """
     started = time.monotonic()
+    if distributed.is_main():
+        require_output(out)
     if extractor is None:
         extractor = make_extractor(recipe.extractor, distributed.device())
     judges = load_judges(recipe, distributed.device()) if judges is None else judges

@@ -18,7 +18,7 @@ from eval.recipe import EvalRecipe
 from eval.reference import Judge, load_judges, load_reference
 from eval.results import ValidationFD
 from sfd_scale.runtime import distributed
-from sfd_scale.runtime.files import read_json, write_json
+from sfd_scale.runtime.files import read_json, require_output, write_json
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -63,6 +63,8 @@ def measure(recipe: EvalRecipe, images: Path, out: Path) -> dict[str, float]:
     Raises:
         ValueError: as for `load_reference`.
     """
+    if distributed.is_main():
+        require_output(out)
     device = distributed.device()
     extractor, judges = make_extractor(recipe.extractor, device), load_judges(recipe, device)
     references = [load_reference(recipe, extractor), *(judge.reference for judge in judges.values())]

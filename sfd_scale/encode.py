@@ -16,6 +16,7 @@ from sfd_scale.data.waiting import bounded
 from sfd_scale.data.workers import worker_batches
 from sfd_scale.recipe import ConvertRecipe, EncodeRecipe, FitRecipe
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import require_output
 from sfd_scale.tokenizers.composite import FeatureTokenizer
 from sfd_scale.tokenizers.make import make_composite, make_features
 from sfd_scale.tokenizers.patch_pca import PatchPCA, PatchPCAFitConfig, patch_rows
@@ -49,6 +50,8 @@ def fit(recipe: FitRecipe) -> None:
     ranks, to the last bit.
     """
     distributed.init()
+    if distributed.is_main():
+        require_output(recipe.out, "out")
     source = make_source(recipe.source)
     count = min(recipe.num_images, len(source))
     batches = [range(start, min(start + recipe.batch, count)) for start in range(0, count, recipe.batch)]

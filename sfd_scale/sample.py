@@ -18,11 +18,13 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sfd_scale import checkpoint, config
+from sfd_scale.data.image_files import require_picture
 from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
     GuidanceConfig,
+    InternalGuidance,
     NoGuidance,
     guided,
     interval_discontinuities,
@@ -35,6 +37,7 @@ from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, carried_codec, read_n
 from sfd_scale.models import attention
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed
+from sfd_scale.runtime.files import atomically
 from sfd_scale.runtime.limits import download
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 from sfd_scale.runtime.progress import ProgressBar, progress
@@ -81,13 +84,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     weights = checkpoint.load_weights(path)
     _check_size(path, task, sum(weight.numel() for weight in weights.values()))
     model = task.make_model()
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit the model and latents of its recipe: {error}") from error
-    missing = [name for name in missing if name not in dict(model.named_buffers())]
-    if missing or unexpected:
-        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
+    _load_weights(model, weights, path)
     texture = _texture_codec(path, note, recipe.tokenizer.texture, device)
     if texture.fingerprint not in note["tokenizers"].values():
         raise ValueError(
@@ -106,6 +103,21 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
         task.model.internal_depth is not None,
     )  # fmt: skip
+
+
+def _load_weights(model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights of an export, which has no buffers.
+
+    Raises:
+        ValueError: names the file, if weights are missing or do not fit.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its weights do not fit the model and latents of its recipe: {error}") from error
+    missing = [name for name in missing if name not in dict(model.named_buffers())]
+    if missing or unexpected:
+        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
 
 
 def _check_size(path: Path, task: DiffusionTask, stored: int) -> None:
@@ -167,7 +179,7 @@ class Pipeline:
         labels: Sequence[int] | int | None = None,
         *,
         count: int | None = None,
-        guidance: float | tuple[float, float] | GuidanceConfig = 1.0,
+        guidance: float | Sequence[float] | GuidanceConfig = 1.0,
         steps: int = 50,
         solver: Solver = "euler",
         seed: int = 0,
@@ -212,19 +224,37 @@ class Pipeline:
     def labels(self, labels: Sequence[int] | int | None, count: int | None) -> Tensor:
         """The label of each image, as in a call: (count,) int64."""
         conditioning = self.loaded.conditioning
+        if count is not None and count < 1:
+            raise ValueError(f"count: {count}; allowed: 1 and up")
         if labels is None:
             return conditioning.in_turn(min(self.num_classes, 16) if count is None else count)
-        chosen = torch.tensor([labels] * (count or 1) if isinstance(labels, int) else list(labels))
+        try:
+            given = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            given = torch.empty(0)
+        if given.ndim > 1 or given.is_floating_point() or given.numel() == 0:
+            raise ValueError(f"labels: {labels!r}; allowed: a class index, or a list of them, not empty")
+        chosen = (given.expand(count or 1) if given.ndim == 0 else given).long()
         if count is not None and count != len(chosen):
             raise ValueError(f"count: {count}, with {len(chosen)} labels; allowed: one of the two, or one label")
         conditioning.check(chosen, "labels")
         return chosen
 
-    def guidance_of(self, scale: float | tuple[float, float] | GuidanceConfig) -> GuidanceConfig:
-        """The settings of a scale: AutoGuidance with a guidance model, otherwise classifier-free guidance."""
-        if not isinstance(scale, int | float | tuple):
+    def guidance_of(self, scale: float | Sequence[float] | GuidanceConfig) -> GuidanceConfig:
+        """The settings of a scale: AutoGuidance with a guidance model, otherwise classifier-free guidance.
+
+        Raises:
+            ValueError: for anything but a number, two of them, or settings.
+        """
+        if isinstance(scale, NoGuidance | ClassifierFreeGuidance | AutoGuidance | InternalGuidance):
             return scale
-        texture, semantic = scale if isinstance(scale, tuple) else (scale, scale)
+        try:
+            texture, semantic = map(float, scale) if isinstance(scale, Sequence) else (float(scale), float(scale))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"guidance: {scale!r}; allowed: a number, two as in (1.5, 2.5) for texture and semantics, or settings "
+                "of sfd_scale.diffusion.guidance"
+            ) from error
         if texture == 1 and semantic == 1:
             return NoGuidance()
         kind = ClassifierFreeGuidance if self.guide is None else AutoGuidance
@@ -297,7 +327,7 @@ class SFDModel(nn.Module, PyTorchModelHubMixin, library_name="sfd-scale"):
     def _from_pretrained(cls, *, model_id: str, **_: Any) -> SFDModel:  # type: ignore[override]
         file = _weights_of(model_id)
         model = cls(read_note(file))
-        model.model.load_state_dict(checkpoint.load_weights(file), strict=False)
+        _load_weights(model.model, checkpoint.load_weights(file), file)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -374,7 +404,11 @@ def sample_grid(
     Args:
         label: one class; all classes in turn if None.
         columns: of the grid; a square by default.
+
+    Raises:
+        ValueError: as for `load` and a call of the pipeline, and for an `out` that is no picture.
     """
+    require_picture(out)
     pipeline = load(checkpoint_file, guide=guide)
     if label is not None:
         pipeline.loaded.conditioning.check(torch.tensor([label]), "--label")
@@ -383,8 +417,8 @@ def sample_grid(
     ).images
     from torchvision.utils import save_image  # a slow import: it loads the compiler
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_image(images.float() / 255, str(out), nrow=columns or math.isqrt(count - 1) + 1)
+    with atomically(out) as temporary:
+        save_image(images.float() / 255, str(temporary), nrow=columns or math.isqrt(count - 1) + 1)
     logger.info("%s: %d images", out, count)
     return out
 

@@ -23,7 +23,7 @@ from eval.metrics.influence import Influence
 from eval.results import Results
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
-from sfd_scale.runtime.files import write_json
+from sfd_scale.runtime.files import require_output, write_json
 
 Verdict = Literal["differs", "no difference shown", "undecided", "above the floor"]
 
@@ -87,6 +87,8 @@ def compare(
     Raises:
         ValueError: if they were scored against different references or with different settings.
     """
+    if out is not None and distributed.is_main():
+        require_output(out)
     left = groups.read_group(a)
     right = groups.read_group(b, left[0].results)
     known = groups.read_group(replicates, left[0].results) if replicates else []

@@ -15,11 +15,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from sfd_scale.data.image_files import require_picture
 from sfd_scale.diffusion.fixed_step import FixedStepConfig
 from sfd_scale.diffusion.guidance import GuidanceConfig
 from sfd_scale.diffusion.latents import LatentLayout
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.schedule import Clocks
+from sfd_scale.runtime.files import atomically
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 from sfd_scale.sample import Pipeline
 
@@ -48,8 +50,9 @@ def over_time(
     similarity to the finished latents of that part.
 
     Raises:
-        ValueError: for a model without semantic channels, or fewer steps than columns.
+        ValueError: for a model without semantic channels, fewer steps than columns, or an `out` that is no picture.
     """
+    require_picture(out)
     layout, schedule = pipeline.loaded.layout, pipeline.loaded.schedule
     if layout.semantic_channels == 0:
         raise ValueError("--over-time: this model has no semantic channels; leave --over-time out")
@@ -65,8 +68,8 @@ def over_time(
     similar = similarities(chosen, layout)
     marks = [[f"{value:.2f}" for value in part[number]] for number in range(len(labels)) for part in similar]
     heads = [f"semantics {state.semantic:.2f}\ntexture {state.texture:.2f}" for state in chosen]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(rows, marks, heads, ["semantics", "texture"] * len(labels)).save(out)
+    with atomically(out) as temporary:
+        _sheet(rows, marks, heads, ["semantics", "texture"] * len(labels)).save(temporary)
     logger.info(
         "%s: %d images at %d global times, 0 to %g; the semantics lead by delta_t %g", out, len(labels), columns,
         schedule.end, schedule.delta_t,

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sfd_scale.runtime.files import require_output
+
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -173,3 +175,14 @@ def _identity(folder: Path) -> _Folder:
     except OSError as error:
         raise ValueError(f"{folder}: this folder cannot be read ({error})") from error
     return status.st_dev, status.st_ino
+
+
+def require_picture(out: Path) -> None:
+    """Check before images are drawn that they can be written to `out`.
+
+    Raises:
+        ValueError: if the name has no suffix of a picture, or `require_output` refuses it.
+    """
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out: {out}; allowed: a name that ends in {IMAGES}")
+    require_output(out)

@@ -17,6 +17,21 @@ from sfd_scale.runtime.file_kind import Wanted, file_error, require_kind
 from sfd_scale.runtime.leftovers import remove, remove_temporary_files_once, temporary_path
 
 
+def require_output(path: Path, setting: str = "--out") -> None:
+    """Check that a file can be written to `path`, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: if `path` is a folder, a part of it is a file, or this user may not write there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{setting}: {path} is a folder; allowed: a file in it")
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"{setting}: {path}: {above} is no folder; allowed: a path through folders")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{setting}: {path}: this user may not write in {above}; give another path")
+
+
 @contextmanager
 def atomically(path: Path, sync: bool = True) -> Iterator[Path]:
     """Write a file under a temporary name; it is renamed to `path` when the block ends without an error.

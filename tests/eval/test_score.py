@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +27,7 @@ from eval.reference import check_spatial_order, load_reference
 from eval.results import Results
 from eval.score import default_out, score
 from eval.search.sweep import cells, varying
+from eval.validation import measure
 from sfd_scale import checkpoint, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
@@ -103,6 +105,21 @@ def test_warnings_are_in_the_results(tmp_path: Path, reference: NpzSource) -> No
     twice = write_npz(tmp_path / "twice.npz", pixels(40, 1).repeat(2, 1, 1, 1))
     found = " ".join(score(settings, twice, tmp_path / "twice.json", eval_tiny.lazy()).warnings)
     assert "40 of 80 samples are the same as an earlier one, as where several processes draw with one seed" in found
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, reference: NpzSource) -> None:
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    samples, tiny = write_npz(tmp_path / "samples.npz", pixels(50, 1)), TinyExtractor()
+    score(settings, samples, tmp_path / "folder" / "results.json", eval_tiny.lazy())
+    for out, message in (
+        (tmp_path / "folder", "folder is a folder; allowed: a file in it"),
+        (samples / "r", "no folder"),
+    ):
+        with pytest.raises(ValueError, match=rf"--out: .*{message}"):
+            score(dataclasses.replace(settings, cache=tmp_path / "new"), samples, out, eval_tiny.lazy(tiny))
+        with pytest.raises(ValueError, match=rf"--out: .*{message}"):
+            measure(settings, samples, out)
+    assert tiny.calls == []
 
 
 # ------------------------------------------------------------------------------------------------- results.json

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 import sfd_scale
 from sfd_scale import hub
+from sfd_scale.checkpoint import save_weights
 from sfd_scale.commands.models import SolverName
 from sfd_scale.diffusion.samplers import Solver, solver_settings
 from sfd_scale.export import WeightsChoice
+from sfd_scale.runtime.weight_files import safetensors_metadata
 from sfd_scale.sample import sample_grid
 from tests.sfd_scale.test_hub import run as run  # a fixture: the run folder of a small diffusion model
 
@@ -63,6 +67,53 @@ def test_mistakes_are_named(pipe: sfd_scale.Pipeline, folder: Path) -> None:
         pipe(labels=[1, 2], count=3, **QUIET)
     with pytest.raises(ValueError, match="not a file of `sfd export`"):
         sfd_scale.load(folder / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("labels", [[], ["cat"], [1.5], [[1, 2]], "cat", {"a": 1}])
+def test_labels_that_are_no_classes_are_named(pipe: sfd_scale.Pipeline, labels: Any) -> None:
+    with pytest.raises(ValueError, match="labels: .*; allowed: a class index, or a list of them"):
+        pipe(labels=labels, **QUIET)
+
+
+def test_numbers_of_numpy_and_lists_are_taken_as_numbers(pipe: sfd_scale.Pipeline) -> None:
+    """diffusers#6233 asks what a seed means; here numbers of any library give the same bits."""
+    expected = _drawn(pipe, labels=[3, 3], guidance=(1.5, 2.5))
+    assert torch.equal(_drawn(pipe, labels=np.int64(3), count=2, guidance=[1.5, 2.5]), expected)
+    assert torch.equal(_drawn(pipe, labels=np.array([3, 3], np.int32), guidance=(np.float32(1.5), 2.5)), expected)
+    same = _drawn(pipe, labels=torch.tensor([3, 3]), guidance=np.float32(1.5))
+    assert torch.equal(same, _drawn(pipe, labels=[3, 3], guidance=1.5))
+    for guidance in ("strong", (1.0, 2.0, 3.0), [None, 1.0], None):
+        with pytest.raises(ValueError, match=r"guidance: .*; allowed: a number, two as in \(1\.5, 2\.5\)"):
+            pipe(labels=[1], guidance=guidance, **QUIET)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="count: 0; allowed: 1 and up"):
+        pipe(count=0, **QUIET)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(folder: Path, tmp_path: Path) -> None:
+    """Pillow names an unknown suffix only when it saves, after all images are drawn."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    cases = {
+        "grid": r"--out: .*grid; allowed: a name that ends in \.bmp, .*\.png",
+        "grid.tiff": r"allowed: a name that ends in \.bmp",
+        "folder.png": "folder.png is a folder; allowed: a file in it",
+        "file/x.png": "file is no folder; allowed: a path through folders",
+    }
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            sample_grid(folder / "not read", tmp_path / name, count=1, label=None, steps=1, seed=0)
+
+
+def test_the_hub_class_refuses_a_file_without_some_weights(folder: Path, tmp_path: Path) -> None:
+    """They had random values, in silence."""
+    metadata = safetensors_metadata(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("weight"))
+    del tensors[lost]
+    (tmp_path / "hub").mkdir()
+    save_weights(tensors, tmp_path / "hub" / "model.safetensors", metadata)
+    with pytest.raises(ValueError, match=rf"missing weights \['{lost}'\], unexpected \[\]"):
+        sfd_scale.SFDModel.from_pretrained(str(tmp_path / "hub"))
 
 
 def test_diffusers_draws_the_same_bits(pipe: sfd_scale.Pipeline, folder: Path) -> None:
