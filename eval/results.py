@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 # Image i of two sets has the same noise and label if these settings agree.
 PAIRING = ("seed", "labels", "num_samples")
+_GENERATED = ("checkpoint", "sampler", "guidance", "num_samples", "seed")  # what pages and comparisons read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,32 @@ class Results:
         if not isinstance(data, dict) or not isinstance(data.get("format"), int) or data["format"] > FORMAT:
             raise ValueError(f"{file}: not a results.json of this release")
         try:
-            return config.from_dict(cls, {key: value for key, value in data.items() if key != "format"}, str(file))
+            found = config.from_dict(cls, {key: value for key, value in data.items() if key != "format"}, str(file))
         except config.ConfigError as error:
             raise ValueError(f"{file}: not a results.json of this release: {error}") from error
+        if lacking := found.lacking():
+            raise ValueError(f"{file}: not a results.json of this release: {', '.join(lacking)} missing")
+        return found
+
+    def lacking(self) -> list[str]:
+        """What `samples` and `reference` lack, by dotted key. Their keys depend on the kind of the samples."""
+        generated = self.samples.get("kind") == "generated"
+        needed: dict[str, tuple[Any, tuple[str, ...]]] = {
+            "samples": (self.samples, ("kind", "extractor", *(_GENERATED if generated else ("images",)))),
+            "reference": (self.reference, ("data",)),
+        }
+        needed |= {
+            f"representations.{name}.reference": (own.reference, ("data",))
+            for name, own in self.representations.items()
+        }
+        if generated:
+            needed["samples.checkpoint"] = (self.samples.get("checkpoint"), ("name", "step", "sha256"))
+        return [
+            f"{part}.{key}"
+            for part, (found, keys) in needed.items()
+            for key in keys
+            if not isinstance(found, dict) or key not in found
+        ]
 
     def write(self, path: Path) -> None:
         write_json(path, self.as_json())

@@ -123,8 +123,8 @@ def check_comparable(a: Results, b: Results) -> None:
         pairs[f" of {name}"] = a.representations[name].reference, b.representations[name].reference
     for network, (left, right) in pairs.items():
         for what, key in (("reference", "data"), ("extractor", "extractor")):
-            if left[key] != right[key]:
-                raise ValueError(f"{what}{network}: {left[key]} and {right[key]}; allowed: the same for both")
+            if left.get(key) != right.get(key):
+                raise ValueError(f"{what}{network}: {left.get(key)} and {right.get(key)}; allowed: the same for both")
     if a.metrics != b.metrics:
         raise ValueError(f"metrics: {a.metrics} and {b.metrics}; allowed: the same for both")
 

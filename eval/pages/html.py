@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sfd_scale import config
+from sfd_scale.runtime.file_kind import HEAD_BYTES, kind_of_bytes
 
+logger = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -64,8 +67,19 @@ def path_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def find_picture(recorded: str | None, results: Path) -> Path | None:
-    """The picture that a results.json records: beside the results, in case they were moved, or at its recorded path."""
+    """The picture that a results.json records: beside the results, in case they were moved, or at its recorded path.
+
+    Another file than a PNG is left out: a page shows its pictures to everyone, and results may be of somebody else.
+    """
     if recorded is None:
         return None
     folder = results if results.is_dir() else results.parent
-    return next((file for file in (folder / Path(recorded).name, Path(recorded)) if file.is_file()), None)
+    found = next((file for file in (folder / Path(recorded).name, Path(recorded)) if file.is_file()), None)
+    if found is None:
+        return None
+    with found.open("rb") as file:
+        kind = kind_of_bytes(file.read(HEAD_BYTES))
+    if kind != "png":
+        logger.warning("%s: its picture %s is no PNG file; it is left out", results, found)
+        return None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -148,3 +149,16 @@ def test_results_that_were_moved_keep_their_pictures(tmp_path: Path) -> None:
     result(tmp_path / "a", 7, 4.4)  # another run, where the first one was
     recorded = json.loads((old / "results.json").read_text())["run"]["grid"]
     assert find_picture(recorded, old / "results.json") == old / "grid.png"
+
+
+def test_a_page_shows_no_other_file_than_a_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Results of somebody else may record any path. Its content was in the page."""
+    secret = tmp_path / "secret.png"
+    secret.write_text("a key")
+    own = result(tmp_path / "a", 1000, 4.5)
+    data = json.loads(own.read_text())
+    data["run"]["grid"] = str(secret)
+    own.write_text(json.dumps(data))
+    assert find_picture(str(secret), own) is None
+    assert f"{own}: its picture {secret} is no PNG file; it is left out" in caplog.text
+    assert base64.b64encode(b"a key").decode() not in report([own], tmp_path / "out").read_text()

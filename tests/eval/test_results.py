@@ -43,6 +43,12 @@ def changed(path: Path, **changes: Any) -> Path:
         ({"scores": {"fid": "4.5"}}, "not a results.json of this release: scores.fid: '4.5'; allowed: a number"),
         ({"scores": {"fdi": 4.5}}, "scores.fdi: unknown key; .* did you mean scores.fid"),
         ({"run": None}, "not a results.json of this release: run: missing"),
+        ({"samples": {}}, "of this release: samples.kind, samples.extractor, samples.images missing"),
+        (
+            {"samples": {"kind": "generated", "extractor": "x"}},
+            "samples.checkpoint, .*samples.checkpoint.sha256 missing",
+        ),
+        ({"reference": {}}, "not a results.json of this release: reference.data missing"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused_in_one_sentence(
