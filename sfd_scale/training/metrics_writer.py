@@ -292,7 +292,8 @@ def abandon_wandb(cause: Exception) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.name().startswith(SERVICE):
                 child.kill()
-    with contextlib.suppress(Exception):  # it speaks to the process that is gone
+    # It speaks to the process that is gone, and would exit with the code of that process.
+    with contextlib.suppress(Exception, SystemExit):
         within(SERVICE_WAIT_S, wandb.teardown, "W&B does not end")
 
 
