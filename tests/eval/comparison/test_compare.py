@@ -12,11 +12,17 @@ from torch import Tensor
 
 from eval.comparison.compare import difference, resampled_means, spread_of_training
 from eval.comparison.groups import Replicate
+from eval.features.extract import FeatureSet
+from eval.metrics import influence
+from eval.metrics.config import MetricsConfig
+from eval.metrics.density_coverage import density_coverage
 from eval.metrics.frechet import frechet_distance
 from eval.metrics.inception_score import inception_score
 from eval.metrics.influence import Influence, frechet_influence, inception_influence, monge_influence, share_influence
 from eval.metrics.moments import moments
 from eval.metrics.monge_inception import monge_inception_distance
+from eval.metrics.precision_recall import precision_recall
+from eval.metrics.reference import Reference
 from eval.search.sweep import split_values
 from tests.eval.metrics.test_metrics import class_logits, features
 
@@ -28,9 +34,12 @@ def resampled(score: Callable[[Tensor], float], rows: Tensor, rounds: int) -> Te
     ).double()
 
 
-def test_frechet_influence_is_the_derivative() -> None:
-    """One image more moves the score by its influence / N."""
-    rows, reference = features(4000, 8, 0, shift=0.2), moments(features(4000, 8, 1))
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.05, 20.0)])
+def test_frechet_influence_is_the_derivative(scales: tuple[float, float]) -> None:
+    """One image more moves the score by its influence / N, also along a feature that hardly varies."""
+    rows, real = features(4000, 8, 0, shift=0.2), features(4000, 8, 1)
+    rows[:, 0], real[:, 0] = scales[0] * rows[:, 0], scales[1] * real[:, 0]
+    reference = moments(real)
     found = frechet_influence(rows, reference)
     assert found.value == frechet_distance(moments(rows), reference)
     assert abs(found.per_image.mean().item()) < 1e-12
@@ -136,6 +145,21 @@ def test_shares_and_unequal_splits() -> None:
         changed[low] = logits[high]
         moved = inception_score(changed, 100).mean - found.value
         assert moved == pytest.approx((found.per_image[high] - found.per_image[low]).item() / 250, rel=0.1)
+
+
+def test_shares_of_real_images_are_moved_by_real_images() -> None:
+    """Recall and coverage count images of the reference, which two results share; precision and density samples."""
+    samples, real = FeatureSet(features(300, 16, 0, shift=0.2), None, None, None, {}), features(200, 16, 1)
+    reference = Reference(moments(real), None, real, None, None, {}, Path())
+    shares, ratios = precision_recall(samples.pool, real, 3), density_coverage(samples.pool, real, 5)
+    expected = {
+        influence.precision: (shares.precision, 300, False), influence.recall: (shares.recall, 200, True),
+        influence.density: (ratios.density, 300, False), influence.coverage: (ratios.coverage, 200, True),
+    }  # fmt: skip
+    for of, wanted in expected.items():
+        found = of(samples, reference, MetricsConfig())
+        assert found is not None and found.per_image.mean().item() == pytest.approx(0, abs=1e-12)
+        assert (pytest.approx(found.value), len(found.per_image), found.of_reference) == wanted
 
 
 def test_values_of_a_sweep() -> None:

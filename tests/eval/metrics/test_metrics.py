@@ -331,7 +331,7 @@ def test_the_border_of_a_neighbourhood_counts_for_precision_and_not_for_density_
 
 def test_density_and_coverage_equal_the_official_package(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = features(700, 32, 0, shift=0.3), features(400, 32, 1)
-    found = density_coverage(samples, reference, k=5)
+    found = density_coverage(samples, reference, k=MetricsConfig().density_neighbours)  # 5, as in the paper
     theirs = compute_prdc(reference.numpy(), samples.numpy(), nearest_k=5)
     assert 0.2 < found.coverage < 0.98 and found.density > 0.2
     assert found == pytest.approx((theirs["density"], theirs["coverage"]), abs=1e-6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from eval.metrics.influence import Influence
@@ -27,6 +29,18 @@ def test_the_luck_of_the_best_is_the_expected_extreme_of_independent_cells() -> 
     shared = torch.randn(4000, 1, generator=torch.Generator().manual_seed(2))
     assert luck_of_the_best(influences(10 * shared + values), rounds=250) == pytest.approx(expected, rel=0.15)
     assert luck_of_the_best(influences(values[:, :1]), rounds=250) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_best_is_the_lowest_or_the_highest_as_the_score_says() -> None:
+    """Each of three cells is moved by one image of 20, by its number of copies: multinomial, and skewed to many."""
+    law = scipy.stats.multinomial(20, [0.05, 0.05, 0.05, 0.85])
+    cases = [(law.pmf([*k, 20 - sum(k)]), k) for k in itertools.product(range(7), repeat=3)]
+    low = sum(share * (sum(k) / 3 - min(k)) for share, k in cases)
+    high = sum(share * (max(k) - sum(k) / 3) for share, k in cases)
+    assert high > 1.12 * low
+    cells = influences(20 * torch.eye(20)[:, :3])
+    assert luck_of_the_best(cells, rounds=4000) == pytest.approx(low, rel=0.05)
+    assert luck_of_the_best(cells, rounds=4000, lower_is_better=False) == pytest.approx(high, rel=0.05)
 
 
 def test_guide_as_a_command_on_a_model_with_an_internal_layer(tmp_path: Path) -> None:

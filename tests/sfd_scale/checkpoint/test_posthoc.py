@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_the_average_of_another_length_is_that_which_training_would_have_kept(
     # The saved average nearest in length is not good enough: the fit does something.
     nearest = followed(min(LENGTHS, key=lambda saved: abs(saved - length)), lambda i: weights[i], step)
     assert (nearest - expected).norm() > 0.1 * scale
+
+
+def test_averages_of_checkpoints_count_and_later_ones_do_not(
+    run: tuple[Path, list[torch.Tensor]], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(run[0], tmp_path / "run"))
+    shutil.rmtree(root / "snapshots" / "step-00000080")
+    assert reconstruct(RunPaths(root), 0.08)[1] == 80  # of the checkpoint
+    early, _, error = reconstruct(RunPaths(root), 0.08, 60)
+    for later in (root / "snapshots" / "step-00000070", root / "checkpoints" / "step-00000080"):
+        shutil.rmtree(later)
+    again, at, error_again = reconstruct(RunPaths(root), 0.08)
+    assert (at, error_again) == (60, error)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in early.items())
 
 
 def test_a_snapshot_holds_the_power_averages_alone_and_is_made_anew(run: tuple[Path, list[torch.Tensor]]) -> None:

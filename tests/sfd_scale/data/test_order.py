@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfd_scale.data.order import SampleOrder, ShardUses, num_lanes, window_order
+from sfd_scale.data.order import SampleOrder, ShardUses, block_order, num_lanes, window_order
 from sfd_scale.data.prefetch import KEEP_STEPS, ShardSchedule, ranks_part
 from sfd_scale.runtime.batch_split import BatchSplit
 
@@ -31,6 +31,17 @@ def test_a_window_order_has_each_sample_at_most_once_and_fills_whole_batches() -
         assert not torch.equal(ids, other)
     left_out = [set(range(sum(SIZES))) - set(order(epoch=epoch).tolist()) for epoch in range(2)]
     assert left_out[0] != left_out[1]
+
+
+def test_orders_stay_as_they_are() -> None:
+    """A run that resumes under a later release has to read the rest of its epoch, and no sample twice."""
+    sizes = (3, 2, 3, 3, 1, 3, 3, 3, 3)
+    assert window_order(3, 1, sizes, 4, lanes=2, window=20).tolist() == [
+        8, 9, 6, 5, 10, 2, 20, 15, 12, 1, 19, 7, 3, 0, 16, 18, 13, 11, 21, 17, 14, 4, 22, 23,
+    ]  # fmt: skip
+    assert block_order(3, 1, sizes, 8).tolist() == [
+        9, 6, 11, 5, 10, 15, 7, 8, 17, 22, 19, 23, 16, 20, 21, 18, 12, 13, 0, 4, 14, 3, 2, 1,
+    ]  # fmt: skip
 
 
 def test_a_sample_stays_in_its_lane_in_every_epoch() -> None:

@@ -1,17 +1,25 @@
-"""Portions of the global batch, stop requests, and metrics that survive a kill."""
+"""A whole run beside a plain loop; portions of the global batch, stop requests, metrics that survive a kill."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from sfd_scale import build, train
+from sfd_scale.data.batches import LatentBatch
+from sfd_scale.data.dataloader import LatentLoader
 from sfd_scale.runtime.batch_split import BatchSplit, split_batch
 from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.runtime.signals import StopRequest
+from sfd_scale.tasks import diffusion
 from sfd_scale.training.metrics_writer import MetricsWriter, WandbConfig
 from sfd_scale.training.trainer import TrainerConfig
+from tests.helpers import small_run
 
 
 @pytest.mark.parametrize(
@@ -66,3 +74,52 @@ def test_metrics_after_the_checkpoint_are_written_anew(tmp_path: Path) -> None:
     writer.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+
+
+class OneBadStep(LatentLoader):
+    """The first sample of the second step is not a number."""
+
+    def batch(self, keys: list[Any]) -> LatentBatch:
+        batch = super().batch(keys)
+        batch.latents[batch.keys[:, 1] == self.order.batch(1)[1][0]] = math.nan
+        return batch
+
+
+def test_a_run_is_the_plain_loop_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rate of each step, accumulation, clipping, AdamW and EMA, by PyTorch alone: after every step the same weights.
+
+    A step that is skipped changes neither weights nor EMA.
+    """
+    monkeypatch.setattr(diffusion, "LatentLoader", OneBadStep)
+    rates, decay, clip = [0.005, 0.01, 0.01, 0.005, 0.0], 0.5, 0.05
+    recipe = small_run.recipe(
+        small_run.encode(tmp_path / "data"), optimizer={"lr": 0.01, "betas": [0.9, 0.95]},
+        lr={"kind": "linear", "warmup_steps": 2}, ema={"decay": decay}, engine={**small_run.FSDP, "grad_clip": clip},
+        train={"steps": len(rates), "global_batch": small_run.BATCH, "micro_batch": 2, "log_every": 1},
+        checkpoint={"every": 1, "keep_last": None},
+    )  # fmt: skip
+    assert train.train(recipe, tmp_path / "run")
+    loader = recipe.task.make_loader(split_batch(small_run.BATCH, None, 1))
+    objective, batches = recipe.task.make_objective(loader, torch.device("cpu")), loader.batches(0)
+    weights = dict((model := build.make_model(recipe)).named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    average = {name: value.detach().clone() for name, value in weights.items()}
+    rows = small_run.lines(tmp_path / "run" / "metrics.jsonl")
+    for step, (row, rate) in enumerate(zip(rows, rates, strict=True)):
+        expected = {"lr": rate, "samples": (step + 1) * small_run.BATCH, "skipped_steps": int(step >= 1)}
+        loss = objective(model, next(batches)).total
+        assert bool(loss.isfinite()) == (step != 1)
+        if step != 1:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            average = {name: decay * old + (1 - decay) * weights[name].detach() for name, old in average.items()}
+            expected |= {"loss": loss.item(), "grad_norm": norm.item()}
+            assert norm > clip
+        assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        found = small_run.weights(tmp_path / "run", step + 1)
+        for name, value in weights.items():
+            torch.testing.assert_close(found[f"params.{name}"], value.detach(), rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(found[f"ema.{name}"], average[name], rtol=1e-4, atol=2e-5)
