@@ -192,7 +192,7 @@ writer.close()
     assert steps == list(range(1, 50))
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"a b/c:", bytes(range(256)), b"\0\0\0\0\0\0\0\0"])
+@pytest.mark.parametrize("content", [b"", b"a b/c:", bytes(range(256))])
 def test_a_damaged_wandb_run_id_begins_a_new_wandb_run(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
