@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sfd_scale.checkpoint.official_checkpoint import (
     Architecture,
+    _mlp_ratio,
     check_weights,
     infer_architecture,
     load_lightningdit,
@@ -24,6 +25,7 @@ from sfd_scale.checkpoint.official_checkpoint import (
     write_official,
 )
 from sfd_scale.models.alignment import AlignmentConfig
+from sfd_scale.models.layers import MlpKind, mlp_hidden
 from sfd_scale.models.lightningdit import SIZES, LightningDiT, LightningDiTConfig
 from sfd_scale.runtime.torch_file import Inert, LazyTensor, TorchFile
 from sfd_scale.runtime.weight_files import read_weights, strip_prefixes
@@ -290,6 +292,14 @@ def test_settings_follow_from_shapes(size: str, patch: int) -> None:
         state = wanted.build().state_dict()
     assert infer_architecture(state) == wanted
     check_weights(wanted, state, "itself")
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_any_number_of_hidden_features_has_a_ratio(kind: MlpKind) -> None:
+    """Ratios are rounded down to features: one that gives a feature less would not load the file."""
+    for width in (48, 384, 1152):
+        for hidden in range(1, 400):
+            assert mlp_hidden(kind, width, _mlp_ratio(hidden, width, kind == "swiglu")) == hidden
 
 
 def test_settings_of_the_golden_models_follow_from_shapes() -> None:

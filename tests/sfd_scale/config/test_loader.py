@@ -17,7 +17,7 @@ from sfd_scale.recipe import EncodeRecipe, TrainRecipe
 @dataclass(frozen=True, kw_only=True)
 class Zero:
     kind: Literal["zero"] = "zero"
-    stage: int = 1
+    stage: Literal[1, 2, 3] = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +142,13 @@ def test_one_dataclass_may_have_several_kinds(tmp_path: Path) -> None:
         ("stesp=3", ["stesp: unknown key", "did you mean steps?", "command line"]),
         ("steps=3.5", ["steps: 3.5; allowed: a whole number", "command line"]),
         ("steps=true", ["steps: True; allowed: a whole number"]),
+        ("name=[1]", ["name: [1]; allowed: a text (set in the command line)"]),
         ("optim.lr=fast", ["optim.lr: 'fast'; allowed: a number"]),
+        ("optim.lr=true", ["optim.lr: True; allowed: a number"]),
         ("optim.lr=-1", ["optim.lr: -1.0; allowed: above 0", "command line"]),
         ("optim.betas=[0.9]", ["optim.betas: [0.9]; allowed: a list of 2 values"]),
+        ("optim.betas=[0.9,0.99,0.9]", ["optim.betas: [0.9, 0.99, 0.9]; allowed: a list of 2 values"]),
+        ("engine.stage=true", ["engine.stage: True; allowed: 1, 2, 3"]),
         ("engine.kind=hybrid", ["engine.kind: 'hybrid'; allowed: zero, fsdp, ddp, replicate"]),
         ("engine.shard=full", ["engine.shard: unknown key; allowed: kind, stage"]),
         ("widths=[1,a]", ["widths.1: 'a'"]),

@@ -126,6 +126,16 @@ def test_the_bytes_in_use_are_those_of_the_shards_that_overlap() -> None:
     uses = ShardUses(np.array([0.0, 1.0, 3.0, math.inf]), np.array([2.0, 2.0, 5.0, -1.0]))
     assert uses.most_bytes([10, 20, 25, 1000], margin=0) == 30
     assert uses.most_bytes([10, 20, 25, 1000], margin=1) == 55
+    # Counted step by step, on one rank of four that does not read every shard.
+    own, most = schedule(rank=3), 0
+    for epoch in range(2):
+        numbers = own.order.shards(ranks_part(own.order.epoch(epoch), own.split, 3))
+        assert len(np.unique(numbers)) < len(SIZES)
+        reads = {n: np.argwhere((numbers == n).any(1))[:, 0] for n in np.unique(numbers)}
+        for step in range(len(numbers)):
+            live = [n for n, steps in reads.items() if steps[0] <= step <= steps[-1] + KEEP_STEPS]
+            most = max(most, sum(1000 * SIZES[n] for n in live))
+    assert own.bytes_in_use() == most
 
 
 def test_a_node_of_eight_reads_an_eighth_of_imagenet() -> None:

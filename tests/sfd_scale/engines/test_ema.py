@@ -18,6 +18,7 @@ def test_warm_up_shortens_the_average_at_first() -> None:
     config = EMAConfig(decay=0.99, warmup=True)
     assert [decay_at(config, step) for step in (0, 1, 8, 10**6)] == [0.1, 2 / 11, 0.5, 0.99]
     assert decay_at(EMAConfig(decay=0.99), 0) == 0.99
+    assert decay_at(EMAConfig(), 0) == 0.9999  # of the official code
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [3, 7, 8, 40]])

@@ -311,6 +311,7 @@ ECHO = replace(RANK, rank=0, state="failed", ended=103.0, error="RuntimeError: C
     ("ranks", "launcher", "asked", "expected"),
     [
         ([NONE], 0, False, 0),
+        ([NONE], 0, True, 0),  # the stop came with the last step: nothing is left to do
         ([STOPPED, STOPPED], 1, True, 75),  # torchrun makes 1 of every code
         ([STOPPED, NONE], 75, False, 75),
         ([RANK], -15, True, 75),  # stopped before its first step

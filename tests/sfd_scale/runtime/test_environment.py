@@ -164,7 +164,9 @@ def test_a_training_on_several_mig_instances_is_refused(tmp_path: Path, launcher
 
 
 def test_a_rank_sees_its_own_mig_instance(monkeypatch: pytest.MonkeyPatch) -> None:
-    for visible, local, seen in ((NAMES, "1", NAMES[1]), (NAMES, "0", ",".join(NAMES)), (["0", "1"], "1", "0,1")):
+    cases = ((NAMES, "1", NAMES[1]), (NAMES, "0", ",".join(NAMES)), (["0", "1"], "1", "0,1"))
+    # More ranks than devices: CUDA will say so.
+    for visible, local, seen in (*cases, (NAMES, "3", ",".join(NAMES))):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible))
         monkeypatch.setenv("LOCAL_RANK", local)
         environment.see_own_device()
