@@ -236,7 +236,7 @@ def make_labels(recipe: EvalRecipe, conditioning: Conditioning) -> Tensor:
                 raise ValueError(f"labels.path: {path}; allowed: an existing file with one label per line")
             require_kind(path, "text")
             words = read_text(path).split()
-            if not all(word.isdecimal() for word in words):
+            if not all(word.isdecimal() and len(word) <= 18 for word in words):
                 raise ValueError(f"labels.path: {path} holds more than class numbers; allowed: one number per line")
             labels = torch.tensor([int(word) for word in words])
     if len(labels) != count:

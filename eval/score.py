@@ -184,9 +184,13 @@ def features_of(
                 "and ignore the images. Remove them, or give the file as the reference"
             )
     extractors = [extractor, *(judge.extractor for judge in judges.values())]
-    return extract_all(
-        open_images(source, recipe.cache, one_size=True), extractors, recipe.extractor_batch, recipe.cache
-    )
+    images = open_images(source, recipe.cache, one_size=True)
+    if images.jpeg and distributed.is_main():
+        logger.warning(
+            "%s: %d of %d samples are JPEG files, whose compression moves every score (arXiv 2104.11222); store "
+            "samples as PNG or .npz", samples, images.jpeg, images.count,
+        )  # fmt: skip
+    return extract_all(images, extractors, recipe.extractor_batch, recipe.cache)
 
 
 def _generated(folder: Path, extractor: LazyExtractor) -> ChunkFolder:

@@ -47,11 +47,13 @@ def open_features(path: Path) -> ChunkFolder:
     if not file.is_file():
         raise ValueError(f"{path}: no folder of features (no config.json in it)")
     config = read_json(file)
-    if not isinstance(config, dict) or not {"num_samples", "batch", "extractor"} <= config.keys():
+    known = config if isinstance(config, dict) else {}
+    numbers = [known.get(name) for name in ("num_samples", "batch")]
+    if "extractor" not in known or not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(
             f"{file}: not of a folder of features; allowed: a folder of `generate`, or images without this file"
         )
-    folder = ChunkFolder(path, config["num_samples"], config["batch"])
+    folder = ChunkFolder(path, known["num_samples"], known["batch"])
     missing = folder.missing()
     if missing:
         raise ValueError(
@@ -73,13 +75,19 @@ def read_rows(folder: ChunkFolder, name: str) -> Tensor | None:
     """One tensor (N, ...) of a complete folder, in the order of image numbers; None if the folder lacks it.
 
     Raises:
-        ValueError: for another number of rows than that of the images.
+        ValueError: for another number of rows than that of the images, or values that are not finite.
     """
     if name not in folder.names():
         return None
     tensor = torch.cat(list(folder.read(name)))
     if len(tensor) != folder.total:
         raise ValueError(f"{folder.path}: {len(tensor)} rows of {name}, expected {folder.total}")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        row = int((~tensor.isfinite().reshape(len(tensor), -1)).any(1).nonzero()[0])
+        raise ValueError(
+            f"{folder.path}: {name} of image {row} is not finite, so {folder.file(row // folder.size)} is damaged; "
+            "remove this file and repeat the command that fills the folder"
+        )
     return tensor
 
 

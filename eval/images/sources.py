@@ -61,11 +61,13 @@ class Images:
 
     rows: takes a range of numbers; returns images (n, 3, H, W) uint8 and labels (n,) int64, or None without labels.
     fingerprint: changes when the data changes.
+    jpeg: how many are JPEG files, by their names.
     """
 
     count: int
     rows: Callable[[range], tuple[Tensor, Tensor | None]]
     fingerprint: str
+    jpeg: int = 0
 
 
 def open_images(source: ImagesConfig, cache: Path | None = None, one_size: bool = False) -> Images:
@@ -97,7 +99,11 @@ def open_images(source: ImagesConfig, cache: Path | None = None, one_size: bool 
         return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
     files = _files_read(opened)
-    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, files, cache)}")
+    return Images(len(opened), rows, f"{source.kind}:{_data_hash(source, files, cache)}", _jpeg_files(files))
+
+
+def _jpeg_files(files: list[Path]) -> int:
+    return sum(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
 
 
 def _require_one_size(files: list[Path]) -> None:
@@ -154,7 +160,7 @@ def _open_flat(source: FlatSource, cache: Path | None) -> Images:
                 raise ValueError(f"{files[number]}: {tuple(image.shape[1:])} pixels, the first image has {tuple(size)}")
         return torch.stack(images), None if labels is None else labels[numbers.start : numbers.stop]
 
-    return Images(len(files), rows, f"flat:{_data_hash(source, read, cache)}")
+    return Images(len(files), rows, f"flat:{_data_hash(source, read, cache)}", _jpeg_files(files))
 
 
 def _read_labels(file: Path, count: int) -> Tensor:

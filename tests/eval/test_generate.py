@@ -155,9 +155,10 @@ def test_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="53 labels; allowed: num_samples, 9"):
         make_labels(eval_tiny.recipe(tmp_path, num_samples=9, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
     assert settings.labels.kind == "balanced"
-    (tmp_path / "labels.txt").write_text("3\ncat\n")
-    with pytest.raises(ValueError, match="holds more than class numbers"):
-        make_labels(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
+    for wrong in ("cat", "1.5", "9" * 19):
+        (tmp_path / "labels.txt").write_text(f"3\n{wrong}\n")
+        with pytest.raises(ValueError, match="holds more than class numbers"):
+            make_labels(eval_tiny.recipe(tmp_path, labels=LabelFile(path=tmp_path / "labels.txt")), LABELS)
 
 
 # ------------------------------------------------------------------------------------------------- the folder

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eval import generate
 from eval.features.config import ConvNetConfig, InceptionConfig
+from eval.features.extract import open_features
 from eval.images import npz
-from eval.images.outputs import OutputsConfig
+from eval.images.outputs import OutputsConfig, to_image
 from eval.images.sources import NpzSource
 from eval.metrics.config import MetricsConfig
 from eval.metrics.frechet import frechet_distance
@@ -105,6 +107,46 @@ def test_warnings_are_in_the_results(tmp_path: Path, reference: NpzSource) -> No
     twice = write_npz(tmp_path / "twice.npz", pixels(40, 1).repeat(2, 1, 1, 1))
     found = " ".join(score(settings, twice, tmp_path / "twice.json", eval_tiny.lazy()).warnings)
     assert "40 of 80 samples are the same as an earlier one, as where several processes draw with one seed" in found
+
+
+def test_samples_that_are_jpeg_files_are_said(
+    tmp_path: Path, reference: NpzSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """pytorch-fid#74 asks whether PNG and JPEG may be mixed. The reference may be JPEG, as ImageNet is."""
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    for name, suffix in (("png", ".png"), ("jpeg", ".JPG")):
+        for number, image in enumerate(pixels(20, 1)):
+            path = tmp_path / name / f"{number:02d}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            to_image(image).save(path, "JPEG" if suffix == ".JPG" else "PNG")
+        score(settings, tmp_path / name, tmp_path / f"{name}.json", eval_tiny.lazy())
+        told = f"{tmp_path / name}: 20 of 20 samples are JPEG files, whose compression moves every score"
+        assert (told in caplog.text) == (name == "jpeg")
+
+
+def test_a_damaged_folder_of_features_is_named(tmp_path: Path, reference: NpzSource) -> None:
+    """piq#102: a value that is not finite ended in an error of linear algebra, a number as text in a TypeError."""
+    settings = eval_tiny.recipe(tmp_path, reference=reference)
+    samples, out = write_npz(tmp_path / "samples.npz", pixels(50, 1)), tmp_path / "r.json"
+    score(settings, samples, out, eval_tiny.lazy())
+    folder = Path(Results.read(out).run.features)
+    chunk = folder / "chunks" / "chunk-000001.safetensors"
+    tensors = load_file(chunk)
+    tensors["pool"][3, 0] = torch.nan
+    save_file(tensors, chunk)
+    with pytest.raises(
+        ValueError, match=r"pool of image 19 is not finite, so .*chunk-000001\.safetensors is damaged; rem"
+    ):
+        score(settings, samples, out, eval_tiny.lazy())
+    chunk.unlink()
+    assert score(settings, samples, out, eval_tiny.lazy()).scores.fid is not None
+    for wrong in ({"num_samples": "50"}, {"batch": 0}, {"extractor": None}):
+        kept = json.loads((folder / "config.json").read_text()) | wrong
+        (tmp_path / "config.json").write_text(
+            json.dumps({key: value for key, value in kept.items() if value is not None})
+        )
+        with pytest.raises(ValueError, match=r"config\.json: not of a folder of features; allowed"):
+            open_features(tmp_path)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, reference: NpzSource) -> None:
