@@ -371,7 +371,8 @@ def _record_settings(
         own.require_settings({**settings, "extractor": network.fingerprint})
     # Beside the settings, not in them: the same weights under another path give the same images.
     if new:
-        write_json(folder.path / CHECKPOINT_FILE, {"checkpoint": str(recipe.checkpoint)})
+        path = None if recipe.checkpoint is None else str(recipe.checkpoint)
+        write_json(folder.path / CHECKPOINT_FILE, {"checkpoint": path})
 
 
 def further_features(out: Path, name: str) -> Path:

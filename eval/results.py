@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 # Image i of two sets has the same noise and label if these settings agree.
 PAIRING = ("seed", "labels", "num_samples")
-_GENERATED = ("checkpoint", "sampler", "guidance", "num_samples", "seed")  # what pages and comparisons read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +130,15 @@ class Results:
         """What `samples` and `reference` lack, by dotted key. Their keys depend on the kind of the samples."""
         generated = self.samples.get("kind") == "generated"
         needed: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "samples": (self.samples, ("kind", "extractor", *(_GENERATED if generated else ("images",)))),
+            "samples": (self.samples, ("kind", "extractor", *(() if generated else ("images",)))),
             "reference": (self.reference, ("data",)),
         }
         needed |= {
             f"representations.{name}.reference": (own.reference, ("data",))
             for name, own in self.representations.items()
         }
-        if generated:
-            needed["samples.checkpoint"] = (self.samples.get("checkpoint"), ("name", "step", "sha256"))
+        if "checkpoint" in self.samples:
+            needed["samples.checkpoint"] = (self.samples["checkpoint"], ("name", "step", "sha256"))
         return [
             f"{part}.{key}"
             for part, (found, keys) in needed.items()

@@ -45,8 +45,8 @@ def changed(path: Path, **changes: Any) -> Path:
         ({"run": None}, "not a results.json of this release: run: missing"),
         ({"samples": {}}, "of this release: samples.kind, samples.extractor, samples.images missing"),
         (
-            {"samples": {"kind": "generated", "extractor": "x"}},
-            "samples.checkpoint, .*samples.checkpoint.sha256 missing",
+            {"samples": {"kind": "generated", "extractor": "x", "checkpoint": {"name": "a"}}},
+            "samples.checkpoint.step, samples.checkpoint.sha256 missing",
         ),
         ({"reference": {}}, "not a results.json of this release: reference.data missing"),
     ],
