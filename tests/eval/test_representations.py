@@ -30,11 +30,12 @@ from eval.recipe import EvalRecipe
 from eval.reference import Judge, load_judges, load_reference
 from eval.results import Results, ScoreRow, ValidationFD, read_table
 from eval.validation import measure
-from eval.watch import epochs_to_fid
+from eval.watch import _report_epochs, epochs_to_fid
 from sfd_scale import checkpoint, config
 from sfd_scale.data.sources import FolderConfig
+from sfd_scale.runtime.run_paths import EvaluationPaths
 from sfd_scale.toy.convnet import SmallConvNet, SmallConvNetConfig
-from tests.helpers import eval_tiny
+from tests.helpers import eval_tiny, small_run
 from tests.helpers.eval_tiny import SmallerExtractor, TinyExtractor, lazy, lazy_further, without_run
 from tests.helpers.ranks import run_ranks
 
@@ -324,3 +325,13 @@ def test_epochs_to_fid() -> None:
     assert epochs_to_fid(rows, 10.0, 50).epochs == 2.0 and epochs_to_fid(rows, 10.0, 50).after == 0
     never = epochs_to_fid(rows, 1.0, 50)
     assert (never.epochs, never.after) == (None, 8.0)
+
+
+def test_an_epoch_is_all_images_of_the_data(tmp_path: Path) -> None:
+    """40 images, 8 in a step: step 10 ends the second epoch."""
+    training, out = small_run.recipe(small_run.encode(tmp_path / "data")), EvaluationPaths(tmp_path)
+    row = ScoreRow(step=10, scores=Scores(fid=1.5), count=9, nfe=1.0, name="x", id="10")
+    out.table.write_text(f"{json.dumps(row.as_json())}\n")
+    _report_epochs(training, out, [2.0, 1.0])
+    found = json.loads((tmp_path / "epochs_to_fid.json").read_text())
+    assert [(part["target"], part["epochs"], part["after"]) for part in found] == [(2.0, 2.0, 0.0), (1.0, None, 2.0)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from eval.metrics.config import MetricsConfig
 from eval.metrics.scores import SCORES, Score, Scores
 from eval.results import Results, ScoreRow, read_table
 from tests.eval.test_report import result
@@ -79,6 +80,13 @@ def test_results_are_paired_by_seed_labels_and_number(tmp_path: Path) -> None:
         )
     given = dataclasses.replace(labelled[0], samples={"kind": "extracted", "images": "npz:1"})
     assert not given.paired_with(given) and given.title == "a" and given.sampling == "given images"
+
+
+def test_settings_of_later_scores_are_in_the_hash_where_they_are_not_the_default() -> None:
+    """So results of the first release keep their ids, and other settings get another one."""
+    usual = Scores.settings_in_hash(MetricsConfig())
+    assert {"is_split", "neighbours"} <= usual.keys() and not {"mind_samples", "density_neighbours"} & usual.keys()
+    assert Scores.settings_in_hash(MetricsConfig(mind_samples=7)) == {**usual, "mind_samples": 7}
 
 
 # ------------------------------------------------------------------------------------------------- results.jsonl

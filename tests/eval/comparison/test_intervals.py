@@ -40,6 +40,10 @@ def test_seeds_to_decide_are_those_of_the_textbook() -> None:
     assert power(1.0, 2.0, 17, paired=False) >= 0.8 > power(1.0, 2.0, 16, paired=False)
     # A spread of few replicates may be too small: ask for more.
     assert seeds_to_decide(1.0, Spread(2.0, 4), paired=False) > 17  # type: ignore[operator]
+    # Where nearly all variance is shared and known, few seeds cost no degrees of freedom: a normal test.
+    assert power(2.8, 0.02, 2, 1.0, paired=False) == pytest.approx(
+        scipy.stats.norm.sf(1.96 - 2.8 / 1.01**0.5), abs=1e-3
+    )
     # What all trainings share, no seed takes away.
     assert seeds_to_decide(1.0, Spread(2.0, math.inf), 0.5, paired=False) is None
     assert seeds_to_decide(0.0, Spread(2.0, math.inf), paired=False) is None

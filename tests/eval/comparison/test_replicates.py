@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.comparison.compare import Comparison, compare, compare_groups, group_interval
+from eval.comparison.compare import Comparison, compare, compare_groups, difference, group_interval, spread_of_training
 from eval.comparison.groups import read_group, results_files
-from eval.comparison.intervals import spread, welch
+from eval.comparison.intervals import Spread, seeds_to_decide, spread, welch
 from eval.comparison.replicate import parse_vary, replicate, replicates
 from eval.recipe import EvalRecipe
 from sfd_scale import config
@@ -76,6 +76,9 @@ def test_groups_are_compared_by_their_trainings(runs: Path) -> None:
     alone = welch(*([r.influences["fid"].value for r in side] for side in (a, b[:2])))
     assert own.error**2 == pytest.approx(alone.error**2 + shared) and own.freedom >= alone.freedom
     assert (fid.low, fid.high) == (own.low, own.high)
+    # One training varies as those of the other group do.
+    _, pair, _ = group_interval("fid", a, b[:1], False)
+    assert pair.variance == pytest.approx(2 * spread([r.influences["fid"].value for r in a]).variance)
     assert fid.deviations[0] == pytest.approx(spread([r.influences["fid"].value for r in a]).variance ** 0.5)
 
 
@@ -98,6 +101,9 @@ def test_one_training_each_is_judged_by_the_floor_that_is_named(runs: Path) -> N
     fid = alone.differences[0]
     margin = 1.959964 * 2**0.5 * 0.013 * (fid.a + fid.b) / 2
     assert fid.high >= fid.difference + margin * (1 - 1e-6) and fid.low <= fid.difference - margin * (1 - 1e-6)
+    a, b = (read_group(words(runs, name))[0].influences["fid"] for name in ("a.seed0", "a.seed1"))
+    sampled = difference("fid", a, b, paired=True, rounds=50)
+    assert fid.low <= sampled.low <= sampled.high <= fid.high
     own = compare(words(runs, "a.seed0"), words(runs, "a.seed1"), rounds=50, replicates=words(runs, "a.seed*"))
     assert "3 replicates" in own.basis and fid_of(own)[0] == "undecided"
     # The same model twice is no question of training.
@@ -114,6 +120,14 @@ def test_only_replicates_of_ones_own_say_that_one_training_each_differs(runs: Pa
     assert by_literature["fid"] == "above the floor"
     assert {verdict for score, verdict in by_literature.items() if score != "fid"} == {"undecided"}
     assert compare_groups([a], [far], rounds=50, replicates=own).differences[0].differs
+    # Seeds for a gap of 3 deviations: the difference of two trainings has the variance of both.
+    fid = compare_groups([a], [far], rounds=50).differences[0]
+    seed_moves = spread_of_training("fid", (fid.a + fid.b) / 2, own)
+    assert seed_moves is not None
+    gap = 3 * seed_moves.variance**0.5
+    wanted = seeds_to_decide(gap, Spread(2 * seed_moves.variance, 2), paired=False)
+    found = compare_groups([a], [far], rounds=50, replicates=own, gap=gap / fid.a).differences[0]
+    assert found.seeds == wanted != seeds_to_decide(gap, seed_moves, paired=False)
 
 
 def test_a_gap_asks_for_seeds_and_words_name_results(runs: Path) -> None:

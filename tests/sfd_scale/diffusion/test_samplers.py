@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -114,6 +115,13 @@ def test_steps_that_end_at_discontinuities_keep_the_order_of_a_method(kind: Fixe
     assert error(13, jump=True) < error(13, jump=False) / better
 
 
+def test_evaluation_times_are_those_of_the_stages() -> None:
+    times = FixedStepConfig(kind="heun3", num_steps=2).evaluation_times(LEAD)
+    assert times is not None
+    assert times.tolist() == pytest.approx([0.65 * part for part in (0, 1 / 3, 2 / 3, 1, 4 / 3, 5 / 3)])
+    assert FixedStepConfig(jump=True).evaluation_times(LEAD) is None
+
+
 def test_points_of_the_grid_move_onto_discontinuities_and_stay_in_order() -> None:
     times = torch.linspace(0, 1.3, 4)
     assert snap(times, [0.3, 1.0]).tolist() == pytest.approx([0, 0.3, 1.0, 1.3])
@@ -222,6 +230,7 @@ def test_steps_end_at_the_start_of_the_guidance_interval() -> None:
     gain = LAYOUT.per_channel(0.25 + 0.75 * 3, 0.25 + 0.75 * 2, like=result.x)
     torch.testing.assert_close(result.x, noise(1) + gain, rtol=0, atol=5e-6)
     assert interval_discontinuities(config, LEAD) == (0.25, 0.55)
+    assert interval_discontinuities(dataclasses.replace(config, interval_start=0.0), LEAD) == ()  # guided from noise on
 
 
 def test_first_step_of_dopri5_is_the_one_of_hairer() -> None:

@@ -49,6 +49,12 @@ def test_the_rate_stays_at_its_final_value_after_the_last_step() -> None:
     assert learning_rate(1.0, ScheduleConfig(kind="cosine", warmup_steps=10), 10, 10) == 1.0
 
 
+def test_the_defaults_are_those_of_pytorch() -> None:
+    """The official runs change the learning rate and the weight decay alone."""
+    defaults = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert (AdamWConfig().betas, AdamWConfig().eps) == (defaults["betas"], defaults["eps"])
+
+
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = TinyModel()
     decayed, kept = param_groups(model, AdamWConfig(weight_decay=0.1))
