@@ -22,7 +22,9 @@ from sfd_scale.runs import decisive_settings
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.runtime.device import peak_flops
+from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.matmul import measured_flops
+from sfd_scale.runtime.memory import require_memory
 from sfd_scale.tasks.task import Loader, check_fingerprint
 from sfd_scale.tokenizers.make import make_texture
 from sfd_scale.training.metrics import TrainingMetrics
@@ -31,10 +33,26 @@ logger = logging.getLogger(__name__)
 
 
 def make_model(recipe: TrainRecipe) -> nn.Module:
-    """The model with its initial fp32 weights, drawn from the recipe's seed.init."""
+    """The model with its initial fp32 weights, drawn from the recipe's seed.init.
+
+    Raises:
+        ValueError: if the ranks of this machine have no memory for it.
+    """
+    ranks = distributed.local_world_size()
+    try:
+        size = 4 * parameter_count(recipe) * ranks
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"model: it is too large for any machine ({reason(error)}); use a smaller one") from error
+    # Linux would end the process without a word.
+    require_memory(size, f"model: with fp32 weights for every rank of this machine ({ranks}), it", "use a smaller model")
     model: Any = recipe.task.make_model()
     model.init_weights(recipe.seeds.init)
     return model
+
+
+def parameter_count(recipe: TrainRecipe) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in recipe.task.make_model().parameters())
 
 
 def engine_settings(recipe: TrainRecipe, split: BatchSplit, device: torch.device) -> AnyEngineConfig:

@@ -148,13 +148,11 @@ def _snapshots(recipe: TrainRecipe, run: RunFolder) -> CheckpointManager | None:
 
 def _facts(recipe: TrainRecipe, split: BatchSplit, engine: Engine, loader: Loader) -> dict[str, str]:
     """What a run is, for people: shown before its first step and kept in environment.json."""
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in recipe.task.make_model().parameters())
     kind, samples = recipe.task.summary(), loader.manifest.num_samples
     return {
         "recipe": f"{recipe.name}, digest {config.digest(recipe)[:12]}",
         **kind,
-        "model": f"{kind['model']}, {count / 1e6:,.1f}M parameters",
+        "model": f"{kind['model']}, {build.parameter_count(recipe) / 1e6:,.1f}M parameters",
         "engine": ", ".join(f"{name} {value}" for name, value in engine.describe().items() if name != "fragments"),
         "world": f"{split.world_size} ranks, {distributed.local_world_size()} per node, on {engine.device.type}",
         "global batch": (

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from eval.images import npz
 from eval.images.sources import FlatSource, open_images, source_for
 from eval.recipes import load_any
-from sfd_scale import config, export
+from sfd_scale import build, config, export
 from sfd_scale.checkpoint import load_weights
 from sfd_scale.checkpoint.folder import read_metadata
 from sfd_scale.checkpoint.official_checkpoint import infer_architecture
@@ -37,6 +37,7 @@ from sfd_scale.data import manifest as schema
 from sfd_scale.data.image_io import UnreadableImage, read_image, read_whole_image
 from sfd_scale.data.parquet import ParquetConfig, ParquetImages
 from sfd_scale.data.tars import TarConfig, TarImages
+from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import memory
 from sfd_scale.runtime.torch_file import TorchFile, plain
 from sfd_scale.sample import load_for_sampling
@@ -366,6 +367,22 @@ def test_images_to_score_are_bounded_in_pixels(tmp_path: Path) -> None:
     (tmp_path / "flat").rename(tmp_path / "classes" / "0")
     with pytest.raises(ValueError, match="allowed: 1 to 16,777,216 pixels"):
         source_for(tmp_path / "classes")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.width=20000", r"111\.1 GiB of memory"),  # 29.8e9 weights of 4 bytes
+        ("model.num_classes=100000000000", "GiB of memory"),
+        ("model.width=4000000000", "too large for any machine"),
+    ],
+)
+def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(
+    setting: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 64 << 30)
+    with pytest.raises(ValueError, match=words):
+        build.make_model(config.load("quickstart/sfd", TrainRecipe, [setting]))
 
 
 def test_a_compressed_npz_needs_the_memory_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
