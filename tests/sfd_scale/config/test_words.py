@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import eval.__main__
@@ -98,6 +98,7 @@ def test_a_list_is_a_path_if_a_file_has_that_name(tmp_path: Path, monkeypatch: p
     )
 )
 def test_a_path_that_a_program_sets_arrives_as_it_is(path: str) -> None:
+    assume(path != "~" and not path.startswith("~/") and "://" not in path)  # the home folder, and addresses
     given = [config.override("checkpoint", path)]
     assert words.parse_override(given[0])[1] == path.replace("${", "\\${")
     if not path.startswith("\\") and "\\${" not in path and "\\\\" not in path:
