@@ -44,7 +44,8 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"model: it is too large for any machine ({reason(error)}); use a smaller one") from error
     # Linux would end the process without a word.
-    require_memory(size, f"model: with fp32 weights for every rank of this machine ({ranks}), it", "use a smaller model")
+    what = f"model: with fp32 weights for every rank of this machine ({ranks}), it"
+    require_memory(size, what, "use a smaller model")
     model: Any = recipe.task.make_model()
     model.init_weights(recipe.seeds.init)
     return model
