@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from sfd_scale.checkpoint import Checkpoint, load_weights
+from sfd_scale.checkpoint import Checkpoint, load_weights, load_whole
 from sfd_scale.export import EXPORT_KEY
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import RunFolder
@@ -95,13 +95,7 @@ def check_checkpoint(recipe: TrainRecipe, path: Path, samples: int = 2048) -> Ch
     device = distributed.device()
     reader = task.latent_loader()
     model = task.make_model()
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not of this recipe's model: {error}") from error
-    missing = [name for name in missing if name not in dict(model.named_buffers())]
-    if missing or unexpected:
-        raise ValueError(f"{path}: not of this recipe's model: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    load_whole(model, weights, path)
     model.to(device).eval()
     objective = task.make_objective(reader, device)
     steps = range(-(-samples // recipe.train.global_batch))

@@ -84,7 +84,7 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
     weights = checkpoint.load_weights(path)
     _check_size(path, task, sum(weight.numel() for weight in weights.values()))
     model = task.make_model()
-    _load_weights(model, weights, path)
+    checkpoint.load_whole(model, weights, path)
     texture = _texture_codec(path, note, recipe.tokenizer.texture, device)
     if texture.fingerprint not in note["tokenizers"].values():
         raise ValueError(
@@ -103,21 +103,6 @@ def load_for_sampling(path: Path, device: torch.device) -> Loaded:
         {key: note[key] for key in ("recipe_digest", "step", "stats_hash")} | {"name": recipe.name},
         task.model.internal_depth is not None,
     )  # fmt: skip
-
-
-def _load_weights(model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load the weights of an export, which has no buffers.
-
-    Raises:
-        ValueError: names the file, if weights are missing or do not fit.
-    """
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: its weights do not fit the model and latents of its recipe: {error}") from error
-    missing = [name for name in missing if name not in dict(model.named_buffers())]
-    if missing or unexpected:
-        raise ValueError(f"{path}: missing weights {missing}, unexpected {unexpected}")
 
 
 def _check_size(path: Path, task: DiffusionTask, stored: int) -> None:
@@ -327,7 +312,7 @@ class SFDModel(nn.Module, PyTorchModelHubMixin, library_name="sfd-scale"):
     def _from_pretrained(cls, *, model_id: str, **_: Any) -> SFDModel:  # type: ignore[override]
         file = _weights_of(model_id)
         model = cls(read_note(file))
-        _load_weights(model.model, checkpoint.load_weights(file), file)
+        checkpoint.load_whole(model.model, checkpoint.load_weights(file), file)
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:

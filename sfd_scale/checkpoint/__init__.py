@@ -4,7 +4,7 @@ from sfd_scale.checkpoint.folder import Checkpoint, whole_checkpoints
 from sfd_scale.checkpoint.manager import CheckpointConfig, CheckpointManager, power_averages
 from sfd_scale.checkpoint.metadata import CheckpointError
 from sfd_scale.checkpoint.posthoc import reconstruct
-from sfd_scale.checkpoint.weights import export_weights, load_weights, save_weights, start_weights
+from sfd_scale.checkpoint.weights import export_weights, load_weights, load_whole, save_weights, start_weights
 
 __all__ = [
     "Checkpoint",
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointManager",
     "export_weights",
     "load_weights",
+    "load_whole",
     "power_averages",
     "reconstruct",
     "save_weights",

@@ -57,6 +57,26 @@ def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, T
     return found
 
 
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Load weights of `load_weights`, which have no buffers, into a model.
+
+    Args:
+        where: the file or folder that they are from, for the error.
+
+    Raises:
+        ValueError: if weights are missing, unexpected, or of other shapes.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: its weights do not fit the model of the recipe: {error}") from error
+    missing = [name for name in missing if name not in dict(model.named_buffers())]
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: not of the recipe's model: missing weights {missing[:4]}, unexpected {unexpected[:4]}"
+        )
+
+
 def export_weights(checkpoint: Checkpoint, out: Path, weights: Weights, metadata: Mapping[str, str]) -> Path:
     """Write the weights of a checkpoint to `out`, a safetensors file with the names of the model's state_dict.
 

@@ -68,10 +68,8 @@ def require_recipe(out: Path, recipe: Mapping[str, Any], images: Mapping[str, An
     Raises:
         ValueError: if the folder belongs to another recipe or other images, or holds data of unknown origin.
     """
-    wanted, path = (
-        json.loads(json.dumps(recipe if images is None else {**recipe, _IMAGES: images})),
-        out / "recipe.json",
-    )
+    record = recipe if images is None else {**recipe, _IMAGES: images}
+    wanted, path = json.loads(json.dumps(record)), out / "recipe.json"
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
         begun = (out / "index.json").exists() or any(out.glob(f"{CHUNKS}/*/note.json"))

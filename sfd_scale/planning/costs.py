@@ -1,6 +1,6 @@
 """Memory of each rank and the collectives of each step, by engine, as arithmetic on a model's footprint.
 
-test_planner.py checks it against the real engines.
+test_costs.py checks it against the real engines.
 """
 
 from __future__ import annotations
