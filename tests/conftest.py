@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """On the CPU, on a machine with GPUs too, but for the tests that are of a GPU: `-m gpu`."""
-    # A shell ignores SIGINT in a background job, commands leave ignored signals alone, and tests send it.
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A shell ignores SIGINT in a background job, and nohup SIGHUP. Commands leave ignored signals alone, and tests send
+    # them.
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, handler)
     if config.getoption("markexpr") != "gpu":
         os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"] = "cpu", ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the processes that a failed test has left. A training goes on for hours, and slows the tests after it."""
+    failed, before = item.session.testsfailed, set(_children())
+    result = yield
+    if item.session.testsfailed > failed:
+        for child in set(_children()) - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    return result
+
+
+def _children() -> list[int]:
+    """The processes that this one has started, on Linux."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return [int(number) for file in lists for number in file.read_text().split()]
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from sfd_scale import config
 from sfd_scale.launch import status
 from sfd_scale.launch.check import EVAL, RecipeCheck
 from sfd_scale.launch.commands import LAUNCHERS, RankCommand, make_launch
-from sfd_scale.launch.supervisor import STOP_SIGNALS, Supervisor
+from sfd_scale.launch.supervisor import Supervisor
 from sfd_scale.runtime import environment as variables
 from sfd_scale.runtime import output
 from sfd_scale.runtime.errors import error_text, require_folder
+from sfd_scale.runtime.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from types import FrameType
 from sfd_scale.launch import agent, status
 from sfd_scale.launch.check import RecipeCheck
 from sfd_scale.launch.hosts import Host, ask_each
+from sfd_scale.runtime.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 30.0  # after a rank has failed, before the others are killed
 MAX_CLOCK_SKEW_S = 60.0  # between the clocks of two hosts
 KILL_WAIT_S = 15.0  # after the ranks were killed, before the launcher is killed too

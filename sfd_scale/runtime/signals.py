@@ -17,6 +17,8 @@ from sfd_scale.runtime.environment import launched
 # Exit code of a rank, and of its launcher, after a stop request (EX_TEMPFAIL of sysexits.h). Schedulers requeue on it.
 REQUEUE_EXIT_CODE = 75
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
 
 class StopRequest:
     """A context manager that records stop requests. A second signal, more than a second later, exits at once.
@@ -36,10 +38,7 @@ class StopRequest:
         self.saved = False
 
     def __enter__(self) -> Self:
-        signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup, which lets a run go on without its terminal
-            signals.append(signal.SIGHUP)
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in signals}
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS if _is_taken(signum)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,6 +61,15 @@ class StopRequest:
         """Whether this rank received a stop request. All ranks must agree before they stop."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         return late or self._signalled_at is not None
+
+
+def _is_taken(signum: signal.Signals) -> bool:
+    """Whether a signal requests a stop. nohup ignores SIGHUP, and a shell SIGINT for its background jobs: so it stays.
+
+    A launcher may ignore the others for itself alone, and its ranks have inherited that.
+    """
+    ignored = signal.getsignal(signum) == signal.SIG_IGN
+    return not ignored or (launched() and signum != signal.SIGHUP)
 
 
 def interruptible(message: str) -> None:

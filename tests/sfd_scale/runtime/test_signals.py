@@ -18,6 +18,7 @@ import torch
 from sfd_scale.checkpoint import save_weights
 from sfd_scale.runtime.files import write_json
 from sfd_scale.runtime.run_paths import RunPaths
+from sfd_scale.runtime.signals import StopRequest
 from tests.helpers.small_run import encode, write_recipe
 
 
@@ -72,6 +73,26 @@ os.execv(sys.executable, {command!r})
     assert process.wait(120) == (0 if nohup else 75)
     (saved,) = (run / "checkpoints").glob("step-*")
     assert (saved / "COMMIT").is_file() and (saved.name == "step-00000030") == nohup
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_ignored_signals_stay_ignored_but_for_those_that_a_launcher_ignores(
+    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell ignores SIGINT in background jobs; the ranks of a launcher inherit what it ignores for itself."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with StopRequest() as alone:
+            os.kill(os.getpid(), signum)
+            assert signal.getsignal(signum) == signal.SIG_IGN and not alone.requested()
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with StopRequest() as rank:
+            os.kill(os.getpid(), signum)
+            assert rank.requested() == (signum != signal.SIGHUP)
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def test_ctrl_c_ends_another_command_with_a_sentence(tmp_path: Path) -> None:
