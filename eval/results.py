@@ -129,16 +129,18 @@ class Results:
     def lacking(self) -> list[str]:
         """What `samples` and `reference` lack, by dotted key. Their keys depend on the kind of the samples."""
         generated = self.samples.get("kind") == "generated"
+        own_keys = ("checkpoint", "sampler", "guidance") if generated else ("images",)
         needed: dict[str, tuple[Any, tuple[str, ...]]] = {
-            "samples": (self.samples, ("kind", "extractor", *(() if generated else ("images",)))),
+            "samples": (self.samples, ("kind", "extractor", *own_keys)),
             "reference": (self.reference, ("data",)),
         }
         needed |= {
             f"representations.{name}.reference": (own.reference, ("data",))
             for name, own in self.representations.items()
         }
-        if "checkpoint" in self.samples:
-            needed["samples.checkpoint"] = (self.samples["checkpoint"], ("name", "step", "sha256"))
+        for name, keys in (("checkpoint", ("name", "step", "sha256")), ("sampler", ("kind",)), ("guidance", ("kind",))):
+            if name in self.samples:
+                needed[f"samples.{name}"] = (self.samples[name], keys)
         return [
             f"{part}.{key}"
             for part, (found, keys) in needed.items()
@@ -245,7 +247,7 @@ class Results:
         """Whether image i of both has the same noise and label."""
         if not (self.generated and other.generated):
             return False
-        return all(self.samples[key] == other.samples[key] for key in PAIRING)
+        return all(key in self.samples and self.samples[key] == other.samples.get(key) for key in PAIRING)
 
 
 def results_of_run(run: Path, recipe_digest: str) -> list[tuple[Path, Results]]:

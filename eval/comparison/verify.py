@@ -79,7 +79,8 @@ class Verification:
             other = ", ".join(str(image.number) for image in self.images if not image.close)
             return f"not the same: of {count} images, these differ: {other}"
         furthest = max(image.distance for image in self.images)
-        why = "on a machine of the same kind" if set(self.made_on) == {self.here} else f"made on {self.made_on[0]}"
+        elsewhere = f"made on {', '.join(self.made_on) or 'an unknown machine'}"
+        why = "on a machine of the same kind" if set(self.made_on) == {self.here} else elsewhere
         return (
             f"the same within the tolerance: {count} of {count} images, at most {furthest:.2g} of 255 apart in block "
             f"means (allowed: {TOLERANCE:g}); their bits differ, {why}, here {self.here}"
@@ -152,6 +153,8 @@ def recipe_of(results: Results, checkpoint: Path, guide: Path | None, labels: Pa
         ValueError: if the labels are of a file that is not given, or is another one.
     """
     samples = results.samples
+    if lacking := [name for name in (*_SAME_NAMES, "labels", "attention", "cuda_graphs") if name not in samples]:
+        raise ValueError(f"the result lacks samples.{', samples.'.join(lacking)}; generate and score it again")
     settings: dict[str, Any] = {name: samples[name] for name in _SAME_NAMES}
     kind = samples["labels"]
     if kind["kind"] == "file":
@@ -179,7 +182,7 @@ def _weights(file: Path, results: Results, name: str, given: Path | None) -> Ite
     Raises:
         ValueError: if it is missing or another one.
     """
-    recorded = results.samples[name]
+    recorded = results.samples.get(name)
     if recorded is None:
         if given is not None:
             raise ValueError(f"--{name}: {given}, but the result was drawn without one; leave it out")

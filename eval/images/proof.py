@@ -32,9 +32,16 @@ class ImageProof:
     pixels: str
     small: str
 
+    def __post_init__(self) -> None:
+        if len(self.pixels_of_small()) != 3 * SMALL**2:
+            raise ValueError(f"small: {self.small[:20]!r}…; allowed: {3 * SMALL**2} bytes in base64")
+
+    def pixels_of_small(self) -> bytes:
+        return base64.b64decode(self.small, validate=True)
+
     def distance(self, image: Tensor) -> float:
         """Mean distance of the block means to those of another image (3, H', W') uint8, in levels of 255."""
-        kept = torch.frombuffer(bytearray(base64.b64decode(self.small)), dtype=torch.uint8)
+        kept = torch.frombuffer(bytearray(self.pixels_of_small()), dtype=torch.uint8)
         return (small_copy(image).float().flatten() - kept.float()).abs().mean().item()
 
 

@@ -7,6 +7,7 @@ results.json, pages, the tables of sweeps and studies, curves, W&B and the model
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -71,7 +72,11 @@ def _shown(score: Score) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The scores of one set of samples, in the order of results.json. None: not computed, for want of its inputs."""
+    """The scores of one set of samples, in the order of results.json. None: not computed, for want of its inputs.
+
+    Raises:
+        ValueError: for a score that is not finite. It would win or lose every comparison.
+    """
 
     fid: float | None = _shown(
         Score(title="FID", better="lower", form=".2f", compute=compute.fid, influence=influence.fid)
@@ -119,6 +124,11 @@ class Scores:
         )
     )
     fdr: float | None = _shown(Score(title="FDr", better="lower", form=".3f", later=True))
+
+    def __post_init__(self) -> None:
+        for key, value in self.by_key().items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{key}: {value}; allowed: a finite number")
 
     def by_key(self) -> dict[str, float | None]:
         """Every value by its key, in order."""

@@ -93,6 +93,8 @@ class _Reader:
             unquoted = hint in (str, Path) and isinstance(value, bool | int | float)
             advice = ", in quotes, or YAML reads a number or a truth value" if unquoted else ""
             raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}{advice}")
+        if value != value:  # NaN passes most comparisons with bounds
+            raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}")
         return value
 
     def tuple_(self, options: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,15 @@ def changed(path: Path, **changes: Any) -> Path:
         ({"samples": {}}, "of this release: samples.kind, samples.extractor, samples.images missing"),
         (
             {"samples": {"kind": "generated", "extractor": "x", "checkpoint": {"name": "a"}}},
-            "samples.checkpoint.step, samples.checkpoint.sha256 missing",
+            "samples.sampler, samples.guidance, samples.checkpoint.step, samples.checkpoint.sha256 missing",
         ),
+        (
+            {"samples": {"kind": "generated", "extractor": "x", "sampler": {}, "guidance": 1.5}},
+            "samples.checkpoint, samples.sampler.kind, samples.guidance.kind missing",
+        ),
+        ({"scores": {"fid": math.nan}}, "scores.fid: nan; allowed: a number"),
+        ({"scores": {"fid": 4.5, "is_mean": math.inf}}, "scores.is_mean: inf; allowed: a finite number"),
+        ({"nfe": math.nan}, "nfe: nan; allowed: a number"),
         ({"reference": {}}, "not a results.json of this release: reference.data missing"),
     ],
 )

@@ -118,6 +118,18 @@ def test_refusals_say_what_to_do(run: Path) -> None:
 
     with pytest.raises(ValueError, match="--labels: missing; the result was drawn with a file of labels"):
         verify(changed(run, with_a_file))
+
+    def without_settings(data: dict[str, Any]) -> None:
+        del data["samples"]["batch"], data["samples"]["attention"]
+
+    with pytest.raises(ValueError, match=r"the result lacks samples\.batch, samples\.attention; generate and score"):
+        verify(changed(run, without_settings))
+
+    def cut_off(data: dict[str, Any]) -> None:
+        data["proof"][1]["small"] = data["proof"][1]["small"][:-4]
+
+    with pytest.raises(ValueError, match=r"proof\.1\.small: '.*; allowed: 768 bytes in base64"):
+        verify(changed(run, cut_off))
     elsewhere = run.parent / "elsewhere.json"
     elsewhere.write_text(card(run).read_text())
     with pytest.raises(ValueError, match="--checkpoint: .* give the file with SHA-256"):
@@ -142,3 +154,5 @@ def test_distances_are_of_block_means() -> None:
     assert proof.distance(image) == 0.0
     brighter = (image.int() + 4).clamp(max=255).to(torch.uint8)
     assert proof.distance(brighter) == pytest.approx(4.0, abs=0.1) and sha256(brighter) != proof.pixels
+    half = 4 * torch.tensor([-1, 1]).repeat_interleave(16)  # darker on the left by as much as brighter on the right
+    assert proof.distance((image.int() + half).clamp(0, 255).to(torch.uint8)) == pytest.approx(4.0, abs=0.1)
