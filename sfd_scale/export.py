@@ -19,7 +19,6 @@ from sfd_scale.runtime.weight_files import safetensors_metadata
 from sfd_scale.training.data_record import DataRecord, codec_of, read_record, small_codec
 
 logger = logging.getLogger(__name__)
-WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
 TEXTURE = "texture.safetensors"  # the texture codec in a folder for the Hugging Face hub
 EXPORT_KEY = "sfd"  # the metadata entry of an exported file that holds its note (`note_of`)
 

@@ -15,8 +15,9 @@ import yaml
 from eval.metrics.scores import SCORES, Score
 from eval.results import Results, results_of_run
 from sfd_scale import checkpoint, config, export
+from sfd_scale.checkpoint import WEIGHTS
 from sfd_scale.diffusion.latents import LatentStats
-from sfd_scale.export import WEIGHTS, WeightsChoice
+from sfd_scale.export import WeightsChoice
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runs import open_run
 from sfd_scale.runtime.files import sha256, write_atomically, write_json

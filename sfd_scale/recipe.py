@@ -40,7 +40,7 @@ from sfd_scale.training.trainer import TrainerConfig
 class InitConfig:
     """Initial weights of a new run, which has a new optimizer and step 0. A run with checkpoints resumes from them.
 
-    path: a run folder, one of its checkpoints, or a file of `sfd export`.
+    path: a run folder, one of its checkpoints, a file of `sfd export`, or a folder of `--hub-folder`.
     """
 
     path: Path

@@ -18,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from sfd_scale import checkpoint, config
+from sfd_scale.checkpoint import WEIGHTS
 from sfd_scale.data.image_files import require_picture
 from sfd_scale.diffusion.conditioning import Conditioning
 from sfd_scale.diffusion.guidance import (
@@ -33,7 +34,7 @@ from sfd_scale.diffusion.latents import LatentLayout, LatentStats
 from sfd_scale.diffusion.sampler import Sampler
 from sfd_scale.diffusion.samplers import SamplerConfig, Solver, solver_settings
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.export import EXPORT_KEY, TEXTURE, WEIGHTS, carried_codec, read_note, require_note
+from sfd_scale.export import EXPORT_KEY, TEXTURE, carried_codec, read_note, require_note
 from sfd_scale.models import attention
 from sfd_scale.recipe import TrainRecipe
 from sfd_scale.runtime import distributed

@@ -15,6 +15,8 @@ from sfd_scale.runtime.files import atomically
 from sfd_scale.runtime.run_paths import RunPaths
 from sfd_scale.runtime.weight_files import read_safetensors, safetensors_metadata
 
+WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
+
 
 def load_weights(path: Path, weights: Weights = "ema") -> dict[str, Tensor]:
     """Full fp32 weights, or Adam's moments, by parameter name.
@@ -36,7 +38,7 @@ def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, T
     """The weights of another run for a model of the same architecture. Moments and step count are not taken.
 
     Args:
-        path: a run folder (its newest checkpoint), the folder of a checkpoint, or an exported file.
+        path: a run folder (its newest checkpoint), the folder of a checkpoint, an exported file, or a folder with it.
 
     Raises:
         ValueError: naming the tensors that differ; see also `load_weights`.
@@ -47,6 +49,8 @@ def start_weights(path: Path, weights: Weights, model: nn.Module) -> dict[str, T
         if not whole:
             raise ValueError(f"{path}: no whole checkpoint in it")
         path = whole[-1].path
+    elif (path / WEIGHTS).is_file():
+        path /= WEIGHTS
     if path.is_file():
         stored = safetensors_metadata(path).get("weights", weights)
         if stored != weights:

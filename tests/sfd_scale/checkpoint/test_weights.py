@@ -15,16 +15,18 @@ from tests.helpers.whole_engine import flip, names, saved, started
 
 
 @pytest.mark.parametrize("weights", ["ema", "params"])
-@pytest.mark.parametrize("source", ["run", "checkpoint", "file"])
+@pytest.mark.parametrize("source", ["run", "checkpoint", "file", "hub"])
 def test_a_start_takes_the_weights_that_are_named_and_nothing_else(tmp_path: Path, weights: Any, source: str) -> None:
     _, engine, ema = saved(tmp_path / "checkpoints", 3)
     path = {
         "run": tmp_path,
         "checkpoint": tmp_path / "checkpoints" / "step-00000003",
         "file": tmp_path / "w.safetensors",
+        "hub": tmp_path / "hub",
     }
-    if source == "file":
-        export_weights(Checkpoint(path["checkpoint"]), path["file"], weights, {})
+    if source in ("file", "hub"):
+        file = path["file"] if source == "file" else path["hub"] / "model.safetensors"
+        export_weights(Checkpoint(path["checkpoint"]), file, weights, {})
     model = TinyModel(seed=5)
     model.load_state_dict(start_weights(path[source], weights, model), strict=False)
     expected = ema.tensors if weights == "ema" else [f.param for f in engine.fragments()]
