@@ -22,10 +22,9 @@ from sfd_scale.runs import decisive_settings
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit
 from sfd_scale.runtime.device import peak_flops
-from sfd_scale.runtime.errors import reason
 from sfd_scale.runtime.matmul import measured_flops
 from sfd_scale.runtime.memory import require_memory
-from sfd_scale.tasks.task import Loader, check_fingerprint
+from sfd_scale.tasks.task import Loader, check_fingerprint, meta_model
 from sfd_scale.tokenizers.make import make_texture
 from sfd_scale.training.metrics import TrainingMetrics
 
@@ -39,10 +38,7 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
         ValueError: if the ranks of this machine have no memory for it.
     """
     ranks = distributed.local_world_size()
-    try:
-        size = 4 * parameter_count(recipe) * ranks
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"model: it is too large for any machine ({reason(error)}); use a smaller one") from error
+    size = 4 * parameter_count(recipe) * ranks
     # Linux would end the process without a word.
     what = f"model: with fp32 weights for every rank of this machine ({ranks}), it"
     require_memory(size, what, "use a smaller model")
@@ -52,8 +48,7 @@ def make_model(recipe: TrainRecipe) -> nn.Module:
 
 
 def parameter_count(recipe: TrainRecipe) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in recipe.task.make_model().parameters())
+    return sum(parameter.numel() for parameter in meta_model(recipe.task).parameters())
 
 
 def engine_settings(recipe: TrainRecipe, split: BatchSplit, device: torch.device) -> AnyEngineConfig:
@@ -124,6 +119,7 @@ def make_metrics(recipe: TrainRecipe, device: torch.device) -> TrainingMetrics:
 def footprint(recipe: TrainRecipe, activations: bool = True) -> Footprint:
     """The footprint of a recipe's model in the precision of its engine; `activations` takes a second or two."""
     task = recipe.task
+    meta_model(task)  # refuses sizes that PyTorch cannot count
 
     def forward(model: nn.Module, samples: int) -> Any:
         return model(*task.example_inputs(samples))

@@ -44,6 +44,7 @@ from sfd_scale.runtime.matmul import bf16_matmul_on_cpu
 from sfd_scale.runtime.progress import ProgressBar, progress
 from sfd_scale.tasks import diffusion_task
 from sfd_scale.tasks.diffusion import DiffusionModel, DiffusionTask
+from sfd_scale.tasks.task import meta_model
 from sfd_scale.tokenizers.make import TextureConfig, make_texture
 from sfd_scale.tokenizers.protocols import TextureCodec
 
@@ -112,8 +113,7 @@ def _check_size(path: Path, task: DiffusionTask, stored: int) -> None:
     Raises:
         ValueError: names the file.
     """
-    with torch.device("meta"):
-        wanted = sum(parameter.numel() for parameter in task.make_model().parameters() if parameter.requires_grad)
+    wanted = sum(parameter.numel() for parameter in meta_model(task).parameters() if parameter.requires_grad)
     if wanted > stored:
         raise ValueError(
             f"{path}: its weights do not fit the model and latents of its recipe: missing weights, {stored:,} values "

@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import platform
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from sfd_scale.runtime.progress import progress
 from sfd_scale.runtime.weight_files import open_safetensors
 
 logger = logging.getLogger(__name__)
+_SUM = "crc32 "  # before the name of a tensor, in the metadata of a chunk
 Finish = Callable[[], Mapping["ChunkFolder", Mapping[str, Tensor]]]
 """The tensors of a chunk, for each folder that lacks it. Called in another thread."""
 Produce = Callable[[int], tuple[Finish, dict[str, Any]]]
@@ -90,7 +92,8 @@ class ChunkFolder:
 
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        write_atomically(self.file(chunk), save(data, {"made_on": made_on()}))
+        sums = {_SUM + name: str(_checksum(tensor)) for name, tensor in data.items()}
+        write_atomically(self.file(chunk), save(data, {"made_on": made_on(), **sums}))
 
     def width(self, name: str) -> int | None:
         """Columns of the tensor `name`; None if there is no such tensor."""
@@ -106,15 +109,31 @@ class ChunkFolder:
         return sorted(found)
 
     def read(self, name: str, chunks: Iterable[int] | None = None) -> Iterator[Tensor]:
-        """The tensor `name` of every chunk, or of the given chunks, in order. One chunk at a time is opened."""
+        """The tensor `name` of every chunk, or of the given chunks, in order. One chunk at a time is opened.
+
+        Raises:
+            ValueError: for a chunk that is not as it was written. Chunks of earlier releases have no checksum.
+        """
         for chunk in range(self.count) if chunks is None else chunks:
             with open_safetensors(self.file(chunk)) as file:
-                yield file.get_tensor(name)
+                tensor = file.get_tensor(name)
+                written = (file.metadata() or {}).get(_SUM + name)
+            if written is not None and int(written) != _checksum(tensor):
+                raise ValueError(
+                    f"{self.file(chunk)} is damaged: {name} has another checksum than when it was written; remove the "
+                    "file and run the same command again, which computes it anew"
+                )
+            yield tensor
 
     def names(self) -> list[str]:
         """Names of the tensors in the first chunk."""
         with open_safetensors(self.file(0)) as file:
             return list(file.keys())
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _whole(file: Path) -> bool:

@@ -18,6 +18,7 @@ from sfd_scale.config.renamed import implied_kind, new_keys, with_current_keys
 from sfd_scale.config.words import local_path
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of whole numbers; NumPy and PyTorch take no larger ones
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], source: str = "data") -> T:
@@ -95,6 +96,8 @@ class _Reader:
             raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}{advice}")
         if value != value:  # NaN passes most comparisons with bounds
             raise self.fail(key, f"{value!r}; allowed: {_describe(hint)}")
+        if hint is int and abs(value) > LARGEST:
+            raise self.fail(key, f"{value!r}; allowed: a whole number of at most 64 bits")
         return value
 
     def tuple_(self, options: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:

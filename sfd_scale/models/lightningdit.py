@@ -8,6 +8,7 @@ N batch · C channels · H, W latent grid · T tokens · D width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -100,7 +101,7 @@ class LightningDiTConfig:
         if width % heads or width % 4 or (self.rope and (width // heads) % 4):
             allowed = "a multiple of 4 times the heads" if self.rope else "a multiple of 4 and of the heads"
             raise ValueError(f"width: {width} with {heads} heads; allowed: {allowed}")
-        if self.mlp_hidden < 1:
+        if not 0 < self.mlp_ratio < math.inf or self.mlp_hidden < 1:
             raise ValueError(f"mlp_ratio: {self.mlp_ratio}; allowed: above 0, for one hidden feature and up")
         if self.alignment is not None and not 1 <= self.alignment.depth <= depth:
             raise ValueError(f"alignment.depth: {self.alignment.depth}; allowed: 1 to the model's depth {depth}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfd_scale.data.dataloader import DataConfig, FeatureLoader, ImageLoader, LatentLoader
 from sfd_scale.runtime import distributed
 from sfd_scale.runtime.batch_split import BatchSplit
+from sfd_scale.runtime.errors import reason
 from sfd_scale.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -61,6 +62,20 @@ class Task(Protocol):
     def summary(self) -> dict[str, str]:
         """Facts about model and data for people: the start of a run and model cards show them."""
         ...
+
+
+def meta_model(task: Task) -> nn.Module:
+    """The model without memory for its weights, for their shapes.
+
+    Raises:
+        ValueError: if a size is larger than PyTorch can count.
+    """
+    try:
+        with torch.device("meta"):
+            return task.make_model()
+    except (RuntimeError, OverflowError, TypeError) as error:
+        why = reason(error).splitlines()[0]
+        raise ValueError(f"model: it is too large for any machine ({why}); use a smaller one") from error
 
 
 def open_loader(kind: type[L], recipe: TrainRecipe, split: BatchSplit, data: DataConfig | None = None) -> L:

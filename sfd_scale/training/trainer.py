@@ -32,6 +32,7 @@ from sfd_scale.training.objective import Objective
 
 logger = logging.getLogger(__name__)
 READ_AHEAD = 4  # micro-batches
+MAX_BATCH = 1_000_000_000  # the planner tries all divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class TrainerConfig:
     replica_check_every: NoEffectOnResults[int | None] = None  # steps between comparisons of what ranks hold copies of
 
     def __post_init__(self) -> None:
+        if self.global_batch > MAX_BATCH:
+            raise ValueError(f"global_batch: {self.global_batch}; allowed: 1 to {MAX_BATCH:,}")
         at_least(self, steps=1, global_batch=1, log_every=1, micro_batch=1, replica_check_every=1, max_duration_s=0)
         wait_s(self, timeout_s=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import struct
@@ -375,6 +376,7 @@ def test_images_to_score_are_bounded_in_pixels(tmp_path: Path) -> None:
         ("model.width=20000", r"111\.1 GiB of memory"),  # 29.8e9 weights of 4 bytes
         ("model.num_classes=100000000000", "GiB of memory"),
         ("model.width=4000000000", "too large for any machine"),
+        ("model.mlp_ratio=1e300", "too large for any machine"),
     ],
 )
 def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(
@@ -383,6 +385,9 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_made(
     monkeypatch.setattr(memory, "available_memory", lambda: 64 << 30)
     with pytest.raises(ValueError, match=words):
         build.make_model(config.load("quickstart/sfd", TrainRecipe, [setting]))
+    if "any machine" in words:
+        with pytest.raises(ValueError, match=f"{words}.*; use a smaller one$"):
+            build.footprint(config.load("quickstart/sfd", TrainRecipe, [setting]))
 
 
 def test_a_compressed_npz_needs_the_memory_that_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,6 +413,10 @@ def test_an_export_whose_recipe_claims_a_larger_model(tmp_path: Path) -> None:
     for change, message in (
         ({"depth": 4, "width": 1 << 20, "heads": 1 << 14}, "missing weights, 3 values of [\\d,]{15}"),
         ({"depth": 1_000_000_000, "width": 64, "heads": 4}, "depth: 1000000000; allowed: 1 to 10,000"),
+        ({"depth": 2, "width": 1 << 62, "heads": 1}, "too large for any machine"),
+        ({"num_classes": 1 << 60}, "too large for any machine"),
+        ({"mlp_ratio": 1e300}, "too large for any machine"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio: inf; allowed: above 0"),
     ):
         recipe = {**note["recipe"], "model": {**note["recipe"]["model"], "size": None, **change}}
         text = json.dumps({**note, "recipe": recipe})

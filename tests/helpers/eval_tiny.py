@@ -133,7 +133,8 @@ def job(
     """The generation job that `prepare` would return, with the tiny model."""
     config = {
         "kind": "generated", "extractor": TinyExtractor.fingerprint, "num_samples": settings.num_samples,
-        "batch": settings.batch, "seed": settings.seed,
+        "batch": settings.batch, "seed": settings.seed, "checkpoint": {"name": "tiny", "step": 0, "sha256": "0"},
+        "sampler": {"kind": "euler"}, "guidance": {"kind": "none"},
     }  # fmt: skip
     drawn = sampler(settings.batch, settings.seed, **changes)
     conditioning = ClassLabels(CLASSES)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.work import chunks
@@ -86,3 +87,26 @@ def test_the_error_of_a_write_is_raised(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="No space"):
         chunks.run([folder], produce, "test", "rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+def test_one_bit_that_was_flipped_on_the_disk_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = ChunkFolder(tmp_path, total=6, size=2)
+    values = torch.arange(1, 19).view(6, 3).to(dtype)
+    for chunk in range(3):
+        rows = folder.rows(chunk)
+        folder.commit(chunk, {"rows": values[rows.start : rows.stop], "empty": torch.zeros(0, 4)})
+    assert torch.equal(torch.cat(list(folder.read("rows"))), values)
+    data = bytearray(folder.file(1).read_bytes())
+    data[-1] ^= 4
+    folder.file(1).write_bytes(data)
+    with pytest.raises(ValueError, match=r"chunk-000001.safetensors is damaged: rows has another checksum .* again"):
+        list(folder.read("rows"))
+    assert torch.equal(next(folder.read("rows", [2])), values[4:]) and len(list(folder.read("empty"))) == 3
+
+
+def test_chunks_of_earlier_releases_have_no_checksum(tmp_path: Path) -> None:
+    folder = ChunkFolder(tmp_path, total=2, size=2)
+    folder.file(0).parent.mkdir()
+    save_file({"rows": torch.tensor([1, 2])}, folder.file(0), {"made_on": "a CPU"})
+    assert next(folder.read("rows")).tolist() == [1, 2] and folder.made_on() == ["a CPU"]
