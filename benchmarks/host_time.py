@@ -5,6 +5,7 @@
 On a GPU the host launches kernels and runs the hooks of the engine; at small micro-batches it sets the pace. Here the
 model is so narrow that a step on the CPU is little else. The figure is CPU time per step, of one thread. Both checkouts
 take turns in processes of their own, so that both see the same load. Without --beside only this checkout is measured.
+Names with "8 ranks" are rank 0 of a group that sends nothing: the hooks, copies and launches of several ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from sfd_scale.runtime import environment
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("host_time_worker.py")
 NAMES = (
-    "fsdp compiled", "zero1 compiled", "fsdp compiled, whole weights", "fsdp eager", "zero2 compiled",
-    "no engine, compiled",
+    "fsdp compiled", "fsdp compiled, 8 ranks", "zero1 compiled", "fsdp compiled, whole weights",
+    "fsdp compiled, whole weights, 8 ranks", "fsdp compiled, one block a unit, 8 ranks", "fsdp eager",
+    "zero2 compiled", "no engine, compiled",
 )  # fmt: skip
 STEPS = 10  # of a turn
 COMMAND = "python -m benchmarks.host_time --beside PATH"

@@ -26,6 +26,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.fsdp_units import BlocksPerUnit, units_of
 from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
 from sfd_scale.engines.replica_check import Replicas
@@ -43,6 +44,8 @@ class FSDPConfig(EngineConfig):
     reshard_after_forward: free a block's gathered weights between forward and backward. This saves memory, and sends
         the weights twice per step. `auto`: only where the whole weights would not fit the memory (build.make_engine);
         an engine that is made without that decision frees them.
+    blocks_per_unit: blocks whose weights are gathered together; `auto`: by their size, see fsdp_units. It changes no
+        result.
     cpu_offload: keep weights, gradients and Adam's moments in host memory.
     float8: compute the matmuls of attention and MLP in float8 (torchao). Needs compute capability 8.9 or newer.
     """
@@ -51,6 +54,7 @@ class FSDPConfig(EngineConfig):
     sharding: Literal["full", "hybrid", "replicate"] = "full"
     shard_size: int | None = None
     reshard_after_forward: bool | Literal["auto"] = "auto"
+    blocks_per_unit: BlocksPerUnit = "auto"
     cpu_offload: bool = False
     float8: bool = False
 
@@ -58,12 +62,14 @@ class FSDPConfig(EngineConfig):
         super().__post_init__()
         if self.shard_size is not None and (self.sharding != "hybrid" or self.shard_size < 1):
             raise ValueError(f"shard_size: {self.shard_size}; allowed: 1 and up, with sharding hybrid only")
+        if self.blocks_per_unit != "auto" and self.blocks_per_unit < 1:
+            raise ValueError(f"blocks_per_unit: {self.blocks_per_unit}; allowed: 1 and up, or auto")
         if self.float8 and (self.precision != "bf16" or not self.compile):
             raise ValueError("float8: true; allowed with precision bf16 and compile true, without which it is slower")
 
 
 def make_fsdp(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> FSDPEngine:
-    """Shard an initialised fp32 model. Each of `model.blocks` is gathered separately.
+    """Shard an initialised fp32 model. `model.blocks` are gathered in units of neighbouring blocks.
 
     Raises:
         ValueError: if `shard_size` does not divide the number of ranks, or the weights differ between ranks.
@@ -119,9 +125,11 @@ class FSDPEngine:
             param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False,
             param_dtype_override_fn=_keeping(float32_parameters(model)),
         )  # fmt: skip
-        for block in blocks_of(model):
+        blocks, width = blocks_of(model), 4 if bf16 is None else 2
+        sizes = [width * sum(p.numel() for p in block.parameters()) for block in blocks]
+        for unit in units_of(blocks, sizes, self.config.blocks_per_unit):
             fully_shard(
-                block, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
+                unit, mesh=self.mesh, mp_policy=policy, offload_policy=offload,
                 reshard_after_forward=bool(self.config.reshard_after_forward),
             )  # fmt: skip
         # The model returns a view. The warning is about writing to it in place, which nothing here does.

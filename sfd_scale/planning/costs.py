@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.engines.fsdp import FSDPConfig
+from sfd_scale.engines.fsdp_units import units_of
 from sfd_scale.planning.collectives import Collective, Group
 from sfd_scale.planning.footprint import BYTES, Footprint
 from sfd_scale.planning.muon_cost import MESSAGE_BYTES, rounds, update_bytes
@@ -147,14 +148,23 @@ def _fsdp(model: Footprint, engine: FSDPConfig, group: int, grad_accum_steps: in
     # Gradient accumulation adds up whole gradients in fp32.
     gradients = 4 * part if grad_accum_steps == 1 else 4 * model.parameters
     # `auto` counts as resharding here; `with_resharding` decides it.
-    live = 2 * model.largest_block if engine.reshard_after_forward else model.parameters
+    # The weights of the current and the next unit.
+    largest = max(unit_elements(model, engine))
+    live = 2 * largest if engine.reshard_after_forward else model.parameters
     # Gathered weights, and gradients that are being reduced.
-    buffers = weight * live + 4 * 2 * model.largest_block if group > 1 else weight * live
+    buffers = weight * live + 4 * 2 * largest if group > 1 else weight * live
     state = Memory(4 * part, gradients, 8 * part, 4 * part, buffers + model.buffers, activations)
     if not engine.cpu_offload:
         return state
     on_host = state.params + state.optimizer + state.ema + 4 * part
     return Memory(0, gradients if grad_accum_steps > 1 else 0, 0, 0, state.buffers, activations, on_host)
+
+
+def unit_elements(model: Footprint, engine: FSDPConfig) -> list[int]:
+    """Elements of each FSDP unit. The last one has the parameters outside of blocks."""
+    elements = model.block_elements
+    sizes = [BYTES[engine.precision] * count for count in elements]
+    return [*map(sum, units_of(elements, sizes, engine.blocks_per_unit)), sum(map(math.prod, model.outside))]
 
 
 def bytes_sent_per_step(
@@ -223,7 +233,8 @@ def _deepspeed_collectives(
 
 def _fsdp_collectives(model: Footprint, engine: FSDPConfig, world: Group, grad_accum_steps: int) -> list[Collective]:
     shards = shard_group(engine, world.size, world.ranks_per_node)
-    weights, units, steps = BYTES[engine.precision] * model.parameters, len(model.blocks) + 1, grad_accum_steps
+    weights, steps = BYTES[engine.precision] * model.parameters, grad_accum_steps
+    units = len(unit_elements(model, engine))
     found = []
     if shards > 1:
         group = Group(shards, world.ranks_per_node)

@@ -60,8 +60,12 @@ class Footprint:
 
     @cached_property
     def largest_block(self) -> int:
-        """Elements of the largest unit that FSDP and ZeRO-3 gather at once."""
-        return max((sum(map(math.prod, block)) for block in (*self.blocks, self.outside)), default=0)
+        """Elements of the largest block, or of the parameters outside of blocks."""
+        return max([0, *self.block_elements, sum(map(math.prod, self.outside))])
+
+    @cached_property
+    def block_elements(self) -> tuple[int, ...]:
+        return tuple(sum(map(math.prod, block)) for block in self.blocks)
 
 
 def trace(

@@ -13,7 +13,7 @@ from benchmarks import host_time
 def test_an_unknown_engine_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         host_time.main(["zero9"])
-    assert "zero9; allowed: fsdp compiled; zero1 compiled" in capsys.readouterr().err
+    assert "zero9; allowed: fsdp compiled; fsdp compiled, 8 ranks; zero1 compiled" in capsys.readouterr().err
 
 
 @pytest.mark.full

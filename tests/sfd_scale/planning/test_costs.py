@@ -236,9 +236,10 @@ OFFLOADED = {"offload_optimizer": True}
         (DeepSpeedConfig(zero_stage=3), 1, (2 / 4, 4 / 4, 12 / 4, 4 / 4, 2 * 6 + 2, 0)),
         (DeepSpeedConfig(zero_stage=3, **OFFLOADED), 1, (2 / 4, 0, 0, 0, 2 * 6 + 2, (12 + 4 + 8) / 4)),
         (DeepSpeedConfig(zero_stage=3, hpz_partition_size=2), 1, (2 / 4 + 2 / 2, 1, 3, 1, 2 * 6 + 2, 0)),
-        (FSDPConfig(), 1, (4 / 4, 4 / 4, 8 / 4, 4 / 4, 2 + 4, 0)),
-        (FSDPConfig(), 2, (4 / 4, 4, 8 / 4, 4 / 4, 2 + 4, 0)),
-        (FSDPConfig(cpu_offload=True), 1, (0, 0, 0, 0, 2 + 4, (4 + 8 + 4 + 4) / 4)),
+        (FSDPConfig(blocks_per_unit=1), 1, (4 / 4, 4 / 4, 8 / 4, 4 / 4, 2 + 4, 0)),
+        (FSDPConfig(blocks_per_unit=1), 2, (4 / 4, 4, 8 / 4, 4 / 4, 2 + 4, 0)),
+        (FSDPConfig(blocks_per_unit=2), 1, (4 / 4, 4 / 4, 8 / 4, 4 / 4, 2 * (2 + 4), 0)),
+        (FSDPConfig(blocks_per_unit=1, cpu_offload=True), 1, (0, 0, 0, 0, 2 + 4, (4 + 8 + 4 + 4) / 4)),
     ],
 )
 def test_memory_is_that_of_the_papers(
@@ -246,7 +247,7 @@ def test_memory_is_that_of_the_papers(
 ) -> None:
     """Bytes per parameter on each of 4 ranks, as in ZeRO (arXiv 1910.02054, Sec. 3.1): 2 of bf16 weights, 2 or 4 of
     gradients, 12 of fp32 masters and moments, and 4 of the EMA. Buckets have bf16 gradients and their fp32 copy. A
-    block is half of the model, and two of them are gathered at a time."""
+    block is half of the model, and two of them are gathered at a time, or two units of both."""
     made = memory_per_rank(
         MODEL, engine, ranks=4, ranks_per_node=4, micro_batch=2, grad_accum_steps=grad_accum_steps
     )  # fmt: skip
