@@ -193,6 +193,10 @@ class DeepSpeedEngine:
                 model=model, optimizer=self._client, config=deepspeed_json(config), dist_init_required=False
             )
         _unlink_shared_memory()
+        if config.zero_stage in (1, 2) and not config.offload_optimizer:
+            # DeepSpeed looks for Inf and NaN in each gradient, and then in the norm of all. The norm is enough: the
+            # first test costs a sum for each parameter, one more collective and one more wait of the host.
+            self._engine.optimizer.check_overflow = lambda partition_gradients=True: None
         tensors = self._flat_tensors()
         create_state(self._client, tensors)
         self._located = list(self._locate_fragments([tensor for tensor, _ in tensors]))

@@ -65,6 +65,7 @@ BF16 = {
 NAN = {
     "zero0": FP32["zero0"],
     "zero1": BF16["zero1"],
+    "zero2": FP32["zero2"],
     "zero2 offloaded": Spec("deepspeed", {"zero_stage": 2, "precision": "bf16", "offload_optimizer": True}, 2),
     "zero3": FP32["zero3"],
     "fsdp": FP32["fsdp"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -23,6 +24,8 @@ from sfd_scale.training.divergence import DivergenceConfig, DivergenceWatch
 from sfd_scale.training.metrics import TrainingMetrics
 from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
 from sfd_scale.training.trainer import Trainer, TrainerConfig
+from tests.helpers.ranks import run_alone
+from tests.helpers.tiny import Spec, batch, make_engine
 
 
 class Reads(TorchDispatchMode):
@@ -72,6 +75,25 @@ def test_a_step_of_two_micro_batches_reads_the_norm_and_nothing_else(tmp_path: P
         with bf16_matmul_on_cpu(torch.device("cpu")), Reads() as reads, Copies() as copies:
             result = made.train_step(step, batches)
         assert result.applied and (reads.count, copies.count) == (1, 0)
+
+
+def reads_under_zero(stage: int) -> list[int]:
+    """Of DeepSpeed's step: for each of three steps."""
+    engine, found = make_engine(Spec("deepspeed", {"zero_stage": stage, "precision": "bf16"})), []
+    for step in range(3):
+        x, y = batch(step)
+        engine.backward((engine.model(x) - y).square().mean(), last=True)
+        with Reads() as reads:
+            assert engine.step(1e-3).applied
+        found.append(reads.count)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_of_zero_reads_nothing_but_the_norm(stage: int) -> None:
+    # With DeepSpeed's test of each gradient for Inf there are five reads.
+    assert run_alone(reads_under_zero, stage) == [4, 4, 4]
 
 
 def test_every_kind_of_read_is_counted() -> None:
