@@ -38,7 +38,8 @@ class Efficiency:
     fused_bytes, fused_launches: of the elementwise operations of a block, what torch.compile leaves.
     link: of NVLink and the network. near_latency, far_latency: of one hop of a ring within and between nodes.
     contention: of the time of overlapped communication, by how much it slows the computation.
-    launch: host time of one kernel. hook_*: host time of an engine for each block and micro-batch.
+    launch: host time of one kernel. hook_*: host time of an engine for each block and micro-batch. hook_unit: the share
+        of FSDP2's that is spent once for each unit of blocks.
     step_launches: kernels of the objective and the optimizer's bookkeeping, each micro-batch.
     draw: host time of the random numbers of one sample. read: of reading it, without worker processes.
     kernel: shortest time of a kernel on the GPU.
@@ -59,6 +60,7 @@ class Efficiency:
     launch: Quantity = Quantity(15e-6, "s", "measured here", _COUNTED + ": 37 µs a kernel")
     hook_fsdp: Quantity = Quantity(0.87e-3, "s", "measured here", _COUNTED + ": 95 - 41 ms over 25 units")
     hook_reshard: Quantity = Quantity(0.40e-3, "s", "measured here", _COUNTED + ": 120 - 95 ms over 25 units")
+    hook_unit: Quantity = _share(0.46, "measured here", "129, 111 and 94 ms at 25, 13 and 7 units; 26 without engine")
     hook_zero1: Quantity = Quantity(0.51e-3, "s", "measured here", _COUNTED + ": 73 - 41 ms over 25 units")
     hook_zero2: Quantity = Quantity(0.56e-3, "s", "measured here", _COUNTED + ": 76 - 41 ms over 25 units")
     hook_zero3: Quantity = Quantity(3e-3, "s", "assumed", "more than twice FSDP2's: Python hooks at each submodule")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
 from sfd_scale.planning import collectives as links
 from sfd_scale.planning.collectives import Collective
-from sfd_scale.planning.costs import AnyEngineConfig, collectives, shard_group
+from sfd_scale.planning.costs import AnyEngineConfig, collectives, shard_group, unit_elements
 from sfd_scale.planning.efficiency import Efficiency
 from sfd_scale.planning.footprint import BYTES, Footprint
 from sfd_scale.planning.hardware import Hardware
@@ -184,7 +184,7 @@ def launches(step: Step, efficiency: Efficiency) -> float:
 
 def _host_seconds(step: Step, efficiency: Efficiency) -> float:
     """Host time of forward and backward of all micro-batches: launches, and the hooks of the engine."""
-    engine, units = step.engine, step.work.blocks + 1
+    engine, hooked = step.engine, step.work.blocks + 1.0
     if isinstance(engine, DeepSpeedConfig):
         by_stage = (0.0, efficiency.hook_zero1.value, efficiency.hook_zero2.value, efficiency.hook_zero3.value)
         hook = by_stage[engine.zero_stage]
@@ -192,7 +192,9 @@ def _host_seconds(step: Step, efficiency: Efficiency) -> float:
         hook = efficiency.hook_fsdp.value
         if engine.reshard_after_forward and engine.sharding != "replicate":
             hook += efficiency.hook_reshard.value
-    each = launches(step, efficiency) * efficiency.launch.value + units * hook
+        by_unit = efficiency.hook_unit.value
+        hooked = (1 - by_unit) * hooked + by_unit * len(unit_elements(step.model, engine))
+    each = launches(step, efficiency) * efficiency.launch.value + hooked * hook
     return step.split.grad_accum_steps * each
 
 

@@ -229,6 +229,16 @@ def test_overlap_compile_and_checkpointing_act_as_they_should() -> None:
     assert four.data - 32 * USUAL.draw.value == pytest.approx(32 / 4 - (four.total - four.data))
 
 
+def test_fewer_units_take_less_of_the_host() -> None:
+    # 24 blocks of XXL and the rest are 25, 13 and 7 units. Without a device beside it, all of the host's time counts.
+    one, auto, four = (
+        timed(step(FSDPConfig(compile=True, blocks_per_unit=n)), replace(H200, asynchronous=False)).host
+        for n in (1, "auto", 4)  # type: ignore[arg-type]
+    )
+    spared = USUAL.hook_unit.value * (USUAL.hook_fsdp.value + USUAL.hook_reshard.value)
+    assert one - auto == pytest.approx(12 * spared) and one - four == pytest.approx(18 * spared)
+
+
 def test_xxl_on_8_h200_takes_what_a_roofline_by_hand_gives() -> None:
     # By hand: matmuls at 700 TFLOP/s 47.8 ms, attention 5.5; at 4 TB/s elementwise 14.8, copies 3.6, optimizer 1.4.
     constants = replace(
