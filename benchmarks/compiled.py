@@ -14,6 +14,7 @@ import copy
 import functools
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,21 +26,27 @@ from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
+import numpy as np
+import sympy
 import torch
 from torch import Tensor
 from torch._dynamo import device_interface
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, ir
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.scheduler import BaseSchedulerNode
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._sympy.functions import Identity
 
 from benchmarks.harness import RESULTS
 from sfd_scale.engines import block_transforms
 from sfd_scale.engines.block_transforms import Checkpointing
-from sfd_scale.models import attention, layers
+from sfd_scale.models import attention, fused_backward, layers
 from sfd_scale.models.lightningdit import SIZES, Block, LightningDiTConfig
 from sfd_scale.models.rope import RotaryEmbedding2D
 
@@ -66,7 +73,9 @@ TARGETS = {"sm_90": Target("NVIDIA H200", (9, 0), 132), "sm_100": Target("NVIDIA
 
 @dataclass
 class Graph:
-    """One compiled graph. elementwise_bytes: what its fused kernels read and write; products are not among them."""
+    """One compiled graph. elementwise_bytes: what its kernels read and write, those of inductor and our own; products
+    are not among them.
+    """
 
     backward: bool
     kernels: int
@@ -116,11 +125,22 @@ _attention.register_autograd(
 
 
 @contextlib.contextmanager
-def described(target: Target) -> Iterator[None]:
-    """torch.cuda, inductor and triton believe in the target. For code generation only: nothing can run."""
+def _driver(target: Target) -> Iterator[None]:
+    """Triton believes in the target."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
+    active = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", target.number, 32), get_current_device=lambda: 0,
+        get_device_interface=lambda: torch.cuda, get_active_torch_device=lambda: GPU,
+    )  # fmt: skip
+    with mock.patch.object(driver, "_active", active):
+        yield
+
+
+@contextlib.contextmanager
+def described(target: Target) -> Iterator[None]:
+    """torch.cuda, inductor and triton believe in the target. For code generation only: nothing can run."""
     properties = types.SimpleNamespace(
         name=target.name, major=target.capability[0], minor=target.capability[1], total_memory=140 * 2**30,
         multi_processor_count=target.processors, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
@@ -151,17 +171,13 @@ def described(target: Target) -> Iterator[None]:
         "raise_if_triton_unavailable": lambda device=None: None,
     }
     worker: dict[str, Callable[..., Any]] = {"get_device_properties": of_properties, "current_device": lambda: 0}
-    compiler = types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", target.number, 32), get_current_device=lambda: 0,
-        get_device_interface=lambda: torch.cuda, get_active_torch_device=lambda: GPU,
-    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         places: tuple[tuple[Any, dict[str, Callable[..., Any]], bool], ...]
         places = ((torch.cuda, cuda, False), (device_interface.CudaInterface, {**interface, **more}, True))
         for place, functions, static in (*places, (device_interface.CudaInterface.Worker, worker, True)):
             for name, function in functions.items():
                 stack.enter_context(mock.patch.object(place, name, staticmethod(function) if static else function))
-        stack.enter_context(mock.patch.object(driver, "_active", compiler))
+        stack.enter_context(_driver(target))
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
         DeviceProperties.create.cache_clear()
         yield
@@ -188,19 +204,60 @@ def _on_gpu(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return there
 
 
+def _bytes_of_fused(node: BaseSchedulerNode) -> int:
+    """Each tensor once, as inductor counts them. Of a tensor that is read in part, inductor counts all."""
+    sizes = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    reads: dict[str, list[Any]] = {}
+    for dep in node.read_writes.reads:
+        reads.setdefault(dep.name, []).append(dep)
+    written = {dep.name for dep in node.read_writes.writes}
+    only_read = {name: deps for name, deps in reads.items() if name not in written}
+    return sum(int(size * (_share(name, only_read[name]) if name in only_read else 1)) for name, size in sizes.items())
+
+
+def _share(name: str, reads: Sequence[Any]) -> float:
+    """The share of a large tensor that is read. The elements of the first rows are listed, and stand for all rows."""
+    elements = int(V.graph.get_numel(name))
+    ranges = {tuple(map(int, dep.size)) if isinstance(dep, MemoryDep) else () for dep in reads}
+    if elements < 2**20 or len(ranges) > 1 or () in ranges:
+        return 1.0
+    rows, *columns = ranges.pop()
+    listed = min(rows, 2**18 // math.prod(columns) + 1)
+    grid = np.meshgrid(*(np.arange(size) for size in (listed, *columns)), indexing="ij", sparse=True)
+    functions = {"FloorDiv": np.floor_divide, "ModularIndexing": lambda a, step, size: a // step % size}
+    touched: set[int] = set()
+    for dep in reads:
+        expression = dep.index.replace(Identity, lambda value: value)
+        index = sympy.lambdify(dep.var_names, expression, modules=[functions, "numpy"])(*grid)
+        touched.update(np.unique(index).tolist())
+    return min(1.0, len(touched) * rows / listed / elements)
+
+
+def _bytes_of_own(kernel: ir.UserDefinedTritonKernel) -> int:
+    """Each argument once: a kernel of ours reads or writes all of it, and sums that it stores are arguments too."""
+    found: dict[str, int] = {}
+    for tensor in kernel.inputs:
+        assert isinstance(tensor, ir.IRNode)
+        size = math.prod(int(n) for n in tensor.get_size())
+        found[f"{tensor.get_name()} {tensor.get_layout()}"] = size * tensor.get_dtype().itemsize
+    return sum(found.values())
+
+
 def _backend(target: Target, found: list[Graph]) -> Callable[..., Any]:
     """A backend of torch.compile that generates code for the target, records it, and runs the graph as it was."""
 
     def record(lowered: GraphLowering) -> None:
         code: Any = lowered.codegen()[0]
         source = str(code.value)
-        fused = [node for node in lowered.scheduler.nodes if not node.is_extern()]
+        nodes = lowered.scheduler.nodes
+        own = [node.node for node in nodes if isinstance(node.node, ir.UserDefinedTritonKernel)]
+        fused = [node for node in nodes if not node.is_extern()]
         found.append(
             Graph(
                 backward=lowered.is_backward,
-                kernels=len(re.findall(r"^\s+triton_\w+\.run\(", source, re.M)),
-                products=len(lowered.scheduler.nodes) - len(fused),
-                elementwise_bytes=sum(node.get_read_write_buffers_sizes() for node in fused),
+                kernels=len(re.findall(r"^\s+\w+\.run\(.*stream=", source, re.M)),
+                products=len(nodes) - len(fused) - len(own),
+                elementwise_bytes=sum(map(_bytes_of_fused, fused)) + sum(map(_bytes_of_own, own)),
                 source=source,
             )
         )
@@ -239,10 +296,12 @@ def _cast(model: torch.nn.Module, training: bool) -> None:
 
 
 def compile_block(
-    size: str, target: Target, checkpointing: Checkpointing = "none", *, training: bool = True, batch: int = BATCH
-) -> list[Graph]:
+    size: str, target: Target, checkpointing: Checkpointing = "none", *, training: bool = True, batch: int = BATCH,
+    own_kernels: bool = True,
+) -> list[Graph]:  # fmt: skip
     """The graphs of one bf16 block of a size: forward, and backward in training. A graph break raises an error."""
     _, width, heads = SIZES[size]
+    fused_backward.load()
     found: list[Graph] = []
     settings = torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False)
     with FakeTensorMode(), settings, torch._functorch.config.patch(enable_autograd_cache=False):
@@ -258,9 +317,16 @@ def compile_block(
             mock.patch.object(block_transforms, "KEPT", block_transforms.KEPT | {_ATTENTION}),
             mock.patch.object(layers, "pads_widths", lambda device: True),
             mock.patch.object(layers, "sums_by_sample", lambda device: True),
+            mock.patch.object(fused_backward, "sums_by_sample", lambda device: True),
+            mock.patch.object(fused_backward, "prepare", lambda shapes, device: None),  # nothing can run
+            mock.patch.dict(fused_backward._tried, {(width, heads): own_kernels}),
+            _driver(target),  # which arguments a kernel writes is found by a first pass of its compiler
             mock.patch.object(torch, "compile", compiler),
         ):
-            with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            with (
+                mock.patch.object(torch.cuda, "is_available", lambda: True),
+                mock.patch.object(torch.cuda, "current_device", lambda: 0),
+            ):
                 block_transforms.prepare_blocks(model, checkpointing, compiled=True)
             with torch.set_grad_enabled(training):
                 out = model.blocks[0](tokens, condition, rope)
@@ -281,9 +347,7 @@ class Kernel:
 
 def kernels(graph: Graph, target: Target) -> Iterator[Kernel]:
     """Compile each Triton kernel of a graph to machine code of the target, by its first configuration."""
-    pattern = re.compile(
-        r"^(triton_\w+) = async_compile\.triton\('\w+', '''\n(.*?)''', device_str='cuda'\)", re.M | re.S
-    )
+    pattern = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''\n(.*?)''', device_str='cuda'\)", re.M | re.S)
     with described(target), tempfile.TemporaryDirectory() as folder:
         for name, source in pattern.findall(graph.source):
             path = Path(folder, f"{name[:80]}_{abs(hash(source))}.py")
@@ -292,7 +356,8 @@ def kernels(graph: Graph, target: Target) -> Iterator[Kernel]:
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            tuner = getattr(module, name)
+            # Our own kernels keep their names in the file, and are numbered in the calls.
+            tuner = getattr(module, name, None) or getattr(module, name.rpartition("_")[0])
             with mock.patch.object(
                 triton_heuristics.StaticTritonCompileResult, "can_statically_launch", lambda *a: None
             ):

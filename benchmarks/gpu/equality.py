@@ -1,4 +1,5 @@
-"""Part 3: loss and gradients of real training steps: eager, compiled, with checkpointing, and in float8.
+"""Part 3: loss and gradients of real training steps: eager, compiled, with checkpointing, and in float8. Before them,
+the gradients of our Triton kernels alone.
 
 The yardstick is eager float32. Compiled bf16 may be as far from it as eager bf16 is, and half as much again.
 """
@@ -22,7 +23,8 @@ from sfd_scale.diffusion.schedule import SemanticFirstSchedule
 from sfd_scale.engines.block_transforms import float8_missing
 from sfd_scale.engines.fsdp import FSDPConfig, FSDPEngine, make_fsdp
 from sfd_scale.engines.optim import AdamWConfig
-from sfd_scale.models import attention
+from sfd_scale.models import attention, fused_backward
+from sfd_scale.models.lightningdit import SIZES
 from sfd_scale.runtime.matmul import bf16_matmul_on_cpu, no_tf32
 from sfd_scale.training.semantic_first import SemanticFirstConfig, SemanticFirstObjective
 
@@ -30,6 +32,7 @@ SLACK = 1.5
 # Float32 alone differs by this much. bf16 weights follow other paths after some updates.
 GRADIENT_FLOOR, LOSS_FLOOR = 1e-4, 2e-3
 FLOAT8_GRADIENT, FLOAT8_LOSS = 0.2, 2e-2
+OWN_KERNELS, OWN_KERNELS_ERROR = "gradients of our backward kernels, bf16, beside float64", 1e-2
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Trained:
 
 def run(part: Part, chosen: Workload) -> None:
     attention.activate("auto", chosen.device)
+    part.run(OWN_KERNELS, functools.partial(own_kernels, part, chosen))
     base = chosen.engine()
     exact = dataclasses.replace(base, precision="fp32")
     reference = part.run("eager float32", functools.partial(train, chosen, exact))
@@ -70,6 +74,18 @@ def run(part: Part, chosen: Workload) -> None:
         return
     float8 = dataclasses.replace(base, compile=True, float8=True)
     _compare(part, f"{steps}, float8 beside bf16", chosen, float8, eager, (FLOAT8_GRADIENT, FLOAT8_LOSS))
+
+
+def own_kernels(part: Part, chosen: Workload) -> None:
+    """Beside float64, with the tokens of a real batch. Their outputs are rounded to bf16."""
+    if chosen.device.type != "cuda":
+        part.leave_out(OWN_KERNELS, "they need a CUDA device")
+        return
+    fused_backward.load()
+    _, width, heads = SIZES[chosen.size]
+    found = fused_backward.errors(chosen.device, width, heads, torch.bfloat16, samples=8, tokens=256)
+    for name, error in found.items():
+        part.check(f"{OWN_KERNELS}: {name}", error, OWN_KERNELS_ERROR)
 
 
 def _compare(

@@ -1,4 +1,6 @@
-"""Part 4: training throughput of the large size, beside the official arithmetic, by micro-batch."""
+"""Part 4: training throughput of the large size, beside the official arithmetic, by micro-batch; and with our backward
+kernels beside inductor's.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
@@ -16,7 +19,7 @@ from benchmarks.peer import Peer, PeerTraining
 from benchmarks.train_step import batch_of, model_flops, our_step
 from sfd_scale.engines.block_transforms import float8_missing
 from sfd_scale.engines.fsdp import FSDPConfig
-from sfd_scale.models import attention
+from sfd_scale.models import attention, fused_backward
 from sfd_scale.runtime.device import peak_flops
 
 TARGET_MICRO_BATCH, TARGET_MFU = 64, 0.50
@@ -33,8 +36,22 @@ def run(part: Part, chosen: Workload) -> None:
         peers[count] = part.run(what, functools.partial(measure, chosen, count, other))
         _figure(part, chosen, _name(chosen, count, label), rates[count], peers[count])
     first = chosen.micro_batches[0]
+    _own_kernels(part, chosen, first, rates[first])
     for label, settings in _others(part, chosen):
         _ours(part, chosen, first, label, settings, peers[first])
+
+
+def _own_kernels(part: Part, chosen: Workload, count: int, ours: Rate | None) -> None:
+    """The step with our Triton kernels of backward, beside the same step with inductor's alone."""
+    what = f"{_name(chosen, count, 'our backward kernels')} beside inductor's"
+    if chosen.device.type != "cuda":
+        part.leave_out(what, "they need a CUDA device")
+        return
+    make = functools.partial(our_step, chosen.size, count, chosen.engine(compile=True), chosen.depth, read_ahead=True)
+    with mock.patch.object(fused_backward, "applies", lambda x, condition, heads: False):
+        plain = part.run(what, lambda: measure(chosen, count, make))
+    if ours is not None and plain is not None:
+        part.figure(figure(what, ours, plain, "samples/s", against="inductor's kernels"))
 
 
 def _others(part: Part, chosen: Workload) -> Iterator[tuple[str, FSDPConfig]]:

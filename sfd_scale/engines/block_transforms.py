@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sfd_scale.models import attention, fused_backward
 from sfd_scale.models.layers import RMSNorm
 from sfd_scale.runtime.matmul import inherit_matmul_mode
 
@@ -69,6 +70,8 @@ def prepare_blocks(model: nn.Module, checkpointing: Checkpointing, compiled: boo
             f"{type(model).__name__} has no repeated `blocks`; set engine.activation_checkpointing to none and "
             "engine.compile to false"
         )
+    if compiled and model.training and torch.cuda.is_available():
+        fused_backward.prepare(attention.shapes(model), torch.device("cuda", torch.cuda.current_device()))
     for block in blocks:
         forward: Any = block.forward
         if checkpointing != "none":

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfd_scale.models import attention_speed
-from sfd_scale.models.layers import FusedMatrix, LayerNorm, RMSNorm, TokenLinear
+from sfd_scale.models import attention_speed, fused_backward
+from sfd_scale.models.layers import FusedMatrix, LayerNorm, RMSNorm, TokenLinear, linear
 from sfd_scale.models.rope import RotaryEmbedding2D
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,32 @@ class Attention(nn.Module):
             q, k = rope(q), rope(k)
         return self.proj(attend(q, k, v).flatten(2))  # (N, T, D)
 
+    @property
+    def fits_fused_backward(self) -> bool:
+        """Whether `with_fused_backward` can be called: with RMS norms, and matrices that are not of float8."""
+        layers = (self.qkv, self.proj)
+        return isinstance(self.q_norm, RMSNorm) and all(type(layer) is TokenLinear for layer in layers)
+
+    def with_fused_backward(self, x: Tensor, rope: RotaryEmbedding2D) -> Tensor:
+        """forward for training (`fused_backward`). The bias of the last matrix gets its gradient by the caller."""
+        assert isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm)
+        weights, eps = (self.q_norm.weight, self.k_norm.weight), (self.q_norm.eps, self.k_norm.eps)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias.detach())
+        tables = rope.freqs_cos, rope.freqs_sin
+        q, k, v = fused_backward.rotated_heads(qkv, self.qkv.bias, *weights, *tables, eps)
+        return linear(attend(q, k, v).flatten(2), self.proj.weight, self.proj.bias.detach())
+
 
 def head_dims(model: nn.Module) -> tuple[int, ...]:
     """The features per head of the attention layers of a model, each number once; empty without such layers."""
     layers = [module for module in model.modules() if isinstance(module, Attention)]
     return tuple(dict.fromkeys(layer.proj.in_features // layer.num_heads for layer in layers))
+
+
+def shapes(model: nn.Module) -> set[tuple[int, int]]:
+    """Width and heads of the attention layers of a model."""
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    return {(layer.proj.in_features, layer.num_heads) for layer in layers}
 
 
 _flash2: Callable[..., Tensor] | None = None  # the function of the package, if it was chosen

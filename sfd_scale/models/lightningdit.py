@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sfd_scale.diffusion.conditioning import ClassLabels, Conditioning
 from sfd_scale.diffusion.guidance import FlowOutput
+from sfd_scale.models import fused_backward
 from sfd_scale.models.alignment import AlignmentConfig, alignment_head
 from sfd_scale.models.attention import Attention
 from sfd_scale.models.layers import (
@@ -155,6 +156,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding2D | None) -> Tensor:
         """Tokens (N, T, D), condition of the samples (N, D) or of each token (N, T, D) → tokens."""
         modulation = per_token(self.adaLN_modulation(c))
+        if rope is not None and self._fuses_backward(x, c):
+            return self._with_fused_backward(x, modulation, c.dtype, rope)
         shift_attn: Tensor | None = None
         shift_mlp: Tensor | None = None
         if self.shift:
@@ -163,6 +166,24 @@ class Block(nn.Module):
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn).to(c.dtype), rope)
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp).to(c.dtype))
+
+    def _fuses_backward(self, x: Tensor, c: Tensor) -> bool:
+        fits = self.shift and isinstance(self.norm1, RMSNorm) and self.attn.fits_fused_backward
+        return fits and fused_backward.applies(x, c, self.attn.num_heads)
+
+    def _with_fused_backward(
+        self, x: Tensor, modulation: Tensor, dtype: torch.dtype, rope: RotaryEmbedding2D
+    ) -> Tensor:  # fmt: skip
+        """The same outputs, and gradients by our kernels."""
+        norm1, norm2 = self.norm1, self.norm2
+        assert isinstance(norm1, RMSNorm) and isinstance(norm2, RMSNorm)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x, h = fused_backward.modulated_norm(x, norm1.weight, shift_attn, scale_attn, norm1.eps, dtype)
+        y = self.attn.with_fused_backward(h, rope)
+        x, h = fused_backward.gated_modulated_norm(
+            x, y, self.attn.proj.bias, norm2.weight, gate_attn, shift_mlp, scale_mlp, norm2.eps
+        )
+        return x + gate_mlp * self.mlp(h)
 
 
 class FinalLayer(nn.Module):

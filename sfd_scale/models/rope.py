@@ -56,9 +56,14 @@ class RotaryEmbedding2D(FixedBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, A, F) → the same shape and dtype; computed in float32."""
-        # (a, b) turns to (-b, a). The minus stands in the table: the backward of a flip is a flip, which compiled code
-        # fuses with the norm's, as it does not that of slices.
-        swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        sign = 2 * torch.arange(2, device=x.device) - 1
-        sin = (self.freqs_sin.unflatten(-1, (-1, 2)) * sign).flatten(-2)
-        return (x * self.freqs_cos[:, None] + swapped * sin[:, None]).to(x.dtype)
+        return rotate(x, self.freqs_cos, self.freqs_sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of neighbouring features of (N, T, A, F) by angles, whose cosines and sines are (T, F)."""
+    # (a, b) turns to (-b, a). The minus stands in the table: the backward of a flip is a flip, which compiled code
+    # fuses with the norm's, as it does not that of slices.
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = 2 * torch.arange(2, device=x.device) - 1
+    sin = (sin.unflatten(-1, (-1, 2)) * sign).flatten(-2)
+    return (x * cos[:, None] + swapped * sin[:, None]).to(x.dtype)
