@@ -169,7 +169,8 @@ def _heads(
     dq_sample, dq_token, dq_head, dk_sample, dk_token, dk_head, dv_sample, dv_token, dv_head,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    sample, head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # Neighbouring programs read neighbouring memory.
+    head, sample, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     feature = tl.arange(0, 2 * HALF)
     inside = feature < features
     width = heads * features
@@ -246,7 +247,7 @@ def heads_backward(
     out = q.new_empty((samples, tokens, 3 * heads * features))
     bias_sums = q.new_empty((samples, chunks, 3 * heads * features), dtype=torch.float32)
     weight_sums = q.new_empty((samples, chunks, heads, 2, features), dtype=torch.float32)
-    wrap_triton(_heads)[(samples, heads, chunks)](
+    wrap_triton(_heads)[(heads, samples, chunks)](
         dq, dk, dv, q, k, cos, sin, q_weight, k_weight, out, bias_sums, weight_sums,
         tokens, heads, features, q_eps, k_eps, q.stride(0), q.stride(1),
         dq.stride(0), dq.stride(1), dq.stride(2), dk.stride(0), dk.stride(1), dk.stride(2),

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 LARGEST_WIDTH, LARGEST_HEAD = 2048, 128  # a program keeps a row in registers
 _ERROR = 2e-2  # bf16 rounds by 4e-3
 
+_operators = torch.ops.sfd_scale  # of backward_kernels, after `load`
 _tried: dict[tuple[int, int], bool] = {}
 
 
@@ -47,7 +48,9 @@ def prepare(shapes: Iterable[tuple[int, int]], device: torch.device) -> None:
         if (width, heads) not in _tried:
             reason = unusable(device, width, heads)
             _tried[width, heads] = reason is None
-            if reason is not None:
+            if reason is None:
+                logger.info("backward of width %d with %d heads uses our kernels", width, heads)
+            else:
                 logger.warning(
                     "backward of width %d with %d heads uses the compiler's kernels: %s", width, heads, reason
                 )
@@ -89,7 +92,9 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         residual, dh = upstream
-        dx, sums = torch.ops.sfd_scale.norm_backward(residual.contiguous(), dh.contiguous(), x, weight, scale, ctx.eps)
+        dx, sums = _operators.norm_backward(
+            residual.contiguous(), dh.contiguous(), x.contiguous(), weight, scale, ctx.eps
+        )
         return dx, *_of_norm(sums.sum(2), weight, scale), None, None
 
 
@@ -108,8 +113,8 @@ class _GatedModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, y, bias, weight, gate, scale = ctx.saved_tensors
         residual, dh = upstream
-        dx, dy, sums = torch.ops.sfd_scale.gated_norm_backward(
-            residual.contiguous(), dh.contiguous(), x, y, weight, scale, gate, ctx.eps
+        dx, dy, sums = _operators.gated_norm_backward(
+            residual.contiguous(), dh.contiguous(), x.contiguous(), y.contiguous(), weight, scale, gate, ctx.eps
         )
         sums = sums.sum(2)
         dbias = (sums[2] * gate[:, 0]).sum(0).to(bias.dtype)
@@ -173,7 +178,7 @@ class _RotatedHeads(torch.autograd.Function):
         q, k, bias, q_weight, k_weight, cos, sin = ctx.saved_tensors
         q_eps, k_eps = ctx.eps
         dq, dk, dv = upstream
-        dqkv, bias_sums, weight_sums = torch.ops.sfd_scale.heads_backward(
+        dqkv, bias_sums, weight_sums = _operators.heads_backward(
             _rows(dq), _rows(dk), _rows(dv), q, k, cos, sin, q_weight, k_weight, q_eps, k_eps
         )
         dbias = bias_sums.sum((0, 1)).to(bias.dtype)

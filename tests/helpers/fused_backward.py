@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from benchmarks.train_step import LAYOUT, batch_of
 from sfd_scale.diffusion.conditioning import ClassLabels
 from sfd_scale.diffusion.schedule import SemanticFirstSchedule
-from sfd_scale.engines.block_transforms import Checkpointing
+from sfd_scale.engines.block_transforms import Checkpointing, prepare_blocks
 from sfd_scale.engines.fsdp import FSDPConfig, make_fsdp
 from sfd_scale.engines.optim import AdamWConfig
 from sfd_scale.models import fused_backward
@@ -42,9 +44,12 @@ BLOCKS = {
     "one sample": Case(1, 3, 24, 2, "float32"),
     "two programs for a sample": Case(1, 12, 8, 1, "float32"),
 }
-ENGINES: tuple[Checkpointing, ...] = ("selective", "block")
+# Few, for the time of the interpreter: selective checkpointing saves some results of forward and computes others again.
+ENGINES: tuple[Checkpointing, ...] = ("block",)
+COMPILED: tuple[Checkpointing, ...] = ("selective",)
 DEPTH = 1
 CPU = torch.device("cpu")
+LIBRARIES: list[torch.library.Library] = []
 
 
 @contextlib.contextmanager
@@ -57,7 +62,9 @@ def used(width: int, heads: int) -> Iterator[None]:
         yield
 
 
-def block_gradients(case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def block_gradients(
+    case: Case, dtype: torch.dtype, prepare: Callable[[Block], None] = lambda block: None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients of a block. Its weights and inputs are rounded to the dtype of the case first."""
     generator = torch.Generator().manual_seed(0)
     block = Block(LightningDiTConfig(depth=1, width=case.width, heads=case.heads))
@@ -71,6 +78,7 @@ def block_gradients(case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, T
     x, upstream = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     c = torch.randn(case.samples, case.width, generator=generator).to(rounded)
     block.to(dtype)
+    prepare(block)
     x = x.to(torch.promote_types(dtype, torch.float32)).requires_grad_()  # the residual stream
     c = c.to(dtype).requires_grad_()
     out = block(x, c, RotaryEmbedding2D(case.width // case.heads, case.side))
@@ -91,6 +99,47 @@ def block_case(case: Case) -> dict[str, Any]:
         "own": {name: error(own[name], exact[name]) for name in exact},
         "plain": {name: error(plain[name], exact[name]) for name in exact},
     }
+
+
+def compiled_case(mode: Checkpointing) -> float:
+    """The largest relative error of a block that torch.compile traced, with checkpointing. The graph runs as it is."""
+    case = BLOCKS["one sample"]
+    compile_ = torch.compile
+
+    def prepare(block: Block) -> None:
+        model = torch.nn.Module()
+        model.blocks = torch.nn.ModuleList([block])
+        with mock.patch.object(torch, "compile", lambda f, options: compile_(f, backend="aot_eager", fullgraph=True)):
+            prepare_blocks(model, mode, compiled=True)
+
+    torch.compiler.reset()
+    _, exact = block_gradients(case, torch.float64)
+    with used(case.width, case.heads), mock.patch.object(fused_backward, "_operators", opaque_operators()):
+        _, own = block_gradients(case, torch.float32, prepare)
+    return max(error(own[name], exact[name]) for name in exact)
+
+
+def zeros(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).zero_()
+
+
+@functools.cache
+def opaque_operators() -> Any:
+    """The operators as torch.compile does not look into them: it cannot trace a kernel that is interpreted."""
+    library = torch.library.Library("sfd_test", "DEF")
+    for name in ("norm_backward", "gated_norm_backward", "heads_backward"):
+        operator = getattr(torch.ops.sfd_scale, name).default
+
+        def fake(*arguments: Any, operator: Any = operator) -> Any:
+            with unset_fake_temporarily():
+                real = operator(*(zeros(a) if isinstance(a, Tensor) else a for a in arguments))
+            return tuple(torch.empty(a.shape, dtype=a.dtype) for a in real)
+
+        library.define(str(operator._schema).removeprefix("sfd_scale::"))
+        library.impl(name, lambda *arguments, operator=operator: operator(*arguments), "CPU")
+        torch.library.register_fake(f"sfd_test::{name}", fake, lib=library)
+    LIBRARIES.append(library)  # its end would remove the operators
+    return torch.ops.sfd_test
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -135,6 +184,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "blocks": {name: block_case(case) for name, case in BLOCKS.items()},
         "engines": {mode: engine_case(mode) for mode in ENGINES},
+        "compiled": {mode: compiled_case(mode) for mode in COMPILED},
         "errors": fused_backward.errors(CPU, 144, 2, torch.float32, samples=1, tokens=33),
         "unusable": fused_backward.unusable(CPU, 48, 2),
     }

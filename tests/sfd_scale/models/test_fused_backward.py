@@ -48,6 +48,11 @@ def test_every_gradient_of_the_kernels_alone_has_the_precision_of_float32(found:
     assert max(found["errors"].values()) < 5e-7
 
 
+@pytest.mark.parametrize("mode", cases.COMPILED)
+def test_torch_compile_traces_them_without_a_graph_break(found: dict[str, Any], mode: str) -> None:
+    assert found["compiled"][mode] < 5e-6
+
+
 @pytest.mark.parametrize("mode", cases.ENGINES)
 def test_a_step_of_fsdp_has_the_same_gradients(found: dict[str, Any], mode: str) -> None:
     error, calls = found["engines"][mode]
