@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale import config
@@ -28,7 +27,7 @@ from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.leftovers import remove_temporary_files
 from sfd_scale.runtime.limits import WORK, Background, limit_s
 from sfd_scale.runtime.progress import progress
-from sfd_scale.runtime.weight_files import open_safetensors
+from sfd_scale.runtime.weight_files import open_safetensors, safetensors_bytes
 
 logger = logging.getLogger(__name__)
 _SUM = "crc32 "  # before the name of a tensor, in the metadata of a chunk
@@ -93,7 +92,7 @@ class ChunkFolder:
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         sums = {_SUM + name: str(_checksum(tensor)) for name, tensor in data.items()}
-        write_atomically(self.file(chunk), save(data, {"made_on": made_on(), **sums}))
+        write_atomically(self.file(chunk), safetensors_bytes(data, {"made_on": made_on(), **sums}))
 
     def width(self, name: str) -> int | None:
         """Columns of the tensor `name`; None if there is no such tensor."""

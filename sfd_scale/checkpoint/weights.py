@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from sfd_scale.checkpoint.folder import Checkpoint, Weights, whole_checkpoints
 from sfd_scale.checkpoint.metadata import check_same_model
 from sfd_scale.runtime.files import atomically
 from sfd_scale.runtime.run_paths import RunPaths
-from sfd_scale.runtime.weight_files import read_safetensors, safetensors_metadata
+from sfd_scale.runtime.weight_files import read_safetensors, safetensors_metadata, sorted_header
 
 WEIGHTS = "model.safetensors"  # the weights in a folder for the Hugging Face hub
 
@@ -105,20 +104,9 @@ def save_weights(tensors: Mapping[str, Tensor], out: Path, metadata: Mapping[str
         raise ValueError(f"{out}: the name of an export ends in .safetensors")
     with atomically(out) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
-        _sort_metadata(partial)
+        with partial.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size)
+            file.seek(8)
+            file.write(sorted_header(header))
     return out
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata in the header of a safetensors file.
-
-    The library writes them in the order of a hash table, so that each file of the same weights has another SHA-256.
-    """
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the same header in another order"
-        file.seek(8)
-        file.write(text.ljust(size))

@@ -1,13 +1,15 @@
-"""Reads weights from a safetensors file or a torch file, without executing pickled code."""
+"""Reads weights from a safetensors file or a torch file, without executing pickled code; writes safetensors files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from sfd_scale.runtime.file_kind import file_error, require_kind
@@ -47,6 +49,25 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
     """The texts in the header of a safetensors file. Errors are those of `open_safetensors`."""
     with open_safetensors(path) as file:
         return file.metadata() or {}
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The contents of a safetensors file. Equal tensors and metadata give equal bytes."""
+    data = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    return data[:8] + sorted_header(data[8:start]) + data[start:]
+
+
+def sorted_header(header: bytes) -> bytes:
+    """The JSON header of a safetensors file with its metadata in alphabetical order, and of the same length.
+
+    The library writes them in the order of a hash table, so that each file of the same tensors has other bytes.
+    """
+    values = json.loads(header)
+    values = {"__metadata__": dict(sorted(values.pop("__metadata__").items())), **values}
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= len(header), "the same header in another order"
+    return text.ljust(len(header))
 
 
 _PREFIXES = ("module.", "_orig_mod.")

@@ -105,6 +105,14 @@ def test_one_bit_that_was_flipped_on_the_disk_is_named(tmp_path: Path, dtype: to
     assert torch.equal(next(folder.read("rows", [2])), values[4:]) and len(list(folder.read("empty"))) == 3
 
 
+def test_equal_chunks_have_equal_bytes(tmp_path: Path) -> None:
+    """safetensors writes the metadata in a random order, another one each time."""
+    folders = [ChunkFolder(tmp_path / str(number), total=2, size=2) for number in range(8)]
+    for folder in folders:
+        folder.commit(0, {name: torch.arange(4.0) for name in ("pool", "spatial", "logits", "labels")})
+    assert len({folder.file(0).read_bytes() for folder in folders}) == 1
+
+
 def test_chunks_of_earlier_releases_have_no_checksum(tmp_path: Path) -> None:
     folder = ChunkFolder(tmp_path, total=2, size=2)
     folder.file(0).parent.mkdir()
