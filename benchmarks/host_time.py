@@ -1,6 +1,7 @@
 """The host's time of a training step at depth 24, by engine, beside another checkout of this project.
 
     python -m benchmarks.host_time --beside PATH [NAME ...]
+    python -m benchmarks.host_time --against NAME [NAME ...]    # beside another engine of this checkout
 
 On a GPU the host launches kernels and runs the hooks of the engine; at small micro-batches it sets the pace. Here the
 model is so narrow that a step on the CPU is little else. The figure is CPU time per step, of one thread. Both checkouts
@@ -25,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("host_time_worker.py")
 NAMES = (
     "fsdp compiled", "fsdp compiled, 8 ranks", "zero1 compiled", "fsdp compiled, whole weights",
-    "fsdp compiled, whole weights, 8 ranks", "fsdp compiled, one block a unit, 8 ranks", "fsdp eager",
-    "zero2 compiled", "no engine, compiled",
+    "fsdp compiled, whole weights, 8 ranks", "fsdp compiled, units of 1 block, 8 ranks",
+    "fsdp compiled, units of 4 blocks, 8 ranks", "fsdp eager", "zero2 compiled", "no engine, compiled",
 )  # fmt: skip
 STEPS = 10  # of a turn
 COMMAND = "python -m benchmarks.host_time --beside PATH"
@@ -74,9 +75,10 @@ class Worker:
         self._folder.cleanup()
 
 
-def measure(name: str, beside: Path | None, repeats: int) -> Figure:
-    """The figure of one engine: this checkout, and the other one as its peer."""
-    workers = {"ours": Worker(ROOT, name)} | ({} if beside is None else {"peer": Worker(beside, name)})
+def measure(name: str, beside: Path | None, repeats: int, other: str | None = None) -> Figure:
+    """The figure of one engine: this checkout, and as its peer the other one, or the engine `other`."""
+    alone = beside is None and other is None
+    workers = {"ours": Worker(ROOT, name)} | ({} if alone else {"peer": Worker(beside or ROOT, other or name)})
     seconds: dict[str, list[float]] = {side: [] for side in workers}
     try:
         for number in range(repeats):
@@ -86,7 +88,7 @@ def measure(name: str, beside: Path | None, repeats: int) -> Figure:
         for worker in workers.values():
             worker.close()
     seconds.setdefault("peer", [float("nan")] * repeats)
-    against = "nothing" if beside is None else "the other checkout"
+    against = other or ("nothing" if beside is None else "the other checkout")
     return harness.compare(f"host time of a step, {name}", seconds, against=against, work=None, unit="ms")
 
 
@@ -94,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {'; '.join(NAMES)}; default: all")
     parser.add_argument("--beside", type=Path, help="another checkout")
+    parser.add_argument("--against", metavar="NAME", choices=NAMES, help="another engine, of this checkout")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="also write host_time.json into this folder")
     options = parser.parse_args(arguments)
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}, {harness.versions()}")
     figures = []
     for name in options.names or NAMES:
-        figures.append(measure(name, options.beside, options.repeats))
+        figures.append(measure(name, options.beside, options.repeats, options.against))
         print("  ".join(harness.row(figures[-1])), flush=True)
     print(harness.markdown(figures))
     if options.out is not None:

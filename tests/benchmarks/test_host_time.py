@@ -28,3 +28,10 @@ def test_two_checkouts_take_turns() -> None:
     assert figure.ours > 1 and figure.peer > 1 and 0.5 < figure.ratio < 2
     alone = host_time.measure("fsdp eager", None, repeats=1)
     assert alone.ours > 1 and math.isnan(alone.peer)
+
+
+@pytest.mark.full
+def test_two_engines_of_one_checkout_take_turns() -> None:
+    floor = "no engine, compiled"
+    figure = host_time.measure(floor, None, repeats=3, other="fsdp compiled, units of 1 block, 8 ranks")
+    assert figure.ours > 1 and figure.ratio > 2
