@@ -210,5 +210,5 @@ def _torn(root: str) -> str:
 def test_a_save_that_one_rank_tears_fails_on_all_and_is_not_seen(tmp_path: Path) -> None:
     for said in run_ranks(_torn, 2, str(tmp_path), timeout=400):
         assert said.startswith("step-00000001: step-00000002: writing tensors failed on rank")
-        assert "rank 1: OSError: its disk is gone" in said
+        assert "rank 1: its disk is gone" in said
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
