@@ -38,6 +38,7 @@ class Operation(Enum):
     FORWARD_BACKWARD = "forward and backward"
     OPTIMIZER = "optimizer step"
     ROLLBACK = "going back to a checkpoint"
+    END = "the end of the run"
 
     @property
     def exempt(self) -> bool:
@@ -58,7 +59,8 @@ class Heartbeat:
 
     If a collective raises inside the block, the block raises CollectiveError. Some hangs raise nothing: DeepSpeed's CPU
     collectives have no timeout. Those end after twice `timeout_s`: the message is logged and the process exits with
-    code 1, unless the operation is exempt.
+    code 1. An exempt operation may last longer, but only while the store answers and the other ranks send heartbeats:
+    otherwise a host or its network is gone.
 
     Args:
         timeout_s: timeout of the process group.
@@ -73,6 +75,7 @@ class Heartbeat:
         self._store: Any = None
         self._request: threading.Thread | None = None
         self._answered = time.monotonic()
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the last heartbeat of each rank, and since when
 
     def enter(self, step: int, operation: Operation) -> None:
         """This rank begins an operation of a step."""
@@ -92,6 +95,9 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._done.set()
+        if error is None and self._thread is not None:  # the others need not wait for heartbeats
+            self.enter(self._at[0], Operation.END)
+            self._beat()
         if error is not None and self._thread is not None and _is_collective(error):
             first_line = str(error).strip().splitlines()[0][:200]
             raise CollectiveError(f"{self.explain()} ({type(error).__name__}: {first_line})") from error
@@ -191,12 +197,37 @@ class Heartbeat:
         more = f" and {len(found) - _MAX_NAMED_RANKS} more" if len(found) > _MAX_NAMED_RANKS else ""
         return "; ".join(found[:_MAX_NAMED_RANKS]) + more
 
+    def _cut_off(self) -> bool:
+        """Whether the store, or a rank that has not ended, has given no sign for twice `timeout_s`.
+
+        This rank's own clock counts since when a heartbeat is the same: clocks of hosts differ, and can be set.
+        """
+        try:
+            heartbeats = self._with_deadline(self._heartbeats)
+        except (dist.DistError, RuntimeError, TimeoutError):
+            return time.monotonic() - self._answered > 2 * self.timeout_s
+        now = time.monotonic()
+        for rank, note in heartbeats.items():
+            if rank not in self._seen or self._seen[rank][0] != note:
+                self._seen[rank] = (note, now)
+        running = [rank for rank, note in heartbeats.items() if json.loads(note)["operation"] != Operation.END.value]
+        return any(now - self._seen[rank][1] > 2 * self.timeout_s for rank in running)
+
+    def _heartbeats(self) -> dict[int, bytes]:
+        others = [rank for rank in range(distributed.world_size()) if rank != distributed.rank()]
+        return {rank: self._store.get(str(rank)) for rank in others if self._store.check([str(rank)])}
+
     def _run(self) -> None:
         while not self._done.wait(self.interval_s):
             self._beat()
             _, operation, since = self._at
             waited = time.monotonic() - since
-            if operation.exempt or self._done.is_set():
+            if self._done.is_set():
+                continue
+            if operation.exempt:
+                if waited > self.timeout_s and self._cut_off():
+                    logger.critical("%s; exiting because no sign came from there", self.explain())
+                    os._exit(1)
                 continue
             if waited > self.timeout_s / 2 and not self._warned:
                 self._warned = True

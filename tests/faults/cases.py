@@ -273,11 +273,12 @@ def two_runs(work: Training, draw: random.Random) -> Result:
     )
 
 
-def network_cut(work: Training, draw: random.Random, seconds: float | None) -> Result:
+def network_cut(work: Training, draw: random.Random, seconds: float | None, *overrides: str) -> Result:
     """Each rank on a host of its own. The cable is cut: for seconds, and the run goes on; for good, and both ranks give
     up after the timeout and say so, and the next start goes on."""
     out = work.fresh("cut")
-    inner = command("train", str(work.recipe), "--run", str(out), f"train.timeout_s={60 if seconds else 6}")
+    timeout = f"train.timeout_s={60 if seconds else 6}"
+    inner = command("train", str(work.recipe), "--run", str(out), timeout, *overrides)
     with cable() as link:
 
         def on_its_host() -> None:
@@ -406,6 +407,7 @@ def cases(place: Path) -> tuple[list[Work], dict[str, Case]]:
         "a reader beside saves": lambda draw: reader_beside_saves(train, draw),
         "network cut for seconds": lambda draw: network_cut(train, draw, 3.0),
         "network cut for good": lambda draw: network_cut(train, draw, None),
+        "network cut beside saves": lambda draw: network_cut(train, draw, None, "checkpoint.every=1"),
         "clock set back": lambda draw: clock_set_back(train, draw),
         "W&B unreachable": lambda draw: wandb_unreachable(train, draw),
     }

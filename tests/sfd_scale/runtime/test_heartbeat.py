@@ -121,6 +121,36 @@ def test_a_hang_that_no_collective_ends_is_ended() -> None:
         run_ranks(_hang_without_a_timeout, 2, timeout=400)
 
 
+def _a_rank_is_cut_off_while_both_save() -> None:
+    with Heartbeat(1.0, interval_s=0.1) as heartbeat:
+        heartbeat.enter(3, Operation.CHECKPOINT)
+        time.sleep(0.5)
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1000)
+
+
+def test_a_save_does_not_wait_for_a_rank_that_gives_no_sign(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RankError, match="exit codes of the ranks"):
+        run_ranks(_a_rank_is_cut_off_while_both_save, 2, timeout=400)
+    said = capfd.readouterr().err
+    assert "rank 0 waits in 'checkpoint' of step 3 for" in said and "exiting because no sign came from there" in said
+    assert "for rank 1 on" in said and "in 'checkpoint' of step 3 at its last heartbeat" in said
+
+
+def _saves_are_slow(ended: bool) -> str:
+    with Heartbeat(0.5, interval_s=0.1) as heartbeat:
+        heartbeat.enter(3, Operation.CHECKPOINT)
+        if distributed.rank() == 0 or not ended:
+            time.sleep(4)
+    return "saved"
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_slow_save_is_waited_for_as_long_as_the_others_give_signs_or_have_ended(ended: bool) -> None:
+    assert run_ranks(_saves_are_slow, 2, ended, timeout=400) == ["saved", "saved"]
+
+
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="^mine$"), Heartbeat(10.0) as heartbeat:
         heartbeat.enter(0, Operation.METRICS)
