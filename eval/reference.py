@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from eval.features.config import INCEPTION_GRID, InceptionConfig
@@ -27,7 +26,7 @@ from eval.recipe import EvalRecipe
 from sfd_scale import config
 from sfd_scale.runtime import distributed, seeding
 from sfd_scale.runtime.files import file_sha256, write_atomically
-from sfd_scale.runtime.weight_files import read_safetensors
+from sfd_scale.runtime.weight_files import read_safetensors, safetensors_bytes
 
 logger = logging.getLogger(__name__)
 GRID_CLASSES, GRID_EACH = 16, 8
@@ -217,7 +216,7 @@ def _write(file: Path, tensors: dict[str, Tensor], images: Images | None) -> Non
         labels = tensors.pop("labels", None)
         tensors["grid"] = _grid(images, labels)
         tensors["side"] = torch.tensor(images.rows(range(1))[0].shape[-1])
-    write_atomically(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    write_atomically(file, safetensors_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}))
     logger.info("reference: %s", file)
 
 

@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import platform
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,9 @@ from sfd_scale.runtime.files import read_json, write_atomically, write_json
 from sfd_scale.runtime.leftovers import remove_temporary_files
 from sfd_scale.runtime.limits import WORK, Background, limit_s
 from sfd_scale.runtime.progress import progress
-from sfd_scale.runtime.weight_files import open_safetensors, safetensors_bytes
+from sfd_scale.runtime.weight_files import open_safetensors, read_tensor, safetensors_bytes
 
 logger = logging.getLogger(__name__)
-_SUM = "crc32 "  # before the name of a tensor, in the metadata of a chunk
 Finish = Callable[[], Mapping["ChunkFolder", Mapping[str, Tensor]]]
 """The tensors of a chunk, for each folder that lacks it. Called in another thread."""
 Produce = Callable[[int], tuple[Finish, dict[str, Any]]]
@@ -91,8 +89,7 @@ class ChunkFolder:
 
     def commit(self, chunk: int, tensors: Mapping[str, Tensor]) -> None:
         data = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        sums = {_SUM + name: str(_checksum(tensor)) for name, tensor in data.items()}
-        write_atomically(self.file(chunk), safetensors_bytes(data, {"made_on": made_on(), **sums}))
+        write_atomically(self.file(chunk), safetensors_bytes(data, {"made_on": made_on()}))
 
     def width(self, name: str) -> int | None:
         """Columns of the tensor `name`; None if there is no such tensor."""
@@ -115,24 +112,12 @@ class ChunkFolder:
         """
         for chunk in range(self.count) if chunks is None else chunks:
             with open_safetensors(self.file(chunk)) as file:
-                tensor = file.get_tensor(name)
-                written = (file.metadata() or {}).get(_SUM + name)
-            if written is not None and int(written) != _checksum(tensor):
-                raise ValueError(
-                    f"{self.file(chunk)} is damaged: {name} has another checksum than when it was written; remove the "
-                    "file and run the same command again, which computes it anew"
-                )
-            yield tensor
+                yield read_tensor(self.file(chunk), file, name)
 
-    def names(self) -> list[str]:
-        """Names of the tensors in the first chunk."""
-        with open_safetensors(self.file(0)) as file:
+    def names(self, chunk: int = 0) -> list[str]:
+        """Names of the tensors in a chunk."""
+        with open_safetensors(self.file(chunk)) as file:
             return list(file.keys())
-
-
-def _checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _whole(file: Path) -> bool:

@@ -76,6 +76,7 @@ class Heartbeat:
         self._request: threading.Thread | None = None
         self._answered = time.monotonic()
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last heartbeat of each rank, and since when
+        self._looked = time.monotonic()  # at the heartbeats of the others
 
     def enter(self, step: int, operation: Operation) -> None:
         """This rank begins an operation of a step."""
@@ -95,8 +96,9 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._done.set()
-        if error is None and self._thread is not None:  # the others need not wait for heartbeats
-            self.enter(self._at[0], Operation.END)
+        if error is None and self._thread is not None:
+            self._thread.join(2 * self.interval_s)  # it may ask the store, which takes one request at a time
+            self.enter(self._at[0], Operation.END)  # the others need not wait for heartbeats
             self._beat()
         if error is not None and self._thread is not None and _is_collective(error):
             first_line = str(error).strip().splitlines()[0][:200]
@@ -198,15 +200,19 @@ class Heartbeat:
         return "; ".join(found[:_MAX_NAMED_RANKS]) + more
 
     def _cut_off(self) -> bool:
-        """Whether the store, or a rank that has not ended, has given no sign for twice `timeout_s`.
+        """Whether the store, or a rank that has not ended, has given no sign for twice `timeout_s`. It looks four times
+        in `timeout_s`, as hundreds of ranks ask the store about hundreds.
 
         This rank's own clock counts since when a heartbeat is the same: clocks of hosts differ, and can be set.
         """
+        now = time.monotonic()
+        if now - max(self._looked, self._at[2]) < self.timeout_s / 4:
+            return False
+        self._looked = now
         try:
             heartbeats = self._with_deadline(self._heartbeats)
         except (dist.DistError, RuntimeError, TimeoutError):
-            return time.monotonic() - self._answered > 2 * self.timeout_s
-        now = time.monotonic()
+            return now - self._answered > 2 * self.timeout_s
         for rank, note in heartbeats.items():
             if rank not in self._seen or self._seen[rank][0] != note:
                 self._seen[rank] = (note, now)
@@ -225,7 +231,7 @@ class Heartbeat:
             if self._done.is_set():
                 continue
             if operation.exempt:
-                if waited > self.timeout_s and self._cut_off():
+                if self._cut_off():
                     logger.critical("%s; exiting because no sign came from there", self.explain())
                     os._exit(1)
                 continue

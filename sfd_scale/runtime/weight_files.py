@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -17,6 +19,7 @@ from sfd_scale.runtime.old_torch_file import OldTorchFile
 from sfd_scale.runtime.torch_file import LazyTensor, TorchFile
 
 State = dict[str, Tensor]
+_CHECKSUM = "crc32 "  # before the name of a tensor, in the metadata
 
 
 @contextmanager
@@ -42,7 +45,28 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 def read_safetensors(path: Path) -> State:
     """All tensors of a safetensors file, on the CPU. Errors are those of `open_safetensors`."""
     with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return {name: read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def read_tensor(path: Path, file: Any, name: str) -> Tensor:
+    """A tensor of an open file, compared with its checksum. Only files of `safetensors_bytes` have one.
+
+    Raises:
+        ValueError: if the tensor is not as it was written.
+    """
+    tensor: Tensor = file.get_tensor(name)
+    written = (file.metadata() or {}).get(_CHECKSUM + name)
+    if written is not None and written != _checksum(tensor):
+        raise ValueError(
+            f"{path} is damaged: {name} has another checksum than when it was written; remove the file and run the "
+            "same command again, which computes it anew"
+        )
+    return tensor
+
+
+def _checksum(tensor: Tensor) -> str:
+    """CRC-32 of a tensor's bytes."""
+    return str(zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data))
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -51,9 +75,13 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The contents of a safetensors file. Equal tensors and metadata give equal bytes."""
-    data = save(dict(tensors), dict(metadata))
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The contents of a safetensors file, with a checksum of each tensor, which is contiguous and on the CPU.
+
+    Equal tensors and metadata give equal bytes.
+    """
+    sums = {_CHECKSUM + name: _checksum(tensor) for name, tensor in tensors.items()}
+    data = save(dict(tensors), {**(metadata or {}), **sums})
     start = 8 + int.from_bytes(data[:8], "little")
     return data[:8] + sorted_header(data[8:start]) + data[start:]
 

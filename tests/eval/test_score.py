@@ -25,7 +25,7 @@ from eval.metrics.inception_score import inception_score
 from eval.metrics.moments import moments
 from eval.metrics.precision_recall import precision_recall
 from eval.recipe import EvalRecipe
-from eval.reference import check_spatial_order, load_reference
+from eval.reference import check_spatial_order, load_reference, read_reference
 from eval.results import Results
 from eval.score import default_out, score
 from eval.search.sweep import cells, varying
@@ -33,6 +33,7 @@ from eval.validation import measure
 from sfd_scale import checkpoint, export
 from sfd_scale.diffusion.latents import LatentStats
 from sfd_scale.runtime import seeding
+from sfd_scale.runtime.weight_files import safetensors_bytes
 from sfd_scale.sample import check_guidance_model, load_for_sampling
 from tests.helpers import eval_tiny
 from tests.helpers.eval_export import pixels, run_eval, write_eval_recipe, write_export, write_npz
@@ -422,3 +423,15 @@ def test_outputs_config_and_recipe_refuse_nonsense() -> None:
         OutputsConfig(grid=-1)
     with pytest.raises(ValueError, match="^num_samples: 1"):
         EvalRecipe(num_samples=1)
+
+
+def test_a_bit_that_flips_in_a_cached_reference_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "reference.safetensors"
+    tensors = {"mu": torch.arange(4.0).double(), "sigma": torch.eye(4).double(), "count": torch.tensor(9)}
+    file.write_bytes(safetensors_bytes(tensors))
+    assert read_reference(file, {}).provenance["count"] == 9
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"reference.safetensors is damaged: sigma has another checksum .* anew"):
+        read_reference(file, {})

@@ -130,6 +130,12 @@ def test_refusals_say_what_to_do(run: Path) -> None:
 
     with pytest.raises(ValueError, match=r"proof\.1\.small: '.*; allowed: 768 bytes in base64"):
         verify(changed(run, cut_off))
+
+    def of_other_letters(data: dict[str, Any]) -> None:
+        data["proof"][1]["small"] = "ä" + data["proof"][1]["small"][1:]
+
+    with pytest.raises(ValueError, match=r"proof\.1\.small: 'ä.*; allowed: 768 bytes in base64"):
+        verify(changed(run, of_other_letters))
     elsewhere = run.parent / "elsewhere.json"
     elsewhere.write_text(card(run).read_text())
     with pytest.raises(ValueError, match="--checkpoint: .* give the file with SHA-256"):

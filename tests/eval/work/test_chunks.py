@@ -103,6 +103,8 @@ def test_one_bit_that_was_flipped_on_the_disk_is_named(tmp_path: Path, dtype: to
     with pytest.raises(ValueError, match=r"chunk-000001.safetensors is damaged: rows has another checksum .* again"):
         list(folder.read("rows"))
     assert torch.equal(next(folder.read("rows", [2])), values[4:]) and len(list(folder.read("empty"))) == 3
+    folder.file(1).unlink()
+    assert folder.missing() == [1]  # and `run` computes it
 
 
 def test_equal_chunks_have_equal_bytes(tmp_path: Path) -> None:
