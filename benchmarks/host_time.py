@@ -27,7 +27,10 @@ WORKER = Path(__file__).with_name("host_time_worker.py")
 NAMES = (
     "fsdp compiled", "fsdp compiled, 8 ranks", "zero1 compiled", "fsdp compiled, whole weights",
     "fsdp compiled, whole weights, 8 ranks", "fsdp compiled, units of 1 block, 8 ranks",
-    "fsdp compiled, units of 4 blocks, 8 ranks", "fsdp eager", "zero2 compiled", "no engine, compiled",
+    "fsdp compiled, units of 4 blocks, 8 ranks", "fsdp compiled, flat parameters, 8 ranks",
+    "fsdp compiled, flat parameters, units of 4 blocks, 8 ranks",
+    "fsdp compiled, flat parameters, whole weights, 8 ranks", "zero1 compiled, flat parameters",
+    "zero2 compiled, flat parameters", "fsdp eager", "zero2 compiled", "no engine, compiled",
 )  # fmt: skip
 STEPS = 10  # of a turn
 COMMAND = "python -m benchmarks.host_time --beside PATH"

@@ -28,8 +28,9 @@ from sfd_scale.models.lightningdit import LightningDiT, LightningDiTConfig
 
 # As deep as XXL, and so narrow that the arithmetic takes no time. Four tokens.
 DEPTH, WIDTH, HEADS, CHANNELS, SIDE = 24, 64, 2, 8, 2
-# As `auto` chooses for XXL. It would take all of these small blocks as one unit.
-_UNITS = {"blocks_per_unit": 2}
+# As `auto` chooses for XXL. It would take all of these small blocks as one unit, and flatten their parameters.
+_UNITS = {"blocks_per_unit": 2, "flat_parameters": False}
+_FLAT = {"flat_parameters": True}
 _SHARDED = {"compile": True, "reshard_after_forward": True, **_UNITS}
 RANKS = 8  # of the names with "ranks"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,9 +40,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fsdp compiled, whole weights, 8 ranks": _SHARDED | {"reshard_after_forward": False},
     "fsdp compiled, units of 1 block, 8 ranks": _SHARDED | {"blocks_per_unit": 1},
     "fsdp compiled, units of 4 blocks, 8 ranks": _SHARDED | {"blocks_per_unit": 4},
+    "fsdp compiled, flat parameters, 8 ranks": _SHARDED | _FLAT,
+    "fsdp compiled, flat parameters, units of 4 blocks, 8 ranks": _SHARDED | _FLAT | {"blocks_per_unit": 4},
+    "fsdp compiled, flat parameters, whole weights, 8 ranks": _SHARDED | _FLAT | {"reshard_after_forward": False},
+    "zero1 compiled, flat parameters": {"compile": True, "zero_stage": 1, **_FLAT},
+    "zero2 compiled, flat parameters": {"compile": True, "zero_stage": 2, **_FLAT},
     "fsdp eager": {"reshard_after_forward": True, **_UNITS},
-    "zero1 compiled": {"compile": True, "zero_stage": 1},
-    "zero2 compiled": {"compile": True, "zero_stage": 2},
+    "zero1 compiled": {"compile": True, "zero_stage": 1, "flat_parameters": False},
+    "zero2 compiled": {"compile": True, "zero_stage": 2, "flat_parameters": False},
 }
 
 
@@ -58,11 +64,9 @@ def make_step(name: str) -> Callable[[], None]:
     if name.startswith("fsdp"):
         if "ranks" in name:
             _pretend_ranks()
-        known = {field.name for field in dataclasses.fields(FSDPConfig)}  # of another checkout
-        given = {key: value for key, value in settings.items() if key in known}
-        engine = make_fsdp(model, AdamWConfig(), FSDPConfig(**given))
+        engine = make_fsdp(model, AdamWConfig(), FSDPConfig(**_known(FSDPConfig, settings)))
     else:
-        engine = make_deepspeed(model, AdamWConfig(), DeepSpeedConfig(**settings))
+        engine = make_deepspeed(model, AdamWConfig(), DeepSpeedConfig(**_known(DeepSpeedConfig, settings)))
     ema = EMA(engine.fragments(), EMAConfig())
 
     def step() -> None:
@@ -71,6 +75,11 @@ def make_step(name: str) -> Callable[[], None]:
         ema.update(0)
 
     return step
+
+
+def _known(config: type[FSDPConfig | DeepSpeedConfig], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that an engine of this checkout has, which may be an older one."""
+    return {key: value for key, value in settings.items() if key in {f.name for f in dataclasses.fields(config)}}
 
 
 def _pretend_ranks() -> None:

@@ -64,6 +64,7 @@ def run(part: Part, chosen: Workload) -> None:
         "compiled": dataclasses.replace(base, compile=True),
         "compiled, selective": dataclasses.replace(base, compile=True, activation_checkpointing="selective"),
         "compiled, block": dataclasses.replace(base, compile=True, activation_checkpointing="block"),
+        "compiled, flat parameters": dataclasses.replace(base, compile=True, flat_parameters=True),
     }
     limits = SLACK * gradient + GRADIENT_FLOOR, SLACK * loss + LOSS_FLOOR
     for name, settings in variants.items():
@@ -127,4 +128,4 @@ def _gradients(engine: FSDPEngine) -> dict[str, Tensor]:
         assert parameter.grad is not None
         local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
         found[name] = local.detach().clone()
-    return found
+    return engine.flat.tensors(found)

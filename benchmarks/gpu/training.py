@@ -1,5 +1,5 @@
 """Part 4: training throughput of the large size, beside the official arithmetic, by micro-batch; and with our backward
-kernels beside inductor's.
+kernels beside inductor's, and flat parameters beside whole ones.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def run(part: Part, chosen: Workload) -> None:
         _figure(part, chosen, _name(chosen, count, label), rates[count], peers[count])
     first = chosen.micro_batches[0]
     _own_kernels(part, chosen, first, rates[first])
+    _flat_parameters(part, chosen, max(1, first // 4))
     for label, settings in _others(part, chosen):
         _ours(part, chosen, first, label, settings, peers[first])
 
@@ -52,6 +53,20 @@ def _own_kernels(part: Part, chosen: Workload, count: int, ours: Rate | None) ->
         plain = part.run(what, lambda: measure(chosen, count, make))
     if ours is not None and plain is not None:
         part.figure(figure(what, ours, plain, "samples/s", against="inductor's kernels"))
+
+
+def _flat_parameters(part: Part, chosen: Workload, count: int) -> None:
+    """Few images, so that the host sets the pace: the step with flat parameters beside the same step without."""
+    rates = {}
+    for wanted in (True, False):
+        settings = chosen.engine(compile=True, flat_parameters=wanted)
+        make = functools.partial(our_step, chosen.size, count, settings, chosen.depth, read_ahead=True)
+        what = f"{_name(chosen, count, 'flat parameters')}: {str(wanted).lower()}"
+        rates[wanted] = part.run(what, functools.partial(measure, chosen, count, make))
+    flat, whole = rates[True], rates[False]
+    if flat is not None and whole is not None:
+        what = f"{_name(chosen, count, 'flat parameters')} beside whole ones"
+        part.figure(figure(what, flat, whole, "samples/s", against="whole parameters"))
 
 
 def _others(part: Part, chosen: Workload) -> Iterator[tuple[str, FSDPConfig]]:

@@ -29,6 +29,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.flat_parameters import FlatParameters, arrange
 from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step
 from sfd_scale.engines.replica_check import Replicas
@@ -78,6 +79,8 @@ class DeepSpeedConfig(EngineConfig):
         # when a block is recomputed.
         if self.compile and stage == 3:
             raise ValueError("compile: true; allowed with zero_stage 0, 1, 2, or with the fsdp engine")
+        if self.flat_parameters is True and not self.can_flatten:
+            raise ValueError("flat_parameters: true; allowed with zero_stage 0, 1, 2, or with the fsdp engine")
         if self.activation_checkpointing == "selective" and stage == 3:
             raise ValueError(
                 "activation_checkpointing: selective; allowed with zero_stage 3: none, block; or use the fsdp engine"
@@ -87,6 +90,10 @@ class DeepSpeedConfig(EngineConfig):
     def overlaps(self) -> bool:
         """Whether gradients are reduced during the backward pass."""
         return self.zero_stage >= 2 if self.overlap_comm is None else self.overlap_comm
+
+    @property
+    def can_flatten(self) -> bool:
+        return self.zero_stage < 3  # which gathers the parameters of each module by themselves
 
 
 def make_deepspeed(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig) -> DeepSpeedEngine:
@@ -186,7 +193,8 @@ class DeepSpeedEngine:
         # Stage 3 replaces this function for the whole process. `close` puts it back, for other models of the process.
         self._linear = nn.functional.linear
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._client = _client_optimizer(model, optimizer, config)
+        self._flat = arrange(model, optimizer, config, config.can_flatten)
+        self._client = _client_optimizer(model, optimizer, config, self._flat)
         wait_for_builds()
         with quiet_builders(), progress_of(missing()):
             self._engine, *_ = deepspeed.initialize(
@@ -200,7 +208,7 @@ class DeepSpeedEngine:
         tensors = self._flat_tensors()
         create_state(self._client, tensors)
         self._located = list(self._locate_fragments([tensor for tensor, _ in tensors]))
-        self._fragments = [located.fragment for located in self._located]
+        self._fragments = self._flat.fragments(located.fragment for located in self._located)
         check_fragments(self._fragments, shapes)
         if isinstance(self._client, Muon):
             whole = config.zero_stage == 0  # one call of the optimizer's step; otherwise one for each flat tensor
@@ -255,7 +263,7 @@ class DeepSpeedEngine:
         if self.config.zero_stage == 3:
             kept = {id(param) for param in self._engine.optimizer.persistent_parameters}
             params = {name: param for name, param in params.items() if id(param) in kept}
-        return Replicas(params)
+        return Replicas(self._flat.tensors(params))
 
     def set_optimizer_steps(self, steps: int) -> None:
         self.optimizer_steps = steps
@@ -368,7 +376,7 @@ def _unlink_shared_memory() -> None:
 
 
 def _client_optimizer(
-    model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig
+    model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: DeepSpeedConfig, flat: FlatParameters
 ) -> torch.optim.Optimizer:
     if isinstance(optimizer, MuonConfig):
         if config.zero_stage:
@@ -376,7 +384,7 @@ def _client_optimizer(
         muon = _UnshardedMuon(model, optimizer)
         muon.grad_clip = config.grad_clip
         return muon
-    groups = param_groups(model, optimizer)
+    groups = param_groups(model, optimizer, decayed=flat.is_decayed)
     options: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "eps": optimizer.eps}
     if config.offload_optimizer:
         use_own_builds()

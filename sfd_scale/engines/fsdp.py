@@ -26,6 +26,7 @@ from sfd_scale.engines.engine import (
     describe_fragments,
     ensure_group,
 )
+from sfd_scale.engines.flat_parameters import FlatParameters, arrange
 from sfd_scale.engines.fsdp_units import BlocksPerUnit, units_of
 from sfd_scale.engines.muon import LocatedFragment, Muon, MuonConfig, refuse_offload
 from sfd_scale.engines.optim import AdamWConfig, create_state, param_groups, set_lr, set_step, step_if_finite
@@ -66,6 +67,12 @@ class FSDPConfig(EngineConfig):
             raise ValueError(f"blocks_per_unit: {self.blocks_per_unit}; allowed: 1 and up, or auto")
         if self.float8 and (self.precision != "bf16" or not self.compile):
             raise ValueError("float8: true; allowed with precision bf16 and compile true, without which it is slower")
+        if self.float8 and self.flat_parameters is True:
+            raise ValueError("flat_parameters: true; allowed with float8 false: its layers want whole parameters")
+
+    @property
+    def can_flatten(self) -> bool:
+        return not self.float8
 
 
 def make_fsdp(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> FSDPEngine:
@@ -89,7 +96,11 @@ def _mesh(config: FSDPConfig, device: torch.device) -> DeviceMesh:
 
 
 class FSDPEngine:
-    """One model under FSDP2 with torch's AdamW on its shards."""
+    """One model under FSDP2 with torch's AdamW on its shards.
+
+    Attributes:
+        flat: the parameters of the model in the place of those that FSDP2 knows.
+    """
 
     def __init__(self, model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: FSDPConfig) -> None:
         refuse_offload(optimizer, "cpu_offload", config.cpu_offload)
@@ -103,11 +114,12 @@ class FSDPEngine:
         self.mesh = _mesh(config, self.device)
         # One rank in fp32 has nothing to gather, cast or reduce. FSDP2 would copy all weights and gradients.
         alone = distributed.world_size() == 1 and config.precision == "fp32" and not config.cpu_offload
+        self.flat = FlatParameters(model) if alone else arrange(model, optimizer, config, config.can_flatten)
         self._root = None if alone else self._shard(model)
         self._model = model.to(self.device) if alone else model  # fully_shard and .to change the model in place
         self._params = dict(model.named_parameters())
         self._shards = {name: _shard(param) for name, param in self._params.items()}
-        self.optimizer = _make_optimizer(model, optimizer, self._shards)
+        self.optimizer = _make_optimizer(model, optimizer, self._shards, self.flat)
         self._updated = self._params if isinstance(self.optimizer, Muon) else self._shards
         create_state(self.optimizer, [(p, group) for group in self.optimizer.param_groups for p in group["params"]])
         self._fragments = self._make_fragments()
@@ -123,7 +135,7 @@ class FSDPEngine:
         # cast_forward_inputs would round the diffusion time to bf16, which makes the error of the loss 8 times larger.
         policy = MixedPrecisionPolicy(
             param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False,
-            param_dtype_override_fn=_keeping(float32_parameters(model)),
+            param_dtype_override_fn=_keeping([*float32_parameters(model), *self.flat.float32]),
         )  # fmt: skip
         blocks, width = blocks_of(model), 4 if bf16 is None else 2
         sizes = [width * sum(p.numel() for p in block.parameters()) for block in blocks]
@@ -219,15 +231,15 @@ class FSDPEngine:
 
     def _make_fragments(self) -> list[Fragment]:
         primary = self.mesh.ndim == 1 or self.mesh.get_local_rank("replicate") == 0
-        fragments = []
+        found = []
         for name, param in self._params.items():
             state = self.optimizer.state[self._updated[name]]
             local, exp_avg = _local(param), _local(state["exp_avg"])
             exp_avg_sq = _local(state["exp_avg_sq"]) if "exp_avg_sq" in state else None
             start = _rows_before(param) * math.prod(param.shape[1:])
             if local.numel():
-                fragments.append(Fragment(name, tuple(param.shape), start, local, exp_avg, exp_avg_sq, primary))
-        return fragments
+                found.append(Fragment(name, tuple(param.shape), start, local, exp_avg, exp_avg_sq, primary))
+        return self.flat.fragments(found)
 
 
 def _keeping(kept: list[nn.Parameter]) -> Callable[[nn.Parameter], torch.dtype | None]:
@@ -236,12 +248,14 @@ def _keeping(kept: list[nn.Parameter]) -> Callable[[nn.Parameter], torch.dtype |
     return lambda param: param.dtype if id(param) in ids else None
 
 
-def _make_optimizer(model: nn.Module, config: AdamWConfig | MuonConfig, shards: dict[str, Tensor]) -> torch.optim.AdamW:
+def _make_optimizer(
+    model: nn.Module, config: AdamWConfig | MuonConfig, shards: dict[str, Tensor], flat: FlatParameters
+) -> torch.optim.AdamW:
     """AdamW over the shards: for each DTensor the host would take 24 µs to find what its kernel has to do."""
     if isinstance(config, MuonConfig):
         return Muon(model, config)
     shard_of = {id(param): shards[name] for name, param in model.named_parameters()}
-    groups = param_groups(model, config)
+    groups = param_groups(model, config, decayed=flat.is_decayed)
     for group in groups:
         group["params"] = [shard_of[id(param)] for param in group["params"]]
     return torch.optim.AdamW(

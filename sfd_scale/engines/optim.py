@@ -74,27 +74,43 @@ def learning_rate(peak: float, schedule: ScheduleConfig, step: int, total: int) 
     return peak * (schedule.final + (1.0 - schedule.final) * falling)
 
 
+def require_trainable(model: nn.Module) -> None:
+    """Raise ValueError for a parameter with requires_grad false: the engines neither shard nor save it."""
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    if frozen:
+        raise ValueError(f"parameters with requires_grad false: {', '.join(frozen)}; register constants as buffers")
+
+
+def is_decayed(name: str, param: Tensor) -> bool:
+    """Whether weight decay is for a parameter: for matrices and kernels, not for vectors (biases, norms, gates)."""
+    return param.ndim >= 2
+
+
 def param_groups(
-    model: nn.Module, config: AdamWConfig, chosen: Callable[[str], bool] = lambda name: True, lr_scale: float = 1.0
+    model: nn.Module,
+    config: AdamWConfig,
+    chosen: Callable[[str], bool] = lambda name: True,
+    lr_scale: float = 1.0,
+    decayed: Callable[[str, nn.Parameter], bool] = is_decayed,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: weight decay on matrices and kernels, none on vectors (biases, norms, gates).
+    """Parameter groups for AdamW: those with weight decay, and those without.
 
     Args:
         chosen: whether a parameter, by its name, belongs to them.
         lr_scale: their learning rate, as a factor of the engine's.
+        decayed: whether weight decay is for a parameter, by its name.
 
     Raises:
-        ValueError: for a parameter with requires_grad false: the engines neither shard nor save it.
+        ValueError: for a parameter with requires_grad false.
     """
-    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
-    if frozen:
-        raise ValueError(f"parameters with requires_grad false: {', '.join(frozen)}; register constants as buffers")
-    params = [param for name, param in model.named_parameters() if chosen(name)]
+    require_trainable(model)
+    params = {name: param for name, param in model.named_parameters() if chosen(name)}
     if config.weight_decay == 0:
-        return [{"params": params, "weight_decay": 0.0, "lr_scale": lr_scale}]
+        return [{"params": list(params.values()), "weight_decay": 0.0, "lr_scale": lr_scale}]
+    of_kind = {kind: [p for name, p in params.items() if decayed(name, p) == kind] for kind in (True, False)}
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay, "lr_scale": lr_scale},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "lr_scale": lr_scale},
+        {"params": of_kind[True], "weight_decay": config.weight_decay, "lr_scale": lr_scale},
+        {"params": of_kind[False], "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [group for group in groups if group["params"]]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from sfd_scale.engines.deepspeed import DeepSpeedConfig
+from sfd_scale.engines.flat_parameters import is_flat
 from sfd_scale.planning import collectives as links
 from sfd_scale.planning.collectives import Collective
 from sfd_scale.planning.costs import AnyEngineConfig, collectives, shard_group, unit_elements
@@ -194,22 +195,32 @@ def _host_seconds(step: Step, efficiency: Efficiency) -> float:
             hook += efficiency.hook_reshard.value
         by_unit = efficiency.hook_unit.value
         hooked = (1 - by_unit) * hooked + by_unit * len(unit_elements(step.model, engine))
+    if _flattens(step):
+        hook *= efficiency.hook_flat.value
     each = launches(step, efficiency) * efficiency.launch.value + hooked * hook
     return step.split.grad_accum_steps * each
+
+
+def _flattens(step: Step) -> bool:
+    """Whether the blocks have flat parameters."""
+    engine, model = step.engine, step.model
+    largest = BYTES[engine.precision] * max(model.block_elements, default=0)
+    return engine.can_flatten and not model.muon.elements and is_flat(engine.flat_parameters, largest)
 
 
 def _copy_bytes(step: Step) -> float:
     """Bytes that an engine copies on the GPU in a step: weights out of gathered buffers, gradients into them."""
     engine, whole, steps = step.engine, step.model.parameters, step.split.grad_accum_steps
     weight = BYTES[engine.precision]
+    into_flat = steps * 2 * weight * sum(step.model.block_elements) if _flattens(step) else 0
     if isinstance(engine, DeepSpeedConfig):
         into_buckets = (weight + 4) * whole * (1 if engine.zero_stage < 2 else steps)
         gathers = 2 * steps if engine.zero_stage == 3 else 1
-        return into_buckets + gathers * 2 * weight * whole
+        return into_flat + into_buckets + gathers * 2 * weight * whole
     if engine.precision == "fp32" and step.split.world_size == 1:
         return 0.0
     gathers = steps * (2 if engine.reshard_after_forward else 1)
-    return gathers * 2 * weight * whole + (weight + 4) * whole
+    return into_flat + gathers * 2 * weight * whole + (weight + 4) * whole
 
 
 def _update_seconds(step: Step, hardware: Hardware, efficiency: Efficiency) -> float:

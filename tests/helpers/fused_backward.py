@@ -175,7 +175,7 @@ def engine_gradients(mode: Checkpointing) -> dict[str, Tensor]:
     engine.backward(objective(engine.model, batch_of(1)).total, last=True)
     found = {name: param.grad.to_local().clone() for name, param in engine.model.named_parameters()}  # type: ignore
     engine.close()
-    return found
+    return engine.flat.tensors(found)
 
 
 def main() -> None:

@@ -54,6 +54,8 @@ FP32 = {
     "fsdp": Spec("fsdp"),
     "fsdp accumulated, checkpointed": Spec("fsdp", {"activation_checkpointing": "block"}, 4),
     "fsdp selective, kept": Spec("fsdp", {"activation_checkpointing": "selective", "reshard_after_forward": False}),
+    "fsdp whole parameters": Spec("fsdp", {"flat_parameters": False}),
+    "zero1 whole parameters": Spec("deepspeed", {"zero_stage": 1, "flat_parameters": False}),
     "fsdp replicate": Spec("fsdp", {"sharding": "replicate"}),
     "fsdp offloaded": Spec("fsdp", {"cpu_offload": True}),
 }

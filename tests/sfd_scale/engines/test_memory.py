@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
+from sfd_scale.engines.engine import Fragment
 from sfd_scale.runtime import distributed
 from tests.helpers.memory import held_bytes
 from tests.helpers.ranks import run_ranks
@@ -26,6 +28,22 @@ PROMISED = {
 }
 
 
+def _flat_parameter(name: str, ndim: int) -> str:
+    """The parameter of the engine that has these weights: one for the matrices of a block, one for its vectors."""
+    kind = "matrices" if ndim >= 2 else "vectors"
+    return f"{'.'.join(name.split('.')[:2])} {kind}" if name.startswith("blocks.") else name
+
+
+def _cut_elements(fragments: Sequence[Fragment]) -> int:
+    """Elements of other ranks in the parameters that this rank has a part of."""
+    sizes, own = Counter[str](), Counter[str]()
+    for name, param in TinyModel(width=128).named_parameters():
+        sizes[_flat_parameter(name, param.ndim)] += param.numel()
+    for fragment in fragments:
+        own[_flat_parameter(fragment.name, len(fragment.shape))] += fragment.param.numel()
+    return sum(sizes[name] - count for name, count in own.items())
+
+
 def measured() -> dict[str, dict[str, float]]:
     """Bytes per parameter on this rank, by engine."""
     logging.disable(logging.INFO)
@@ -39,9 +57,8 @@ def measured() -> dict[str, dict[str, float]]:
         gc.collect()
         count = sum(p.numel() for p in TinyModel(width=128).parameters())
         out[name] = {part: held / count for part, held in held_bytes(engine, ema).items()}
-        # Rows of parameters that this rank updates partially: ZeRO-2 keeps their whole gradients until the step.
-        cut = sum(math.prod(f.shape) - f.param.numel() for f in engine.fragments())
-        out[name]["cut"] = 4 * cut / count if name == "ZeRO-2" else 0.0
+        # Parameters that this rank updates partially: ZeRO-2 keeps their whole gradients until the step.
+        out[name]["cut"] = 4 * _cut_elements(engine.fragments()) / count if name == "ZeRO-2" else 0.0
         engine.step(1e-3)
         engine.close()
         del engine, ema

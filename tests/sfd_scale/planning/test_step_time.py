@@ -239,6 +239,19 @@ def test_fewer_units_take_less_of_the_host() -> None:
     assert one - auto == pytest.approx(12 * spared) and one - four == pytest.approx(18 * spared)
 
 
+def test_flat_parameters_cost_a_copy_and_spare_the_host() -> None:
+    whole, flat = (
+        timed(step(FSDPConfig(compile=True, flat_parameters=wanted)), replace(H200, asynchronous=False))
+        for wanted in ("auto", True)  # type: ignore[arg-type]
+    )
+    # The gradients of 24 blocks of 42.5M weights are read and written once more, in bf16.
+    copied = 4 * sum(XXL.footprint.block_elements) / (H200.bandwidth * USUAL.memory.value)
+    assert flat.copies - whole.copies == pytest.approx(copied)
+    units = (1 - USUAL.hook_unit.value) * 25 + USUAL.hook_unit.value * 13
+    hooks = units * (USUAL.hook_fsdp.value + USUAL.hook_reshard.value)
+    assert whole.host - flat.host == pytest.approx((1 - USUAL.hook_flat.value) * hooks)
+
+
 def test_xxl_on_8_h200_takes_what_a_roofline_by_hand_gives() -> None:
     # By hand: matmuls at 700 TFLOP/s 47.8 ms, attention 5.5; at 4 TB/s elementwise 14.8, copies 3.6, optimizer 1.4.
     constants = replace(
