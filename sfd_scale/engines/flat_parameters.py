@@ -166,14 +166,22 @@ def arrange(
     """Flatten the blocks of a model where the settings of an engine want it and it can.
 
     Raises:
-        ValueError: for `flat_parameters: true` with Muon, which orthogonalises matrices.
+        ValueError: for `flat_parameters: true` with Muon, which orthogonalises matrices, or with a parameter that
+            several modules share.
     """
+    reason = None
     if isinstance(optimizer, MuonConfig):
-        if config.flat_parameters is True:
-            raise ValueError("engine.flat_parameters: true; allowed with optimizer.kind adamw: Muon needs matrices")
-        return FlatParameters(model)
+        reason = "with optimizer.kind adamw: Muon needs matrices"
+    elif _shares_parameters(model):
+        reason = f"for models whose modules share no parameter, which {type(model).__name__} does"
+    if reason is not None and config.flat_parameters is True:
+        raise ValueError(f"engine.flat_parameters: true; allowed {reason}")
     width = 2 if config.precision == "bf16" else 4
     largest = max((width * sum(p.numel() for p in block.parameters()) for block in blocks_of(model)), default=0)
-    if can_flatten and is_flat(config.flat_parameters, largest):
+    if reason is None and can_flatten and is_flat(config.flat_parameters, largest):
         return flatten_blocks(model, optimizer.weight_decay)
     return FlatParameters(model)
+
+
+def _shares_parameters(model: nn.Module) -> bool:
+    return len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))

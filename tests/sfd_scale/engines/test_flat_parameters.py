@@ -177,3 +177,12 @@ def test_flat_parameters_are_refused_where_they_cannot_be() -> None:
         FSDPConfig(float8=True, compile=True, flat_parameters=True)
     with pytest.raises(ValueError, match=r"engine\.flat_parameters: true; allowed with optimizer\.kind adamw"):
         arrange(TinyModel(), MuonConfig(), FSDPConfig(flat_parameters=True), can_flatten=True)
+
+
+def test_shared_parameters_stay_shared() -> None:
+    model: Any = TinyModel()
+    model.blocks[2].gate = model.blocks[0].gate
+    with pytest.raises(ValueError, match=r"flat_parameters: true; allowed for models whose modules share no parameter"):
+        arrange(model, AdamWConfig(), FSDPConfig(flat_parameters=True), can_flatten=True)
+    arrange(model, AdamWConfig(), FSDPConfig(), can_flatten=True)
+    assert model.blocks[2].gate is model.blocks[0].gate and len(list(model.parameters())) == len(SHAPES) - 1
