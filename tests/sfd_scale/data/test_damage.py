@@ -130,7 +130,7 @@ for number, _ in enumerate(batches):
 """
 
 
-def test_a_killed_reader_leaves_nothing_in_shared_memory_and_its_cache_serves_the_next(
+def test_a_killed_reader_leaves_a_tensor_of_a_worker_at_most_and_its_cache_serves_the_next(
     whole: Path, tmp_path: Path
 ) -> None:
     """SIGKILL of the whole process group, as a scheduler kills; twice on one cache, at once and after each other."""
@@ -150,8 +150,13 @@ def test_a_killed_reader_leaves_nothing_in_shared_memory_and_its_cache_serves_th
         for process in running:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        left = [path.name for path in Path("/dev/shm").iterdir()]
-        assert not [name for name in left if name.split("_")[1:2] and name.split("_")[1] in pids]
+        # A worker creates a file for each tensor and unlinks it at once. A kill between the two leaves that one.
+        owners = {path: path.name.split("_")[1] for path in Path("/dev/shm").glob("torch_*")}
+        left = [path for path, pid in owners.items() if pid in pids]
+        sizes = [path.stat().st_size for path in left]
+        for path in left:
+            path.unlink()
+        assert len({owners[path] for path in left}) == len(left) and sum(sizes) < 1 << 20, sizes
     cached = reader(tmp_path / "cache", remote=str(whole))
     assert next(cached.batches(0)).labels.tolist() == next(reader(whole).batches(0)).labels.tolist()
 
