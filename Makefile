@@ -8,9 +8,8 @@ export OMP_NUM_THREADS ?= 1
 quickstart: .venv/.ops
 	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/quickstart.sh
 
-# Three processes for two cores: many tests wait for processes that they started.
 test: .venv/.ops
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: .venv/.ops
 	$(BIN)/python -m pytest -m "not gpu"

@@ -193,7 +193,7 @@ class DeepSpeedEngine:
         # Stage 3 replaces this function for the whole process. `close` puts it back, for other models of the process.
         self._linear = nn.functional.linear
         self._sums: dict[nn.Parameter, Tensor] = {}
-        self._flat = arrange(model, optimizer, config, config.can_flatten)
+        self._flat = arrange(model, optimizer, config)
         self._client = _client_optimizer(model, optimizer, config, self._flat)
         wait_for_builds()
         with quiet_builders(), progress_of(missing()):

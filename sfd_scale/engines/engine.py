@@ -32,7 +32,7 @@ class EngineConfig:
     activation_checkpointing: what the backward pass recomputes; see block_transforms.prepare_blocks.
     compile: torch.compile of each block.
     flat_parameters: keep the weights of a block in one parameter per dtype; `auto`: those of small blocks, see
-        flat_parameters. It changes a result by the rounding of the gradient norm alone.
+        flat_parameters. It changes a result by the rounding of sums alone.
     """
 
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -40,6 +40,11 @@ class EngineConfig:
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
     flat_parameters: bool | Literal["auto"] = "auto"
+
+    @property
+    def can_flatten(self) -> bool:
+        """Whether the engine works with flat parameters under these settings."""
+        return True
 
     def __post_init__(self) -> None:
         if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:

@@ -12,9 +12,9 @@ parameters into those of the model's parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class FlatParameters:
         data = torch.zeros(end, dtype=params[0][1].dtype, device=params[0][1].device)
         for part, (_, param) in zip(parts, params, strict=True):
             data[part.start : part.stop] = param.detach().view(-1)
-        flat, own = nn.Parameter(data), f"flat_{sum(prefix in name for name in self._parts)}"
+        flat, own = nn.Parameter(data), f"flat_{sum(name.startswith(prefix) for name in self._parts)}"
         block.register_parameter(own, flat)
         # Hooks run in order of registration, but those of FSDP2, which gather the flat parameter, before all others.
         block.register_forward_pre_hook(_SetViews(own, parts, end))
@@ -155,30 +155,35 @@ def flatten_blocks(model: nn.Module, weight_decay: float) -> FlatParameters:
     return flat
 
 
-def is_flat(wanted: bool | Literal["auto"], block_bytes: float) -> bool:
-    """Whether blocks get flat parameters by the setting; `block_bytes`: of the largest block's weights in forward."""
-    return block_bytes <= FLAT_BYTES if wanted == "auto" else wanted
+def is_flat(config: EngineConfig, block_elements: Sequence[int], muon: bool) -> bool:
+    """Whether an engine keeps the weights of blocks of these sizes in flat parameters.
+
+    Args:
+        muon: whether the optimizer is Muon, which orthogonalises matrices.
+    """
+    if muon or not config.can_flatten:
+        return False
+    if config.flat_parameters != "auto":
+        return config.flat_parameters
+    return (2 if config.precision == "bf16" else 4) * max(block_elements, default=0) <= FLAT_BYTES
 
 
-def arrange(
-    model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: EngineConfig, can_flatten: bool
-) -> FlatParameters:
+def arrange(model: nn.Module, optimizer: AdamWConfig | MuonConfig, config: EngineConfig) -> FlatParameters:
     """Flatten the blocks of a model where the settings of an engine want it and it can.
 
     Raises:
         ValueError: for `flat_parameters: true` with Muon, which orthogonalises matrices, or with a parameter that
             several modules share.
     """
-    reason = None
-    if isinstance(optimizer, MuonConfig):
+    muon, reason = isinstance(optimizer, MuonConfig), None
+    if muon:
         reason = "with optimizer.kind adamw: Muon needs matrices"
     elif _shares_parameters(model):
         reason = f"for models whose modules share no parameter, which {type(model).__name__} does"
     if reason is not None and config.flat_parameters is True:
         raise ValueError(f"engine.flat_parameters: true; allowed {reason}")
-    width = 2 if config.precision == "bf16" else 4
-    largest = max((width * sum(p.numel() for p in block.parameters()) for block in blocks_of(model)), default=0)
-    if reason is None and can_flatten and is_flat(config.flat_parameters, largest):
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    if reason is None and is_flat(config, sizes, muon):
         return flatten_blocks(model, optimizer.weight_decay)
     return FlatParameters(model)
 

@@ -114,7 +114,7 @@ class FSDPEngine:
         self.mesh = _mesh(config, self.device)
         # One rank in fp32 has nothing to gather, cast or reduce. FSDP2 would copy all weights and gradients.
         alone = distributed.world_size() == 1 and config.precision == "fp32" and not config.cpu_offload
-        self.flat = FlatParameters(model) if alone else arrange(model, optimizer, config, config.can_flatten)
+        self.flat = FlatParameters(model) if alone else arrange(model, optimizer, config)
         self._root = None if alone else self._shard(model)
         self._model = model.to(self.device) if alone else model  # fully_shard and .to change the model in place
         self._params = dict(model.named_parameters())

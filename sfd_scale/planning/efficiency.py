@@ -61,7 +61,7 @@ class Efficiency:
     hook_fsdp: Quantity = Quantity(0.87e-3, "s", "measured here", _COUNTED + ": 95 - 41 ms over 25 units")
     hook_reshard: Quantity = Quantity(0.40e-3, "s", "measured here", _COUNTED + ": 120 - 95 ms over 25 units")
     hook_unit: Quantity = _share(0.46, "measured here", "129, 111 and 94 ms at 25, 13 and 7 units; 26 without engine")
-    hook_flat: Quantity = _share(0.77, "measured here", "54 of 70, 35 of 47, 41 of 51 ms: FSDP2, ZeRO-1, ZeRO-2")
+    hook_flat: Quantity = _share(0.89, "measured here", "54 of 61 ms of FSDP2, 49 of 55 of ZeRO-1, in one run")
     hook_zero1: Quantity = Quantity(0.51e-3, "s", "measured here", _COUNTED + ": 73 - 41 ms over 25 units")
     hook_zero2: Quantity = Quantity(0.56e-3, "s", "measured here", _COUNTED + ": 76 - 41 ms over 25 units")
     hook_zero3: Quantity = Quantity(3e-3, "s", "assumed", "more than twice FSDP2's: Python hooks at each submodule")

@@ -203,9 +203,7 @@ def _host_seconds(step: Step, efficiency: Efficiency) -> float:
 
 def _flattens(step: Step) -> bool:
     """Whether the blocks have flat parameters."""
-    engine, model = step.engine, step.model
-    largest = BYTES[engine.precision] * max(model.block_elements, default=0)
-    return engine.can_flatten and not model.muon.elements and is_flat(engine.flat_parameters, largest)
+    return is_flat(step.engine, step.model.block_elements, muon=step.model.muon.elements > 0)
 
 
 def _copy_bytes(step: Step) -> float:

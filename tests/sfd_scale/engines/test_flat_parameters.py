@@ -166,7 +166,7 @@ def test_engines_take_flat_parameters_and_name_those_of_the_model() -> None:
 def test_auto_is_for_small_blocks(size: Any, flat: bool) -> None:
     with torch.device("meta"):
         model = LightningDiT(LightningDiTConfig(size=size), in_channels=48, input_size=16, two_clocks=True)
-    arrange(model, AdamWConfig(), FSDPConfig(), can_flatten=True)
+    arrange(model, AdamWConfig(), FSDPConfig())
     assert len(list(model.blocks[0].parameters())) == (2 if flat else 14)
 
 
@@ -176,13 +176,13 @@ def test_flat_parameters_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"flat_parameters: true; allowed with float8 false"):
         FSDPConfig(float8=True, compile=True, flat_parameters=True)
     with pytest.raises(ValueError, match=r"engine\.flat_parameters: true; allowed with optimizer\.kind adamw"):
-        arrange(TinyModel(), MuonConfig(), FSDPConfig(flat_parameters=True), can_flatten=True)
+        arrange(TinyModel(), MuonConfig(), FSDPConfig(flat_parameters=True))
 
 
 def test_shared_parameters_stay_shared() -> None:
     model: Any = TinyModel()
     model.blocks[2].gate = model.blocks[0].gate
     with pytest.raises(ValueError, match=r"flat_parameters: true; allowed for models whose modules share no parameter"):
-        arrange(model, AdamWConfig(), FSDPConfig(flat_parameters=True), can_flatten=True)
-    arrange(model, AdamWConfig(), FSDPConfig(), can_flatten=True)
+        arrange(model, AdamWConfig(), FSDPConfig(flat_parameters=True))
+    arrange(model, AdamWConfig(), FSDPConfig())
     assert model.blocks[2].gate is model.blocks[0].gate and len(list(model.parameters())) == len(SHAPES) - 1
